@@ -1,0 +1,230 @@
+"""Fingerprints of the patch targets' source, read without importing SGLang.
+
+A fingerprint is a hash over the target's syntax tree without docstrings, comments and layout. It is
+the same under every Python from 3.11 on, because the tree is written out by our own walk: empty
+fields are left out, and so are fields that say nothing of behaviour or that only newer Pythons
+have. ``releases.json`` holds the fingerprints of the known releases. To add a release::
+
+    python -m gemma4_turbo.fingerprints sglang-0.5.24-*.whl
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from gemma4_turbo import states
+from gemma4_turbo.catalogue import CATALOGUE, Patch
+
+TABLE = Path(__file__).with_name("releases.json")
+_SKIPPED_FIELDS = ("ctx", "kind", "type_comment", "type_params", "type_ignores")
+
+SourceOf = Callable[[str], str | None]
+"""From a module's name to its source, None if it is not there."""
+
+
+class Verdict(NamedTuple):
+    """Whether a patch fits a release: ``active``, ``upstreamed``, ``drifted`` or ``unsupported``."""
+
+    state: str
+    reason: str
+
+
+@cache
+def known_releases() -> dict[str, dict[str, str]]:
+    """``{release: {target: fingerprint}}`` from ``releases.json``; absent targets are left out."""
+    table: dict[str, dict[str, str]] = json.loads(TABLE.read_text())
+    return table
+
+
+def installed_source(module: str) -> str | None:
+    """Source of a module of the installed SGLang. Imports nothing."""
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return folder_source(Path(next(iter(spec.submodule_search_locations))).parent)(module)
+
+
+def folder_source(root: Path) -> SourceOf:
+    """Sources below ``root``, the folder that holds ``sglang/``."""
+
+    def source(module: str) -> str | None:
+        stem = root.joinpath(*module.split("."))
+        for path in (stem.with_name(stem.name + ".py"), stem / "__init__.py"):
+            if path.is_file():
+                return path.read_text(encoding="utf-8")
+        return None
+
+    return source
+
+
+def wheel_source(wheel: Path) -> SourceOf:
+    """Sources inside a wheel."""
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
+
+    def source(module: str) -> str | None:
+        stem = module.replace(".", "/")
+        for name in (f"{stem}.py", f"{stem}/__init__.py"):
+            if name in names:
+                return archive.read(name).decode("utf-8")
+        return None
+
+    return source
+
+
+def find_definition(tree: ast.Module, qualname: str) -> ast.AST | None:
+    """The last definition of ``A.b`` in a module, also below ``if`` and ``try``."""
+    scope: ast.AST = tree
+    for name in qualname.split("."):
+        found: ast.AST | None = None
+        pending: list[ast.AST] = list(ast.iter_child_nodes(scope))
+        while pending:
+            node = pending.pop(0)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                if node.name == name:
+                    found = node
+            elif isinstance(node, ast.If | ast.Try | ast.With):
+                pending = list(ast.iter_child_nodes(node)) + pending
+        if found is None:
+            return None
+        scope = found
+    return scope
+
+
+def _write(value: object, out: list[str]) -> None:
+    if isinstance(value, ast.AST):
+        out.append(f"({type(value).__name__}")
+        body = getattr(value, "body", None)
+        for field, child in ast.iter_fields(value):
+            if field in _SKIPPED_FIELDS or child is None or child == []:
+                continue
+            if field == "body" and isinstance(body, list) and _has_docstring(value):
+                child = body[1:]
+            out.append(f" {field}=")
+            _write(child, out)
+        out.append(")")
+    elif isinstance(value, list):
+        out.append("[")
+        for child in value:
+            _write(child, out)
+            out.append(",")
+        out.append("]")
+    else:
+        out.append(f"{type(value).__name__}:{value!r}")
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return False
+    first = node.body[0]
+    return (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    )
+
+
+def fingerprint(node: ast.AST) -> str:
+    """16 hexadecimal digits for a syntax tree, docstrings aside."""
+    out: list[str] = []
+    _write(node, out)
+    return hashlib.sha256("".join(out).encode()).hexdigest()[:16]
+
+
+class Definitions:
+    """Definitions found through a `SourceOf`, each module parsed once."""
+
+    def __init__(self, source_of: SourceOf) -> None:
+        self._source_of = source_of
+        self._trees: dict[str, ast.Module | None] = {}
+
+    def node(self, target: str) -> ast.AST | None:
+        """The definition of ``module:qualname``, None if there is none."""
+        module, _, qualname = target.partition(":")
+        if module not in self._trees:
+            source = self._source_of(module)
+            self._trees[module] = None if source is None else ast.parse(source)
+        tree = self._trees[module]
+        return None if tree is None else find_definition(tree, qualname)
+
+    def fingerprint(self, target: str) -> str | None:
+        """Of ``module:qualname``, None if there is none."""
+        node = self.node(target)
+        return None if node is None else fingerprint(node)
+
+    def uses(self, target: str, name: str) -> bool:
+        """Whether the definition of ``target`` mentions ``name``."""
+        node = self.node(target)
+        return node is not None and any(
+            (isinstance(child, ast.Name) and child.id == name)
+            or (isinstance(child, ast.Attribute) and child.attr == name)
+            for child in ast.walk(node)
+        )
+
+
+def judge(patch: Patch, release: str | None, source_of: SourceOf) -> Verdict:
+    """Whether ``patch`` fits the SGLang whose sources ``source_of`` gives.
+
+    The source decides, not the release number: an unknown release with known source is fine, a known
+    release with edited source is ``drifted``. The number only words the reason.
+    """
+    label = f"SGLang {release}" if release else "this SGLang"
+    definitions = Definitions(source_of)
+    found = {target: definitions.fingerprint(target) for target in patch.sources}
+    table = known_releases()
+    candidates = [table[r] for r in patch.written_for if r in table]
+    if any(all(found[t] == known.get(t) for t in found) for known in candidates):
+        return Verdict(states.ACTIVE, f"written for the source that {label} has")
+    if definitions.uses(*patch.superseded_when):
+        since = f" (since {patch.superseded_since})" if patch.superseded_since else ""
+        return Verdict(
+            states.UPSTREAMED, f"{label} has it itself: {patch.superseded_when[1]}{since}"
+        )
+    missing = [target for target, value in found.items() if value is None]
+    if missing:
+        return Verdict(states.UNSUPPORTED, f"{label} has no {', '.join(missing)}")
+    unknown = [t for t in found if not any(found[t] == known.get(t) for known in candidates)]
+    what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(found)
+    return Verdict(
+        states.DRIFTED, f"{label}: source of {what} is not that of {', '.join(patch.written_for)}"
+    )
+
+
+def record_release(source_of: SourceOf, patches: Iterable[Patch] = CATALOGUE) -> dict[str, str]:
+    """Fingerprints of everything that the catalogue's patches name, for ``releases.json``."""
+    definitions = Definitions(source_of)
+    targets = sorted({target for patch in patches for target in patch.sources})
+    prints = {target: definitions.fingerprint(target) for target in targets}
+    return {target: value for target, value in prints.items() if value is not None}
+
+
+def main(wheels: list[str]) -> int:
+    """Add the releases in ``wheels`` to ``releases.json``."""
+    if not wheels:
+        print("usage: python -m gemma4_turbo.fingerprints WHEEL ...", file=sys.stderr)
+        return 2
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    for wheel in map(Path, wheels):
+        release = wheel.name.split("-")[1]
+        table[release] = record_release(wheel_source(wheel))
+        print(f"{release}: {len(table[release])} targets")
+    ordered = dict(sorted(table.items(), key=lambda item: _release_key(item[0])))
+    TABLE.write_text(json.dumps(ordered, indent=1) + "\n")
+    return 0
+
+
+def _release_key(release: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in release.replace(".post", ".").split("."))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,217 @@
+"""`router`: each constructed Gemma4MoE routes through `gemma4_turbo.kernels.router`.
+
+Stock builds the routing function as a closure inside ``Gemma4MoE.__init__`` and hands it to TopK,
+which reads it from its configuration at every call. So the constructor is wrapped, and what is
+replaced is that one field; TopK and its methods stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_turbo import states
+from gemma4_turbo.kernels import router as kernel
+
+if TYPE_CHECKING:
+    from gemma4_turbo.patching import PatchRun
+
+TARGET = "sglang.srt.models.gemma4_causal:Gemma4MoE.__init__"
+Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+_routed: weakref.WeakSet[Any] = weakref.WeakSet()  # the Gemma4MoE whose routing is ours
+_verdicts: dict[tuple[Any, ...], str | None] = {}  # self-check, once per device and shape
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The wrapped constructor."""
+    construct = stock[TARGET]
+
+    @functools.wraps(construct)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        try:
+            _take_over(run, self)
+        except Exception as error:  # never in the way of a model that stock can build
+            run.set(states.FAILED, f"{type(error).__name__}: {error}")
+
+    return {TARGET: __init__}
+
+
+def undo(run: PatchRun) -> None:
+    """Give stock's closure back to every live Gemma4MoE that still has ours."""
+    for moe in list(_routed):
+        ours = moe.topk.topk_config.custom_routing_function
+        if getattr(ours, "gemma4_turbo_stock", None) is not None:
+            moe.topk.topk_config.custom_routing_function = ours.gemma4_turbo_stock
+    _routed.clear()
+
+
+def _take_over(run: PatchRun, moe: Any) -> None:
+    config = moe.topk.topk_config
+    stock = config.custom_routing_function
+    if getattr(stock, "__qualname__", "") != "Gemma4MoE.__init__.<locals>.routing_function":
+        run.set(states.CONFLICT, f"TopK was given {stock!r}, not stock's routing function")
+        return
+    failure = self_check(stock, moe.per_expert_scale, config.top_k)
+    if failure is not None:
+        run.set(states.FAILED, failure)
+        return
+    config.custom_routing_function = routing_function(run, stock, moe.per_expert_scale)
+    _routed.add(moe)
+    bypass = _bypass(moe.topk)
+    if bypass is not None:
+        run.set(states.UNSUPPORTED, bypass)
+
+
+def routing_function(run: PatchRun, stock: Routing, per_expert_scale: torch.Tensor) -> Routing:
+    """What TopK calls: the fused kernel where it fits, else stock's closure."""
+    traced = _custom_op()
+
+    def routing_function(
+        hidden_states: torch.Tensor,
+        gating_output: torch.Tensor,
+        topk: int,
+        renormalize: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        reason = kernel.decline_reason(gating_output, per_expert_scale, topk)
+        if torch.compiler.is_compiling():
+            if reason is None:
+                return traced(gating_output, per_expert_scale, topk)
+        elif reason is None:
+            run.engaged(_capturing(gating_output))
+            return kernel.launch_routing(gating_output, per_expert_scale, topk)
+        else:
+            run.declined(reason)
+        return stock(hidden_states, gating_output, topk, renormalize)
+
+    routing_function.gemma4_turbo_stock = stock  # type: ignore[attr-defined]
+    return routing_function
+
+
+def _capturing(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _custom_op() -> Routing:
+    """``torch.ops.gemma4_turbo.fused_routing``: opaque to Dynamo, which must not look inside."""
+    library: Any = torch.library.Library("gemma4_turbo", "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.define(
+        "fused_routing(Tensor router_logits, Tensor per_expert_scale, int topk) -> (Tensor, Tensor)"
+    )
+    _libraries.append(library)  # the registration lives as long as this object
+
+    def run_kernel(
+        router_logits: torch.Tensor, per_expert_scale: torch.Tensor, topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        from gemma4_turbo.patching import ENGINE
+
+        ENGINE.runs["router"].engaged(_capturing(router_logits))
+        return kernel.launch_routing(router_logits, per_expert_scale, topk)
+
+    def fake(
+        router_logits: torch.Tensor, per_expert_scale: torch.Tensor, topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = (router_logits.shape[0], topk)
+        return (
+            router_logits.new_empty(shape, dtype=torch.float32),
+            router_logits.new_empty(shape, dtype=torch.int32),
+        )
+
+    library.impl("fused_routing", run_kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake("gemma4_turbo::fused_routing", fake, lib=library)
+    return torch.ops.gemma4_turbo.fused_routing.default
+
+
+_libraries: list[Any] = []
+
+
+def _bypass(topk: Any) -> str | None:
+    """Why TopK will not call a routing function at all, or None. Mirrors TopK.forward_cuda."""
+    from sglang.srt.layers.moe.topk import TopKOutputFormat
+    from sglang.srt.layers.moe.utils import get_moe_runner_backend
+
+    backend = get_moe_runner_backend()
+    chosen = topk.topk_config.output_format
+    elsewhere = (
+        chosen != TopKOutputFormat.STANDARD
+        if chosen is not None
+        else backend.is_triton_kernels()
+        or backend.is_flashinfer_trtllm()
+        or (backend.is_flashinfer_mxfp4() and not getattr(topk, "is_fp4_experts", False))
+    )
+    if not elsewhere:
+        return None
+    return f"MoE backend {backend.value} routes by itself and never calls the routing function"
+
+
+def self_check(stock: Routing, per_expert_scale: torch.Tensor, topk: int) -> str | None:
+    """Compare with stock's closure on this very GPU. None if every bit agrees.
+
+    The order of ties is PyTorch's, so another PyTorch or another GPU might have another one. Rows
+    full of ties, once per shape, also compile the kernel before any CUDA graph is captured.
+    Without a GPU there is nothing to compare with: `gemma4_turbo verify` uses the oracle there.
+    """
+    if per_expert_scale.device.type != "cuda":
+        return None
+    key = (per_expert_scale.device, per_expert_scale.dtype, per_expert_scale.shape, topk)
+    if key not in _verdicts:
+        _verdicts[key] = _compare(stock, per_expert_scale, topk)
+    return _verdicts[key]
+
+
+@torch.no_grad()
+def _compare(stock: Routing, per_expert_scale: torch.Tensor, topk: int) -> str | None:
+    experts = per_expert_scale.shape[0]
+    device = per_expert_scale.device
+    dtype = per_expert_scale.dtype  # the model's, so that of the router's logits
+    if dtype not in kernel.LOGIT_DTYPES:
+        return None  # declined call by call
+    generator = torch.Generator(device).manual_seed(0)  # the global state stays as it is
+    rows = tie_rows(512, experts, generator).to(dtype)
+    if kernel.decline_reason(rows, per_expert_scale, topk) is not None:
+        return None
+    expected = stock(rows, rows, topk, True)
+    got = kernel.launch_routing(rows, per_expert_scale, topk)
+    wrong = (got[1] != expected[1]) | (got[0].view(torch.int32) != expected[0].view(torch.int32))
+    count = int(wrong.any(dim=1).sum())
+    if count == 0:
+        return None
+    return (
+        f"self-check: {count} of {len(rows)} rows differ from stock on "
+        f"{torch.cuda.get_device_name(device)} with torch {torch.__version__}"
+    )
+
+
+def tie_rows(rows: int, experts: int, generator: torch.Generator) -> torch.Tensor:
+    """fp32 router logits, half of them coarse (ties everywhere), half as a router gives them."""
+    device = generator.device
+    coarse = torch.randint(-4, 5, (rows // 2, experts), generator=generator, device=device) / 4
+    fine = torch.randn(rows - rows // 2, experts, generator=generator, device=device)
+    return torch.cat([coarse, fine])
+
+
+def stock_routing(construct: types.FunctionType, per_expert_scale: torch.Tensor) -> Routing:
+    """Stock's own closure, made from the code inside ``Gemma4MoE.__init__``, without a model.
+
+    Args:
+        construct: stock's ``Gemma4MoE.__init__``.
+        per_expert_scale: what the closure closes over.
+
+    Raises:
+        LookupError: if that constructor defines no ``routing_function``.
+    """
+    for constant in construct.__code__.co_consts:
+        if isinstance(constant, types.CodeType) and constant.co_name == "routing_function":
+            cells = {"per_expert_scale": types.CellType(per_expert_scale)}
+            closure = tuple(cells[name] for name in constant.co_freevars)
+            return types.FunctionType(
+                constant, construct.__globals__, "routing_function", None, closure
+            )
+    raise LookupError("Gemma4MoE.__init__ defines no routing_function")

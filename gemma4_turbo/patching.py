@@ -1,0 +1,389 @@
+"""Installing, reporting and reverting the patches of the catalogue in this process.
+
+A patch goes in when SGLang imports the last module that it touches. Nothing here raises into SGLang:
+an exception in an import hook would make SGLang drop the model class and go on with another one.
+What may stop a server, and when, is in `gemma4_turbo.gates`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from gemma4_turbo import states
+from gemma4_turbo.catalogue import CATALOGUE, Patch
+from gemma4_turbo.states import PatchStatus
+from gemma4_turbo.switches import SELECTION, Selection, Switches, read
+
+if TYPE_CHECKING:
+    from gemma4_turbo.counters import Counters, Ledger
+
+logger = logging.getLogger("gemma4_turbo")
+ROOT = "sglang"
+
+
+class PatchModule(Protocol):
+    """What ``patches/<name>.py`` offers."""
+
+    def build(self, run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+        """From ``{target: stock's function}`` to ``{target: replacement}``."""
+
+    def undo(self, run: PatchRun) -> None:
+        """Put back what the replacements changed on live objects."""
+
+
+class PatchRun:
+    """One patch of the catalogue as it runs in this process."""
+
+    def __init__(self, patch: Patch, index: int, publish: Callable[[], None]) -> None:
+        self.patch = patch
+        self.state = states.WAITING
+        self.reason = "SGLang has not imported the target yet"
+        self.swaps: list[Any] = []
+        self.code: PatchModule | None = None
+        self._index = index
+        self._publish = publish
+        self._counters: Counters | None = None
+        self._decline_reason = ""
+
+    def set(self, state: str, reason: str) -> None:
+        """Change the state, log it once, and tell the other processes."""
+        if (state, reason) == (self.state, self.reason):
+            return
+        self.state, self.reason = state, reason
+        level = logging.WARNING if state in states.REFUSED_WHEN_STRICT else logging.INFO
+        logger.log(level, "gemma4_turbo: %s is %s: %s", self.patch.name, state, reason)
+        self._publish()
+
+    @property
+    def counters(self) -> Counters:
+        """The patch's counters, mapped on first use."""
+        if self._counters is None:
+            self._counters = ledger().counters(self._index)
+        return self._counters
+
+    def engaged(self, captured: bool) -> None:
+        """Count one call that ran the patch's code; ``captured``: into a CUDA graph."""
+        self.counters.add_engaged(captured)
+
+    def engaged_count(self) -> int:
+        """Calls counted in this process so far."""
+        return 0 if self._counters is None else self._counters.engaged
+
+    def declined(self, reason: str) -> None:
+        """Count one call that took stock's path, and keep why the first one did."""
+        self.counters.add_declined()
+        if not self._decline_reason:
+            self._decline_reason = reason
+            logger.info("gemma4_turbo: %s took stock's path: %s", self.patch.name, reason)
+            self._publish()
+
+    def full_reason(self) -> str:
+        """The reason, with a note on declined calls."""
+        if not self._decline_reason:
+            return self.reason
+        return f"{self.reason}; some calls take stock's path: {self._decline_reason}"
+
+    def forget(self) -> None:
+        """Back to waiting, as before `install`."""
+        self.swaps = []
+        self.state = states.WAITING
+        self.reason = "SGLang has not imported the target yet"
+
+
+@functools.cache
+def ledger() -> Ledger:
+    """This process's counters and states for other processes."""
+    from gemma4_turbo.counters import Ledger
+
+    return Ledger()
+
+
+class _FirstImport:
+    """Calls back when SGLang's root package is first looked up. Finds nothing itself.
+
+    So that `apply` need not import wrapt, which takes longer than all the rest of it.
+    """
+
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self._callback = callback
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
+        if fullname == ROOT:
+            sys.meta_path.remove(self)
+            self._callback()
+
+
+def _guarded(function: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def call(*args: Any) -> None:
+        try:
+            function(*args)
+        except Exception:
+            logger.exception("gemma4_turbo: %s", function.__name__)
+
+    return call
+
+
+class Engine:
+    """All patches of a catalogue in this process."""
+
+    def __init__(self, catalogue: Iterable[Patch] = CATALOGUE) -> None:
+        self.catalogue = tuple(catalogue)
+        self.runs = {
+            patch.name: PatchRun(patch, index, self._publish)
+            for index, patch in enumerate(self.catalogue)
+        }
+        self._lock = threading.RLock()
+        self._selection: Selection | None = None
+        self._armed = False
+        self._ready: set[str] = set()  # modules that have been run to their end
+
+    # -- the public calls -------------------------------------------------------------------
+
+    def apply(
+        self, only: Iterable[str] | None = None, skip: Iterable[str] | None = None
+    ) -> list[PatchStatus]:
+        """See `gemma4_turbo.apply`."""
+        chosen = None if only is None else self._names("only", only)
+        left_out = () if skip is None else self._names("skip", skip)
+        with self._lock:
+            kept = self._selection
+            if kept is None or kept.reverted or chosen is not None or left_out:
+                self._select(Selection(chosen, left_out))
+        return self.status()
+
+    def bootstrap(self) -> None:
+        """See `gemma4_turbo.bootstrap`."""
+        try:
+            with self._lock:
+                if self._selection is None:
+                    inherited = os.environ.get(SELECTION, "")
+                    self._select(Selection.decode(inherited) if inherited else Selection())
+        except Exception:
+            logger.exception("gemma4_turbo: bootstrap failed; this process stays stock")
+
+    def revert(self) -> None:
+        """See `gemma4_turbo.revert`."""
+        with self._lock:
+            self._selection = Selection(reverted=True)
+            os.environ[SELECTION] = self._selection.encode()
+            for run in self.runs.values():
+                self._uninstall(run)
+            self._gates("remove")
+
+    def status(self) -> list[PatchStatus]:
+        """See `gemma4_turbo.status`."""
+        with self._lock:
+            reports = []
+            if self._armed:
+                from gemma4_turbo.counters import descendants
+
+                reports = descendants()
+            below: dict[str, list[dict[str, Any]]] = {name: [] for name in self.runs}
+            for report in reports:
+                for patch in report.patches:
+                    below.get(patch["name"], []).append(patch)
+            return [self._row(run, below[name]) for name, run in self.runs.items()]
+
+    def switches(self) -> Switches:
+        """The switches as they stand now."""
+        return read(selection=self._selection, catalogue=self.catalogue)
+
+    # -- installing and reverting, side by side ------------------------------------------------
+
+    def _install(self, run: PatchRun) -> None:
+        """Put one patch in if its modules are there and everything about it fits."""
+        patch = run.patch
+        if run.state not in (states.WAITING, states.OFF):
+            return
+        decision = self.switches().decisions[patch.name]
+        if not decision.on:
+            run.set(states.OFF, decision.reason)
+            return
+        if not all(module in self._ready for module in _modules(patch)):
+            return
+        from gemma4_turbo import fingerprints
+        from gemma4_turbo.swap import NotStockError, Swap
+
+        done: list[Swap] = []
+        try:
+            verdict = fingerprints.judge(patch, installed_release(), _imported_source)
+            if verdict.state != states.ACTIVE:
+                run.set(verdict.state, verdict.reason)
+                return
+            definitions = fingerprints.Definitions(_imported_source)
+            swaps = [Swap(target) for target in patch.targets]
+            for swap in swaps:
+                swap.require_stock(_first_line(definitions.node(swap.target)))
+            run.code = _patch_module(patch)
+            stock = {swap.target: swap.function for swap in swaps}
+            replacements = run.code.build(run, stock)
+            for swap in swaps:
+                swap.install(replacements[swap.target])
+                done.append(swap)
+            run.swaps = done
+            run.set(states.ACTIVE, "installed")
+        except NotStockError as error:
+            run.set(states.CONFLICT, str(error))
+        except Exception as error:
+            for swap in reversed(done):
+                swap.restore()
+            run.set(states.FAILED, f"{type(error).__name__}: {error}")
+            logger.debug("gemma4_turbo: %s", patch.name, exc_info=True)
+
+    def _uninstall(self, run: PatchRun) -> None:
+        """Put back what is still ours."""
+        foreign = [swap.target for swap in reversed(run.swaps) if not swap.restore()]
+        if run.swaps and run.code is not None:
+            run.code.undo(run)
+        if foreign:
+            run.swaps = []
+            run.set(states.CONFLICT, f"not reverted, replaced after us: {', '.join(foreign)}")
+        else:
+            was = run.state
+            run.forget()
+            if was != states.WAITING:
+                self._publish()
+
+    # -- plumbing -----------------------------------------------------------------------------
+
+    def _names(self, argument: str, names: Iterable[str]) -> tuple[str, ...]:
+        if isinstance(names, str):
+            raise ValueError(f"{argument} must be a collection of patch names, got {names!r}")
+        names = tuple(names)
+        for name in names:
+            if name not in self.runs:
+                raise ValueError(
+                    f"{argument} names no patch: {name!r}; choose from {', '.join(self.runs)}"
+                )
+        return names
+
+    def _select(self, selection: Selection) -> None:
+        self._selection = selection
+        os.environ[SELECTION] = selection.encode()
+        self._set_log_level()
+        if self._armed:
+            for run in self.runs.values():
+                if not self.switches().decisions[run.patch.name].on and run.swaps:
+                    self._uninstall(run)
+                self._install(run)
+            self._gates("install")
+        elif ROOT in sys.modules:
+            self._arm()
+        elif not any(isinstance(finder, _FirstImport) for finder in sys.meta_path):
+            sys.meta_path.insert(0, _FirstImport(_guarded(self._arm)))
+
+    def _arm(self) -> None:
+        """Register the post-import hooks. wrapt runs a hook at once if its module is there."""
+        self._armed = True
+        try:
+            import wrapt
+        except ImportError as error:
+            for run in self.runs.values():
+                run.set(states.FAILED, f"wrapt is not installed: {error}")
+            return
+        for problem in self.switches().problems:
+            logger.error("gemma4_turbo: %s", problem)
+        for run in self.runs.values():
+            for module in sorted(_modules(run.patch)):
+                wrapt.register_post_import_hook(self._hook(run), module)
+        from gemma4_turbo import gates
+
+        gates.register(self)
+
+    def _hook(self, run: PatchRun) -> Callable[[types.ModuleType], None]:
+        @_guarded
+        def patch_on_import(module: types.ModuleType) -> None:
+            with self._lock:
+                self._ready.add(module.__name__)
+                if self._selection is not None and not self._selection.reverted:
+                    self._install(run)
+
+        return patch_on_import
+
+    def _gates(self, what: str) -> None:
+        if self._armed:
+            from gemma4_turbo import gates
+
+            getattr(gates, what)(self)
+
+    def _set_log_level(self) -> None:
+        level = self.switches().log_level
+        if level is not None:
+            logger.setLevel(level.upper())
+
+    def _row(self, run: PatchRun, below: list[dict[str, Any]]) -> PatchStatus:
+        state, reason = run.state, run.full_reason()
+        if state == states.ACTIVE and not all(swap.in_place for swap in run.swaps):
+            state = states.CONFLICT
+            reason = "replaced after us: " + ", ".join(
+                swap.target for swap in run.swaps if not swap.in_place
+            )
+        if state == states.WAITING:
+            decision = self.switches().decisions[run.patch.name]
+            if not decision.on:
+                state, reason = states.OFF, decision.reason
+            elif self._selection is None:
+                reason = "apply() has not been called in this process"
+            elif self._selection.reverted:
+                state, reason = states.OFF, "revert() was called"
+        engaged = run.engaged_count() + sum(other["engaged"] for other in below)
+        # The processes that run the model outweigh this one, and the worst of them the others.
+        told = [other for other in below if other["state"] != states.WAITING]
+        if told:
+            worst = max(told, key=lambda other: states.SEVERITY.index(other["state"]))
+            state, reason = worst["state"], worst["reason"]
+        return PatchStatus(run.patch.name, state, reason, run.patch.targets, engaged)
+
+    def _publish(self) -> None:
+        ledger().publish(
+            [
+                {"name": run.patch.name, "state": run.state, "reason": run.full_reason()}
+                for run in self.runs.values()
+            ]
+        )
+
+
+def installed_release() -> str | None:
+    """Version of the installed SGLang, without importing it."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(ROOT)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _modules(patch: Patch) -> set[str]:
+    return {target.partition(":")[0] for target in patch.sources}
+
+
+def _patch_module(patch: Patch) -> PatchModule:
+    module: Any = importlib.import_module(f"gemma4_turbo.patches.{patch.name}")
+    return module  # type: ignore[no-any-return]
+
+
+def _imported_source(module: str) -> str | None:
+    """Source of an imported module, from the very file that it was loaded from."""
+    loaded = sys.modules.get(module)
+    path = getattr(loaded, "__file__", None)
+    if not path:
+        return None
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def _first_line(node: Any) -> int:
+    lines: list[int] = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+    return min(lines)
+
+
+ENGINE = Engine()

@@ -1,0 +1,86 @@
+"""The state of the patches as a log line, a table and JSON."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from gemma4_turbo import __version__, states
+from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.states import PatchStatus
+from gemma4_turbo.switches import Switches
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def summary_line(rows: Sequence[PatchStatus]) -> str:
+    """One line for the server's log: which patches are installed, which stand aside and why."""
+    active = [row.name for row in rows if row.state == states.ACTIVE]
+    aside = [f"{row.name} {row.state} ({row.reason})" for row in rows if row.state != states.ACTIVE]
+    parts = [f"gemma4_turbo {__version__}: installed: {', '.join(active) or 'none'}"]
+    if aside:
+        parts.append(f"standing aside: {'; '.join(aside)}")
+    return "; ".join(parts)
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of everything that decides what the patches do; None where not installed."""
+    found: dict[str, str | None] = {
+        "gemma4_turbo": __version__,
+        "python": platform.python_version(),
+    }
+    for package in ("sglang", "torch", "triton", "wrapt"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            module = sys.modules.get(package)
+            found[package] = getattr(module, "__version__", None)
+    return found
+
+
+def device() -> str | None:
+    """The first GPU by name, None without one. Imports torch."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+
+
+def as_records(rows: Sequence[PatchStatus], switches: Switches) -> list[dict[str, Any]]:
+    """One JSON-ready object per patch."""
+    records = []
+    for row in rows:
+        patch = by_name(row.name)
+        decision = switches.decisions[row.name]
+        records.append(
+            {
+                "name": row.name,
+                "env": patch.env,
+                "default": "on" if patch.default else "off",
+                "state": row.state,
+                "reason": row.reason if row.state != states.OFF else decision.reason or row.reason,
+                "numerics": patch.numerics,
+                "targets": list(row.targets),
+                "engaged": row.engaged,
+                "origin": patch.origin,
+            }
+        )
+    return records
+
+
+def table(rows: Sequence[PatchStatus], title: str = "Patches") -> Table:
+    """The rows as a table for the terminal."""
+    from rich.table import Table
+
+    grid = Table(title=title, title_justify="left")
+    for heading in ("patch", "switch", "state", "engaged", "numerics", "reason"):
+        grid.add_column(heading, overflow="fold")
+    for row in rows:
+        patch = by_name(row.name)
+        grid.add_row(row.name, patch.env, row.state, str(row.engaged), patch.numerics, row.reason)
+    return grid

@@ -1,0 +1,142 @@
+"""From the environment to which patches are on.
+
+Read when a target is imported, not at start-up, so that a program may set ``os.environ`` first.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from gemma4_turbo.catalogue import BITWISE, CATALOGUE, Patch
+
+MASTER = "GEMMA4_TURBO"
+PROFILE = "GEMMA4_TURBO_PROFILE"
+STRICT = "GEMMA4_TURBO_STRICT"
+LOG = "GEMMA4_TURBO_LOG"
+STATE_DIR = "GEMMA4_TURBO_STATE_DIR"
+SELECTION = "GEMMA4_TURBO_SELECTION"  # written by apply() and revert() for spawned processes
+
+ON_OFF = ("0", "1")
+TRUE_FALSE = ("0", "1", "false", "true")
+PROFILES = ("all", "exact")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+class Selection(NamedTuple):
+    """What `gemma4_turbo.apply` was asked for."""
+
+    only: tuple[str, ...] | None = None
+    skip: tuple[str, ...] = ()
+    reverted: bool = False
+
+    def encode(self) -> str:
+        """As the value of ``GEMMA4_TURBO_SELECTION``."""
+        if self.reverted:
+            return "reverted"
+        only = "*" if self.only is None else ",".join(self.only)
+        return f"only={only};skip={','.join(self.skip)}"
+
+    @staticmethod
+    def decode(value: str) -> Selection:
+        """The inverse of `encode`; anything unreadable is the default selection."""
+        if value == "reverted":
+            return Selection(reverted=True)
+        fields = dict(part.partition("=")[::2] for part in value.split(";"))
+        names = fields.get("only", "*")
+        only = None if names == "*" else tuple(n for n in names.split(",") if n)
+        return Selection(only, tuple(n for n in fields.get("skip", "").split(",") if n))
+
+
+class Decision(NamedTuple):
+    """Whether a patch is on, and what decided it."""
+
+    on: bool
+    reason: str
+
+
+class Switches(NamedTuple):
+    """The environment, read once."""
+
+    decisions: dict[str, Decision]
+    problems: tuple[str, ...]  # one sentence each, naming the variable and the choices
+    strict: bool
+    log_level: str | None
+
+
+def _choice(
+    environ: Mapping[str, str], variable: str, choices: tuple[str, ...], problems: list[str]
+) -> tuple[str | None, str | None]:
+    """``(value, problem)``; an empty variable counts as unset."""
+    value = environ.get(variable, "").strip()
+    if not value:
+        return None, None
+    if value.lower() in choices:
+        return value.lower(), None
+    problem = f"{variable}={value!r} is not one of {', '.join(choices)}"
+    problems.append(problem)
+    return None, problem
+
+
+def read(
+    environ: Mapping[str, str] | None = None,
+    selection: Selection | None = None,
+    catalogue: Iterable[Patch] = CATALOGUE,
+) -> Switches:
+    """Decide for every patch of ``catalogue``.
+
+    The most specific word wins: ``GEMMA4_TURBO=0``, then a patch's own variable, then its alias,
+    then ``apply(only=, skip=)``, then the profile, then the patch's default. A value that is not
+    allowed switches off what it speaks of.
+    """
+    environ = os.environ if environ is None else environ
+    selection = selection or Selection()
+    catalogue = tuple(catalogue)
+    problems: list[str] = []
+    master, master_problem = _choice(environ, MASTER, ON_OFF, problems)
+    profile, profile_problem = _choice(environ, PROFILE, PROFILES, problems)
+    strict, strict_problem = _choice(environ, STRICT, ON_OFF, problems)
+    log_level, _ = _choice(environ, LOG, LOG_LEVELS, problems)
+
+    decisions: dict[str, Decision] = {}
+    for patch in catalogue:
+        own, own_problem = _choice(environ, patch.env, ON_OFF, problems)
+        by_alias: Decision | None = None
+        for alias in patch.aliases:
+            value, problem = _choice(environ, alias.env, TRUE_FALSE, problems)
+            if problem:
+                by_alias = Decision(False, problem)
+            elif value is not None:
+                on = (value in ("1", "true")) != alias.disables
+                by_alias = Decision(on, f"{alias.env}={value}")
+        if master_problem or master == "0":
+            decision = Decision(False, master_problem or f"{MASTER}=0")
+        elif own_problem or own is not None:
+            decision = Decision(own == "1", own_problem or f"{patch.env}={own}")
+        elif by_alias is not None:
+            decision = by_alias
+        elif patch.name in selection.skip:
+            decision = Decision(False, "apply(skip=...)")
+        elif selection.only is not None:
+            decision = Decision(patch.name in selection.only, "apply(only=...)")
+        elif profile_problem:
+            decision = Decision(False, profile_problem)
+        elif profile == "exact" and patch.numerics != BITWISE:
+            decision = Decision(False, f"{PROFILE}=exact, and {patch.name} is {patch.numerics}")
+        else:
+            decision = Decision(patch.default, "default")
+        decisions[patch.name] = decision
+
+    known = {MASTER, PROFILE, STRICT, LOG, STATE_DIR, SELECTION, *(p.env for p in catalogue)}
+    for variable in environ:
+        if variable.startswith(MASTER) and variable not in known:
+            import difflib  # here, because it is slow to import and seldom needed
+
+            close = difflib.get_close_matches(variable, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            problems.append(f"{variable} is no variable of gemma4_turbo{hint}")
+    # A strict mode that cannot be read is meant: fall on the strict side.
+    return Switches(
+        decisions, tuple(problems), strict == "1" or strict_problem is not None, log_level
+    )
