@@ -23,6 +23,7 @@ from gemma4_turbo.states import PatchStatus
 from gemma4_turbo.switches import SELECTION, Selection, Switches, read
 
 if TYPE_CHECKING:
+    from gemma4_turbo.checks import Check
     from gemma4_turbo.counters import Counters, Ledger
 
 logger = logging.getLogger("gemma4_turbo")
@@ -37,6 +38,9 @@ class PatchModule(Protocol):
 
     def undo(self, run: PatchRun) -> None:
         """Put back what the replacements changed on live objects."""
+
+    def verify(self, run: PatchRun, device: str) -> list[Check]:
+        """Compare with stock on ``cuda`` or, through Triton's interpreter, on ``cpu``."""
 
 
 class PatchRun:
@@ -158,7 +162,7 @@ class Engine:
             kept = self._selection
             if kept is None or kept.reverted or chosen is not None or left_out:
                 self._select(Selection(chosen, left_out))
-        return self.status()
+        return self.status(below=self._armed)
 
     def bootstrap(self) -> None:
         """See `gemma4_turbo.bootstrap`."""
@@ -179,19 +183,19 @@ class Engine:
                 self._uninstall(run)
             self._gates("remove")
 
-    def status(self) -> list[PatchStatus]:
-        """See `gemma4_turbo.status`."""
+    def status(self, below: bool = True) -> list[PatchStatus]:
+        """See `gemma4_turbo.status`; ``below=False`` leaves the descendants out."""
         with self._lock:
             reports = []
-            if self._armed:
+            if below:
                 from gemma4_turbo.counters import descendants
 
                 reports = descendants()
-            below: dict[str, list[dict[str, Any]]] = {name: [] for name in self.runs}
+            told: dict[str, list[dict[str, Any]]] = {name: [] for name in self.runs}
             for report in reports:
                 for patch in report.patches:
-                    below.get(patch["name"], []).append(patch)
-            return [self._row(run, below[name]) for name, run in self.runs.items()]
+                    told.get(patch["name"], []).append(patch)
+            return [self._row(run, told[name]) for name, run in self.runs.items()]
 
     def switches(self) -> Switches:
         """The switches as they stand now."""

@@ -73,14 +73,20 @@ def as_records(rows: Sequence[PatchStatus], switches: Switches) -> list[dict[str
     return records
 
 
-def table(rows: Sequence[PatchStatus], title: str = "Patches") -> Table:
-    """The rows as a table for the terminal."""
+def table(rows: Sequence[PatchStatus | dict[str, Any]], title: str = "Patches") -> Table:
+    """The rows as a table for the terminal: `PatchStatus`, or records that hold the same."""
     from rich.table import Table
 
     grid = Table(title=title, title_justify="left")
     for heading in ("patch", "switch", "state", "engaged", "numerics", "reason"):
         grid.add_column(heading, overflow="fold")
     for row in rows:
-        patch = by_name(row.name)
-        grid.add_row(row.name, patch.env, row.state, str(row.engaged), patch.numerics, row.reason)
+        record = row if isinstance(row, dict) else row._asdict()
+        patch = by_name(record["name"])
+        engaged = str(record["engaged"])
+        if record.get("captured"):
+            engaged += f" ({record['captured']} into CUDA graphs)"
+        grid.add_row(
+            patch.name, patch.env, record["state"], engaged, patch.numerics, record["reason"]
+        )
     return grid

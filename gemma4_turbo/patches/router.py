@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo import states
+from gemma4_turbo.checks import Check
 from gemma4_turbo.kernels import router as kernel
+from gemma4_turbo.kernels import topk_order
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -215,3 +217,64 @@ def stock_routing(construct: types.FunctionType, per_expert_scale: torch.Tensor)
                 constant, construct.__globals__, "routing_function", None, closure
             )
     raise LookupError("Gemma4MoE.__init__ defines no routing_function")
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Fused routing against stock's own closure (on a GPU) or CUDA's order in numpy (without)."""
+    construct: Any = run.swaps[0].function
+    generator = torch.Generator(device).manual_seed(1)
+    return [
+        _check(construct, rows, what)
+        for what, rows in verification_rows(generator, 20_000 if device == "cuda" else 24)
+    ]
+
+
+def verification_rows(generator: torch.Generator, rows: int) -> list[tuple[str, torch.Tensor]]:
+    """Router logits by kind, 128 experts, in every dtype the kernel takes."""
+    kinds: list[tuple[str, torch.Tensor]] = []
+    for dtype in kernel.LOGIT_DTYPES:
+        name = str(dtype).removeprefix("torch.")
+        made = tie_rows(rows, 128, generator).to(dtype)
+        kinds.append((f"{name}, half of the rows full of ties", made))
+        odd = made.clone()
+        odd[::4, 7] = float("nan")
+        odd[1::4, 9] = float("inf")
+        odd[2::4, ::2] = float("-inf")
+        odd[3::4] = torch.where(odd[3::4] > 0, odd[3::4] * 0, -odd[3::4] * 0)
+        kinds.append((f"{name}, with NaN, infinities and signed zeros", odd))
+    return kinds
+
+
+@torch.no_grad()
+def _check(construct: types.FunctionType, logits: torch.Tensor, what: str) -> Check:
+    generator = torch.Generator(logits.device).manual_seed(2)
+    scale = torch.rand(128, generator=generator, device=logits.device).to(logits.dtype) * 2
+    weights, ids = kernel.fused_routing(logits, scale, 8)
+    if logits.is_cuda:
+        expected, expected_ids = stock_routing(construct, scale)(logits, logits, 8, True)
+        against, allowed, slack = "stock's closure on this GPU", "not one bit", 0.0
+    else:
+        order = topk_order.cuda_topk_ids(logits.float().numpy(), 8)
+        expected_ids = torch.from_numpy(order).int()
+        top = logits.gather(1, expected_ids.long())
+        expected = (top.softmax(dim=-1) * scale[expected_ids].to(logits.dtype)).float()
+        # numpy's exp and torch's differ by an ulp of fp32 on a CPU, which now and then changes a
+        # rounding to the logits' dtype, before and after the multiplication.
+        against = "CUDA's order in numpy, torch's softmax on the CPU"
+        allowed, slack = "ids: none; weights: 4 ulp", 4 * torch.finfo(logits.dtype).eps
+        both_nan = weights.isnan() & expected.isnan()  # whose payload is the CPU's own
+        expected = torch.where(both_nan, weights, expected)
+    bits = int((weights.view(torch.int32) != expected.view(torch.int32)).sum())
+    wrong_ids = int((ids != expected_ids).sum())
+    near = bits == 0 or (
+        slack > 0 and torch.allclose(weights, expected, rtol=slack, atol=0, equal_nan=True)
+    )
+    return Check(
+        "router",
+        what,
+        against,
+        weights.numel() + ids.numel(),
+        bits + wrong_ids,
+        allowed,
+        wrong_ids == 0 and near,
+    )

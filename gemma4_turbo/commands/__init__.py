@@ -1,0 +1,1 @@
+"""What ``python -m gemma4_turbo`` does, one file per command."""

@@ -1,0 +1,77 @@
+"""``doctor``: versions, GPU and the state of every patch, here and in running servers."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+
+from gemma4_turbo import report, states
+from gemma4_turbo.commands.modules import import_targets
+from gemma4_turbo.counters import live_processes
+from gemma4_turbo.patching import ENGINE
+
+
+def examine() -> dict[str, Any]:
+    """Apply the patches to the installed SGLang in this process and report.
+
+    Keys: ``versions``, ``device``, ``patches``, ``problems`` (of the environment), ``bootstrap``
+    (by which ways spawned processes get the patches), ``servers`` (running patched processes).
+    """
+    ENGINE.bootstrap()
+    unimportable = import_targets()
+    rows = [
+        row._replace(reason="; ".join(unimportable)) if row.state == states.WAITING else row
+        for row in ENGINE.status()
+    ]
+    switches = ENGINE.switches()
+    from gemma4_turbo.gates import bootstrap_routes
+
+    return {
+        "versions": report.versions(),
+        "device": report.device(),
+        "patches": report.as_records(rows, switches),
+        "problems": list(switches.problems),
+        "bootstrap": bootstrap_routes(),
+        "servers": [
+            {"pid": other.pid, "command": other.command, "patches": other.patches}
+            for other in live_processes()
+            if other.pid != _own_pid()
+        ],
+    }
+
+
+def _own_pid() -> int:
+    import os
+
+    return os.getpid()
+
+
+def exit_code(found: dict[str, Any]) -> int:
+    """2: a variable is wrong. 1: a patch that is on cannot work. 0: all well."""
+    if found["problems"]:
+        return 2
+    bad = any(patch["state"] in states.REFUSED_WHEN_STRICT for patch in found["patches"])
+    return 1 if bad else 0
+
+
+def run(as_json: bool) -> int:
+    """The command."""
+    found = examine()
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return exit_code(found)
+    console = Console()
+    names = ", ".join(f"{k} {v or 'not installed'}" for k, v in found["versions"].items())
+    console.print(names, highlight=False)
+    console.print(f"GPU: {found['device'] or 'none'}", highlight=False)
+    routes = " and ".join(found["bootstrap"]) or "nothing: they would stay stock"
+    console.print(f"Spawned processes get the patches by: {routes}", highlight=False)
+    console.print(report.table(found["patches"]))
+    for server in found["servers"]:
+        title = f"Running: pid {server['pid']}: {server['command']}"
+        console.print(report.table(server["patches"], title))
+    for problem in found["problems"]:
+        console.print(f"[red]error:[/red] {problem}", highlight=False)
+    return exit_code(found)

@@ -1,0 +1,41 @@
+"""Importing the patches' targets in a process that is no server."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from importlib import import_module
+
+from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.patching import installed_release
+
+
+class CannotRunError(Exception):
+    """Something outside the package is missing; the message says it in one line."""
+
+
+def import_targets() -> list[str]:
+    """Import every module that the catalogue touches. Returns the problems, one line each.
+
+    SGLang prints while it is imported: that goes to stderr, so that stdout stays the command's.
+    """
+    if installed_release() is None:
+        return ["SGLang is not installed: pip install 'gemma4-turbo[sglang]'"]
+    problems = []
+    modules = sorted({target.partition(":")[0] for patch in CATALOGUE for target in patch.sources})
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in modules:
+            try:
+                import_module(module)
+            except Exception as error:
+                problems.append(f"{module} cannot be imported: {type(error).__name__}: {error}")
+    return problems
+
+
+def require_targets() -> None:
+    """As `import_targets`, but a problem raises `CannotRunError`."""
+    problems = import_targets()
+    if problems:
+        raise CannotRunError("; ".join(problems))

@@ -1,0 +1,23 @@
+"""``serve -- ARGS``: ``python -m sglang.launch_server ARGS`` with the patches on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from gemma4_turbo.commands.modules import CannotRunError
+from gemma4_turbo.gates import bootstrap_routes
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Replace this process by the server."""
+    if find_spec("sglang") is None:
+        raise CannotRunError("SGLang is not installed: pip install 'gemma4-turbo[sglang]'")
+    if not bootstrap_routes():
+        raise CannotRunError(
+            "the server's processes would stay stock: install gemma4_turbo with pip (and let "
+            "SGLANG_PLUGINS name gemma4_turbo if it is set), or put sitecustomize_example on PYTHONPATH"
+        )
+    os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", *arguments])
