@@ -1,0 +1,379 @@
+"""Stock against patched in SGLang's own engine, at a Gemma 4 geometry with random weights.
+
+    python bench/engine.py --model 26b-a4b --patches router --together
+
+Every measurement is one row of a CSV: GPU, versions, variant, quantity, value. Rounds alternate
+between the variants; reported are medians and the ratio patched / stock from this one run.
+``--together`` keeps both engines alive at once (two models must fit on the GPU), otherwise each
+variant's engine is started afresh for every round.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+from gemma4_turbo import geometry, report  # noqa: E402
+
+STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
+console = Console(width=150)
+
+
+class Engine:
+    """A worker process and its pipe."""
+
+    def __init__(
+        self, variant: str, patches: list[str], arguments: dict[str, Any], log: Path
+    ) -> None:
+        self.variant = variant
+        self.log = log
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
+        }
+        path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+        if variant == PATCHED:
+            only = ",".join(patches) if patches else "*"
+            environment |= {
+                "BENCH_PATCHED": "1",
+                "GEMMA4_TURBO_STRICT": "1",
+                "GEMMA4_TURBO_SELECTION": f"only={only};skip=",
+            }
+        else:
+            environment |= {"BENCH_PATCHED": "0", "GEMMA4_TURBO": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "engine_worker.py"), str(log), json.dumps(arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self.ready_s: float | None = None
+
+    def wait_ready(self) -> None:
+        """Until the engine stands."""
+        if self.ready_s is None:
+            self.ready_s = float(self._answer()["ready_s"])
+
+    def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
+        self.wait_ready()
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            tail = [text for text in self.log.read_text(errors="replace").splitlines() if text]
+            sys.exit(
+                f"engine.py: the {self.variant} engine died ({self.log}):\n" + "\n".join(tail[-12:])
+            )
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def stop(self) -> None:
+        """End the process and its children."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, 9)
+            self.process.wait()
+
+
+class Results:
+    """Rows for the CSV, with everything that identifies the run."""
+
+    def __init__(self, model: str, layers: int | None, patches: list[str]) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.base = {
+            "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
+            "gpu": report.device() or "none",
+            **report.versions(),
+            "model": model,
+            "layers": layers or geometry.GEOMETRIES[model].layers,
+            "patches": "+".join(patches) or "all",
+        }
+
+    def add(
+        self, variant: str, quantity: str, x: int, round_: int, value: float, unit: str
+    ) -> None:
+        """One measurement."""
+        self.rows.append(
+            {
+                **self.base,
+                "variant": variant,
+                "quantity": quantity,
+                "x": x,
+                "round": round_,
+                "value": value,
+                "unit": unit,
+            }
+        )
+
+    def frame(self) -> pd.DataFrame:
+        """All rows."""
+        return pd.DataFrame(self.rows)
+
+    def summary(self) -> pd.DataFrame:
+        """Medians per variant and the ratio patched / stock."""
+        frame = self.frame()
+        if frame.empty:
+            return frame
+        table = frame.pivot_table(
+            index=["quantity", "x", "unit"], columns="variant", values="value", aggfunc="median"
+        )
+        if {STOCK, PATCHED} <= set(table.columns):
+            table["ratio"] = table[PATCHED] / table[STOCK]
+        return table.reset_index()
+
+    def save(self, out: Path) -> None:
+        """Append to the CSV and draw the ratios of this run beside it."""
+        frame = self.frame()
+        frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+        summary = self.summary()
+        if "ratio" not in summary:
+            return
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        timed = summary[summary["unit"] == "ms"]
+        figure, axes = plt.subplots(figsize=(8, 4))
+        labels = [f"{q}\n{x}" for q, x in zip(timed["quantity"], timed["x"], strict=True)]
+        axes.bar(labels, timed["ratio"])
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_ylabel("patched / stock")
+        axes.set_title(f"{self.base['model']}, {self.base['patches']}, {self.base['gpu']}")
+        figure.tight_layout()
+        figure.savefig(out.with_suffix(".png"), dpi=120)
+
+
+def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, int]:
+    """How many tokens and logprobs differ in any bit between two engines' answers."""
+    count = {"sequences": len(a), "tokens": 0, "token_diffs": 0, "logprobs": 0, "logprob_diffs": 0}
+    for one, other in zip(a, b, strict=True):
+        count["tokens"] += len(one["ids"])
+        count["token_diffs"] += sum(x != y for x, y in zip(one["ids"], other["ids"], strict=True))
+        for key in ("input", "output", "top"):
+            flat_one = json.dumps(one[key]).replace("[", "").replace("]", "").split(", ")
+            flat_other = json.dumps(other[key]).replace("[", "").replace("]", "").split(", ")
+            count["logprobs"] += len(flat_one)
+            count["logprob_diffs"] += abs(len(flat_one) - len(flat_other)) + sum(
+                x != y for x, y in zip(flat_one, flat_other, strict=False)
+            )
+    return count
+
+
+@contextlib.contextmanager
+def engines(make: Any, variants: list[str]) -> Iterator[dict[str, Engine]]:
+    """Several engines at once, stopped at the end."""
+    live = {variant: make(variant) for variant in variants}
+    try:
+        for engine in live.values():
+            engine.wait_ready()
+        yield live
+    finally:
+        for engine in live.values():
+            engine.stop()
+
+
+def main(
+    model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "26b-a4b",
+    patches: Annotated[
+        str, typer.Option(help="Comma list; empty: all that are on by default")
+    ] = "",
+    layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
+    batches: Annotated[str, typer.Option(help="Decode batch sizes; empty: none")] = "1,8,32,64",
+    prefill: Annotated[str, typer.Option(help="BATCHxLENGTH; empty: none")] = "8x4096",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    equality: Annotated[
+        int, typer.Option(help="Prompts of the bit-for-bit comparison; 0: none")
+    ] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Tokens per prompt of that comparison")] = 64,
+    control: Annotated[
+        bool, typer.Option(help="Also compare stock with a second stock engine")
+    ] = True,
+    breakdown: Annotated[
+        int, typer.Option(help="Profile decoding at this batch size; 0: none")
+    ] = 32,
+    together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
+    graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
+    max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
+    mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
+    weight_range: Annotated[
+        float, typer.Option(help="Random weights are uniform in +-this")
+    ] = 3e-2,
+    out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-engine.csv"),
+) -> None:
+    """Stock against patched, whole engine."""
+    chosen = [name for name in patches.split(",") if name]
+    sizes = [int(size) for size in batches.split(",") if size]
+    results = Results(model, layers or None, chosen)
+    os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
+    scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
+    folder = geometry.write_model(scratch / "model", model, layers or None)
+    arguments: dict[str, Any] = {
+        "model_path": str(folder),
+        "load_format": "dummy",
+        "skip_tokenizer_init": True,
+        "attention_backend": "triton",
+        "sampling_backend": "pytorch",
+        "grammar_backend": "none",
+        "disable_radix_cache": True,
+        "chunked_prefill_size": 4096,
+        "max_total_tokens": max_total_tokens,
+        "mem_fraction_static": mem_fraction,
+        "cuda_graph_max_bs": max([*sizes, equality, 1]),
+        "log_level": "info",
+    }
+    if not graphs:
+        arguments |= {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
+    elif geometry.GEOMETRIES[model].kv_shared_layers:
+        # Stock 0.5.12.post1 cannot start these models with piecewise graphs.
+        arguments["disable_piecewise_cuda_graph"] = True
+
+    def make(variant: str) -> Engine:
+        return Engine(
+            variant, chosen, arguments, out.with_name(f"{out.stem}-{variant.split()[-1]}.log")
+        )
+
+    answers: dict[str, list[dict[str, Any]]] = {}
+    profiles: dict[str, dict[str, Any]] = {}
+    reports: dict[str, dict[str, Any]] = {}
+
+    def measure(engine: Engine, round_: int) -> None:
+        for size in sizes:
+            length = 128 if size == 1 else 512
+            value = engine("decode", batch=size, length=length, seed=round_)["value"]
+            results.add(engine.variant, "decode step", size, round_, value, "ms")
+        if prefill:
+            count, length = map(int, prefill.split("x"))
+            value = engine("prefill", batch=count, length=length, seed=round_)["value"]
+            results.add(engine.variant, f"prefill of {length}", count, round_, value, "ms")
+
+    def once(engine: Engine) -> None:
+        """What needs no repetition."""
+        if equality:
+            answers[engine.variant] = engine("tokens", count=equality, new=new_tokens, seed=99)[
+                "rows"
+            ]
+        if breakdown:
+            profiles[engine.variant] = engine(
+                "profile", batch=breakdown, length=512, steps=8, seed=7
+            )
+        if engine.variant == PATCHED:
+            reports[engine.variant] = engine("status")
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("starting engines", total=2 * (rounds + 2) + control)
+        if together:
+            with engines(make, [STOCK, PATCHED]) as live:
+                for engine in live.values():
+                    progress.update(task, description=f"warm-up: {engine.variant}")
+                    once(engine)
+                    measure(engine, -1)
+                    progress.advance(task, 2)
+                results.rows = []  # the first pass pays for what is compiled on first use
+                for round_ in range(rounds):
+                    order = list(live.values())
+                    for engine in order if round_ % 2 == 0 else order[::-1]:
+                        progress.update(task, description=f"round {round_}: {engine.variant}")
+                        measure(engine, round_)
+                        progress.advance(task)
+        else:
+            for round_ in range(rounds):
+                for variant in (STOCK, PATCHED) if round_ % 2 == 0 else (PATCHED, STOCK):
+                    progress.update(task, description=f"round {round_}: {variant}")
+                    with engines(make, [variant]) as live:
+                        before = len(results.rows)
+                        measure(live[variant], -1)
+                        del results.rows[before:]
+                        measure(live[variant], round_)
+                        if round_ == 0:
+                            once(live[variant])
+                    progress.advance(task)
+        if equality and control:
+            progress.update(task, description=CONTROL)
+            with engines(make, [CONTROL]) as live:
+                rows = live[CONTROL]("tokens", count=equality, new=new_tokens, seed=99)["rows"]
+                answers[CONTROL] = rows
+
+    show(results, answers, profiles, reports)
+    results.save(out)
+    time.sleep(0)
+
+
+def show(
+    results: Results,
+    answers: dict[str, list[dict[str, Any]]],
+    profiles: dict[str, dict[str, Any]],
+    reports: dict[str, dict[str, Any]],
+) -> None:
+    """Tables for the terminal; the comparison and the launch counts also become rows."""
+    for process in reports.get(PATCHED, {}).get("processes", []):
+        console.print(
+            report.table(process["patches"], f"pid {process['pid']}: {process['command'][:80]}")
+        )
+    for other in (PATCHED, CONTROL):
+        if STOCK in answers and other in answers:
+            found = differences(answers[STOCK], answers[other])
+            console.print(f"{STOCK} against {other}: {found}")
+            for name in ("token_diffs", "logprob_diffs", "tokens", "logprobs"):
+                results.add(
+                    f"{STOCK} vs {other}", name, found["sequences"], 0, found[name], "count"
+                )
+    for stage in ("decode", "prefill"):
+        for variant, profile in profiles.items():
+            if stage not in profile:
+                continue
+            steps, kernels = profile[stage]["steps"], profile[stage]["kernels"]
+            launches = sum(count for count, _ in kernels.values()) / steps
+            layers = int(results.base["layers"])
+            if stage == "decode":
+                results.add(variant, "launches per layer", layers, 0, launches / layers, "launches")
+            table = Table(
+                title=f"{stage}, {variant}: {launches:.0f} launches a step, "
+                f"{launches / layers:.1f} a layer",
+                title_justify="left",
+            )
+            for heading in ("kernel", "a step", "us a step", "us each"):
+                table.add_column(heading)
+            ranked = sorted(kernels.items(), key=lambda item: -item[1][1])
+            for name, (count, microseconds) in ranked[:24]:
+                table.add_row(
+                    name[:90],
+                    f"{count / steps:.1f}",
+                    f"{microseconds / steps:.1f}",
+                    f"{microseconds / count:.2f}",
+                )
+            console.print(table)
+    console.print(results.summary().to_string(index=False, float_format=lambda v: f"{v:.3f}"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
