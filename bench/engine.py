@@ -16,7 +16,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -325,7 +324,6 @@ def main(
 
     show(results, answers, profiles, reports)
     results.save(out)
-    time.sleep(0)
 
 
 def show(

@@ -37,6 +37,7 @@ class Worker:
         import sglang
 
         self.engine = sglang.Engine(**arguments)
+        self.chunk = arguments["chunked_prefill_size"]
 
     def generate(self, ids: list[list[int]], new: int, **more: Any) -> list[dict[str, Any]]:
         """Greedy generation of exactly ``new`` tokens."""
@@ -112,7 +113,9 @@ class Worker:
                         if event.get("cat") == "kernel":
                             kernels[event["name"]][0] += 1
                             kernels[event["name"]][1] += event["dur"]
-                    found[stage] = {"steps": steps, "kernels": kernels}
+                    chunks = -(-batch * length // self.chunk)
+                    ran = steps if stage == "decode" else min(steps, chunks)
+                    found[stage] = {"steps": ran, "kernels": kernels}
                 time.sleep(0.5)
         return found
 

@@ -340,6 +340,8 @@ class Engine:
             elif self._selection.reverted:
                 state, reason = states.OFF, "revert() was called"
         engaged = run.engaged_count() + sum(other["engaged"] for other in below)
+        if state == states.UNSUPPORTED and run.swaps and engaged:
+            state, reason = states.ACTIVE, f"installed; but {reason}"
         # The processes that run the model outweigh this one, and the worst of them the others.
         told = [other for other in below if other["state"] != states.WAITING]
         if told:

@@ -150,8 +150,10 @@ def _routing_kernel(
 
     # Signed integers in the order of PyTorch's radix select.
     if PACKED:
+        INFINITY: tl.constexpr = 0x7F80 if x.dtype == tl.bfloat16 else 0x7C00
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-        key = tl.where(x != x, 0x7FFF, bits ^ ((bits >> 15) & 0x7FFF))
+        is_nan = (bits & 0x7FFF) > INFINITY
+        key = tl.where(is_nan, 0x7FFF, bits ^ ((bits >> 15) & 0x7FFF))
         key = (key << 16) | (BLOCK_E - 1 - expert)
     else:
         bits = x.to(tl.int32, bitcast=True)

@@ -1,0 +1,35 @@
+# Two commands do everything on a fresh machine with Python 3.11 or 3.12, make and gcc:
+#   make demo    the main job on what the machine has
+#   make test    all tests that this machine can run
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+# Triton builds its launcher with a C compiler and Python.h.
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint tables clean
+
+demo: $(READY)
+	@$(BIN)/python -m gemma4_turbo demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tables: $(READY)  ## README's tables from bench/results
+	$(BIN)/python bench/tables.py
+
+$(READY): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (PYTHON=/path/to/python3.12)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[sglang,test,bench]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,69 @@
+"""Fixtures of the tests that need no GPU."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gemma4_turbo import patching
+from tests.cpu.synthetic import World, clean_environment
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_numbers = itertools.count()
+
+Python = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marker of the tests that start servers."""
+    config.addinivalue_line("markers", "server: starts a real SGLang server (slow)")
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A stand-in package of a name never used before."""
+    clean_environment(monkeypatch)
+    monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path / "state"))
+    patching.ledger.cache_clear()
+    made = World(tmp_path, f"standin{os.getpid()}_{next(_numbers)}", monkeypatch)
+    yield made
+    made.close()
+    patching.ledger().close()
+    patching.ledger.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def environment() -> dict[str, str]:
+    """For subprocesses: this environment without anything that speaks to the package."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("GEMMA4_TURBO", "SGLANG_")) and name != "PYTHONPATH"
+    }
+    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture
+def python(environment: dict[str, str], tmp_path: Path) -> Python:
+    """Runs code in a fresh interpreter; keyword arguments are environment variables."""
+
+    def run(
+        code: str, *arguments: str, timeout: float = 120, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        state = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path / "state")}
+        return subprocess.run(
+            [sys.executable, "-c", code, *arguments],
+            env=environment | state | variables,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run

@@ -1,0 +1,172 @@
+"""What changes a fingerprint, and what does not."""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from gemma4_turbo import fingerprints, states
+from gemma4_turbo.fingerprints import Definitions, find_definition, fingerprint, judge
+from tests.cpu.synthetic import LEAF, RELEASE, World, record
+
+STOCK = '''\
+@decorate(1)
+def route(self, logits: Tensor, topk: int = 8, *, scale: float = 1.0) -> Tensor:
+    """Top-k, then softmax."""
+    # renormalised below
+    weights = softmax(logits[:, :topk], dim=-1)
+    if self.scaled and topk > 1:
+        weights = weights * scale
+    for name in ("a", b"b"):
+        self.seen[name] += 1
+    return weights
+'''
+
+
+def of(source: str, qualname: str = "route") -> str:
+    """The fingerprint of a definition in ``source``."""
+    node = find_definition(ast.parse(source), qualname)
+    assert node is not None
+    return fingerprint(node)
+
+
+def edited(old: str, new: str) -> str:
+    """Stock's source with one place changed."""
+    assert STOCK.count(old) == 1
+    return STOCK.replace(old, new)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("    # renormalised below\n", ""),
+        ("    # renormalised below\n", "    # weights = 0\n\n\n"),
+        (
+            "weights = softmax(logits[:, :topk], dim=-1)",
+            "weights = (softmax(logits[:,:topk],\n        dim=-1))",
+        ),
+        ('"""Top-k, then softmax."""', '"""Something else."""'),
+        ('    """Top-k, then softmax."""\n', ""),
+        ("    return weights", "    return weights  # done"),
+        ('("a", b"b")', "('a', b'b')"),
+        ("def route(self,", "def route(\n    self,\n   "),
+    ],
+)
+def test_comments_layout_and_docstrings_do_not_count(old: str, new: str) -> None:
+    """What a formatter or a writer of comments may change."""
+    assert of(edited(old, new)) == of(STOCK)
+
+
+def test_the_place_in_the_file_does_not_count() -> None:
+    """Further down, and below an ``if``."""
+    assert of("import x\n\n\n" + STOCK) == of(STOCK)
+    assert of("if FLAG:\n" + textwrap.indent(STOCK, "    ")) == of(STOCK)
+    assert of("try:\n    pass\nexcept E:\n" + textwrap.indent(STOCK, "    ")) == of(STOCK)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("dim=-1", "dim=1"),
+        ("dim=-1", "dim=-1.0"),
+        ("dim=-1", "axis=-1"),
+        ("topk > 1", "topk >= 1"),
+        ("self.scaled and", "self.scaled or"),
+        ("weights = weights * scale", "weights *= scale"),
+        ("weights = weights * scale", "weights = scale * weights"),
+        ("weights = weights * scale", "pass"),
+        ("[:, :topk]", "[:, topk:]"),
+        ("topk: int = 8", "topk: int = 4"),
+        ("topk: int = 8", "topk: int"),
+        ("scale: float = 1.0", "scale: float = 1"),
+        ("logits: Tensor", "logits"),
+        ("*, scale", "scale"),
+        (") -> Tensor", ")"),
+        ("@decorate(1)\n", ""),
+        ("@decorate(1)", "@decorate(2)"),
+        ("def route", "async def route"),
+        ('b"b"', '"b"'),
+        ('"a"', '"A"'),
+        ("    return weights", "    return (weights,)"),
+        ("    return weights", "    return weights\n    return None"),
+        ("    # renormalised below\n", '    "a string, but not the first"\n'),
+        ("self.seen[name] += 1", "self.seen[name] -= 1"),
+    ],
+)
+def test_every_change_of_the_code_counts(old: str, new: str) -> None:
+    """Operators, constants and their types, order, signature, decorators, statements."""
+    assert of(edited(old, new)) != of(STOCK)
+
+
+def test_a_fingerprint_is_the_same_for_every_python() -> None:
+    """Written down once, under Python 3.11: an equal value elsewhere keeps releases.json valid."""
+    assert of("def route(x: int) -> list[str]:\n    return [f'{x!r:>{4}}']\n") == "0ad244a71f4408fd"
+
+
+def test_find_definition() -> None:
+    """The last definition counts, as at run time; nothing is found inside functions."""
+    tree = ast.parse("def f(): return 1\ndef f(): return 2\nclass A:\n    def g(self): pass\n")
+    second = find_definition(tree, "f")
+    assert isinstance(second, ast.FunctionDef)
+    assert second.lineno == 2
+    assert isinstance(find_definition(tree, "A.g"), ast.FunctionDef)
+    assert isinstance(find_definition(tree, "A"), ast.ClassDef)
+    for missing in ("g", "A.f", "B.g", "f.g"):
+        assert find_definition(tree, missing) is None
+    assert find_definition(ast.parse("def f():\n    def g(): pass"), "g") is None
+
+
+def test_sources_of_a_folder_and_of_a_wheel_agree(tmp_path: Path) -> None:
+    """Modules and packages, present and absent."""
+    files = {"pkg/__init__.py": "a = 1\n", "pkg/leaf.py": LEAF, "pkg/sub/__init__.py": "b = 2\n"}
+    with zipfile.ZipFile(tmp_path / "pkg-1.0-py3-none-any.whl", "w") as archive:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_text(text)
+            archive.writestr(name, text)
+    folder = fingerprints.folder_source(tmp_path)
+    wheel = fingerprints.wheel_source(tmp_path / "pkg-1.0-py3-none-any.whl")
+    for module in ("pkg", "pkg.leaf", "pkg.sub", "pkg.absent", "absent"):
+        assert folder(module) == wheel(module)
+    assert folder("pkg.leaf") == LEAF
+    assert folder("pkg.absent") is None
+
+
+def test_definitions_use() -> None:
+    """Names and attributes, in the definition and nowhere else."""
+    source = "def f():\n    return new(a.attr)\n\n\ndef g():\n    return other\n"
+    definitions = Definitions(lambda module: source if module == "m" else None)
+    assert definitions.uses("m:f", "new")
+    assert definitions.uses("m:f", "attr")
+    assert not definitions.uses("m:f", "other")
+    assert not definitions.uses("m:absent", "new")
+    assert not definitions.uses("absent:f", "new")
+    assert definitions.fingerprint("absent:f") is None
+
+
+def test_a_mix_of_two_releases_is_drifted(world: World) -> None:
+    """Each source is known, but not the two together."""
+    target, basis = world.target("answer"), world.target("Model.forward")
+    patch = record("one", target, relies_on=(basis,), written_for=("1.0", "2.0"))
+    source = fingerprints.folder_source(world.root)
+    world.table[RELEASE] = fingerprints.record_release(source, [patch])
+    world.edit("x * 2", "x * 4")
+    world.edit("x + 1", "x + 4")
+    world.table["2.0"] = fingerprints.record_release(source, [patch])
+    assert judge(patch, "2.0", source).state == states.ACTIVE
+    world.edit("x + 4", "x + 1")
+    verdict = judge(patch, "2.0", source)
+    assert verdict.state == states.DRIFTED
+    assert f"a mix of {target}, {basis}" in verdict.reason
+
+
+def test_a_release_that_the_patch_was_not_written_for_does_not_count(world: World) -> None:
+    """Knowing a release's fingerprint is not the same as having been written for it."""
+    patch = record("one", world.target("answer"), written_for=("0.9",))
+    source = fingerprints.folder_source(world.root)
+    world.table[RELEASE] = fingerprints.record_release(source, [patch])
+    assert judge(patch, RELEASE, source).state == states.DRIFTED

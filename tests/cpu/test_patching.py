@@ -1,0 +1,596 @@
+"""From `apply` to `revert`, on a stand-in for SGLang."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gemma4_turbo
+from gemma4_turbo import patching, states
+from gemma4_turbo.switches import SELECTION
+from tests.cpu.conftest import REPOSITORY
+from tests.cpu.synthetic import Build, World, alias, only_row, record, returning
+
+
+def one_patch(world: World, build: Build | None = None, **fields: Any) -> patching.Engine:
+    """An engine with the patch ``one``, which replaces the leaf's ``answer``."""
+    patch = record("one", world.target("answer"), **fields)
+    return world.engine((patch, build or returning("ours")))
+
+
+def counted(builds: list[str]) -> Build:
+    """A build that notes each of its calls."""
+
+    def build(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+        builds.append(run.patch.name)
+        return returning("ours")(run, stock)
+
+    return build
+
+
+# -- apply ---------------------------------------------------------------------------------------
+
+
+def test_before_the_import(world: World) -> None:
+    """Waiting until the target is imported, then active."""
+    engine = one_patch(world)
+    (row,) = engine.apply()
+    assert (row.state, row.engaged) == (states.WAITING, 0)
+    assert row.reason == "SGLang has not imported the target yet"
+    assert row.targets == (world.target("answer"),)
+    leaf = world.imported()
+    assert leaf.answer(1) == "ours"
+    assert only_row(engine)[:3] == ("one", states.ACTIVE, "installed")
+
+
+def test_after_the_import(world: World) -> None:
+    """Patched at once."""
+    engine = one_patch(world)
+    leaf = world.imported()
+    assert leaf.answer(1) == 2
+    (row,) = engine.apply()
+    assert row.state == states.ACTIVE
+    assert leaf.answer(1) == "ours"
+
+
+@pytest.mark.parametrize("import_first", [True, False])
+def test_twice_is_once(world: World, import_first: bool) -> None:
+    """The second call builds nothing and wraps nothing."""
+    builds: list[str] = []
+    engine = one_patch(world, counted(builds))
+    if import_first:
+        world.imported()
+    engine.apply()
+    engine.apply()
+    replacement = world.imported().answer
+    finders = list(sys.meta_path)
+    engine.apply()
+    engine.bootstrap()
+    assert builds == ["one"]
+    assert world.imported().answer is replacement
+    assert sys.meta_path == finders
+
+
+def test_the_parent_package_alone_installs_nothing(world: World) -> None:
+    """Importing the root does not pull in the leaf."""
+    engine = one_patch(world)
+    engine.apply()
+    importlib.import_module(world.package)
+    assert world.leaf not in sys.modules
+    assert only_row(engine).state == states.WAITING
+
+
+def test_a_patch_waits_for_the_last_of_its_modules(world: World) -> None:
+    """It also relies on another module's source, which must be known."""
+    world.write("basis", "def used() -> int:\n    return 1\n")
+    engine = one_patch(world, relies_on=(world.target("used", "basis"),))
+    engine.apply()
+    leaf = world.imported()
+    assert only_row(engine).state == states.WAITING
+    assert leaf.answer(1) == 2
+    world.imported("basis")
+    assert only_row(engine).state == states.ACTIVE
+    assert leaf.answer(1) == "ours"
+
+
+def test_called_while_the_target_is_being_imported(world: World) -> None:
+    """The half of a module that is there is not patched; the whole one is."""
+    path = world.root / world.package / "leaf.py"
+    engine = one_patch(world)
+    importlib.import_module(world.package)
+    called = "import gemma4_turbo.patching as p; p.BEING_IMPORTED.apply()\n"
+    world.write("leaf", called + path.read_text())
+    patching.BEING_IMPORTED = engine  # type: ignore[attr-defined]
+    try:
+        leaf = world.imported()
+    finally:
+        del patching.BEING_IMPORTED  # type: ignore[attr-defined]
+    assert only_row(engine)[1:3] == (states.ACTIVE, "installed")
+    assert leaf.answer(1) == "ours"
+
+
+@pytest.mark.parametrize("argument", ["only", "skip"])
+def test_a_name_that_is_no_patch(world: World, argument: str) -> None:
+    """ValueError that names the argument, the name and the choices; nothing is registered."""
+    engine = one_patch(world)
+    calls: dict[str, Any] = {argument: ["nope"]}
+    with pytest.raises(ValueError, match=f"{argument} names no patch: 'nope'; choose from one"):
+        engine.apply(**calls)
+    assert world.imported().answer(1) == 2
+    assert SELECTION not in os.environ
+
+
+@pytest.mark.parametrize("argument", ["only", "skip"])
+def test_a_single_string(argument: str) -> None:
+    """``only="router"`` would otherwise mean the patches r, o, u, t, e."""
+    calls: dict[str, Any] = {argument: "router"}
+    with pytest.raises(ValueError, match=f"{argument} must be a collection of patch names"):
+        gemma4_turbo.apply(**calls)
+
+
+def two_patches(world: World) -> patching.Engine:
+    """``one`` replaces `answer`, ``two`` replaces `Model.forward`."""
+    return world.engine(
+        (record("one", world.target("answer")), returning("one")),
+        (record("two", world.target("Model.forward")), returning("two")),
+    )
+
+
+def states_of(engine: patching.Engine) -> dict[str, str]:
+    """State by patch."""
+    return {row.name: row.state for row in engine.status()}
+
+
+def test_only_and_skip(world: World) -> None:
+    """A later call with names changes the selection, one without does not."""
+    engine = two_patches(world)
+    leaf = world.imported()
+    engine.apply(only=["one"])
+    assert states_of(engine) == {"one": states.ACTIVE, "two": states.OFF}
+    assert (leaf.answer(1), leaf.Model().forward(1)) == ("one", 2)
+    engine.apply()
+    assert states_of(engine) == {"one": states.ACTIVE, "two": states.OFF}
+    engine.apply(skip=(name for name in ["one"]))
+    assert states_of(engine) == {"one": states.OFF, "two": states.ACTIVE}
+    assert (leaf.answer(1), leaf.Model().forward(1)) == (2, "two")
+    engine.apply(only=[])
+    assert states_of(engine) == {"one": states.OFF, "two": states.OFF}
+    assert (leaf.answer(1), leaf.Model().forward(1)) == (2, 2)
+
+
+# -- states --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("import_first", [True, False])
+@pytest.mark.parametrize("variable", ["GEMMA4_TURBO", "GEMMA4_TURBO_ONE", "OLD_ONE"])
+def test_off_names_the_variable(
+    world: World, monkeypatch: pytest.MonkeyPatch, variable: str, import_first: bool
+) -> None:
+    """Stock's very object stays, before and after the import."""
+    value = "1" if variable == "OLD_ONE" else "0"
+    monkeypatch.setenv(variable, value)
+    engine = one_patch(world, aliases=(alias("OLD_ONE"),))
+    if import_first:
+        stock = world.imported().answer
+    (row,) = engine.apply()
+    assert row[1:3] == (states.OFF, f"{variable}={value}")
+    if import_first:
+        assert world.imported().answer is stock
+    assert world.imported().answer(1) == 2
+    assert only_row(engine)[1:3] == (states.OFF, f"{variable}={value}")
+
+
+def test_the_environment_is_read_at_the_import(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program may set ``os.environ`` after `apply`."""
+    engine = one_patch(world)
+    engine.apply()
+    monkeypatch.setenv("GEMMA4_TURBO_ONE", "0")
+    assert world.imported().answer(1) == 2
+    assert only_row(engine).state == states.OFF
+
+
+def test_conflict_before_us(world: World) -> None:
+    """Who came first keeps the place, and is named."""
+    engine = one_patch(world)
+    leaf = world.imported()
+    leaf.answer = theirs = lambda x: "theirs"
+    (row,) = engine.apply()
+    assert row.state == states.CONFLICT
+    assert f"replaced before us by the function at {__file__}" in row.reason
+    assert leaf.answer is theirs
+
+
+def test_conflict_after_us(world: World) -> None:
+    """Somebody replaced us later: the state says so as soon as it is asked for."""
+    engine = one_patch(world)
+    leaf = world.imported()
+    engine.apply()
+    leaf.answer = lambda x: "theirs"
+    assert only_row(engine)[1:3] == (
+        states.CONFLICT,
+        f"replaced after us: {world.target('answer')}",
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "state"),
+    [
+        ("return x * 2", "return x * 3", states.DRIFTED),
+        ("return x * 2", "return x * 2  # twice", states.ACTIVE),
+        ("return x + 1", "return x + 2", states.ACTIVE),  # not what the patch looks at
+    ],
+)
+def test_drifted_on_a_one_line_edit(world: World, old: str, new: str, state: str) -> None:
+    """An edit of the target's code, of its comments, of another function."""
+    engine = one_patch(world)
+    world.edit(old, new)
+    engine.apply()
+    leaf = world.imported()
+    row = only_row(engine)
+    assert row.state == state
+    if state == states.DRIFTED:
+        assert world.target("answer") in row.reason
+        assert leaf.answer(1) == 3
+
+
+def test_drifted_because_of_what_it_relies_on(world: World) -> None:
+    """The reason names the source that changed, not the target."""
+    world.write("basis", "def used() -> int:\n    return 1\n")
+    engine = one_patch(world, relies_on=(world.target("used", "basis"),))
+    world.write("basis", "def used() -> int:\n    return 2\n")
+    engine.apply()
+    world.imported()
+    world.imported("basis")
+    row = only_row(engine)
+    assert row.state == states.DRIFTED
+    assert world.target("used", "basis") in row.reason
+    assert world.target("answer") not in row.reason
+
+
+def test_upstreamed(world: World) -> None:
+    """The new source mentions what makes the patch needless."""
+    engine = one_patch(world)
+    world.edit("return x * 2", "return stock_has_it_now(x)")
+    engine.apply()
+    world.imported()
+    assert only_row(engine).state == states.UPSTREAMED
+
+
+def test_unsupported(world: World) -> None:
+    """The target is gone."""
+    engine = one_patch(world)
+    world.edit("def answer", "def renamed")
+    engine.apply()
+    world.imported()
+    row = only_row(engine)
+    assert row.state == states.UNSUPPORTED
+    assert world.target("answer") in row.reason
+
+
+def _raises(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    raise RuntimeError("no kernel today")
+
+
+def _forgets_the_second(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    return {next(iter(stock)): lambda *args: "ours"}
+
+
+@pytest.mark.parametrize(
+    ("build", "told"),
+    [
+        (_raises, "RuntimeError: no kernel today"),
+        (_forgets_the_second, "KeyError"),
+    ],
+)
+def test_failed_leaves_nothing_half_installed(world: World, build: Build, told: str) -> None:
+    """With two targets, whether build raises or the second one cannot be installed."""
+    patch = record("pair", world.target("answer"), world.target("Model.scale"))
+    engine = world.engine((patch, build))
+    leaf = world.imported()
+    stock = leaf.answer, vars(leaf.Model)["scale"]
+    (row,) = engine.apply()
+    assert row.state == states.FAILED
+    assert told in row.reason
+    assert leaf.answer is stock[0]
+    assert vars(leaf.Model)["scale"] is stock[1]
+
+
+def test_both_targets_are_installed_and_reverted(world: World) -> None:
+    """The counterpart of the test above."""
+    patch = record("pair", world.target("answer"), world.target("Model.scale"))
+    engine = world.engine((patch, returning("ours")))
+    leaf = world.imported()
+    stock = leaf.answer, vars(leaf.Model)["scale"]
+    engine.apply()
+    assert (leaf.answer(1), leaf.Model.scale(1)) == ("ours", "ours")
+    engine.revert()
+    assert leaf.answer is stock[0]
+    assert vars(leaf.Model)["scale"] is stock[1]
+
+
+def test_one_patch_s_failure_leaves_the_others_alone(world: World) -> None:
+    """Patch by patch."""
+    engine = world.engine(
+        (record("bad", world.target("answer")), _raises),
+        (record("good", world.target("Model.forward")), returning("good")),
+    )
+    engine.apply()
+    leaf = world.imported()
+    assert states_of(engine) == {"bad": states.FAILED, "good": states.ACTIVE}
+    assert (leaf.answer(1), leaf.Model().forward(1)) == (2, "good")
+
+
+def test_a_hook_never_raises_into_the_import(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever goes wrong: the model class stays importable, and the log tells."""
+    engine = one_patch(world)
+
+    def broken(run: patching.PatchRun) -> None:
+        raise RuntimeError("our own mistake")
+
+    monkeypatch.setattr(engine, "_install", broken)
+    engine.apply()
+    with caplog.at_level(logging.ERROR, "gemma4_turbo"):
+        assert world.imported().answer(1) == 2
+    assert "our own mistake" in caplog.text
+
+
+def test_a_source_that_does_not_parse_here(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when SGLang uses a syntax that the reader does not know: failed, not an exception."""
+    engine = one_patch(world)
+    monkeypatch.setattr(patching, "_imported_source", lambda module: "def broken(:\n")
+    engine.apply()
+    assert world.imported().answer(1) == 2
+    row = only_row(engine)
+    assert row.state == states.FAILED
+    assert "SyntaxError" in row.reason
+
+
+def test_states_are_logged_once_and_bad_ones_as_warnings(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a user greps for."""
+    engine = world.engine(
+        (record("bad", world.target("answer")), _raises),
+        (record("good", world.target("Model.forward")), returning("good")),
+    )
+    with caplog.at_level(logging.INFO, "gemma4_turbo"):
+        engine.apply()
+        world.imported()
+        engine.apply()
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [
+        ("WARNING", "gemma4_turbo: bad is failed: RuntimeError: no kernel today"),
+        ("INFO", "gemma4_turbo: good is active: installed"),
+    ]
+
+
+# -- revert --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("qualname", ["answer", "Model.forward", "Model.scale", "Model.name"])
+def test_revert_restores_the_very_same_object(world: World, qualname: str) -> None:
+    """The raw ``__dict__`` value of function, method, staticmethod and classmethod."""
+    engine = world.engine((record("one", world.target(qualname)), returning("ours")))
+    leaf = world.imported()
+    owner = vars(leaf.Model if "." in qualname else leaf)
+    name = qualname.rpartition(".")[2]
+    stock = owner[name]
+    engine.apply()
+    assert owner[name] is not stock
+    engine.revert()
+    assert owner[name] is stock
+    assert only_row(engine)[1:3] == (states.OFF, "revert() was called")
+
+
+def test_revert_leaves_alone_what_another_replaced(world: World) -> None:
+    """Their wrapper stays; the state says what could not be reverted."""
+    engine = two_patches(world)
+    leaf = world.imported()
+    stock = leaf.Model.forward
+    engine.apply()
+    leaf.answer = theirs = lambda x: "theirs"
+    engine.revert()
+    assert leaf.answer is theirs
+    assert leaf.Model.forward is stock
+    one, two = engine.status()
+    assert one.state == states.CONFLICT
+    assert one.reason == f"not reverted, replaced after us: {world.target('answer')}"
+    assert two.state == states.OFF
+
+
+def test_revert_lets_the_patch_put_live_objects_back(world: World) -> None:
+    """Once, and only if it was installed."""
+    engine = one_patch(world)
+    code: Any = sys.modules["gemma4_turbo.patches.one"]
+    engine.apply()
+    engine.revert()
+    assert code.undone == 0
+    world.imported()
+    engine.apply()
+    engine.revert()
+    engine.revert()
+    assert code.undone == 1
+
+
+def test_aliases_follow(world: World) -> None:
+    """Also those of a module that imported the name while the patch was in."""
+    world.write("early", f"from {world.leaf} import answer")
+    world.write("late", f"from {world.leaf} import answer")
+    engine = one_patch(world)
+    early = world.imported("early")
+    leaf = world.imported()
+    stock = leaf.answer
+    engine.apply()
+    late = world.imported("late")
+    assert early.answer is late.answer is leaf.answer
+    assert late.answer(1) == "ours"
+    engine.revert()
+    assert early.answer is late.answer is leaf.answer is stock
+
+
+def test_revert_before_the_import(world: World) -> None:
+    """What is imported later stays stock."""
+    engine = one_patch(world)
+    engine.apply()
+    engine.revert()
+    assert world.imported().answer(1) == 2
+    assert only_row(engine)[1:3] == (states.OFF, "revert() was called")
+
+
+@pytest.mark.parametrize("import_when", ["before apply", "after apply", "after revert", "last"])
+def test_revert_then_apply_again(world: World, import_when: str) -> None:
+    """Patched again, whenever the target was imported."""
+    engine = one_patch(world)
+
+    def step(name: str) -> None:
+        if import_when == name:
+            world.imported()
+
+    step("before apply")
+    engine.apply()
+    step("after apply")
+    engine.revert()
+    step("after revert")
+    engine.apply()
+    step("last")
+    assert world.imported().answer(1) == "ours"
+    assert only_row(engine).state == states.ACTIVE
+    engine.revert()
+    assert world.imported().answer(1) == 2
+
+
+def test_bootstrap_does_not_undo_a_revert(world: World) -> None:
+    """SGLang calls its plugins after the program may have called `revert`."""
+    engine = one_patch(world)
+    engine.apply()
+    engine.revert()
+    engine.bootstrap()
+    assert world.imported().answer(1) == 2
+
+
+def test_status_before_apply(world: World) -> None:
+    """Nothing was asked for, nothing is registered."""
+    engine = one_patch(world)
+    assert only_row(engine)[1:3] == (
+        states.WAITING,
+        "apply() has not been called in this process",
+    )
+    assert world.imported().answer(1) == 2
+
+
+# -- the way to the import ----------------------------------------------------------------------
+
+
+class _OnlyWay:
+    """A finder in front of all others without which the package is not found."""
+
+    def __init__(self, name: str, root: Path) -> None:
+        self.name, self.root = name, root
+
+    def find_spec(
+        self, name: str, path: Any = None, target: Any = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        return importlib.machinery.PathFinder.find_spec(name, [str(self.root)])
+
+
+def test_no_other_finder_is_skipped(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import hook in front, as some editable installs and tracers have, still sees the root.
+
+    Python iterates over ``sys.meta_path`` itself: taking an entry out of it during the look-up
+    makes it skip the next one.
+    """
+    import wrapt
+
+    wrapt.register_post_import_hook(lambda module: None, "standin_never")  # its finder is there
+    engine = one_patch(world)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p != str(world.root)])
+    finder: Any = _OnlyWay(world.package, world.root)
+    monkeypatch.setattr(sys, "meta_path", [finder, *sys.meta_path])
+    engine.apply()
+    assert world.imported().answer(1) == "ours"
+
+
+def test_looking_for_the_root_is_enough(world: World) -> None:
+    """``importlib.util.find_spec`` imports nothing and breaks nothing."""
+    engine = one_patch(world)
+    engine.apply()
+    assert importlib.util.find_spec(world.package) is not None
+    assert world.package not in sys.modules
+    assert world.imported().answer(1) == "ours"
+
+
+def test_threads_that_import_and_apply(world: World) -> None:
+    """Built once, whoever comes first."""
+    builds: list[str] = []
+    engine = one_patch(world, counted(builds))
+    calls: list[Callable[[], Any]] = [engine.apply, world.imported, engine.status] * 4
+    engine.apply()
+    threads = [threading.Thread(target=call, daemon=True) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not any(thread.is_alive() for thread in threads)
+    assert builds == ["one"]
+    assert world.imported().answer(1) == "ours"
+
+
+# -- spawned processes --------------------------------------------------------------------------
+
+CHILD = """
+import sys
+from pathlib import Path
+import pytest
+from tests.cpu.synthetic import World, record, returning
+with pytest.MonkeyPatch.context() as monkeypatch:
+    world = World(Path(sys.argv[1]), sys.argv[2], monkeypatch)
+    engine = world.engine(
+        (record("one", world.target("answer")), returning("one")),
+        (record("two", world.target("Model.forward")), returning("two")),
+    )
+    engine.bootstrap()
+    leaf = world.imported()
+    print(leaf.answer(1), leaf.Model().forward(1))
+    print(*[row.state for row in engine.status()])
+"""
+
+
+def spawned(world: World) -> list[str]:
+    """What a child of this process makes of the environment that it inherits."""
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(world.root), world.package],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_selection_travels_to_spawned_processes(world: World) -> None:
+    """only=, skip= and revert() hold in the children too, and apply() lifts the revert."""
+    engine = two_patches(world)
+    engine.apply(only=["one"])
+    assert spawned(world) == ["one 2", "active off"]
+    engine.apply(skip=["one"])
+    assert spawned(world) == ["2 two", "off active"]
+    engine.revert()
+    assert spawned(world) == ["2 2", "off off"]
+    engine.apply()
+    assert spawned(world) == ["one two", "active active"]

@@ -1,0 +1,172 @@
+"""The patches against real SGLang releases, as the package registry serves them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from gemma4_turbo import fingerprints, states
+from gemma4_turbo.catalogue import CATALOGUE, by_name
+from tests.cpu.conftest import REPOSITORY
+
+CACHE = REPOSITORY / ".wheels"  # git-ignored
+BASELINE = "0.5.12.post1"
+ROUTER = by_name("router")
+TARGET, RELIES_ON = ROUTER.sources
+
+EDITS = [
+    (TARGET, "torch.topk(gating_output, k=topk, dim=-1)", "torch.topk(gating_output, k=topk)"),
+    (
+        TARGET,
+        "topk_weights.to(torch.float32), topk_ids",
+        "topk_weights.to(torch.float64), topk_ids",
+    ),
+    (TARGET, "            custom_routing_function=routing_function,\n", ""),
+    (
+        RELIES_ON,
+        "sm_first=not self.topk_config.renormalize",
+        "sm_first=self.topk_config.renormalize",
+    ),
+]
+
+
+@cache
+def wheel(release: str) -> Path:
+    """SGLang's wheel of that release; downloaded once, a failure if that is not possible."""
+    for _ in range(2):
+        found = sorted(CACHE.glob(f"sglang-{release}-*.whl"))
+        if found:
+            return found[0]
+        options = ["--quiet", "--no-deps", "--only-binary=:all:", "--dest", str(CACHE)]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", *options, f"sglang=={release}"],
+            check=True,
+            timeout=300,
+        )
+    raise FileNotFoundError(f"pip download left no wheel of sglang {release} in {CACHE}")
+
+
+@pytest.mark.parametrize(
+    ("release", "state"),
+    [
+        ("0.5.11", states.ACTIVE),
+        (BASELINE, states.ACTIVE),
+        ("0.5.13", states.UPSTREAMED),
+        ("0.5.23", states.UPSTREAMED),
+    ],
+)
+def test_router_on_a_release(release: str, state: str) -> None:
+    """Written for the old ones, needless from the release that ships its own."""
+    verdict = fingerprints.judge(ROUTER, release, fingerprints.wheel_source(wheel(release)))
+    assert verdict.state == state
+    assert f"SGLang {release}" in verdict.reason
+    if state == states.UPSTREAMED:
+        assert ROUTER.superseded_since in verdict.reason
+
+
+@pytest.mark.parametrize("release", ["0.5.11", BASELINE, "0.5.13", "0.5.23"])
+def test_the_table_is_what_the_wheels_hold(release: str) -> None:
+    """``releases.json`` was made from these very files."""
+    recorded = fingerprints.record_release(fingerprints.wheel_source(wheel(release)))
+    assert recorded == fingerprints.known_releases()[release]
+    assert recorded
+
+
+def test_every_release_that_a_patch_is_written_for_is_in_the_table() -> None:
+    """With all of its sources: a record that names an absent release would never be active."""
+    table = fingerprints.known_releases()
+    for patch in CATALOGUE:
+        for release in patch.written_for:
+            assert set(patch.sources) <= set(table[release]), (patch.name, release)
+
+
+def test_the_installed_release_is_the_baseline() -> None:
+    """Found without importing SGLang, and equal to the registry's."""
+    installed = fingerprints.record_release(fingerprints.installed_source)
+    assert installed == fingerprints.known_releases()[BASELINE]
+
+
+@pytest.fixture
+def unpacked(tmp_path: Path) -> Path:
+    """The baseline's two files that the router looks at, as an installation has them."""
+    with zipfile.ZipFile(wheel(BASELINE)) as archive:
+        for source in ROUTER.sources:
+            archive.extract(source.partition(":")[0].replace(".", "/") + ".py", tmp_path)
+    return tmp_path
+
+
+def judged(root: Path, release: str | None = BASELINE) -> fingerprints.Verdict:
+    """The verdict over an unpacked copy."""
+    return fingerprints.judge(ROUTER, release, fingerprints.folder_source(root))
+
+
+def edit(root: Path, target: str, old: str, new: str) -> None:
+    """Change one place of the target's file."""
+    path = root / (target.partition(":")[0].replace(".", "/") + ".py")
+    text = path.read_text()
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path.name}"
+    path.write_text(text.replace(old, new))
+
+
+def test_unpacked_and_untouched(unpacked: Path) -> None:
+    """The counterpart of the edits below."""
+    assert judged(unpacked).state == states.ACTIVE
+
+
+@pytest.mark.parametrize(("target", "old", "new"), EDITS)
+def test_one_edited_line_is_drifted(unpacked: Path, target: str, old: str, new: str) -> None:
+    """The verdict names the source that changed, and only that."""
+    edit(unpacked, target, old, new)
+    verdict = judged(unpacked)
+    assert verdict.state == states.DRIFTED
+    assert target in verdict.reason
+    (other,) = {TARGET, RELIES_ON} - {target}
+    assert other not in verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("            # Fold per_expert_scale into routing weights\n", ""),
+        ("# always True for Gemma4;", "# renormalisation is always on;"),
+        ("Gemma4 routing: softmax over ALL experts", "How it routes"),
+        ("topk_output = self.topk(hidden_states, router_logits)", "topk_output = None"),
+    ],
+)
+def test_an_edited_comment_is_not(unpacked: Path, old: str, new: str) -> None:
+    """Nor code outside the targets."""
+    edit(unpacked, TARGET, old, new)
+    assert judged(unpacked).state == states.ACTIVE
+
+
+@pytest.mark.parametrize("release", ["9.9.9", "0.5.12.dev3+gabc", None])
+def test_the_source_decides_not_the_number(unpacked: Path, release: str | None) -> None:
+    """A release that nobody has heard of, with the baseline's source."""
+    assert judged(unpacked, release).state == states.ACTIVE
+
+
+def test_a_known_number_with_unknown_source_is_drifted(unpacked: Path) -> None:
+    """The other way round."""
+    edit(unpacked, TARGET, *EDITS[0][1:])
+    assert judged(unpacked, "0.5.11").state == states.DRIFTED
+
+
+@pytest.mark.parametrize("target", [TARGET, RELIES_ON])
+def test_an_absent_module_is_unsupported(unpacked: Path, target: str) -> None:
+    """As in releases from before Gemma 4."""
+    (unpacked / (target.partition(":")[0].replace(".", "/") + ".py")).unlink()
+    verdict = judged(unpacked)
+    assert verdict.state == states.UNSUPPORTED
+    assert target in verdict.reason
+
+
+def test_an_absent_sglang_is_unsupported(tmp_path: Path) -> None:
+    """Nothing there at all."""
+    verdict = judged(tmp_path, None)
+    assert verdict.state == states.UNSUPPORTED
+    assert "this SGLang" in verdict.reason
