@@ -44,7 +44,8 @@ def environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("GEMMA4_TURBO", "SGLANG_")) and name != "PYTHONPATH"
+        if not name.startswith(("GEMMA4_TURBO", "SGLANG_"))
+        and name not in ("PYTHONPATH", "TRITON_INTERPRET")
     }
     return {**kept, "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
 

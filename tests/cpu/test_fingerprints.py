@@ -65,7 +65,13 @@ def test_the_place_in_the_file_does_not_count() -> None:
     """Further down, and below an ``if``."""
     assert of("import x\n\n\n" + STOCK) == of(STOCK)
     assert of("if FLAG:\n" + textwrap.indent(STOCK, "    ")) == of(STOCK)
-    assert of("try:\n    pass\nexcept E:\n" + textwrap.indent(STOCK, "    ")) == of(STOCK)
+    assert of("try:\n" + textwrap.indent(STOCK, "    ") + "except E:\n    pass\n") == of(STOCK)
+
+
+def test_a_fallback_definition_is_found() -> None:
+    """``except ImportError:`` is where modules define what an optional package lacks."""
+    fallback = "try:\n    import x\nexcept ImportError:\n" + textwrap.indent(STOCK, "    ")
+    assert of(fallback) == of(STOCK)
 
 
 @pytest.mark.parametrize(

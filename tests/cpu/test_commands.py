@@ -1,0 +1,173 @@
+"""The command line as a user calls it, on a machine without GPU."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gemma4_turbo import geometry
+from gemma4_turbo.__main__ import app
+from gemma4_turbo.commands import demo, serve
+from gemma4_turbo.commands.modules import CannotRunError
+
+PATCH_KEYS = {
+    *("name", "env", "default", "state", "reason", "numerics", "targets", "engaged", "origin")
+}
+
+
+def command(
+    environment: dict[str, str], *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """``python -m gemma4_turbo ARGUMENTS`` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "gemma4_turbo", *arguments],
+        env={**environment, **variables},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def test_doctor_json(environment, tmp_path):
+    """stdout is one JSON object; the patch is really installed on the real stock source."""
+    done = command(environment, "doctor", "--json", GEMMA4_TURBO_STATE_DIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"versions", "device", "patches"} <= set(found)
+    assert found["versions"]["sglang"] == "0.5.12.post1"
+    assert [set(patch) for patch in found["patches"]] == [PATCH_KEYS] * len(found["patches"])
+    router = next(patch for patch in found["patches"] if patch["name"] == "router")
+    assert router["state"] == "active"
+    assert router["env"] == "GEMMA4_TURBO_ROUTER"
+    assert router["numerics"] == "bitwise"
+    assert "entry point" in found["bootstrap"]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [("GEMMA4_TURBO", "banana"), ("GEMMA4_TURBO_ROUTER", "maybe")]
+)
+def test_doctor_names_the_variable_and_the_choices(environment, variable, value):
+    done = command(environment, "doctor", "--json", **{variable: value})
+    assert done.returncode == 2
+    found = json.loads(done.stdout)
+    assert found["problems"] == [f"{variable}={value!r} is not one of 0, 1"]
+    assert found["patches"][0]["state"] == "off"
+    assert variable in found["patches"][0]["reason"]
+
+
+def test_doctor_says_what_switched_a_patch_off(environment):
+    done = command(environment, "doctor", "--json", GEMMA4_TURBO_ROUTER="0")
+    assert done.returncode == 0
+    router = json.loads(done.stdout)["patches"][0]
+    assert (router["state"], router["reason"]) == ("off", "GEMMA4_TURBO_ROUTER=0")
+
+
+def test_doctor_table(environment):
+    done = command(environment, "doctor", COLUMNS="160")
+    assert done.returncode == 0
+    assert "GEMMA4_TURBO_ROUTER" in done.stdout
+    assert "bitwise" in done.stdout
+    assert "GPU: none" in done.stdout
+
+
+def test_demo_runs_stock_against_patched(environment):
+    """Without a GPU: the report and the comparison, exit 0, no traceback."""
+    done = command(environment, "demo")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ids equal, 0 of 128 weights differ" in " ".join(done.stdout.split())
+    assert "DIFFERENT" not in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_verify_json(environment):
+    done = command(environment, "verify", "--json")
+    assert done.returncode == 0, done.stderr
+    checks = json.loads(done.stdout)["checks"]
+    assert len(checks) == 6
+    assert all(check["passed"] and check["compared"] > 0 for check in checks)
+
+
+def test_verify_with_everything_off_compares_nothing(environment):
+    """No green light for no comparison."""
+    assert command(environment, "verify", "--json", GEMMA4_TURBO="0").returncode == 3
+
+
+def test_missing_sglang_is_one_line(environment, tmp_path):
+    """A Python that has only the package: no traceback."""
+    script = (
+        "import sys, importlib.metadata as m, importlib.util as u\n"
+        "version, find = m.version, u.find_spec\n"
+        "def gone(name):\n"
+        "    if name == 'sglang': raise m.PackageNotFoundError(name)\n"
+        "    return version(name)\n"
+        "m.version = gone\n"
+        "sys.argv = ['gemma4_turbo', 'demo']\n"
+        "from gemma4_turbo.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "SGLang is not installed" in done.stderr
+
+
+def test_a_busy_port_is_one_line():
+    from rich.console import Console
+
+    with socket.socket() as busy:
+        busy.bind(("127.0.0.1", 0))
+        busy.listen()
+        with pytest.raises(CannotRunError, match="busy"):
+            demo.on_gpu(Console(), 6, busy.getsockname()[1])
+
+
+def test_demo_refuses_an_impossible_number_of_layers():
+    from rich.console import Console
+
+    with pytest.raises(CannotRunError, match="layers must be a multiple of 6"):
+        demo.on_gpu(Console(), 7, 0)
+
+
+def test_serve_refuses_to_start_a_stock_server(monkeypatch: pytest.MonkeyPatch):
+    """If nothing would carry the patches into the server's processes, serve says so."""
+    monkeypatch.setattr(serve, "bootstrap_routes", list)
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("started"))
+    with pytest.raises(CannotRunError, match="would stay stock"):
+        serve.run(["--model-path", "x"])
+
+
+def test_serve_hands_the_arguments_on(monkeypatch: pytest.MonkeyPatch):
+    seen: list[list[str]] = []
+    monkeypatch.setattr(serve, "bootstrap_routes", lambda: ["entry point"])
+    monkeypatch.setattr("os.execv", lambda _, arguments: seen.append(arguments))
+    result = CliRunner().invoke(app, ["serve", "--", "--model-path", "x", "--port", "1"])
+    assert result.exit_code == 0
+    assert seen[0][1:] == ["-m", "sglang.launch_server", "--model-path", "x", "--port", "1"]
+
+
+@pytest.mark.parametrize("name", list(geometry.GEOMETRIES))
+def test_geometries_are_gemma_4_configs(name, tmp_path: Path):
+    """transformers accepts every generated folder as a Gemma 4 text model."""
+    from transformers import AutoConfig
+
+    made = AutoConfig.from_pretrained(geometry.write_model(tmp_path / name, name))
+    assert type(made).__name__ == "Gemma4TextConfig"
+    assert len(made.layer_types) == made.num_hidden_layers == geometry.GEOMETRIES[name].layers
+    assert made.layer_types[-1] == "full_attention"
+    assert bool(made.num_experts) == bool(geometry.GEOMETRIES[name].experts)
+
+
+def test_geometry_names_the_argument():
+    with pytest.raises(ValueError, match="name must be one of 26b-a4b"):
+        geometry.config("27b")
+    with pytest.raises(ValueError, match="layers must be a multiple of 6"):
+        geometry.config("26b-a4b", layers=4)

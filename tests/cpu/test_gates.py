@@ -1,0 +1,253 @@
+"""The two gates, on a stand-in tree named sglang that has only what they stand in.
+
+On the real server: ``test_server.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cpu.conftest import REPOSITORY, Python
+
+ENGINE = """\
+class Engine:
+    @classmethod
+    def _launch_subprocesses(cls, server_args, port_args=None):
+        print("LAUNCHED")
+        return cls.__name__, server_args, port_args
+
+
+class RayEngine(Engine):
+    pass
+"""
+RUNNER = """\
+class ModelRunner:
+    def load_model(self):
+        print("LOADED")
+        return "model"
+"""
+# Anything but what the patch was written for.
+MODELS = "class Gemma4MoE:\n    def __init__(self):\n        pass\n"
+TOPK = "class TopK:\n    def forward_cuda(self):\n        pass\n"
+
+START = """
+import json, logging, sys
+logging.basicConfig(level="INFO", stream=sys.stdout, format="%(levelname)s %(message)s")
+import gemma4_turbo
+from gemma4_turbo import patching
+def engine():
+    from sglang.srt.entrypoints import engine
+    return engine
+def runner():
+    from sglang.srt.model_executor import model_runner
+    return model_runner
+def gates():
+    return {
+        "launch": type(vars(engine().Engine)["_launch_subprocesses"].__func__).__name__,
+        "load": type(vars(runner().ModelRunner)["load_model"]).__name__,
+    }
+"""
+STOCK = {"launch": "function", "load": "function"}
+OURS = {"launch": "FunctionWrapper", "load": "FunctionWrapper"}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """The stand-in, in a folder for PYTHONPATH."""
+    root = tmp_path / "tree"
+    files = {
+        "entrypoints/engine.py": ENGINE,
+        "model_executor/model_runner.py": RUNNER,
+        "models/gemma4_causal.py": MODELS,
+        "layers/moe/topk.py": TOPK,
+    }
+    for name, text in files.items():
+        path = root / "sglang" / "srt" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    for folder in ("", "srt", "srt/entrypoints", "srt/model_executor", "srt/models"):
+        (root / "sglang" / folder / "__init__.py").write_text("")
+    for folder in ("srt/layers", "srt/layers/moe"):
+        (root / "sglang" / folder / "__init__.py").write_text("")
+    return root
+
+
+def ran(python: Python, tree: Path, code: str, **variables: str) -> Any:
+    """The finished process; the code runs after `START`."""
+    return python(START + code, PYTHONPATH=f"{tree}:{REPOSITORY}", **variables)
+
+
+def last(done: Any) -> Any:
+    """The JSON on the last line of the output."""
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_installed_transparently_and_removed(python: Python, tree: Path) -> None:
+    """Arguments, class and result pass through; revert puts the very same objects back."""
+    code = """
+e, r = engine(), runner()
+stock = vars(e.Engine)["_launch_subprocesses"], vars(r.ModelRunner)["load_model"]
+gemma4_turbo.apply()
+found = gates()
+calls = [e.Engine._launch_subprocesses(1, port_args=2), e.RayEngine._launch_subprocesses(3)]
+calls.append(r.ModelRunner().load_model())
+gemma4_turbo.revert()
+same = [vars(e.Engine)["_launch_subprocesses"] is stock[0],
+        vars(r.ModelRunner)["load_model"] is stock[1]]
+gemma4_turbo.apply()
+print(json.dumps([found, calls, same, gates()]))
+"""
+    found, calls, same, again = last(ran(python, tree, code))
+    assert found == again == OURS
+    assert calls == [["Engine", 1, 2], ["RayEngine", 3, None], "model"]
+    assert same == [True, True]
+
+
+def test_the_summary_is_one_line_when_the_model_stands(python: Python, tree: Path) -> None:
+    """What runs and what stands aside and why, by the process that knows."""
+    code = "gemma4_turbo.apply()\nimport sglang.srt.models.gemma4_causal, sglang.srt.layers.moe.topk\nrunner().ModelRunner().load_model()"
+    done = ran(python, tree, code)
+    assert done.returncode == 0, done.stderr
+    *_, loaded, summary = done.stdout.splitlines()
+    assert loaded == "LOADED"
+    assert summary.startswith(
+        f"INFO gemma4_turbo {__import__('gemma4_turbo').__version__}: installed: none; "
+        "standing aside: router drifted (SGLang "
+    )
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "gemma4_turbo.apply(); gemma4_turbo.revert()",
+        "gemma4_turbo.apply(); engine(); gemma4_turbo.revert()",
+        "import sglang; gemma4_turbo.apply(); gemma4_turbo.revert()",
+    ],
+)
+def test_none_after_revert(python: Python, tree: Path, code: str) -> None:
+    """Also where SGLang is imported only then: stock again means all of it."""
+    assert last(ran(python, tree, code + "\nprint(json.dumps(gates()))")) == STOCK
+
+
+def test_none_in_the_children_of_a_reverted_process(python: Python, tree: Path) -> None:
+    """They inherit the revert and bootstrap through the entry point."""
+    code = """
+import os, subprocess
+gemma4_turbo.apply(); gemma4_turbo.revert()
+child = sys.argv[1] + "gemma4_turbo.bootstrap(); print(json.dumps(gates()))"
+subprocess.run([sys.executable, "-c", child], check=True)
+"""
+    done = python(START + code, START, PYTHONPATH=f"{tree}:{REPOSITORY}")
+    assert last(done) == STOCK
+
+
+def test_none_with_everything_off(python: Python, tree: Path) -> None:
+    """``GEMMA4_TURBO=0`` is stock, unless strict mode has something to watch."""
+    code = "gemma4_turbo.apply()\nprint(json.dumps(gates()))"
+    assert last(ran(python, tree, code, GEMMA4_TURBO="0")) == STOCK
+    assert last(ran(python, tree, code)) == OURS
+    assert last(ran(python, tree, code, GEMMA4_TURBO="0", GEMMA4_TURBO_STRICT="1")) == OURS
+
+
+LAUNCH = "gemma4_turbo.apply()\nengine().Engine._launch_subprocesses(1)"
+LOAD = "gemma4_turbo.apply()\nrunner().ModelRunner().load_model()"
+
+
+def test_strict_refuses_a_drifted_patch_before_anything_is_launched(
+    python: Python, tree: Path
+) -> None:
+    """Told from the sources: the models are not imported in this process."""
+    done = ran(python, tree, LAUNCH, GEMMA4_TURBO_STRICT="1")
+    assert done.returncode == 1
+    assert "LAUNCHED" not in done.stdout
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith(
+        "gemma4_turbo.gates.StrictModeError: GEMMA4_TURBO_STRICT=1: router is drifted: SGLang "
+    )
+    assert "Gemma4MoE.__init__" in error
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        {},
+        {"GEMMA4_TURBO_STRICT": "0"},
+        {"GEMMA4_TURBO_STRICT": "1", "GEMMA4_TURBO_ROUTER": "0"},
+        {"GEMMA4_TURBO_STRICT": "1", "GEMMA4_TURBO": "0"},
+    ],
+)
+def test_launches_where_strict_has_no_say(
+    python: Python, tree: Path, variables: dict[str, str]
+) -> None:
+    """Not strict, or the drifted patch is switched off."""
+    for code, word in ((LAUNCH, "LAUNCHED"), (LOAD, "LOADED")):
+        done = ran(python, tree, code, **variables)
+        assert done.returncode == 0, done.stderr
+        assert word in done.stdout
+
+
+def test_strict_passes_an_unsupported_patch(python: Python, tree: Path) -> None:
+    """A release without Gemma 4 has nothing to speed up, and nothing is wrong."""
+    (tree / "sglang/srt/models/gemma4_causal.py").unlink()
+    done = ran(python, tree, LAUNCH, GEMMA4_TURBO_STRICT="1")
+    assert done.returncode == 0, done.stderr
+    assert "LAUNCHED" in done.stdout
+
+
+@pytest.mark.parametrize("state", ["drifted", "conflict", "failed"])
+def test_strict_refuses_after_loading_what_shows_only_then(
+    python: Python, tree: Path, state: str
+) -> None:
+    """In a scheduler: the model stands, but a patch that is on does not do its work."""
+    code = f"gemma4_turbo.apply()\nrun = patching.ENGINE.runs['router']\nrun.set({state!r}, 'as found')\nrunner().ModelRunner().load_model()"
+    done = ran(python, tree, code, GEMMA4_TURBO_STRICT="1")
+    assert done.returncode == 1
+    assert "LOADED" in done.stdout
+    assert done.stderr.splitlines()[-1].endswith(
+        f"StrictModeError: GEMMA4_TURBO_STRICT=1: router is {state}: as found"
+    )
+    assert ran(python, tree, code).returncode == 0
+
+
+@pytest.mark.parametrize("code", [LAUNCH, LOAD])
+def test_strict_refuses_a_value_that_cannot_be_read(python: Python, tree: Path, code: str) -> None:
+    """At both gates, with the sentence that names variable and choices."""
+    done = ran(python, tree, code, GEMMA4_TURBO_STRICT="yes")
+    assert done.returncode == 1
+    assert "GEMMA4_TURBO_STRICT='yes' is not one of 0, 1" in done.stderr.splitlines()[-1]
+    assert "LAUNCHED" not in done.stdout
+
+
+def test_spawned_processes_that_would_stay_stock(python: Python, tree: Path) -> None:
+    """No entry point allowed, no sitecustomize: a warning, or with strict a refusal."""
+    (tree / "sglang/srt/models/gemma4_causal.py").unlink()
+    lenient = ran(python, tree, LAUNCH, SGLANG_PLUGINS="other")
+    assert lenient.returncode == 0, lenient.stderr
+    assert "WARNING gemma4_turbo: spawned processes would stay stock" in lenient.stdout
+    assert "LAUNCHED" in lenient.stdout
+    strict = ran(python, tree, LAUNCH, SGLANG_PLUGINS="other", GEMMA4_TURBO_STRICT="1")
+    assert strict.returncode == 1
+    assert "StrictModeError" in strict.stderr.splitlines()[-1]
+    assert "SGLANG_PLUGINS" in strict.stderr.splitlines()[-1]
+    assert "LAUNCHED" not in strict.stdout
+
+
+def test_without_its_gate_strict_ends_the_process(python: Python, tree: Path) -> None:
+    """A release that renamed the function: strict mode could not keep its word."""
+    path = tree / "sglang/srt/entrypoints/engine.py"
+    path.write_text(ENGINE.replace("_launch_subprocesses", "_launch_workers"))
+    code = "gemma4_turbo.apply()\ntry:\n    engine()\nexcept Exception:\n    print('SWALLOWED')\nprint('WENT ON')"
+    strict = ran(python, tree, code, GEMMA4_TURBO_STRICT="1")
+    assert strict.returncode == 1
+    assert "strict mode has no hold on sglang.srt.entrypoints.engine" in strict.stderr
+    assert "WENT ON" not in strict.stdout
+    lenient = ran(python, tree, code)
+    assert lenient.returncode == 0, lenient.stderr
+    assert "WARNING gemma4_turbo: no summary will be logged" in lenient.stdout
+    assert lenient.stdout.splitlines()[-1] == "WENT ON"
+    assert "SWALLOWED" not in lenient.stdout

@@ -1,0 +1,183 @@
+"""The real, stock SGLang that is installed: patched, reverted, and in spawned processes.
+
+Importing its models takes long, so few processes do it and print all that the tests look at.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cpu.conftest import REPOSITORY
+
+MODULE = "sglang.srt.models.gemma4_causal"
+
+LOOK = f"""
+import importlib, json, multiprocessing, os, sys
+
+def look():
+    import gemma4_turbo
+    model = importlib.import_module({MODULE!r})
+    construct = vars(model.Gemma4MoE)["__init__"]
+    (row,) = gemma4_turbo.status()
+    return {{
+        "state": row.state,
+        "reason": row.reason,
+        "engaged": row.engaged,
+        "stock": construct.__code__.co_filename == model.__file__,
+        "ours": construct.__code__.co_filename.endswith("gemma4_turbo/patches/router.py"),
+        "id": id(construct),
+    }}
+"""
+
+# What SGLang does in each process that it spawns, before it imports any model.
+CHILD = """
+def child(results, done):
+    from sglang.srt.plugins import load_plugins
+    assert "gemma4_turbo" not in sys.modules
+    load_plugins()
+    found = look()
+    from gemma4_turbo.patching import ENGINE
+    if found["ours"]:
+        ENGINE.runs["router"].engaged(False)
+    results.put(found)
+    done.wait(120)
+"""
+
+PARENT = f"""{LOOK}{CHILD}
+if __name__ == "__main__":
+    import gemma4_turbo
+    found = {{}}
+    os.environ["GEMMA4_TURBO_ROUTER"] = "0"
+    found["first apply"] = gemma4_turbo.apply()[0].state
+    found["switched off"] = look()
+    gemma4_turbo.revert()
+    del os.environ["GEMMA4_TURBO_ROUTER"]
+    found["applied after the import"] = (gemma4_turbo.apply(), look())[1]
+    found["applied twice"] = (gemma4_turbo.apply(), look())[1]
+    context = multiprocessing.get_context("spawn")
+    done, patched, reverted = context.Event(), context.Queue(), context.Queue()
+    children = [context.Process(target=child, args=(patched, done), daemon=True)]
+    children[0].start()
+    gemma4_turbo.revert()
+    found["reverted"] = look()
+    os.environ["GEMMA4_TURBO_ROUTER"] = "0"
+    gemma4_turbo.apply()
+    found["switched off after the import"] = look()
+    del os.environ["GEMMA4_TURBO_ROUTER"]
+    gemma4_turbo.revert()
+    children.append(context.Process(target=child, args=(reverted, done), daemon=True))
+    children[1].start()
+    gemma4_turbo.apply()
+    found["applied again"] = look()
+    found["child"] = patched.get(timeout=150)
+    found["child of a reverted process"] = reverted.get(timeout=150)
+    found["with children"] = look()
+    done.set()
+    for process in children:
+        process.join(30)
+    print(json.dumps(found))
+"""
+
+SITE = f"""{LOOK}
+from sglang.srt.plugins import load_plugins
+bootstrapped = "gemma4_turbo.patching" in sys.modules
+load_plugins()
+print(json.dumps(look() | {{"bootstrapped": bootstrapped}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found(
+    environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
+    """What the processes saw, by the moment at which they looked."""
+    folder: Path = tmp_path_factory.mktemp("stock")
+    common = environment | {"GEMMA4_TURBO_STATE_DIR": str(folder / "state")}
+    site = common | {
+        "PYTHONPATH": f"{REPOSITORY / 'sitecustomize_example'}:{REPOSITORY}",
+        "SGLANG_PLUGINS": "another_plugin",  # so that only sitecustomize can have done it
+        "GEMMA4_TURBO_STATE_DIR": str(folder / "site state"),
+    }
+    results = {}
+    processes = {}
+    for name, code, variables in (("parent", PARENT, common), ("site", SITE, site)):
+        script = folder / f"{name}.py"
+        script.write_text(code)
+        processes[name] = subprocess.Popen(
+            [sys.executable, str(script)],
+            env=variables,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    try:
+        for name, process in processes.items():
+            out, err = process.communicate(timeout=240)
+            assert process.returncode == 0, err
+            results[name] = json.loads(out.splitlines()[-1])
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+    return {**results["parent"], "sitecustomize": results["site"]}
+
+
+@pytest.mark.parametrize(
+    "moment", ["applied after the import", "applied again", "child", "sitecustomize"]
+)
+def test_active(found: dict[str, dict[str, Any]], moment: str) -> None:
+    """In this process, after a revert, in a spawned child by the entry point, by sitecustomize."""
+    assert found[moment]["state"] == "active"
+    assert found[moment]["reason"] == "installed"
+    assert found[moment]["ours"]
+    assert not found[moment]["stock"]
+
+
+@pytest.mark.parametrize(
+    ("moment", "reason"),
+    [
+        ("switched off", "GEMMA4_TURBO_ROUTER=0"),
+        ("switched off after the import", "GEMMA4_TURBO_ROUTER=0"),
+        ("reverted", "revert() was called"),
+        ("child of a reverted process", "revert() was called"),
+    ],
+)
+def test_stock(found: dict[str, dict[str, Any]], moment: str, reason: str) -> None:
+    """Switched off before and after the import, reverted, and spawned by a reverted process."""
+    assert found[moment]["state"] == "off"
+    assert found[moment]["reason"] == reason
+    assert found[moment]["stock"]
+    assert not found[moment]["ours"]
+
+
+def test_the_very_same_object(found: dict[str, dict[str, Any]]) -> None:
+    """Stock's constructor never leaves the process; a second apply does not wrap ours."""
+    stock = found["switched off"]["id"]
+    assert found["reverted"]["id"] == stock
+    assert found["switched off after the import"]["id"] == stock
+    assert found["applied after the import"]["id"] != stock
+    assert found["applied twice"]["id"] == found["applied after the import"]["id"]
+
+
+def test_apply_before_the_import(found: dict[str, dict[str, Any]]) -> None:
+    """The reason is known before SGLang is."""
+    assert found["first apply"] == "off"
+
+
+def test_sitecustomize_was_there_first(found: dict[str, dict[str, Any]]) -> None:
+    """Before SGLang's own plugin loader."""
+    assert found["sitecustomize"]["bootstrapped"]
+
+
+def test_a_child_s_calls_are_counted_in_the_parent(found: dict[str, dict[str, Any]]) -> None:
+    """The launcher's status tells what its children did, and that they work."""
+    assert found["applied again"]["engaged"] == 0
+    assert found["with children"]["engaged"] == 1
+    assert found["with children"]["state"] == "active"
