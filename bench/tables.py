@@ -120,11 +120,11 @@ TABLES = {"engine": engine, "equality": equality, "exact": exact, "kernels": ker
 def render(text: str) -> str:
     """``text`` with every table between its markers made anew."""
     for name, make in TABLES.items():
-        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(\n<!-- end -->)", re.DOTALL)
+        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             raise SystemExit(f"bench/tables.py: README.md has no marker for the table {name!r}")
         table = make()
-        text = marked.sub(lambda found, table=table: found[1] + table + found[2], text)
+        text = marked.sub(lambda found, table=table: found[1] + table + "\n" + found[2], text)
     return text
 
 
