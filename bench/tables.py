@@ -82,7 +82,7 @@ def equality() -> str:
 
 def exact() -> str:
     """The kernel against stock's own closure."""
-    frame = pd.read_csv(RESULTS / "router-exact.csv")
+    frame = pd.read_csv(RESULTS / "router-exact.csv", keep_default_na=False)  # a kind is called nan
     frame["kind"] = frame["kind"].where(~frame["kind"].str.startswith("random"), "random")
     adversarial = ", ".join(kind for kind in frame["kind"].unique() if kind != "random")
     frame["kind"] = frame["kind"].where(frame["kind"] == "random", "adversarial")
