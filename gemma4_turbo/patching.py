@@ -226,7 +226,8 @@ class Engine:
             definitions = fingerprints.Definitions(_imported_source)
             swaps = [Swap(target) for target in patch.targets]
             for swap in swaps:
-                swap.require_stock(_first_line(definitions.node(swap.target)))
+                node: Any = definitions.node(swap.target)
+                swap.require_stock(_first_line(node), len(node.decorator_list))
             run.code = _patch_module(patch)
             stock = {swap.target: swap.function for swap in swaps}
             replacements = run.code.build(run, stock)

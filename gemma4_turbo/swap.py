@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from typing import Any
@@ -37,19 +38,23 @@ class Swap:
         """Stock's function, without its staticmethod or classmethod."""
         return self.raw.__func__ if isinstance(self.raw, staticmethod | classmethod) else self.raw
 
-    def require_stock(self, first_line: int) -> None:
-        """Raise `NotStockError` unless this is the plain function that the module's source defines.
+    def require_stock(self, first_line: int, decorators: int = 0) -> None:
+        """Raise `NotStockError` unless this is the function that the module's source defines.
 
         Args:
             first_line: line of the definition in that source, decorators included.
+            decorators: how many there are; so many ``functools.wraps`` layers are looked through.
         """
         function = self.function
+        for _ in range(decorators):
+            function = getattr(function, "__wrapped__", function)
         if type(function) is not types.FunctionType:
             raise NotStockError(
                 f"{self.target} is a {type(function).__name__}, not stock's function"
             )
         code = function.__code__
-        if code.co_filename != self.module.__file__ or code.co_firstlineno != first_line:
+        source = os.path.realpath(self.module.__file__ or "")
+        if os.path.realpath(code.co_filename) != source or code.co_firstlineno != first_line:
             where = f"{code.co_filename}:{code.co_firstlineno}"
             raise NotStockError(f"{self.target} was replaced before us by the function at {where}")
 

@@ -27,7 +27,7 @@ TARGET = "sglang.srt.models.gemma4_causal:Gemma4MoE.__init__"
 Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 _routed: weakref.WeakSet[Any] = weakref.WeakSet()  # the Gemma4MoE whose routing is ours
-_verdicts: dict[tuple[Any, ...], str | None] = {}  # self-check, once per device and shape
+_verdicts: dict[tuple[Any, ...], str | None] = {}  # of self_check, per device, dtypes and shape
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -60,19 +60,22 @@ def _take_over(run: PatchRun, moe: Any) -> None:
     if getattr(stock, "__qualname__", "") != "Gemma4MoE.__init__.<locals>.routing_function":
         run.set(states.CONFLICT, f"TopK was given {stock!r}, not stock's routing function")
         return
-    failure = self_check(stock, moe.per_expert_scale, config.top_k)
+    bypass = _bypass(moe.topk)
+    ours = routing_function(run, stock, moe.per_expert_scale)
+    # The logits have the model's dtype. Checking it now also compiles the kernel before any CUDA
+    # graph is captured.
+    failure = self_check(stock, moe.per_expert_scale, torch.get_default_dtype(), config.top_k)
     if failure is not None:
         run.set(states.FAILED, failure)
         return
-    config.custom_routing_function = routing_function(run, stock, moe.per_expert_scale)
+    config.custom_routing_function = ours
     _routed.add(moe)
-    bypass = _bypass(moe.topk)
     if bypass is not None:
         run.set(states.UNSUPPORTED, bypass)
 
 
 def routing_function(run: PatchRun, stock: Routing, per_expert_scale: torch.Tensor) -> Routing:
-    """What TopK calls: the fused kernel where it fits, else stock's closure."""
+    """What TopK calls: the fused kernel where it fits and has passed its check, else stock."""
     traced = _custom_op()
 
     def routing_function(
@@ -85,15 +88,38 @@ def routing_function(run: PatchRun, stock: Routing, per_expert_scale: torch.Tens
         if torch.compiler.is_compiling():
             if reason is None:
                 return traced(gating_output, per_expert_scale, topk)
-        elif reason is None:
-            run.engaged(_capturing(gating_output))
-            return kernel.launch_routing(gating_output, per_expert_scale, topk)
-        else:
-            run.declined(reason)
+            return stock(hidden_states, gating_output, topk, renormalize)
+        if reason is None:
+            capturing = _capturing(gating_output)
+            reason = _unproven(run, stock, per_expert_scale, gating_output.dtype, topk, capturing)
+            if reason is None:
+                run.engaged(capturing)
+                return kernel.launch_routing(gating_output, per_expert_scale, topk)
+        run.declined(reason)
         return stock(hidden_states, gating_output, topk, renormalize)
 
     routing_function.gemma4_turbo_stock = stock  # type: ignore[attr-defined]
     return routing_function
+
+
+def _unproven(
+    run: PatchRun,
+    stock: Routing,
+    per_expert_scale: torch.Tensor,
+    dtype: torch.dtype,
+    topk: int,
+    capturing: bool,
+) -> str | None:
+    """Why the kernel may not run for these dtypes here, or None. A look-up but for the first time."""
+    key = _key(per_expert_scale, dtype, topk)
+    if key in _verdicts:
+        return _verdicts[key]
+    if capturing:  # a comparison needs a synchronisation, which a capture forbids
+        return f"{dtype} logits were not compared with stock before the capture"
+    failure = self_check(stock, per_expert_scale, dtype, topk)
+    if failure is not None:
+        run.set(states.FAILED, failure)
+    return failure
 
 
 def _capturing(tensor: torch.Tensor) -> bool:
@@ -153,32 +179,43 @@ def _bypass(topk: Any) -> str | None:
     return f"MoE backend {backend.value} routes by itself and never calls the routing function"
 
 
-def self_check(stock: Routing, per_expert_scale: torch.Tensor, topk: int) -> str | None:
+def _key(per_expert_scale: torch.Tensor, dtype: torch.dtype, topk: int) -> tuple[Any, ...]:
+    return per_expert_scale.device, per_expert_scale.dtype, per_expert_scale.shape[0], dtype, topk
+
+
+def self_check(
+    stock: Routing, per_expert_scale: torch.Tensor, dtype: torch.dtype, topk: int
+) -> str | None:
     """Compare with stock's closure on this very GPU. None if every bit agrees.
 
-    The order of ties is PyTorch's, so another PyTorch or another GPU might have another one. Rows
-    full of ties, once per shape, also compile the kernel before any CUDA graph is captured.
-    Without a GPU there is nothing to compare with: `gemma4_turbo verify` uses the oracle there.
+    The order of ties is PyTorch's, so another PyTorch or another GPU might have another one. Done
+    once per key, on rows of which half are full of ties. Without a GPU there is nothing to compare
+    with: `gemma4_turbo verify` uses the numpy oracle there.
+
+    Args:
+        stock: stock's routing function, closed over ``per_expert_scale``.
+        per_expert_scale: ``[E]``.
+        dtype: of the router's logits.
+        topk: K.
     """
-    if per_expert_scale.device.type != "cuda":
-        return None
-    key = (per_expert_scale.device, per_expert_scale.dtype, per_expert_scale.shape, topk)
+    key = _key(per_expert_scale, dtype, topk)
     if key not in _verdicts:
-        _verdicts[key] = _compare(stock, per_expert_scale, topk)
+        if per_expert_scale.device.type == "meta":
+            return None  # no data yet: checked at the first call
+        on_gpu = per_expert_scale.device.type == "cuda"
+        _verdicts[key] = _compare(stock, per_expert_scale, dtype, topk) if on_gpu else None
     return _verdicts[key]
 
 
 @torch.no_grad()
-def _compare(stock: Routing, per_expert_scale: torch.Tensor, topk: int) -> str | None:
-    experts = per_expert_scale.shape[0]
+def _compare(
+    stock: Routing, per_expert_scale: torch.Tensor, dtype: torch.dtype, topk: int
+) -> str | None:
     device = per_expert_scale.device
-    dtype = per_expert_scale.dtype  # the model's, so that of the router's logits
-    if dtype not in kernel.LOGIT_DTYPES:
-        return None  # declined call by call
     generator = torch.Generator(device).manual_seed(0)  # the global state stays as it is
-    rows = tie_rows(512, experts, generator).to(dtype)
+    rows = tie_rows(512, per_expert_scale.shape[0], generator).to(dtype)
     if kernel.decline_reason(rows, per_expert_scale, topk) is not None:
-        return None
+        return None  # declined call by call, with its own reason
     expected = stock(rows, rows, topk, True)
     got = kernel.launch_routing(rows, per_expert_scale, topk)
     wrong = (got[1] != expected[1]) | (got[0].view(torch.int32) != expected[0].view(torch.int32))
@@ -186,7 +223,7 @@ def _compare(stock: Routing, per_expert_scale: torch.Tensor, topk: int) -> str |
     if count == 0:
         return None
     return (
-        f"self-check: {count} of {len(rows)} rows differ from stock on "
+        f"self-check: {count} of {len(rows)} rows of {dtype} logits differ from stock on "
         f"{torch.cuda.get_device_name(device)} with torch {torch.__version__}"
     )
 
@@ -194,8 +231,10 @@ def _compare(stock: Routing, per_expert_scale: torch.Tensor, topk: int) -> str |
 def tie_rows(rows: int, experts: int, generator: torch.Generator) -> torch.Tensor:
     """fp32 router logits, half of them coarse (ties everywhere), half as a router gives them."""
     device = generator.device
-    coarse = torch.randint(-4, 5, (rows // 2, experts), generator=generator, device=device) / 4
-    fine = torch.randn(rows - rows // 2, experts, generator=generator, device=device)
+    drawn = torch.randint(-4, 5, (rows // 2, experts), generator=generator, device=device)
+    coarse = drawn.float() / 4
+    shape = (rows - rows // 2, experts)
+    fine = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     return torch.cat([coarse, fine])
 
 

@@ -175,6 +175,33 @@ def test_state_says_when_the_backend_routes_by_itself(monkeypatch: pytest.Monkey
     assert "flashinfer_trtllm" in run.reason
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["at construction", "at the first call"])
+def test_a_failed_check_keeps_stock(monkeypatch: pytest.MonkeyPatch, late: bool):
+    """A GPU on which one bit differs: stock's path, state failed, whenever that is found out."""
+    small = build()
+    run = ENGINE.runs["router"]
+    monkeypatch.setattr(patch, "_verdicts", {})
+    monkeypatch.setattr(patch, "self_check", lambda *args: "self-check: 1 of 512 rows differ")
+    x = torch.randn(3, 128).bfloat16()
+    if not late:
+        small.moe.topk.topk_config.custom_routing_function = routing_of(small).gemma4_turbo_stock
+        patch._take_over(run, small.moe)
+        assert routing_of(small).__qualname__ == STOCK_NAME
+    before = run.counters.engaged
+    routing_of(small)(x, x, 8, True)
+    assert run.counters.engaged == before
+    assert run.state == states.FAILED
+    assert "1 of 512 rows" in run.reason
+
+
+def test_a_model_built_on_meta_is_checked_at_its_first_call(monkeypatch: pytest.MonkeyPatch):
+    """No verdict is stored for a parameter without data."""
+    monkeypatch.setattr(patch, "_verdicts", {})
+    scale = torch.ones(128, device="meta")
+    assert patch.self_check(print, scale, torch.bfloat16, 8) is None  # type: ignore[arg-type]
+    assert patch._verdicts == {}
+
+
 def test_a_foreign_routing_function_is_a_conflict():
     small = build()
     run = PatchRun(by_name("router"), 0, lambda: None)

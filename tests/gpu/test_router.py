@@ -109,6 +109,7 @@ def make_run() -> PatchRun:
 
 def test_replay_of_a_cuda_graph(generator):
     """The patch's routing function, captured, follows new logits and a new scale on replay."""
+    patch._verdicts.clear()
     scale = random_scale(128, torch.bfloat16, generator)
     stock = patch.stock_routing(CONSTRUCT, scale)
     run = make_run()
@@ -119,6 +120,10 @@ def test_replay_of_a_cuda_graph(generator):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = routing(x, x, 8, True)
+        unproven = routing(x.half(), x.half(), 8, True)  # fp16 was never compared: stock's path
+    assert run.engaged_count() - before == 2
+    assert "before the capture" in run.full_reason()
+    assert unproven[1].dtype == torch.int32
     x.copy_(logits("signed zeros", 64, 128, 8, torch.bfloat16, generator))
     scale.mul_(1.5)  # a weight update while serving
     graph.replay()
@@ -158,7 +163,7 @@ def test_self_check_sees_one_wrong_row(monkeypatch, generator):
     """A kernel that is off in one row of 512 keeps the patch out, with a reason."""
     scale = random_scale(128, torch.bfloat16, generator)
     stock = patch.stock_routing(CONSTRUCT, scale)
-    assert patch._compare(stock, scale, 8) is None
+    assert patch._compare(stock, scale, torch.bfloat16, 8) is None
     right = kernel.launch_routing
 
     def wrong(*args):
@@ -168,6 +173,7 @@ def test_self_check_sees_one_wrong_row(monkeypatch, generator):
 
     monkeypatch.setattr(kernel, "launch_routing", wrong)
     patch._verdicts.clear()
+    monkeypatch.setattr(torch, "get_default_dtype", lambda: torch.bfloat16)
     moe = SimpleNamespace(
         per_expert_scale=scale,
         topk=SimpleNamespace(
