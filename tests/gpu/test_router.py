@@ -185,5 +185,5 @@ def test_self_check_sees_one_wrong_row(monkeypatch, generator):
     patch._take_over(run, moe)
     patch._verdicts.clear()
     assert run.state == states.FAILED
-    assert "1 of 512 rows differ" in run.reason
+    assert "1 of 512 rows of torch.bfloat16 logits differ" in run.reason
     assert moe.topk.topk_config.custom_routing_function is stock
