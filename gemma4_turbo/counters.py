@@ -10,6 +10,7 @@ memory and only this process sees them.
 from __future__ import annotations
 
 import array
+import atexit
 import json
 import mmap
 import os
@@ -112,6 +113,7 @@ class Ledger:
                 mapped = mmap.mmap(file.fileno(), _BYTES)
             self._cells = memoryview(mapped).cast("q")  # type: ignore[assignment]
             self._path = folder / f"{self._pid}.json"
+            atexit.register(self.close)
         except OSError as error:
             self._cells = array.array("q", bytes(_BYTES))
             self._path = None
@@ -153,6 +155,9 @@ def _sweep(folder: Path) -> None:
         if not alive:
             path.unlink(missing_ok=True)
             path.with_suffix(".counters").unlink(missing_ok=True)
+    for path in folder.glob("*.counters"):  # of a process killed before it wrote its states
+        if path.stem.isdecimal() and _start_time(int(path.stem)) is None:
+            path.unlink(missing_ok=True)
 
 
 def _command(pid: int) -> str:

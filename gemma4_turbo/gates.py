@@ -31,20 +31,13 @@ LAUNCH = "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"
 LOADED = "sglang.srt.model_executor.model_runner:ModelRunner.load_model"
 PLUGIN_GROUP = "sglang.srt.plugins"
 
-_swaps: dict[str, Swap] = {}
-_registered = False
-
 
 class StrictModeError(RuntimeError):
     """``GEMMA4_TURBO_STRICT=1`` and a patch that is switched on cannot do its work."""
 
 
 def register(engine: Engine) -> None:
-    """Install the gates as soon as SGLang imports what they stand in. Once."""
-    global _registered
-    if _registered:
-        return
-    _registered = True
+    """Install the gates as soon as SGLang imports what they stand in."""
     for target in (LAUNCH, LOADED):
         module = target.partition(":")[0]
         wrapt.register_post_import_hook(_hook(engine, target), module)
@@ -63,20 +56,20 @@ def install(engine: Engine) -> None:
 
 def remove(engine: Engine) -> None:
     """Put both functions back."""
-    for swap in _swaps.values():
+    for swap in engine.gates.values():
         swap.restore()
-    _swaps.clear()
+    engine.gates.clear()
 
 
 def _install_one(engine: Engine, target: str) -> None:
     switches = engine.switches()
     wanted = switches.strict or any(decision.on for decision in switches.decisions.values())
-    if target in _swaps or not wanted:
+    if target in engine.gates or not wanted:
         return
     try:
         swap = Swap(target)
         swap.install(wrapt.FunctionWrapper(swap.function, _WRAPPERS[target](engine)))
-        _swaps[target] = swap
+        engine.gates[target] = swap
     except Exception as error:
         if switches.strict:
             # Without its gate strict mode could not keep its word. SystemExit is the one
@@ -106,6 +99,7 @@ def _before_launch(engine: Engine) -> Any:
 
 def _after_load(engine: Engine) -> Any:
     def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        engine.catch_up()
         result = wrapped(*args, **kwargs)
         from gemma4_turbo.report import summary_line
 

@@ -25,6 +25,7 @@ from gemma4_turbo.switches import SELECTION, Selection, Switches, read
 if TYPE_CHECKING:
     from gemma4_turbo.checks import Check
     from gemma4_turbo.counters import Counters, Ledger
+    from gemma4_turbo.swap import Swap
 
 logger = logging.getLogger("gemma4_turbo")
 ROOT = "sglang"
@@ -111,18 +112,19 @@ def ledger() -> Ledger:
 
 
 class _FirstImport:
-    """Calls back when SGLang's root package is first looked up. Finds nothing itself.
+    """Calls back once, when SGLang's root package is first looked up. Finds nothing itself.
 
-    So that `apply` need not import wrapt, which takes longer than all the rest of it.
+    So that `apply` need not import wrapt, which takes longer than all the rest of it. It stays where
+    it is: taking it out of ``sys.meta_path`` during a look-up would make Python skip the next finder.
     """
 
     def __init__(self, callback: Callable[[], None]) -> None:
-        self._callback = callback
+        self._callback: Callable[[], None] | None = callback
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        if fullname == ROOT:
-            sys.meta_path.remove(self)
-            self._callback()
+        if fullname == ROOT and self._callback is not None:
+            callback, self._callback = self._callback, None
+            callback()
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:
@@ -148,7 +150,10 @@ class Engine:
         self._lock = threading.RLock()
         self._selection: Selection | None = None
         self._armed = False
+        self._finder: Any = None
+        self.gates: dict[str, Swap] = {}  # of gemma4_turbo.gates
         self._ready: set[str] = set()  # modules that have been run to their end
+        self._half: set[str] = set()  # modules that were being run when we came
 
     # -- the public calls -------------------------------------------------------------------
 
@@ -186,6 +191,7 @@ class Engine:
     def status(self, below: bool = True) -> list[PatchStatus]:
         """See `gemma4_turbo.status`; ``below=False`` leaves the descendants out."""
         with self._lock:
+            self.catch_up()
             reports = []
             if below:
                 from gemma4_turbo.counters import descendants
@@ -227,7 +233,7 @@ class Engine:
             swaps = [Swap(target) for target in patch.targets]
             for swap in swaps:
                 node: Any = definitions.node(swap.target)
-                swap.require_stock(_first_line(node), len(node.decorator_list))
+                swap.require_stock(_first_line(node), _wrappers(node))
             run.code = _patch_module(patch)
             stock = {swap.target: swap.function for swap in swaps}
             replacements = run.code.build(run, stock)
@@ -283,23 +289,27 @@ class Engine:
             self._gates("install")
         elif ROOT in sys.modules:
             self._arm()
-        elif not any(isinstance(finder, _FirstImport) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _FirstImport(_guarded(self._arm)))
+        elif self._finder not in sys.meta_path:
+            self._finder = _FirstImport(_guarded(self._arm))
+            sys.meta_path.insert(0, self._finder)
 
     def _arm(self) -> None:
         """Register the post-import hooks. wrapt runs a hook at once if its module is there."""
-        self._armed = True
         try:
             import wrapt
         except ImportError as error:
             for run in self.runs.values():
                 run.set(states.FAILED, f"wrapt is not installed: {error}")
             return
+        self._armed = True
         for problem in self.switches().problems:
             logger.error("gemma4_turbo: %s", problem)
         for run in self.runs.values():
-            for module in sorted(_modules(run.patch)):
-                wrapt.register_post_import_hook(self._hook(run), module)
+            for name in sorted(_modules(run.patch)):
+                if _being_imported(name):  # wrapt would call the hook now, with half a module
+                    self._half.add(name)
+                else:
+                    wrapt.register_post_import_hook(self._hook(run), name)
         from gemma4_turbo import gates
 
         gates.register(self)
@@ -309,10 +319,19 @@ class Engine:
         def patch_on_import(module: types.ModuleType) -> None:
             with self._lock:
                 self._ready.add(module.__name__)
-                if self._selection is not None and not self._selection.reverted:
-                    self._install(run)
+                self.catch_up()
+                self._install(run)
 
         return patch_on_import
+
+    def catch_up(self) -> None:
+        """Install what had to wait for modules that were being imported when we came."""
+        done = {name for name in self._half if not _being_imported(name)}
+        if done:
+            self._half -= done
+            self._ready |= done & set(sys.modules)
+            for run in self.runs.values():
+                self._install(run)
 
     def _gates(self, what: str) -> None:
         if self._armed:
@@ -338,13 +357,12 @@ class Engine:
                 state, reason = states.OFF, decision.reason
             elif self._selection is None:
                 reason = "apply() has not been called in this process"
-            elif self._selection.reverted:
-                state, reason = states.OFF, "revert() was called"
         engaged = run.engaged_count() + sum(other["engaged"] for other in below)
         if state == states.UNSUPPORTED and run.swaps and engaged:
             state, reason = states.ACTIVE, f"installed; but {reason}"
         # The processes that run the model outweigh this one, and the worst of them the others.
-        told = [other for other in below if other["state"] != states.WAITING]
+        known = set(states.SEVERITY) - {states.WAITING}
+        told = [other for other in below if other["state"] in known]
         if told:
             worst = max(told, key=lambda other: states.SEVERITY.index(other["state"]))
             state, reason = worst["state"], worst["reason"]
@@ -369,6 +387,11 @@ def installed_release() -> str | None:
         return None
 
 
+def _being_imported(name: str) -> bool:
+    spec = getattr(sys.modules.get(name), "__spec__", None)
+    return bool(getattr(spec, "_initializing", False))
+
+
 def _modules(patch: Patch) -> set[str]:
     return {target.partition(":")[0] for target in patch.sources}
 
@@ -386,6 +409,12 @@ def _imported_source(module: str) -> str | None:
         return None
     with open(path, encoding="utf-8") as file:
         return file.read()
+
+
+def _wrappers(node: Any) -> int:
+    """How many decorators of a definition may wrap it in another function."""
+    builtin = ("staticmethod", "classmethod", "property")
+    return sum(getattr(decorator, "id", "") not in builtin for decorator in node.decorator_list)
 
 
 def _first_line(node: Any) -> int:

@@ -9,7 +9,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo import __version__, states
-from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.catalogue import CATALOGUE, by_name
 from gemma4_turbo.states import PatchStatus
 from gemma4_turbo.switches import Switches
 
@@ -82,11 +82,16 @@ def table(rows: Sequence[PatchStatus | dict[str, Any]], title: str = "Patches") 
         grid.add_column(heading, overflow="fold")
     for row in rows:
         record = row if isinstance(row, dict) else row._asdict()
-        patch = by_name(record["name"])
+        patch = next((p for p in CATALOGUE if p.name == record["name"]), None)
         engaged = str(record["engaged"])
         if record.get("captured"):
             engaged += f" ({record['captured']} into CUDA graphs)"
         grid.add_row(
-            patch.name, patch.env, record["state"], engaged, patch.numerics, record["reason"]
+            record["name"],
+            patch.env if patch else "?",  # a server that runs another version of this package
+            record["state"],
+            engaged,
+            patch.numerics if patch else "?",
+            record["reason"],
         )
     return grid

@@ -65,7 +65,7 @@ class Swap:
         self._installed = replacement
         setattr(self.owner, self.name, replacement)
         if isinstance(self.owner, types.ModuleType):
-            _rebind(self.raw, replacement, but_not=self.owner)
+            _rebind(self.raw, replacement)
 
     @property
     def in_place(self) -> bool:
@@ -78,14 +78,14 @@ class Swap:
             return False
         setattr(self.owner, self.name, self.raw)
         if isinstance(self.owner, types.ModuleType):
-            _rebind(self._installed, self.raw, but_not=self.owner)
+            _rebind(self._installed, self.raw)
         self._installed = None
         return True
 
 
-def _rebind(old: Any, new: Any, but_not: types.ModuleType) -> None:
+def _rebind(old: Any, new: Any) -> None:
     for module in list(sys.modules.values()):
-        if not isinstance(module, types.ModuleType) or module is but_not:
+        if not isinstance(module, types.ModuleType):
             continue
         for name, value in list(vars(module).items()):
             if value is old:

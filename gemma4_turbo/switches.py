@@ -86,9 +86,9 @@ def read(
 ) -> Switches:
     """Decide for every patch of ``catalogue``.
 
-    The most specific word wins: ``GEMMA4_TURBO=0``, then a patch's own variable, then its alias,
-    then ``apply(only=, skip=)``, then the profile, then the patch's default. A value that is not
-    allowed switches off what it speaks of.
+    The first of these that speaks decides: ``GEMMA4_TURBO=0``, `gemma4_turbo.revert`, the patch's
+    own variable, its alias, ``apply(only=, skip=)``, the profile, the patch's default. A value that
+    is not allowed switches off what it speaks of.
     """
     environ = os.environ if environ is None else environ
     selection = selection or Selection()
@@ -112,6 +112,8 @@ def read(
                 by_alias = Decision(on, f"{alias.env}={value}")
         if master_problem or master == "0":
             decision = Decision(False, master_problem or f"{MASTER}=0")
+        elif selection.reverted:
+            decision = Decision(False, "revert() was called")
         elif own_problem or own is not None:
             decision = Decision(own == "1", own_problem or f"{patch.env}={own}")
         elif by_alias is not None:

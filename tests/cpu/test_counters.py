@@ -183,6 +183,10 @@ def test_a_later_process_with_the_same_pid_is_another(start: Start, folder: Path
     assert live_processes() == []
     path.write_text(json.dumps(told))
     assert len(live_processes()) == 1
+    mine = Ledger()
+    mine.publish([])
+    assert json.loads((folder / f"{os.getpid()}.json").read_text())["start"] != told["start"]
+    mine.close()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", '{"pid": "x"}', '{"pid": 1', '{"pid": 1}'])

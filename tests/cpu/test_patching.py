@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.machinery
 import importlib.util
 import logging
@@ -210,6 +211,28 @@ def test_conflict_before_us(world: World) -> None:
     assert row.state == states.CONFLICT
     assert f"replaced before us by the function at {__file__}" in row.reason
     assert leaf.answer is theirs
+
+
+@pytest.mark.parametrize("qualname", ["answer", "Model.forward", "Model.scale", "Model.name"])
+def test_conflict_with_a_polite_wrapper(world: World, qualname: str) -> None:
+    """``functools.wraps`` makes it look like stock's own function, decorated or not."""
+    engine = world.engine((record("one", world.target(qualname)), returning("ours")))
+    leaf = world.imported()
+    owner = leaf.Model if "." in qualname else leaf
+    name = qualname.rpartition(".")[2]
+    raw = vars(owner)[name]
+    decorator = type(raw) if isinstance(raw, staticmethod | classmethod) else None
+    stock = raw.__func__ if decorator else raw
+
+    @functools.wraps(stock)
+    def wrapper(*args: Any) -> Any:
+        return stock(*args)
+
+    setattr(owner, name, decorator(wrapper) if decorator else wrapper)
+    theirs = vars(owner)[name]
+    (row,) = engine.apply()
+    assert row.state == states.CONFLICT
+    assert vars(owner)[name] is theirs
 
 
 def test_conflict_after_us(world: World) -> None:

@@ -1,0 +1,254 @@
+"""The real server on its real start path, on a CPU: what the patches say and what strict mode stops.
+
+A small GPT-2 with random weights: nothing here is about a model, all about processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cpu.conftest import REPOSITORY
+
+pytestmark = pytest.mark.server
+
+START_LIMIT = 180.0  # seconds; it takes a fraction of that
+CONFIG = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "vocab_size": 1000,
+    "n_positions": 512,
+    "n_ctx": 512,
+    "activation_function": "gelu_new",
+}
+# What sgl_kernel wants of the driver when it is loaded; it is never called on a CPU.
+DRIVER = (
+    "cuGetErrorString",
+    "cuMemAddressFree",
+    "cuMemGetAddressRange_v2",
+    "cuMemRelease",
+    "cuMemRetainAllocationHandle",
+    "cuMemSetAccess",
+    "cuMemUnmap",
+    "cuPointerGetAttribute",
+)
+BAD_VALUE = "GEMMA4_TURBO_ROUTER='maybe' is not one of 0, 1"
+SPAWNED = "Load weight begin"  # only a scheduler process says that
+
+
+class Server:
+    """A started server, its output in a file, its whole process group ours to end."""
+
+    def __init__(self, arguments: list[str], environ: dict[str, str], log: Path) -> None:
+        self._log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-m", "sglang.launch_server", *arguments],
+                env=environ,
+                cwd=log.parent,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def output(self) -> str:
+        """Everything printed so far."""
+        return self._log.read_text(errors="replace")
+
+    def until(self, holds: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + START_LIMIT
+        while not holds():
+            assert time.monotonic() < deadline, f"never {what}:\n{self.output[-4000:]}"
+            time.sleep(0.25)
+
+    def line(self, pattern: str) -> str:
+        """The first line that holds ``pattern``, as soon as it is there."""
+
+        def there() -> bool:
+            ended = self.process.poll() is not None
+            if re.search(pattern, self.output):
+                return True
+            assert not ended, f"ended early:\n{self.output[-4000:]}"
+            return False
+
+        self.until(there, f"printed {pattern}")
+        return next(line for line in self.output.splitlines() if re.search(pattern, line))
+
+    def exit_code(self) -> int:
+        """Wait until the server has ended by itself."""
+        self.until(lambda: self.process.poll() is not None, "ended")
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the group, whatever state they are in."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=30)
+
+
+Launch = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """LD_LIBRARY_PATH to a stand-in for the CUDA driver where the machine has none."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pass
+    else:
+        return {}
+    folder = tmp_path_factory.mktemp("driver")
+    source = folder / "driver.c"
+    source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in DRIVER))
+    library = str(folder / "libcuda.so.1")
+    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library]
+    subprocess.run(["gcc", *options, str(source)], check=True, timeout=60)
+    inherited = os.environ.get("LD_LIBRARY_PATH")
+    return {"LD_LIBRARY_PATH": ":".join(filter(None, (str(folder), inherited)))}
+
+
+@pytest.fixture
+def launch(environment: dict[str, str], driver: dict[str, str], tmp_path: Path) -> Iterator[Launch]:
+    """Starts the server with the given environment variables; all of it is killed afterwards."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    servers: list[Server] = []
+
+    def launched(port: int | None = None, **variables: str) -> Server:
+        arguments = ["--model-path", str(model), "--port", str(port or free_port())]
+        arguments += ["--device", "cpu", "--attention-backend", "torch_native"]
+        arguments += ["--load-format", "dummy", "--skip-tokenizer-init"]
+        arguments += ["--max-total-tokens", "4096"]  # else it takes all of the memory
+        state = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"}
+        environ = environment | driver | state | variables
+        servers.append(Server(arguments, environ, tmp_path / f"server{len(servers)}.log"))
+        return servers[-1]
+
+    yield launched
+    for server in servers:
+        server.kill()
+
+
+def free_port() -> int:
+    """A port nobody listens on now, low enough for those that SGLang derives from it."""
+    while True:
+        port = random.randint(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def site(tmp_path: Path, code: str) -> str:
+    """PYTHONPATH with a ``sitecustomize`` that runs ``code`` in every process of the server."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(code)
+    return f"{folder}:{REPOSITORY}"
+
+
+def healthy(port: int) -> bool:
+    """Whether the server says so over HTTP."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def test_installed_in_the_scheduler_and_healthy(launch: Launch) -> None:
+    """Stock's own start line, nothing set: the entry point does it, and the server serves."""
+    port = free_port()
+    server = launch(port)
+    assert re.search(
+        r"gemma4_turbo \S+: installed: router$", server.line(r"gemma4_turbo \S+: inst")
+    )
+    assert SPAWNED in server.output
+    server.until(lambda: healthy(port), "healthy")
+    assert server.output.count("installed: router") == 1
+    assert "Traceback" not in server.output
+
+
+def test_a_bad_value_with_strict_spawns_nothing(launch: Launch) -> None:
+    """The main process ends with the sentence that names variable and choices."""
+    server = launch(GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_ROUTER="maybe")
+    assert server.exit_code() == 1
+    (error,) = [line for line in server.output.splitlines() if "StrictModeError:" in line]
+    assert BAD_VALUE in error
+    assert "gates.py" in server.output
+    assert SPAWNED not in server.output
+
+
+def test_a_bad_value_without_strict_is_told(launch: Launch) -> None:
+    """The server starts, the router is off, the log says why."""
+    server = launch(GEMMA4_TURBO_ROUTER="maybe")
+    server.line("Using KV cache dtype")  # load_model came back and its caller went on
+    assert BAD_VALUE in server.output
+    assert f"installed: none; standing aside: router off ({BAD_VALUE})" in server.output
+    assert "StrictModeError" not in server.output
+
+
+CONFLICT = """
+import wrapt
+
+def replace(module):
+    stock = module.Gemma4MoE.__init__
+    def __init__(self, *args, **kwargs):
+        stock(self, *args, **kwargs)
+    module.Gemma4MoE.__init__ = __init__
+
+wrapt.register_post_import_hook(replace, "sglang.srt.models.gemma4_causal")
+"""
+
+
+def test_a_conflict_in_the_scheduler_with_strict_ends_the_server(
+    launch: Launch, tmp_path: Path
+) -> None:
+    """Another package's patch, seen only where the models are imported: no server stays up."""
+    server = launch(GEMMA4_TURBO_STRICT="1", PYTHONPATH=site(tmp_path, CONFLICT))
+    assert server.exit_code() != 0
+    assert SPAWNED in server.output
+    assert "StrictModeError: GEMMA4_TURBO_STRICT=1: router is conflict" in server.output
+    assert "was replaced before us by the function at" in server.output
+    assert "The server is fired up" not in server.output
+
+
+DRIFT = """
+from gemma4_turbo import fingerprints
+
+known = fingerprints.known_releases
+fingerprints.known_releases = lambda: {
+    release: dict.fromkeys(prints, "0" * 16) for release, prints in known().items()
+}
+"""
+
+
+def test_drift_with_strict_spawns_nothing(launch: Launch, tmp_path: Path) -> None:
+    """The installed source is none that is known, which the main process can tell."""
+    server = launch(GEMMA4_TURBO_STRICT="1", PYTHONPATH=site(tmp_path, DRIFT))
+    assert server.exit_code() == 1
+    assert "StrictModeError: GEMMA4_TURBO_STRICT=1: router is drifted: SGLang" in server.output
+    assert "Gemma4MoE.__init__" in server.output
+    assert SPAWNED not in server.output
