@@ -81,37 +81,45 @@ def equality() -> str:
 
 
 def exact() -> str:
-    """The kernel against stock's own closure."""
-    frame = pd.read_csv(RESULTS / "router-exact.csv", keep_default_na=False)  # a kind is called nan
+    """The kernel against stock's own closure, a row per GPU."""
+    # keep_default_na: one kind is called nan
+    frames = [
+        pd.read_csv(path, keep_default_na=False)
+        for path in sorted(RESULTS.glob("router-exact*.csv"))
+    ]
+    frame = pd.concat(frames)
     frame["kind"] = frame["kind"].where(~frame["kind"].str.startswith("random"), "random")
     adversarial = ", ".join(kind for kind in frame["kind"].unique() if kind != "random")
     frame["kind"] = frame["kind"].where(frame["kind"] == "random", "adversarial")
-    sums = frame.groupby(["dtype", "kind"])[["rows", "rows_differing"]].sum().reset_index()
+    keys = ["gpu", "dtype", "kind"]
+    sums = frame.groupby(keys)[["rows", "rows_differing"]].sum().reset_index()
     rows = [
-        [row["dtype"], row["kind"], f"{row['rows']:,}", f"{row['rows_differing']:,}"]
+        [row["gpu"], row["dtype"], row["kind"], f"{row['rows']:,}", f"{row['rows_differing']:,}"]
         for _, row in sums.iterrows()
     ]
-    table = markdown(["logits", "rows", "compared", "differing in any bit"], rows)
+    table = markdown(["GPU", "logits", "rows", "compared", "differing in any bit"], rows)
     experts = ", ".join(map(str, sorted(frame["experts"].unique())))
     topk = ", ".join(map(str, sorted(frame["topk"].unique())))
-    return f"{table}\n\nE in {experts}; K in {topk}; adversarial: {adversarial}: {origin(frame)}."
+    runs = "; ".join(origin(one) for one in frames)
+    return f"{table}\n\nE in {experts}; K in {topk}; adversarial: {adversarial}. {runs}."
 
 
 def kernels() -> str:
-    """GPU time of one call."""
-    frame = pd.read_csv(RESULTS / "router-kernels.csv")
-    frame = frame[frame["case"] == "bfloat16"]
-    rows = [
-        [
-            str(row["tokens"]),
-            f"{row['stock_us']:.1f} ({row['stock_launches']} launches)",
-            f"{row['fused_us']:.1f} ({row['fused_launches']})",
-            f"{row['fused_us'] / row['stock_us']:.2f}",
-        ]
-        for _, row in frame.iterrows()
-    ]
-    table = markdown(["tokens", "stock, us", "fused, us", "ratio"], rows)
-    return f"{table}\n\n128 experts, top-8, bf16, kernel time by profiler: {origin(frame)}."
+    """GPU time of one call, columns per GPU."""
+    frames = [pd.read_csv(path) for path in sorted(RESULTS.glob("router-kernels*.csv"))]
+    frames = [frame[frame["case"] == "bfloat16"].set_index("tokens") for frame in frames]
+    header, rows = ["tokens"], [[str(tokens)] for tokens in frames[0].index]
+    for frame in frames:
+        name = str(frame.iloc[0]["gpu"]).removeprefix("NVIDIA ").split()[0]
+        header += [f"{name}: stock, us", "fused, us", "ratio"]
+        for line, (_, row) in zip(rows, frame.iterrows(), strict=True):
+            line += [
+                f"{row['stock_us']:.1f} ({row['stock_launches']} launches)",
+                f"{row['fused_us']:.1f} ({row['fused_launches']})",
+                f"{row['fused_us'] / row['stock_us']:.2f}",
+            ]
+    runs = "; ".join(origin(frame) for frame in frames)
+    return f"{markdown(header, rows)}\n\n128 experts, top-8, bf16, kernel time by profiler. {runs}."
 
 
 TABLES = {"engine": engine, "equality": equality, "exact": exact, "kernels": kernels}

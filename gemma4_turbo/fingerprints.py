@@ -92,7 +92,7 @@ def find_definition(tree: ast.Module, qualname: str) -> ast.AST | None:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 if node.name == name:
                     found = node
-            elif isinstance(node, ast.If | ast.Try | ast.With):
+            elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
                 pending = list(ast.iter_child_nodes(node)) + pending
         if found is None:
             return None
@@ -109,6 +109,9 @@ def _write(value: object, out: list[str]) -> None:
                 continue
             if field == "body" and isinstance(body, list) and _has_docstring(value):
                 child = body[1:]
+            if isinstance(value, ast.JoinedStr) and field == "values":
+                # Some Pythons put empty strings between the parts of an f-string.
+                child = [part for part in value.values if getattr(part, "value", None) != ""]
             out.append(f" {field}=")
             _write(child, out)
         out.append(")")

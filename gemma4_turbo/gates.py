@@ -63,8 +63,7 @@ def remove(engine: Engine) -> None:
 
 def _install_one(engine: Engine, target: str) -> None:
     switches = engine.switches()
-    wanted = switches.strict or any(decision.on for decision in switches.decisions.values())
-    if target in engine.gates or not wanted:
+    if target in engine.gates or switches.stock:
         return
     try:
         swap = Swap(target)

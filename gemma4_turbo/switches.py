@@ -63,6 +63,7 @@ class Switches(NamedTuple):
     problems: tuple[str, ...]  # one sentence each, naming the variable and the choices
     strict: bool
     log_level: str | None
+    stock: bool  # ``GEMMA4_TURBO=0`` or `gemma4_turbo.revert`: nothing of ours is wanted, no word either
 
 
 def _choice(
@@ -140,5 +141,9 @@ def read(
             problems.append(f"{variable} is no variable of gemma4_turbo{hint}")
     # A strict mode that cannot be read is meant: fall on the strict side.
     return Switches(
-        decisions, tuple(problems), strict == "1" or strict_problem is not None, log_level
+        decisions,
+        tuple(problems),
+        strict == "1" or strict_problem is not None,
+        log_level,
+        master == "0" or selection.reverted,
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -185,13 +187,13 @@ def _send_requests(port: int) -> tuple[int, float]:
 
 
 def _free_port() -> int:
-    from gemma4_turbo.commands.small_moe import free_port
-
-    return free_port()
+    # SGLang derives other ports from this one: a high one would lead it beyond 65535.
+    for port in random.sample(range(20_000, 30_000), 100):
+        if _is_free(port):
+            return port
+    raise CannotRunError("no free port between 20000 and 30000: choose one with --port")
 
 
 def _is_free(port: int) -> bool:
-    import socket
-
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) != 0
