@@ -147,11 +147,14 @@ subprocess.run([sys.executable, "-c", child], check=True)
 
 
 def test_none_with_everything_off(python: Python, tree: Path) -> None:
-    """``GEMMA4_TURBO=0`` is stock, unless strict mode has something to watch."""
+    """``GEMMA4_TURBO=0`` is stock: no patch is on that strict mode could watch."""
     code = "gemma4_turbo.apply()\nprint(json.dumps(gates()))"
     assert last(ran(python, tree, code, GEMMA4_TURBO="0")) == STOCK
     assert last(ran(python, tree, code)) == OURS
-    assert last(ran(python, tree, code, GEMMA4_TURBO="0", GEMMA4_TURBO_STRICT="1")) == OURS
+    assert last(ran(python, tree, code, GEMMA4_TURBO="0", GEMMA4_TURBO_STRICT="1")) == STOCK
+    # A value that cannot be read switches off too, but that must be told.
+    assert last(ran(python, tree, code, GEMMA4_TURBO="banana")) == OURS
+    assert last(ran(python, tree, code, GEMMA4_TURBO_ROUTER="0")) == OURS
 
 
 LAUNCH = "gemma4_turbo.apply()\nengine().Engine._launch_subprocesses(1)"
