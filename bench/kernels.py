@@ -96,6 +96,25 @@ def router_cases() -> list[tuple[str, int, Call, Call]]:
 CASES = {"router": router_cases}
 
 
+def plot(frame: pd.DataFrame, path: Path) -> None:
+    """Kernel time over tokens, fused and stock, a panel per case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cases = list(frame.groupby("case"))
+    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
+    for panel, (case, part) in zip(axes[0], cases, strict=True):
+        panel.loglog(part["tokens"], part["stock_us"], "o-", label="stock")
+        panel.loglog(part["tokens"], part["fused_us"], "o-", label="fused")
+        panel.set(title=f"{frame.iloc[0]['kernel']}, {case}", xlabel="tokens", ylabel="us")
+        panel.legend()
+    figure.suptitle(frame.iloc[0]["gpu"])
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
 @torch.no_grad()
 def main(
     kernel: Annotated[str, typer.Argument(help=" | ".join(CASES))] = "router",
@@ -132,6 +151,7 @@ def main(
     frame = pd.DataFrame(rows)
     frame["ratio"] = frame["fused_us"] / frame["stock_us"]
     frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    plot(frame, out.with_suffix(".png"))
     shown = ["case", "tokens", "fused_us", "stock_us", "ratio", "fused_launches", "stock_launches"]
     print(frame[[*shown, "fused_graph_us", "stock_graph_us"]].round(2).to_string(index=False))
 
