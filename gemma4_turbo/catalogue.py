@@ -47,6 +47,11 @@ class Patch(NamedTuple):
         """Everything whose source decides whether the patch fits."""
         return self.targets + self.relies_on
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that hold `sources`."""
+        return tuple(sorted({target.partition(":")[0] for target in self.sources}))
+
 
 CATALOGUE: tuple[Patch, ...] = (
     Patch(

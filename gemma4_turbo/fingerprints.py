@@ -17,7 +17,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,6 +143,12 @@ def fingerprint(node: ast.AST) -> str:
     return hashlib.sha256("".join(out).encode()).hexdigest()[:16]
 
 
+@lru_cache(maxsize=4)
+def _parse(source: str) -> ast.Module:
+    # Several patches, and judge() and its caller, look into the same few modules one after another.
+    return ast.parse(source)
+
+
 class Definitions:
     """Definitions found through a `SourceOf`, each module parsed once."""
 
@@ -155,7 +161,7 @@ class Definitions:
         module, _, qualname = target.partition(":")
         if module not in self._trees:
             source = self._source_of(module)
-            self._trees[module] = None if source is None else ast.parse(source)
+            self._trees[module] = None if source is None else _parse(source)
         tree = self._trees[module]
         return None if tree is None else find_definition(tree, qualname)
 

@@ -81,15 +81,15 @@ def _install_one(engine: Engine, target: str) -> None:
 
 def _before_launch(engine: Engine) -> Any:
     def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        refusals = launch_refusals(engine)
-        routes = bootstrap_routes()
-        if not routes:
+        strict = engine.switches().strict
+        refusals = launch_refusals(engine) if strict else []
+        if not bootstrap_routes():
             refusals.append(
                 "spawned processes would stay stock: gemma4_turbo's entry point is not installed "
                 "or not allowed by SGLANG_PLUGINS, and no sitecustomize on PYTHONPATH calls it"
             )
             logger.warning("gemma4_turbo: %s", refusals[-1])
-        if engine.switches().strict and refusals:
+        if strict and refusals:
             raise StrictModeError("GEMMA4_TURBO_STRICT=1: " + "; ".join(refusals))
         return wrapped(*args, **kwargs)
 

@@ -218,7 +218,7 @@ class Engine:
         if not decision.on:
             run.set(states.OFF, decision.reason)
             return
-        if not all(module in self._ready for module in _modules(patch)):
+        if not all(module in self._ready for module in patch.modules):
             return
         from gemma4_turbo import fingerprints
         from gemma4_turbo.swap import NotStockError, Swap
@@ -305,7 +305,7 @@ class Engine:
         for problem in self.switches().problems:
             logger.error("gemma4_turbo: %s", problem)
         for run in self.runs.values():
-            for name in sorted(_modules(run.patch)):
+            for name in run.patch.modules:
                 if _being_imported(name):  # wrapt would call the hook now, with half a module
                     self._half.add(name)
                 else:
@@ -390,10 +390,6 @@ def installed_release() -> str | None:
 def _being_imported(name: str) -> bool:
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return bool(getattr(spec, "_initializing", False))
-
-
-def _modules(patch: Patch) -> set[str]:
-    return {target.partition(":")[0] for target in patch.sources}
 
 
 def _patch_module(patch: Patch) -> PatchModule:

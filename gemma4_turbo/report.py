@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from gemma4_turbo import __version__, states
 from gemma4_turbo.catalogue import CATALOGUE, by_name
 from gemma4_turbo.states import PatchStatus
-from gemma4_turbo.switches import Switches
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,19 +50,18 @@ def device() -> str | None:
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
-def as_records(rows: Sequence[PatchStatus], switches: Switches) -> list[dict[str, Any]]:
+def as_records(rows: Sequence[PatchStatus]) -> list[dict[str, Any]]:
     """One JSON-ready object per patch."""
     records = []
     for row in rows:
         patch = by_name(row.name)
-        decision = switches.decisions[row.name]
         records.append(
             {
                 "name": row.name,
                 "env": patch.env,
                 "default": "on" if patch.default else "off",
                 "state": row.state,
-                "reason": row.reason if row.state != states.OFF else decision.reason or row.reason,
+                "reason": row.reason,
                 "numerics": patch.numerics,
                 "targets": list(row.targets),
                 "engaged": row.engaged,

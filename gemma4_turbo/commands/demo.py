@@ -24,9 +24,9 @@ from rich.console import Console
 
 from gemma4_turbo import geometry, report
 from gemma4_turbo.commands import verify
-from gemma4_turbo.commands.modules import CannotRunError, require_targets
+from gemma4_turbo.commands.modules import CannotRunError, require_sglang, require_targets
 from gemma4_turbo.counters import descendants
-from gemma4_turbo.patching import ENGINE, installed_release
+from gemma4_turbo.patching import ENGINE
 
 START_LIMIT_S = 420
 EXAMPLE = Path(__file__).resolve().parents[2] / "sitecustomize_example"
@@ -37,8 +37,7 @@ def run(layers: int, port: int) -> int:
     """The command."""
     console = Console()
     device = verify.prepare_device()
-    if installed_release() is None:
-        raise CannotRunError("SGLang is not installed: pip install 'gemma4-turbo[sglang]'")
+    require_sglang()
     return on_gpu(console, layers, port) if device == "cuda" else on_cpu(console)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 from rich.console import Console
@@ -31,21 +32,15 @@ def examine() -> dict[str, Any]:
     return {
         "versions": report.versions(),
         "device": report.device(),
-        "patches": report.as_records(rows, switches),
+        "patches": report.as_records(rows),
         "problems": list(switches.problems),
         "bootstrap": bootstrap_routes(),
         "servers": [
             {"pid": other.pid, "command": other.command, "patches": other.patches}
             for other in live_processes()
-            if other.pid != _own_pid()
+            if other.pid != os.getpid()
         ],
     }
-
-
-def _own_pid() -> int:
-    import os
-
-    return os.getpid()
 
 
 def exit_code(found: dict[str, Any]) -> int:

@@ -10,6 +10,8 @@ from importlib import import_module
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.patching import installed_release
 
+NOT_INSTALLED = "SGLang is not installed: pip install 'gemma4-turbo[sglang]'"
+
 
 class CannotRunError(Exception):
     """Something outside the package is missing; the message says it in one line."""
@@ -21,9 +23,9 @@ def import_targets() -> list[str]:
     SGLang prints while it is imported: that goes to stderr, so that stdout stays the command's.
     """
     if installed_release() is None:
-        return ["SGLang is not installed: pip install 'gemma4-turbo[sglang]'"]
+        return [NOT_INSTALLED]
     problems = []
-    modules = sorted({target.partition(":")[0] for patch in CATALOGUE for target in patch.sources})
+    modules = sorted({module for patch in CATALOGUE for module in patch.modules})
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for module in modules:
@@ -32,6 +34,12 @@ def import_targets() -> list[str]:
             except Exception as error:
                 problems.append(f"{module} cannot be imported: {type(error).__name__}: {error}")
     return problems
+
+
+def require_sglang() -> None:
+    """Raise `CannotRunError` if SGLang is not installed. Imports nothing."""
+    if installed_release() is None:
+        raise CannotRunError(NOT_INSTALLED)
 
 
 def require_targets() -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 
-from gemma4_turbo.commands.modules import CannotRunError
+from gemma4_turbo.commands.modules import CannotRunError, require_sglang
 from gemma4_turbo.gates import bootstrap_routes
 
 
 def run(arguments: Sequence[str]) -> int:
     """Replace this process by the server."""
-    if find_spec("sglang") is None:
-        raise CannotRunError("SGLang is not installed: pip install 'gemma4-turbo[sglang]'")
+    require_sglang()
     if not bootstrap_routes():
         raise CannotRunError(
             "the server's processes would stay stock: install gemma4_turbo with pip (and let "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 from collections.abc import Sequence
@@ -11,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from gemma4_turbo import report
-from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.checks import Check
 from gemma4_turbo.commands.modules import CannotRunError, require_targets
 from gemma4_turbo.patching import ENGINE
@@ -32,10 +30,9 @@ def prepare_device() -> str:
 def check_all(device: str) -> list[Check]:
     """Every check of every patch that is switched on and fits this SGLang."""
     checks: list[Check] = []
-    for patch in CATALOGUE:
-        if ENGINE.runs[patch.name].swaps:
-            module = importlib.import_module(f"gemma4_turbo.patches.{patch.name}")
-            checks += module.verify(ENGINE.runs[patch.name], device)
+    for run in ENGINE.runs.values():
+        if run.swaps and run.code is not None:
+            checks += run.code.verify(run, device)
     return checks
 
 

@@ -40,6 +40,19 @@ GRANDCHILD = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable,
 Start = Callable[[str], "subprocess.Popen[str]"]
 
 
+def in_another_process(code: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in an interpreter of its own, with this environment and this package."""
+    environ = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The state folder of this test, not there yet."""
@@ -127,8 +140,7 @@ def test_the_living_are_not_swept(start: Start, folder: Path) -> None:
 def test_counters_without_states_are_swept_too(folder: Path) -> None:
     """Of a process that was killed between opening its counters and publishing its states."""
     code = "import os; from gemma4_turbo.counters import Ledger; Ledger().open(); os.kill(os.getpid(), 9)"
-    environ = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    subprocess.run([sys.executable, "-c", code], env=environ, timeout=60, check=False)
+    in_another_process(code)
     (orphan,) = folder.iterdir()
     survivor = Ledger()
     survivor.publish([])
@@ -207,10 +219,7 @@ def test_a_name_with_parentheses_is_read_right() -> None:
         "from gemma4_turbo.counters import _parent;"
         "print(_parent(os.getpid()) == os.getppid())"
     )
-    environ = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60
-    )
+    done = in_another_process(code)
     assert done.stdout == "True\n", done.stderr
 
 
@@ -234,10 +243,7 @@ def test_strangers_are_no_descendants(start: Start) -> None:
         "from gemma4_turbo.counters import descendants, live_processes;"
         "print(len(live_processes()), len(descendants()))"
     )
-    environ = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60
-    )
+    done = in_another_process(code)
     assert done.stdout == "1 0\n", done.stderr
 
 
