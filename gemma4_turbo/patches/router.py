@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import states
+from gemma4_turbo import custom_ops, states
 from gemma4_turbo.checks import Check
 from gemma4_turbo.kernels import router as kernel
 from gemma4_turbo.kernels import topk_order
@@ -126,23 +126,7 @@ def _capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-@functools.cache
 def _custom_op() -> Routing:
-    """``torch.ops.gemma4_turbo.fused_routing``: opaque to Dynamo, which must not look inside."""
-    library: Any = torch.library.Library("gemma4_turbo", "FRAGMENT")  # type: ignore[no-untyped-call]
-    library.define(
-        "fused_routing(Tensor router_logits, Tensor per_expert_scale, int topk) -> (Tensor, Tensor)"
-    )
-    _libraries.append(library)  # the registration lives as long as this object
-
-    def run_kernel(
-        router_logits: torch.Tensor, per_expert_scale: torch.Tensor, topk: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        from gemma4_turbo.patching import ENGINE
-
-        ENGINE.runs["router"].engaged(_capturing(router_logits))
-        return kernel.launch_routing(router_logits, per_expert_scale, topk)
-
     def fake(
         router_logits: torch.Tensor, per_expert_scale: torch.Tensor, topk: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,12 +136,12 @@ def _custom_op() -> Routing:
             router_logits.new_empty(shape, dtype=torch.int32),
         )
 
-    library.impl("fused_routing", run_kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake("gemma4_turbo::fused_routing", fake, lib=library)
-    return torch.ops.gemma4_turbo.fused_routing.default
-
-
-_libraries: list[Any] = []
+    return custom_ops.register(
+        "router",
+        "fused_routing(Tensor router_logits, Tensor per_expert_scale, int topk) -> (Tensor, Tensor)",
+        lambda *args: kernel.launch_routing(*args),
+        fake,
+    )
 
 
 def _bypass(topk: Any) -> str | None:
