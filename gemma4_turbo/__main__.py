@@ -1,8 +1,9 @@
-"""``python -m gemma4_turbo doctor | verify | demo | serve``."""
+"""``python -m gemma4_turbo doctor | verify | bisect | demo | serve``."""
 
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 try:
@@ -36,6 +37,42 @@ def verify(as_json: Json = False) -> None:
     from gemma4_turbo.commands import verify as command
 
     raise typer.Exit(command.run(as_json))
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def bisect(
+    command: Annotated[
+        list[str], typer.Argument(metavar="COMMAND", help="Exit status 0 passes, others fail.")
+    ],
+    timeout: Annotated[
+        int | None, typer.Option(min=1, metavar="SECONDS", help="A run that takes longer fails.")
+    ] = None,
+    repeat: Annotated[
+        int, typer.Option(min=1, help="Runs per set of patches; the set fails if one of them does.")
+    ] = 1,
+    as_json: Json = False,
+    logs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep what each run prints: run-NN.stdout, run-NN.stderr."
+        ),
+    ] = None,
+) -> None:
+    """Find the patch, or the smallest set of patches, that makes COMMAND fail.
+
+    Run it with every patch off, then with those that the environment asks for,
+    then with fewer and fewer of them, each set once: GEMMA4_TURBO_<PATCH>=0 or 1.
+
+    No run has a stdin, and no process of its group outlives it. Progress goes to
+    stderr. The last line, on stdout, names the culprit and what to set instead.
+
+    Exit 0: culprit found. Exit 1: COMMAND fails without any patch, or passes
+    with all. Exit 2: COMMAND cannot be started, a variable or an option is
+    wrong, or no patch is on. Exit 130: interrupted.
+    """
+    from gemma4_turbo.commands import bisect as implementation
+
+    raise typer.Exit(implementation.run(command, timeout, repeat, as_json, logs))
 
 
 @app.command()

@@ -29,13 +29,15 @@ class Patch(NamedTuple):
     targets: tuple[str, ...]  # "module:qualname", replaced
     relies_on: tuple[str, ...]  # "module:qualname", not replaced, but its source must be known
     written_for: tuple[str, ...]  # releases whose source of all of these the patch was written for
-    superseded_when: tuple[str, str]  # (target, name): stock has it if the target uses the name
+    # (target, name): stock has it if the target uses the name; None: no release has it
+    superseded_when: tuple[str, str] | None
     superseded_since: str  # first release for which that holds, "" if none
     numerics: str
     traced: bool  # torch.compile may trace the replacement
     default: bool
     origin: str
     aliases: tuple[Alias, ...] = ()
+    requires: tuple[str, ...] = ()  # patches that it stands on: off when one of them is
 
     @property
     def env(self) -> str:
@@ -72,6 +74,230 @@ CATALOGUE: tuple[Patch, ...] = (
         default=True,
         origin="pyc96/sglang#1; upstream sgl-project/sglang#26502",
         aliases=(Alias("SGLANG_GEMMA4_DISABLE_FUSED_ROUTER", disables=True),),
+    ),
+    Patch(
+        name="step_prologue",
+        summary="Per-layer inputs (E2B, E4B) in two launches and a GEMM; no unread copy of the ids",
+        targets=(
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward",
+            "sglang.srt.models.gemma4_causal:Gemma4TextModel.get_per_layer_inputs",
+            "sglang.srt.models.gemma4_causal:Gemma4TextModel.project_per_layer_inputs",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_per_layer_inputs",
+            "sglang.srt.models.gemma3_causal:Gemma3TextScaledWordEmbedding",
+            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="",
+    ),
+    Patch(
+        name="moe_align",
+        summary="Small batches' slots grouped by expert for the fused MoE kernel in one launch",
+        targets=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
+            ":moe_align_block_size",
+        ),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels"
+            ":fused_moe_kernel",
+        ),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
+        # Upstream's own single launch takes up to 64 slots.
+        superseded_when=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
+            ":moe_align_block_size",
+            "moe_align_small_numel",
+        ),
+        superseded_since="0.5.18",
+        numerics=BITWISE,
+        # It is called inside SGLang's opaque fused-experts operators; a trace that reaches it all
+        # the same sees stock's function.
+        traced=False,
+        default=True,
+        origin="",
+    ),
+    Patch(
+        name="layer_norms",
+        summary="Norms, residual and router scale between attention and feed-forward in one launch",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
+            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="pyc96/sglang#18",
+    ),
+    Patch(
+        name="router_norm",
+        summary="The router's norm and scale in one launch, where layer_norms does not take the layer",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Router.forward",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Router.__init__",
+            "sglang.srt.models.gemma4_causal:Gemma4Router.fuse_scale",
+            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+        ),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="sgl-project/sglang#26588",
+    ),
+    Patch(
+        name="ple_tail",
+        summary="The end of a layer with per-layer embeddings (E2B, E4B) in three launches beside its GEMMs",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
+            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="pyc96/sglang#18",
+    ),
+    Patch(
+        name="qkv_norm",
+        summary="Norms of Q, K and V with one program per token and head",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
+            "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="sgl-project/sglang#26588, #25461",
+    ),
+    Patch(
+        name="rope_store",
+        summary="Rotation and KV store in the launch of the QKV norms; no dummy K on layers that share KV",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
+            "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
+            "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
+            "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding",
+            "sglang.srt.layers.radix_attention:RadixAttention.forward",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.set_kv_buffer",
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
+            "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="",
+        requires=("qkv_norm",),
+    ),
+    Patch(
+        name="qkv_proj",
+        summary="Only the rows of the QKV weight that a layer needs are multiplied",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
+            "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=TOLERANCE,
+        traced=True,
+        default=True,
+        origin="sgl-project/sglang#25461",
+    ),
+    Patch(
+        name="input_norm",
+        summary="The next layer's input norm in the launch of a layer's end",
+        targets=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+            "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
+            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+            "sglang.srt.layers.gemma4_fused_ops:_gemma_dual_rmsnorm_residual_kernel",
+            "sglang.srt.layers.gemma4_fused_ops:_gemma_rmsnorm_residual_kernel",
+            "sglang.srt.layers.gemma4_fused_ops:gemma_dual_rmsnorm_residual_scalar",
+            "sglang.srt.layers.gemma4_fused_ops:gemma_rmsnorm_residual_scalar",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="",
+    ),
+    Patch(
+        name="experts_sum",
+        summary="The sum over a token's experts in the launch of the layer's end",
+        targets=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_sum_reduce_torch_compile",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
+            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+            "sglang.srt.layers.gemma4_fused_ops:_gemma_dual_rmsnorm_residual_kernel",
+            "sglang.srt.layers.gemma4_fused_ops:_gemma_rmsnorm_residual_kernel",
+            "sglang.srt.layers.gemma4_fused_ops:gemma_dual_rmsnorm_residual_scalar",
+            "sglang.srt.layers.gemma4_fused_ops:gemma_rmsnorm_residual_scalar",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+            "sglang.srt.models.gemma4_causal:Gemma4MoE.forward",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="",
+    ),
+    Patch(
+        name="mlp_stream",
+        summary="The dense MLP beside the experts, on a second stream of the CUDA graph",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
+            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=True,
+        origin="",
     ),
 )
 

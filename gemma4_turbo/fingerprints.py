@@ -193,7 +193,7 @@ def judge(patch: Patch, release: str | None, source_of: SourceOf) -> Verdict:
     candidates = [table[r] for r in patch.written_for if r in table]
     if any(all(found[t] == known.get(t) for t in found) for known in candidates):
         return Verdict(states.ACTIVE, f"written for the source that {label} has")
-    if definitions.uses(*patch.superseded_when):
+    if patch.superseded_when is not None and definitions.uses(*patch.superseded_when):
         since = f" (since {patch.superseded_since})" if patch.superseded_since else ""
         return Verdict(
             states.UPSTREAMED, f"{label} has it itself: {patch.superseded_when[1]}{since}"

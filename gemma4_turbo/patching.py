@@ -214,9 +214,9 @@ class Engine:
         patch = run.patch
         if run.state not in (states.WAITING, states.OFF):
             return
-        decision = self.switches().decisions[patch.name]
-        if not decision.on:
-            run.set(states.OFF, decision.reason)
+        on, reason = self._decision(patch)
+        if not on:
+            run.set(states.OFF, reason)
             return
         if not all(module in self._ready for module in patch.modules):
             return
@@ -230,10 +230,11 @@ class Engine:
                 run.set(verdict.state, verdict.reason)
                 return
             definitions = fingerprints.Definitions(_imported_source)
-            swaps = [Swap(target) for target in patch.targets]
+            swaps = [self._shared(target) or Swap(target) for target in patch.targets]
             for swap in swaps:
-                node: Any = definitions.node(swap.target)
-                swap.require_stock(_first_line(node), _wrappers(node))
+                if not swap.in_place:
+                    node: Any = definitions.node(swap.target)
+                    swap.require_stock(_first_line(node), _wrappers(node))
             run.code = _patch_module(patch)
             stock = {swap.target: swap.function for swap in swaps}
             replacements = run.code.build(run, stock)
@@ -243,12 +244,30 @@ class Engine:
             run.swaps = done
             run.set(states.ACTIVE, "installed")
         except NotStockError as error:
+            self._abandon(run, done)
             run.set(states.CONFLICT, str(error))
         except Exception as error:
-            for swap in reversed(done):
-                swap.restore()
+            self._abandon(run, done)
             run.set(states.FAILED, f"{type(error).__name__}: {error}")
             logger.debug("gemma4_turbo: %s", patch.name, exc_info=True)
+
+    def _shared(self, target: str) -> Swap | None:
+        """The replacement of ``target`` that another patch has put in, if any."""
+        for run in self.runs.values():
+            for swap in run.swaps:
+                if swap.target == target and swap.in_place:
+                    found: Swap = swap
+                    return found
+        return None
+
+    @staticmethod
+    def _abandon(run: PatchRun, done: list[Swap]) -> None:
+        """Undo an installation that failed half-way."""
+        for swap in reversed(done):
+            swap.restore()
+        if run.code is not None:
+            run.code.undo(run)
+            run.code = None
 
     def _uninstall(self, run: PatchRun) -> None:
         """Put back what is still ours."""
@@ -263,6 +282,14 @@ class Engine:
             run.forget()
             if was != states.WAITING:
                 self._publish()
+
+    def _decision(self, patch: Patch) -> tuple[bool, str]:
+        """Whether the switches want a patch and everything that it stands on, and why."""
+        decisions = self.switches().decisions
+        for needed in patch.requires:
+            if not decisions[needed].on and decisions[patch.name].on:
+                return False, f"stands on {needed}, which is off: {decisions[needed].reason}"
+        return decisions[patch.name].on, decisions[patch.name].reason
 
     # -- plumbing -----------------------------------------------------------------------------
 
@@ -283,8 +310,9 @@ class Engine:
         self._set_log_level()
         if self._armed:
             for run in self.runs.values():
-                if not self.switches().decisions[run.patch.name].on and run.swaps:
+                if not self._decision(run.patch)[0] and run.swaps:
                     self._uninstall(run)
+            for run in self.runs.values():
                 self._install(run)
             self._gates("install")
         elif ROOT in sys.modules:
@@ -352,9 +380,9 @@ class Engine:
                 swap.target for swap in run.swaps if not swap.in_place
             )
         if state == states.WAITING:
-            decision = self.switches().decisions[run.patch.name]
-            if not decision.on:
-                state, reason = states.OFF, decision.reason
+            on, why = self._decision(run.patch)
+            if not on:
+                state, reason = states.OFF, why
             elif self._selection is None:
                 reason = "apply() has not been called in this process"
         engaged = run.engaged_count() + sum(other["engaged"] for other in below)

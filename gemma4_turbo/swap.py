@@ -18,6 +18,7 @@ class Swap:
     """One attribute of a class or module, replaced until `restore`.
 
     For a module's attribute, every ``from module import name`` in ``sys.modules`` is rebound too.
+    Several patches may share one: it is put back when the last of them restores it.
     """
 
     def __init__(self, target: str) -> None:
@@ -31,7 +32,7 @@ class Swap:
         except KeyError:
             raise AttributeError(f"{target} is inherited, not defined there") from None
         self._installed: Any = None
-        self._aliases: list[types.ModuleType] = []
+        self._users = 0
 
     @property
     def function(self) -> Any:
@@ -59,9 +60,18 @@ class Swap:
             raise NotStockError(f"{self.target} was replaced before us by the function at {where}")
 
     def install(self, replacement: Any) -> None:
-        """Set the replacement, under the raw attribute's staticmethod or classmethod."""
+        """Set the replacement, under the raw attribute's staticmethod or classmethod.
+
+        A patch that shares the attribute must bring the very function that is there already.
+        """
+        if self._users:
+            if replacement is not self._installed:
+                raise NotStockError(f"{self.target} was replaced before us by another patch")
+            self._users += 1
+            return
         if isinstance(self.raw, staticmethod | classmethod):
             replacement = type(self.raw)(replacement)
+        self._users = 1
         self._installed = replacement
         setattr(self.owner, self.name, replacement)
         if isinstance(self.owner, types.ModuleType):
@@ -73,9 +83,15 @@ class Swap:
         return self._installed is not None and vars(self.owner).get(self.name) is self._installed
 
     def restore(self) -> bool:
-        """Put stock's object back. False, and nothing done, if it is no longer ours."""
+        """Put stock's object back. False, and nothing done, if it is no longer ours.
+
+        While another patch still stands on the replacement, it stays.
+        """
+        self._users = max(0, self._users - 1)
         if not self.in_place:
             return False
+        if self._users:
+            return True
         setattr(self.owner, self.name, self.raw)
         if isinstance(self.owner, types.ModuleType):
             _rebind(self._installed, self.raw)

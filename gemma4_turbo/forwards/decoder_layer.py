@@ -1,0 +1,520 @@
+"""``Gemma4DecoderLayer.forward``, in steps that patches can take over one by one.
+
+Without any step it makes stock's calls in stock's order. A step whose arguments do not fit makes
+stock's calls for that part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemma4_turbo.custom_ops import capturing
+from gemma4_turbo.forwards import ops
+from gemma4_turbo.forwards.steps import (
+    UNPROVEN,
+    Step,
+    differing,
+    eps_of,
+    norm_reason,
+    samples,
+)
+from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail
+
+TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
+
+LAYER_NORMS = Step()
+PLE_TAIL = Step()
+INPUT_NORM = Step()
+EXPERTS_SUM = Step()
+MLP_STREAM = Step()
+
+MLP_STREAM_ROWS = 64
+"""Above this many tokens the two branches no longer leave room for each other."""
+
+_stock: dict[str, Any] = {}
+_ops: dict[str, Any] = {}
+
+
+class Summing:
+    """Hand-over of the experts' unsummed output from SGLang's reduction to the layer's tail."""
+
+    wanted = False
+    taken: torch.Tensor | None = None
+
+
+class Plan:
+    """What a layer's modules allow, looked at once. None: allowed, else why not."""
+
+    def __init__(self, layer: Any) -> None:
+        weight = layer.input_layernorm.weight
+        self.key = (weight.shape[0], weight.dtype, str(weight.device), layer.enable_moe_block)
+        first = [layer.post_attention_layernorm, layer.pre_feedforward_layernorm]
+        if layer.enable_moe_block:
+            first += [layer.router.norm, layer.pre_feedforward_layernorm_2]
+        reasons = [norm_reason(norm) for norm in first]
+        if layer.enable_moe_block and layer.router.norm.with_scale:
+            reasons.append("the router's norm has a weight")
+        self.layer_norms: str | None = _first(reasons)
+        tail = [layer.post_feedforward_layernorm]
+        if layer.has_ple:
+            tail.append(layer.post_per_layer_input_norm)
+        if layer.enable_moe_block:
+            tail += [layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2]
+        reasons = [norm_reason(norm) for norm in tail]
+        self.ple_tail: str | None = _first(reasons)
+        self.input_norm: str | None = _first(reasons)
+        self.experts_sum: str | None = _first([*reasons, _parallel(layer)])
+        self.mlp_stream: str | None = _parallel(layer, UNPROVEN_IS_FINE)
+
+
+UNPROVEN_IS_FINE = None
+
+
+def _first(reasons: list[str | None]) -> str | None:
+    return next((reason for reason in reasons if reason is not None), UNPROVEN)
+
+
+def _parallel(layer: Any, otherwise: str | None = None) -> str | None:
+    if not layer.enable_moe_block:
+        return "the layer has no experts"
+    experts = layer.moe.experts
+    if layer.moe.tp_size > 1 or getattr(experts, "moe_ep_size", 1) > 1:
+        return "the experts' outputs are reduced over several GPUs"
+    if type(experts).__name__ != "FusedMoE":
+        return f"the experts are a {type(experts).__name__}"
+    return otherwise
+
+
+def enable(step: Step, run: Any, stock: dict[str, Any]) -> dict[str, Any]:
+    """Give a step to a patch; returns the replacement."""
+    _stock[TARGET] = stock[TARGET]
+    for name, make in (
+        ("layer_norms", ops.layer_norms_op),
+        ("norm_add", ops.norm_add_op),
+        ("gelu_mul", ops.gelu_mul_op),
+        ("layer_tail", ops.layer_tail_op),
+    ):
+        _ops[name] = make()
+    step.run = run
+    return {TARGET: forward}
+
+
+def forward(
+    self: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    per_layer_input: torch.Tensor,
+    forward_batch: Any,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    """One layer. Returns hidden states, None, and the next layer's normed input or None.
+
+    ``kwargs`` may hold ``normed``, the input already through ``input_layernorm``, and ``following``,
+    the norm that reads the result; `gemma4_turbo.forwards.text_model` passes them.
+    """
+    plan = self.__dict__.get("_gemma4_turbo_plan")
+    if plan is None:
+        plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
+    normed = kwargs.get("normed")
+    following = kwargs.get("following")
+    residual = hidden_states
+
+    hidden_states = self.input_layernorm(hidden_states) if normed is None else normed
+    hidden_states = self.self_attn(
+        positions=positions, hidden_states=hidden_states, forward_batch=forward_batch
+    )
+
+    router_input = experts_input = None
+    fused = _layer_norms(self, plan, hidden_states, residual)
+    if fused is not None:
+        mlp_input, router_input, experts_input = fused
+    else:
+        hidden_states = self.post_attention_layernorm(hidden_states)
+        mlp_input, residual = self.pre_feedforward_layernorm(hidden_states, residual)
+
+    if not self.enable_moe_block:
+        return _finish(self, plan, self.mlp(mlp_input), None, residual, per_layer_input, following)
+
+    side = _side_stream(self, plan, mlp_input)
+    if side is not None:
+        main = torch.cuda.current_stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            mlp_output = self.mlp(mlp_input)
+    else:
+        mlp_output = self.mlp(mlp_input)
+    if router_input is not None:
+        router_logits, _ = self.router.proj(router_input)
+    else:
+        router_logits = self.router(residual)
+        experts_input = self.pre_feedforward_layernorm_2(residual)
+    experts_output = _experts(self, plan, experts_input, router_logits, residual)
+    if side is not None:
+        main.wait_stream(side)
+    return _finish(self, plan, mlp_output, experts_output, residual, per_layer_input, following)
+
+
+# -- between attention and feed-forward --------------------------------------------------------
+
+
+def _router(self: Any) -> layer_norms.Router | None:
+    if not self.enable_moe_block:
+        return None
+    return layer_norms.Router(
+        self.router.scale.data,
+        self.router.root_size,
+        eps_of(self.router.norm),
+        self.pre_feedforward_layernorm_2.weight.data,
+        eps_of(self.pre_feedforward_layernorm_2),
+    )
+
+
+def _layer_norms(
+    self: Any, plan: Plan, attention_output: torch.Tensor, residual: torch.Tensor
+) -> Any:
+    if LAYER_NORMS.run is None:
+        return None
+    router = _router(self)
+    w1 = self.post_attention_layernorm.weight.data
+    w2 = self.pre_feedforward_layernorm.weight.data
+    reason = batch_invariant() or layer_norms.decline_reason(
+        attention_output, residual, w1, w2, router
+    )
+    if not LAYER_NORMS.may_run(
+        plan, "layer_norms", reason, lambda: _compare_layer_norms(self, residual)
+    ):
+        return None
+    eps1 = eps_of(self.post_attention_layernorm)
+    eps2 = eps_of(self.pre_feedforward_layernorm)
+    if torch.compiler.is_compiling():
+        if router is None:
+            out, _, _ = _ops["layer_norms"](
+                attention_output, residual, w1, eps1, w2, eps2, None, None, 0.0, None, 0.0
+            )
+            return out, None, None
+        return _ops["layer_norms"](attention_output, residual, w1, eps1, w2, eps2, *router)
+    return layer_norms.launch_layer_norms(attention_output, residual, w1, eps1, w2, eps2, router)
+
+
+def _compare_layer_norms(self: Any, like: torch.Tensor) -> int:
+    x, residual = samples(96, like), samples(96, like).flip(0)
+    ours_residual = residual.clone()
+    router = _router(self)
+    ours = layer_norms.launch_layer_norms(
+        x.clone(),
+        ours_residual,
+        self.post_attention_layernorm.weight.data,
+        eps_of(self.post_attention_layernorm),
+        self.pre_feedforward_layernorm.weight.data,
+        eps_of(self.pre_feedforward_layernorm),
+        router,
+    )
+    normed = self.post_attention_layernorm(x)
+    mlp_input, residual = self.pre_feedforward_layernorm(normed, residual)
+    pairs = [(ours[0], mlp_input), (ours_residual, residual)]
+    if router is not None and ours[1] is not None and ours[2] is not None:
+        scale = (self.router.scale * self.router.root_size).to(x.dtype)
+        pairs.append((ours[1], self.router.norm(residual) * scale))
+        pairs.append((ours[2], self.pre_feedforward_layernorm_2(residual)))
+    return differing(pairs)
+
+
+# -- experts ------------------------------------------------------------------------------------
+
+
+def _side_stream(self: Any, plan: Plan, x: torch.Tensor) -> Any:
+    """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
+    if MLP_STREAM.run is None or torch.compiler.is_compiling() or not capturing():
+        return None
+    reason = plan.mlp_stream
+    if reason is None and x.shape[0] > MLP_STREAM_ROWS:
+        reason = f"more than {MLP_STREAM_ROWS} tokens"
+    if reason is not None:
+        MLP_STREAM.run.declined(reason)
+        return None
+    MLP_STREAM.run.engaged(True)
+    if x.device not in _streams:
+        _streams[x.device] = torch.cuda.Stream(x.device)
+    return _streams[x.device]
+
+
+_streams: dict[torch.device, Any] = {}
+
+
+def _experts(
+    self: Any, plan: Plan, x: torch.Tensor, router_logits: torch.Tensor, residual: torch.Tensor
+) -> torch.Tensor:
+    """The experts' output, summed or, if the tail can sum it, ``[M, K, N]``."""
+    if EXPERTS_SUM.run is None or torch.compiler.is_compiling():
+        return self.moe(x, router_logits)  # type: ignore[no-any-return]
+    reason = None
+    if x.shape[0] > layer_tail.COMPILED_SUM_ROWS:
+        reason = f"more than {layer_tail.COMPILED_SUM_ROWS} tokens"
+    elif self.has_ple:
+        reason = "the layer has per-layer embeddings"
+    reason = (
+        reason
+        or batch_invariant()
+        or norms.rows_reason("residual", residual)
+        or norms.rows_reason("experts_input", x, residual)
+    )
+    topk = self.moe.topk.topk_config.top_k
+    if not EXPERTS_SUM.may_run(
+        plan, "experts_sum", reason, lambda: _compare_tail(self, residual, topk)
+    ):
+        return self.moe(x, router_logits)  # type: ignore[no-any-return]
+    Summing.wanted, Summing.taken = True, None
+    try:
+        summed = self.moe(x, router_logits)
+    finally:
+        Summing.wanted = False
+    taken, Summing.taken = Summing.taken, None
+    return summed if taken is None else taken  # type: ignore[no-any-return]
+
+
+# -- the layer's end ------------------------------------------------------------------------------
+
+
+def _finish(
+    self: Any,
+    plan: Plan,
+    mlp_output: torch.Tensor,
+    experts_output: torch.Tensor | None,
+    residual: torch.Tensor,
+    per_layer_input: torch.Tensor | None,
+    following: Any,
+) -> tuple[Any, ...]:
+    if self.has_ple:
+        return _finish_ple(
+            self, plan, mlp_output, experts_output, residual, per_layer_input, following
+        )
+    experts = None
+    if experts_output is not None:
+        experts = layer_tail.Experts(
+            experts_output,
+            self.post_feedforward_layernorm_2.weight.data,
+            eps_of(self.post_feedforward_layernorm_2),
+            self.post_feedforward_layernorm_1.weight.data,
+            eps_of(self.post_feedforward_layernorm_1),
+        )
+    norm = self.post_feedforward_layernorm
+    unsummed = experts_output is not None and experts_output.dim() == 3
+    after = _following(self, plan, mlp_output, residual, experts, following)
+    if after is None and not unsummed:
+        return _stock_tail(self, mlp_output, experts_output, residual), None
+    if torch.compiler.is_compiling():
+        mine = (None, None, 0.0, None, 0.0) if experts is None else tuple(experts)
+        out, normed = _ops["layer_tail"](
+            mlp_output,
+            norm.weight.data,
+            eps_of(norm),
+            residual,
+            self.layer_scalar,
+            *mine,
+            *after,
+        )
+        return out, None, normed
+    return _three(
+        layer_tail.launch_layer_tail(
+            mlp_output, norm.weight.data, eps_of(norm), residual, self.layer_scalar, experts, after
+        )
+    )
+
+
+def _three(pair: tuple[Any, Any]) -> tuple[Any, None, Any]:
+    return pair[0], None, pair[1]
+
+
+def _following(
+    self: Any, plan: Plan, x: torch.Tensor, residual: torch.Tensor, experts: Any, following: Any
+) -> layer_tail.NextNorm | None:
+    if following is None or INPUT_NORM.run is None:
+        return None
+    after = layer_tail.NextNorm(following.weight.data, eps_of(following))
+    reason = (
+        norm_reason(following)
+        or batch_invariant()
+        or layer_tail.decline_reason(
+            x,
+            self.post_feedforward_layernorm.weight.data,
+            residual,
+            self.layer_scalar,
+            experts,
+            after,
+        )
+    )
+    if INPUT_NORM.may_run(
+        plan, "input_norm", reason, lambda: _compare_tail(self, residual, 0, following)
+    ):
+        return after
+    return None
+
+
+def _stock_tail(
+    self: Any, mlp_output: torch.Tensor, experts_output: torch.Tensor | None, residual: torch.Tensor
+) -> torch.Tensor:
+    """Stock's last calls on a layer without per-layer embeddings."""
+    from sglang.srt.models import gemma4_causal
+
+    norm = self.post_feedforward_layernorm
+    fits = mlp_output.is_cuda and mlp_output.dim() == 2
+    if experts_output is not None:
+        norm1, norm2 = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2
+        if fits:
+            return gemma4_causal.gemma_dual_rmsnorm_residual_scalar(  # type: ignore[no-any-return]
+                mlp_output,
+                norm1.weight.data,
+                experts_output,
+                norm2.weight.data,
+                norm.weight.data,
+                residual,
+                self.layer_scalar,
+                norm1.variance_epsilon,
+                norm2.variance_epsilon,
+                norm.variance_epsilon,
+            )
+        mlp_output = norm1(mlp_output) + norm2(experts_output)
+    elif fits:
+        return gemma4_causal.gemma_rmsnorm_residual_scalar(  # type: ignore[no-any-return]
+            mlp_output, norm.weight.data, residual, self.layer_scalar, norm.variance_epsilon
+        )
+    out = norm(mlp_output) + residual
+    return out * self.layer_scalar  # type: ignore[no-any-return]
+
+
+def _compare_tail(self: Any, like: torch.Tensor, topk: int, following: Any = None) -> int:
+    rows = layer_tail.COMPILED_SUM_ROWS if topk else 96
+    x, residual = samples(rows, like), samples(rows, like).flip(0)
+    experts = summed = None
+    if self.enable_moe_block:
+        if topk:
+            from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+            output = samples(rows, like, topk * like.shape[-1]).view(rows, topk, -1)
+            summed = torch.empty_like(x)
+            Summing.wanted = False
+            fused_moe.moe_sum_reduce_torch_compile(output, summed, 1.0)
+        else:
+            output = summed = samples(rows, like).roll(1, 0).contiguous()
+        experts = layer_tail.Experts(
+            output,
+            self.post_feedforward_layernorm_2.weight.data,
+            eps_of(self.post_feedforward_layernorm_2),
+            self.post_feedforward_layernorm_1.weight.data,
+            eps_of(self.post_feedforward_layernorm_1),
+        )
+    norm = self.post_feedforward_layernorm
+    after = None
+    if following is not None:
+        after = layer_tail.NextNorm(following.weight.data, eps_of(following))
+    out, normed = layer_tail.launch_layer_tail(
+        x, norm.weight.data, eps_of(norm), residual, self.layer_scalar, experts, after
+    )
+    expected = _stock_tail(self, x, summed, residual)
+    pairs = [(out, expected)]
+    if normed is not None:
+        pairs.append((normed, following(expected)))
+    return differing(pairs)
+
+
+# -- the end of a layer with per-layer embeddings --------------------------------------------------
+
+
+def _finish_ple(
+    self: Any,
+    plan: Plan,
+    x: torch.Tensor,
+    experts_output: torch.Tensor | None,
+    residual: torch.Tensor,
+    per_layer_input: torch.Tensor | None,
+    following: Any,
+) -> tuple[Any, ...]:
+    if experts_output is not None:
+        x = self.post_feedforward_layernorm_1(x) + self.post_feedforward_layernorm_2(experts_output)
+    norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm
+    reason: str | None = "there is no per-layer input"
+    if PLE_TAIL.run is not None and per_layer_input is not None:
+        reason = (
+            batch_invariant()
+            or ple_tail.norm_add_reason(x, norm.weight.data, residual, self.layer_scalar)
+            or ple_tail.gelu_mul_reason(per_layer_input, per_layer_input)
+        )
+    if not PLE_TAIL.may_run(plan, "ple_tail", reason, lambda: _compare_ple(self, residual)):
+        out = norm(x) + residual
+        if per_layer_input is not None:
+            gate, _ = self.per_layer_input_gate(out)
+            gate = torch.nn.functional.gelu(gate, approximate="tanh")
+            contribution, _ = self.per_layer_projection(gate * per_layer_input)
+            out = out + last(contribution)
+        return out * self.layer_scalar, None
+    assert per_layer_input is not None
+    compiling = torch.compiler.is_compiling()
+    weight, eps = norm.weight.data, eps_of(norm)
+    if compiling:
+        out, _ = _ops["norm_add"](x, weight, eps, residual, None, None, 0.0)
+    else:
+        out, _ = ple_tail.launch_norm_add(x, weight, eps, residual, None, None, 0.0)
+    gate, _ = self.per_layer_input_gate(out)
+    if compiling:
+        gate = _ops["gelu_mul"](gate, per_layer_input)
+    else:
+        gate = ple_tail.launch_gelu_mul(gate, per_layer_input)
+    contribution, _ = self.per_layer_projection(gate)
+    after = _following_ple(self, plan, contribution, following)
+    next_weight = None if after is None else after.weight
+    next_eps = 0.0 if after is None else after.eps
+    weight, eps, scalar = last.weight.data, eps_of(last), self.layer_scalar
+    if compiling:
+        out, normed = _ops["norm_add"](
+            contribution, weight, eps, out, scalar, next_weight, next_eps
+        )
+        return out, None, None if after is None else normed
+    return _three(
+        ple_tail.launch_norm_add(contribution, weight, eps, out, scalar, next_weight, next_eps)
+    )
+
+
+def _following_ple(
+    self: Any, plan: Plan, x: torch.Tensor, following: Any
+) -> layer_tail.NextNorm | None:
+    if following is None or INPUT_NORM.run is None:
+        return None
+    after = layer_tail.NextNorm(following.weight.data, eps_of(following))
+    reason = norm_reason(following) or norms.weight_reason("following.weight", after.weight, x)
+    if INPUT_NORM.may_run(plan, "input_norm", reason, lambda: _compare_ple(self, x, following)):
+        return after
+    return None
+
+
+def _compare_ple(self: Any, like: torch.Tensor, following: Any = None) -> int:
+    x, residual = samples(96, like), samples(96, like).flip(0)
+    norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm
+    out, _ = ple_tail.launch_norm_add(x, norm.weight.data, eps_of(norm), residual, None, None, 0.0)
+    pairs = [(out, norm(x) + residual)]
+    every = torch.arange(-32768, 32768, device=x.device, dtype=torch.int32).to(torch.int16)
+    gate = every.view(x.dtype).view(256, 256)
+    gate = torch.where(gate.isnan(), torch.zeros_like(gate), gate)
+    factor = samples(256, gate)
+    stock = torch.nn.functional.gelu(gate, approximate="tanh") * factor
+    pairs.append((ple_tail.launch_gelu_mul(gate, factor), stock))
+    weight = None if following is None else following.weight.data
+    eps = 0.0 if following is None else eps_of(following)
+    ours, normed = ple_tail.launch_norm_add(
+        x, last.weight.data, eps_of(last), residual, self.layer_scalar, weight, eps
+    )
+    expected = (residual + last(x)) * self.layer_scalar
+    pairs.append((ours, expected))
+    if normed is not None:
+        pairs.append((normed, following(expected)))
+    return differing(pairs)
+
+
+def batch_invariant() -> str | None:
+    """Why stock's norms are not ``sgl_kernel``'s at the moment, or None."""
+    from sglang.srt.layers import layernorm
+
+    if layernorm.is_batch_invariant_mode_enabled():
+        return "batch-invariant mode has norms of its own"
+    return None

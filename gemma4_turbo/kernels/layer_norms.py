@@ -1,0 +1,239 @@
+"""Everything between attention and feed-forward in one launch, with the bits of stock's calls.
+
+With ``a`` the attention's output, ``r`` the residual, all bf16 or fp16, ``[M, N]``::
+
+    n              = rmsnorm(a, post_attention_weight)
+    f              = float(n) + float(r);   residual = round(f)           # in place, as stock
+    mlp_input      = rmsnorm(f, pre_feedforward_weight)                   # of the unrounded sum
+    router_input   = round(rmsnorm(residual, 1) * round(router_scale * root_size))
+    experts_input  = rmsnorm(residual, pre_feedforward_2_weight)
+
+The last two only with experts: five launches become one there, two become one without. The norms
+are those of `gemma4_turbo.kernels.norms`; every rounding to the activations' dtype is where stock
+stores. The router's scale is multiplied here at every call, so that a weight update reaches it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gemma4_turbo.kernels import norms
+from gemma4_turbo.kernels.norms import rms_scale, round_to, rounded
+
+INTERPRETED = norms.INTERPRETED
+
+
+@triton.jit
+def _layer_norms_kernel(
+    attention_ptr,
+    residual_ptr,
+    post_attention_weight_ptr,
+    pre_feedforward_weight_ptr,
+    router_scale_ptr,
+    root_size_ptr,
+    pre_feedforward_2_weight_ptr,
+    mlp_input_ptr,
+    router_input_ptr,
+    experts_input_ptr,
+    stride_attention,
+    stride_residual,
+    post_attention_eps,
+    pre_feedforward_eps,
+    router_eps,
+    pre_feedforward_2_eps,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INVERSE_N: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < N
+    a = tl.load(attention_ptr + row * stride_attention + column, mask=inside, other=0.0)
+    r = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0)
+    w1 = tl.load(post_attention_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    w2 = tl.load(pre_feedforward_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    dtype: tl.constexpr = a.dtype
+    if EXPERTS:
+        scale = tl.load(router_scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        root = tl.load(root_size_ptr).to(tl.float32)
+        scale = rounded(scale * root, dtype, PTX)
+        w3 = tl.load(pre_feedforward_2_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+
+    x = a.to(tl.float32)
+    x = x * rms_scale(x, post_attention_eps, INVERSE_N, BLOCK, PTX) * w1
+    f = rounded(x, dtype, PTX) + r.to(tl.float32)
+    residual = round_to(f, dtype, PTX)
+    tl.store(residual_ptr + row * stride_residual + column, residual, mask=inside)
+    mlp_input = f * rms_scale(f, pre_feedforward_eps, INVERSE_N, BLOCK, PTX) * w2
+    out = row * N + column
+    tl.store(mlp_input_ptr + out, round_to(mlp_input, dtype, PTX), mask=inside)
+    if EXPERTS:
+        x = residual.to(tl.float32)
+        total = norms.sum_of_squares(x, BLOCK)
+        s = norms.rsqrt_approx(tl.fma(total, INVERSE_N, router_eps), PTX)
+        normed = rounded(x * s, dtype, PTX)
+        tl.store(router_input_ptr + out, round_to(normed * scale, dtype, PTX), mask=inside)
+        s = norms.rsqrt_approx(tl.fma(total, INVERSE_N, pre_feedforward_2_eps), PTX)
+        tl.store(experts_input_ptr + out, round_to(x * s * w3, dtype, PTX), mask=inside)
+
+
+class Router(NamedTuple):
+    """What the experts' two inputs need."""
+
+    scale: torch.Tensor  # [N]
+    root_size: torch.Tensor  # a scalar of the activations' dtype
+    eps: float
+    pre_feedforward_2_weight: torch.Tensor  # [N]
+    pre_feedforward_2_eps: float
+
+
+Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+
+
+def decline_reason(
+    attention_output: torch.Tensor,
+    residual: torch.Tensor,
+    post_attention_weight: torch.Tensor,
+    pre_feedforward_weight: torch.Tensor,
+    router: Router | None,
+) -> str | None:
+    """Why `layer_norms` does not take these arguments, or None. Host checks only."""
+    reason = (
+        norms.rows_reason("attention_output", attention_output)
+        or norms.rows_reason("residual", residual, attention_output)
+        or norms.weight_reason("post_attention_weight", post_attention_weight, attention_output)
+        or norms.weight_reason("pre_feedforward_weight", pre_feedforward_weight, attention_output)
+    )
+    if reason is None and router is not None:
+        reason = norms.weight_reason(
+            "router.scale", router.scale, attention_output
+        ) or norms.weight_reason(
+            "router.pre_feedforward_2_weight", router.pre_feedforward_2_weight, attention_output
+        )
+        root = router.root_size
+        if reason is None and (root.numel() != 1 or root.dtype != attention_output.dtype):
+            reason = f"router.root_size must be one {attention_output.dtype}, got {root.dtype}"
+        if reason is None and root.device != attention_output.device:
+            reason = f"router.root_size is on {root.device}"
+    return reason
+
+
+def layer_norms(
+    attention_output: torch.Tensor,
+    residual: torch.Tensor,
+    post_attention_weight: torch.Tensor,
+    post_attention_eps: float,
+    pre_feedforward_weight: torch.Tensor,
+    pre_feedforward_eps: float,
+    router: Router | None = None,
+) -> Outputs:
+    """The equations of this module. ``residual`` is overwritten, as stock overwrites it.
+
+    Args:
+        attention_output: ``[M, N]``, bf16 or fp16, contiguous rows, M may be 0.
+        residual: the same.
+        post_attention_weight: ``[N]``, as all weights, in the activations' dtype.
+        post_attention_eps: added to the mean square.
+        pre_feedforward_weight: ``[N]``.
+        pre_feedforward_eps: added to the mean square.
+        router: None for layers without experts.
+
+    Returns:
+        ``mlp_input``, ``router_input``, ``experts_input``, each ``[M, N]``; the last two None
+        without ``router``.
+
+    Raises:
+        ValueError: naming the argument, for anything `decline_reason` declines.
+    """
+    reason = decline_reason(
+        attention_output, residual, post_attention_weight, pre_feedforward_weight, router
+    )
+    if reason is not None:
+        raise ValueError(reason)
+    return launch_layer_norms(
+        attention_output,
+        residual,
+        post_attention_weight,
+        post_attention_eps,
+        pre_feedforward_weight,
+        pre_feedforward_eps,
+        router,
+    )
+
+
+def launch_layer_norms(
+    attention_output: torch.Tensor,
+    residual: torch.Tensor,
+    post_attention_weight: torch.Tensor,
+    post_attention_eps: float,
+    pre_feedforward_weight: torch.Tensor,
+    pre_feedforward_eps: float,
+    router: Router | None,
+) -> Outputs:
+    """`layer_norms` without its checks."""
+    rows, width = attention_output.shape
+    mlp_input = attention_output.new_empty((rows, width))
+    router_input = experts_input = None
+    if router is not None:
+        router_input = attention_output.new_empty((rows, width))
+        experts_input = attention_output.new_empty((rows, width))
+    if rows:
+        _layer_norms_kernel[(rows,)](
+            attention_output,
+            residual,
+            post_attention_weight,
+            pre_feedforward_weight,
+            router.scale if router else attention_output,
+            router.root_size if router else attention_output,
+            router.pre_feedforward_2_weight if router else attention_output,
+            mlp_input,
+            router_input if router else mlp_input,
+            experts_input if router else mlp_input,
+            attention_output.stride(0),
+            residual.stride(0),
+            post_attention_eps,
+            pre_feedforward_eps,
+            router.eps if router else 0.0,
+            router.pre_feedforward_2_eps if router else 0.0,
+            N=width,
+            BLOCK=triton.next_power_of_2(width),
+            INVERSE_N=1.0 / width,
+            EXPERTS=router is not None,
+            PTX=not INTERPRETED,
+            num_warps=norms.warps(width),
+        )
+    return mlp_input, router_input, experts_input
+
+
+def reference_layer_norms(
+    attention_output: torch.Tensor,
+    residual: torch.Tensor,
+    post_attention_weight: torch.Tensor,
+    post_attention_eps: float,
+    pre_feedforward_weight: torch.Tensor,
+    pre_feedforward_eps: float,
+    router: Router | None = None,
+) -> Outputs:
+    """The same in plain torch, rounding where stock rounds. ``residual`` is overwritten."""
+    n = norms.reference_rmsnorm(attention_output, post_attention_weight, post_attention_eps)
+    f = n.float() + residual.float()
+    residual.copy_(f)
+    scale = torch.rsqrt(f.pow(2).mean(-1, keepdim=True) + pre_feedforward_eps)
+    mlp_input = (f * scale * pre_feedforward_weight.float()).to(residual.dtype)
+    if router is None:
+        return mlp_input, None, None
+    ones = torch.ones_like(router.scale)
+    normed = norms.reference_rmsnorm(residual, ones, router.eps)
+    return (
+        mlp_input,
+        normed * (router.scale * router.root_size),
+        norms.reference_rmsnorm(
+            residual, router.pre_feedforward_2_weight, router.pre_feedforward_2_eps
+        ),
+    )

@@ -1,0 +1,31 @@
+"""`input_norm`: the next layer's input norm in the launch of a layer's end."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gemma4_turbo.checks import Check
+from gemma4_turbo.forwards import checks as checks_of
+from gemma4_turbo.forwards import decoder_layer, steps
+
+if TYPE_CHECKING:
+    from gemma4_turbo.patching import PatchRun
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The shared forward of the layer, and the model's loop that tells a layer its successor."""
+    from gemma4_turbo.forwards import text_model
+
+    layer = decoder_layer.enable(decoder_layer.INPUT_NORM, run, stock)
+    return {**layer, text_model.TARGET: text_model.forward}
+
+
+def undo(run: PatchRun) -> None:
+    """Switch the step off; the shared forward may live on for other patches."""
+    decoder_layer.INPUT_NORM.run = None
+    steps.forget("input_norm")
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Kernel against stock's calls."""
+    return checks_of.input_norm(device)

@@ -1,0 +1,75 @@
+"""`router_norm`: the router's norm and scale in one launch, where `layer_norms` has not done it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_turbo.checks import Check
+from gemma4_turbo.forwards import checks as checks_of
+from gemma4_turbo.forwards import ops, steps
+from gemma4_turbo.forwards.decoder_layer import batch_invariant
+from gemma4_turbo.kernels import router_norm as kernel
+
+if TYPE_CHECKING:
+    from gemma4_turbo.patching import PatchRun
+
+TARGET = "sglang.srt.models.gemma4_causal:Gemma4Router.forward"
+
+STEP = steps.Step()
+_stock: dict[str, Any] = {}
+_ops: dict[str, Any] = {}
+
+
+class Plan:
+    """What a router allows, looked at once."""
+
+    def __init__(self, router: Any) -> None:
+        weight = router.scale
+        self.key = (weight.shape[0], weight.dtype, str(weight.device))
+        self.router_norm: str | None = steps.norm_reason(router.norm) or steps.UNPROVEN
+        if router.norm.with_scale:
+            self.router_norm = "the router's norm has a weight"
+
+
+def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """Router logits ``[T, E]``."""
+    plan = self.__dict__.get("_gemma4_turbo_plan")
+    if plan is None:
+        plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
+    scale, eps = self.scale.data, steps.eps_of(self.norm)
+    reason = batch_invariant() or kernel.decline_reason(x, scale, self.root_size)
+    if not STEP.may_run(plan, "router_norm", reason, lambda: _compare(self, x)):
+        return _stock[TARGET](self, x)  # type: ignore[no-any-return]
+    if torch.compiler.is_compiling():
+        x = _ops["router_norm"](x, scale, self.root_size, eps)
+    else:
+        x = kernel.launch_router_norm(x, scale, self.root_size, eps)
+    router_logits, _ = self.proj(x)
+    return router_logits  # type: ignore[no-any-return]
+
+
+def _compare(self: Any, like: torch.Tensor) -> int:
+    x = steps.samples(96, like)
+    ours = kernel.launch_router_norm(x, self.scale.data, self.root_size, steps.eps_of(self.norm))
+    return steps.differing([(ours, self.norm(x) * (self.scale * self.root_size).to(x.dtype))])
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The router's forward."""
+    _stock[TARGET] = stock[TARGET]
+    _ops["router_norm"] = ops.router_norm_op()
+    STEP.run = run
+    return {TARGET: forward}
+
+
+def undo(run: PatchRun) -> None:
+    """Switch the step off."""
+    STEP.run = None
+    steps.forget("router_norm")
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Kernel against stock's calls."""
+    return checks_of.router_norm(device)

@@ -1,0 +1,176 @@
+"""The rewritten forwards on SGLang's real Gemma 4 layers, on the CPU through Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo import states
+from gemma4_turbo.patching import ENGINE
+
+STEPS = {
+    "moe": {"layer_norms", "rope_store", "input_norm"},
+    "ple": {"layer_norms", "rope_store", "input_norm", "ple_tail"},
+    "dense": {"layer_norms", "rope_store", "input_norm"},
+}
+WITHOUT = {"qkv_norm": "rope_store", "router_norm": "layer_norms"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """SGLang's Gemma 4 module imported with the patches applied; reverted at the end."""
+    kept = {name: os.environ[name] for name in os.environ if name.startswith("GEMMA4_TURBO")}
+    for name in kept:
+        del os.environ[name]
+    os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
+    from gemma4_turbo.commands.modules import require_targets
+
+    ENGINE.apply()
+    require_targets()
+    yield
+    ENGINE.revert()
+    for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
+        del os.environ[name]
+    os.environ.update(kept)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+    ENGINE.revert()
+
+
+class Uniform(torch.nn.Module):
+    """Stands in for attention over a KV cache, which needs a GPU: each query head as it is."""
+
+    def forward(self, q, k, v, forward_batch, save_kv_cache=True):
+        seen.append((k, v, save_kv_cache))
+        return q.flatten(1)
+
+
+seen: list[Any] = []
+
+
+def build(kind: str, layers: int = 2) -> Any:
+    from sglang.srt.models.gemma4_causal import Gemma4TextModel
+    from transformers import Gemma4TextConfig
+
+    from gemma4_turbo.commands import small_moe
+
+    small_moe.prepare_sglang()
+    ple = kind == "ple"
+    config = Gemma4TextConfig(
+        hidden_size=256,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+        global_head_dim=128,
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=256 if ple else 0,
+        num_kv_shared_layers=0,
+        enable_moe_block=kind == "moe",
+        num_experts=128 if kind == "moe" else None,
+        top_k_experts=8 if kind == "moe" else None,
+        moe_intermediate_size=32 if kind == "moe" else None,
+        max_position_embeddings=128,
+    )
+    config.swa_head_dim = config.swa_v_head_dim = 128
+    config.swa_num_key_value_heads = 1
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = Gemma4TextModel(config)
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        low = 0.5 if "norm" in name or "scale" in name else -0.1
+        parameter.uniform_(low, low + 0.2 if low < 0 else 1.5, generator=generator)
+    for layer in model.layers:
+        layer.layer_scalar.fill_(0.75)
+        layer.self_attn.attn = Uniform()
+        if layer.enable_moe_block:
+            from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
+
+            layer.moe.experts.quant_method._forward_method = fused_moe_forward_native
+    return model
+
+
+def run(model: Any, tokens: int = 5) -> torch.Tensor:
+    seen.clear()
+    ids = torch.arange(tokens) % 64
+    return model(ids, torch.arange(tokens), None)
+
+
+@pytest.mark.parametrize("kind", ["moe", "ple", "dense"])
+def test_patched_model_agrees_with_stock_and_every_step_runs(kind: str):
+    """Within rounding: the order of a CPU's sums is not the GPU's. Bits are compared on a GPU."""
+    ENGINE.revert()
+    model = build(kind)
+    expected = run(model)
+    stock_seen = list(seen)
+    ENGINE.apply()
+    before = {name: run_.counters.engaged for name, run_ in ENGINE.runs.items()}
+    found = run(model)
+    for name in STEPS[kind]:
+        assert ENGINE.runs[name].state == states.ACTIVE, ENGINE.runs[name].reason
+        assert ENGINE.runs[name].counters.engaged > before[name], name
+    assert len(seen) == len(stock_seen)
+    assert [keep for _, _, keep in seen] == [keep for _, _, keep in stock_seen]
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert difference < 0.06, float(difference)
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+
+
+@pytest.mark.parametrize(("step", "covered_by"), WITHOUT.items())
+def test_what_another_step_covers_runs_when_that_one_is_off(step: str, covered_by: str):
+    ENGINE.apply(skip=[covered_by])
+    model = build("moe")
+    before = ENGINE.runs[step].counters.engaged
+    run(model)
+    assert ENGINE.runs[step].counters.engaged > before
+
+
+def test_without_any_step_the_shared_forwards_make_stock_calls_only():
+    """One step alone is on and declines: the output is stock's, bit for bit."""
+    ENGINE.revert()
+    model = build("dense")
+    expected = run(model)
+    ENGINE.apply(only=["mlp_stream"])
+    assert torch.equal(run(model), expected)
+    ENGINE.revert()
+    assert torch.equal(run(model), expected)
+
+
+def test_a_weight_update_reaches_every_fused_scale():
+    """In place, as a weight update writes: the next call equals a model built with those weights."""
+    ENGINE.apply()
+    model, other = build("moe"), build("moe")
+    run(model)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        a.mul_(0.5)
+        b.mul_(0.5)
+    assert torch.equal(run(model), run(other))
+
+
+def test_revert_puts_the_very_functions_back():
+    from sglang.srt.models import gemma4_causal as stock
+
+    ENGINE.revert()
+    functions = stock.Gemma4DecoderLayer.forward, stock.Gemma4Attention.forward
+    ENGINE.apply()
+    assert stock.Gemma4DecoderLayer.forward is not functions[0]
+    ENGINE.apply(skip=["layer_norms"])
+    assert stock.Gemma4DecoderLayer.forward is not functions[0]
+    ENGINE.revert()
+    assert (stock.Gemma4DecoderLayer.forward, stock.Gemma4Attention.forward) == functions
