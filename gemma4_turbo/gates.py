@@ -128,7 +128,7 @@ def launch_refusals(engine: Engine) -> list[str]:
     refusals = list(switches.problems)
     release = installed_release()
     for name, run in engine.runs.items():
-        if not switches.decisions[name].on:
+        if not engine.decision(run.patch)[0]:
             continue
         state, reason = run.state, run.reason
         if state == states.WAITING:

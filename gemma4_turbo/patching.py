@@ -214,7 +214,7 @@ class Engine:
         patch = run.patch
         if run.state not in (states.WAITING, states.OFF):
             return
-        on, reason = self._decision(patch)
+        on, reason = self.decision(patch)
         if not on:
             run.set(states.OFF, reason)
             return
@@ -283,7 +283,7 @@ class Engine:
             if was != states.WAITING:
                 self._publish()
 
-    def _decision(self, patch: Patch) -> tuple[bool, str]:
+    def decision(self, patch: Patch) -> tuple[bool, str]:
         """Whether the switches want a patch and everything that it stands on, and why."""
         decisions = self.switches().decisions
         for needed in patch.requires:
@@ -310,7 +310,7 @@ class Engine:
         self._set_log_level()
         if self._armed:
             for run in self.runs.values():
-                if not self._decision(run.patch)[0] and run.swaps:
+                if not self.decision(run.patch)[0] and run.swaps:
                     self._uninstall(run)
             for run in self.runs.values():
                 self._install(run)
@@ -380,7 +380,7 @@ class Engine:
                 swap.target for swap in run.swaps if not swap.in_place
             )
         if state == states.WAITING:
-            on, why = self._decision(run.patch)
+            on, why = self.decision(run.patch)
             if not on:
                 state, reason = states.OFF, why
             elif self._selection is None:

@@ -65,7 +65,7 @@ class Swap:
         A patch that shares the attribute must bring the very function that is there already.
         """
         if self._users:
-            if replacement is not self._installed:
+            if replacement is not getattr(self._installed, "__func__", self._installed):
                 raise NotStockError(f"{self.target} was replaced before us by another patch")
             self._users += 1
             return

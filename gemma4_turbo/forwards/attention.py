@@ -141,7 +141,7 @@ def forward(
 def _attend(
     self: Any, q: torch.Tensor, k: Any, v: Any, forward_batch: Any, stored: bool
 ) -> torch.Tensor:
-    q = q.unflatten(-1, (self.num_heads, self.head_dim))
+    q = q.unflatten(-1, (self.num_heads, self.head_dim))  # type: ignore[no-untyped-call]
     if stored or k is None:
         k = v = None
     else:
@@ -170,7 +170,7 @@ def _project(self: Any, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, Any,
             out = torch.nn.functional.linear(x, weight[:rows])
             if plan.mode == Mode.Q:
                 return out, None, None
-            q, k = out.split([self.q_size, self.kv_size], dim=-1)
+            q, k = torch.split(out, [self.q_size, self.kv_size], dim=-1)
             return q, k, None
     qkv, _ = self.qkv_proj(x)
     q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
@@ -235,7 +235,7 @@ def _norms(self: Any, plan: Plan, q: torch.Tensor, k: Any, v: Any) -> bool:
 
 def _split(self: Any, plan: Plan, rows: int, like: torch.Tensor) -> tuple[Any, Any, Any]:
     whole = samples(rows, like, self.q_size + 2 * self.kv_size)
-    q, k, v = whole.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+    q, k, v = torch.split(whole, [self.q_size, self.kv_size, self.kv_size], dim=-1)
     return (q, None, None) if plan.shared else (q, k, v)
 
 

@@ -13,6 +13,7 @@ from gemma4_turbo.kernels import router_norm as router_norm_kernel
 
 EPS = 1e-6
 Pair = tuple[torch.Tensor, torch.Tensor]
+Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _rows(device: str, width: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -149,9 +150,12 @@ def _tail(patch: str, device: str, summed: bool) -> list[Check]:
     return _check(patch, what, device, [(ours, stock), (following, _rmsnorm(stock, w[3]))])
 
 
-def _heads(device: str, head_dim: int, heads: int, kv_heads: int) -> tuple[torch.Tensor, ...]:
+def _heads(device: str, head_dim: int, heads: int, kv_heads: int) -> Heads:
     whole = _rows(device, (heads + 2 * kv_heads) * head_dim, 7)
-    return whole.split([heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1)
+    q, k, v = torch.split(
+        whole, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1
+    )
+    return q, k, v
 
 
 def qkv_norm(device: str) -> list[Check]:

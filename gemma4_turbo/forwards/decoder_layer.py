@@ -66,17 +66,15 @@ class Plan:
         self.ple_tail: str | None = _first(reasons)
         self.input_norm: str | None = _first(reasons)
         self.experts_sum: str | None = _first([*reasons, _parallel(layer)])
-        self.mlp_stream: str | None = _parallel(layer, UNPROVEN_IS_FINE)
-
-
-UNPROVEN_IS_FINE = None
+        self.mlp_stream: str | None = _parallel(layer)  # no arithmetic to compare
 
 
 def _first(reasons: list[str | None]) -> str | None:
     return next((reason for reason in reasons if reason is not None), UNPROVEN)
 
 
-def _parallel(layer: Any, otherwise: str | None = None) -> str | None:
+def _parallel(layer: Any) -> str | None:
+    """Why a layer's experts cannot be treated apart from its dense MLP, or None."""
     if not layer.enable_moe_block:
         return "the layer has no experts"
     experts = layer.moe.experts
@@ -84,7 +82,7 @@ def _parallel(layer: Any, otherwise: str | None = None) -> str | None:
         return "the experts' outputs are reduced over several GPUs"
     if type(experts).__name__ != "FusedMoE":
         return f"the experts are a {type(experts).__name__}"
-    return otherwise
+    return None
 
 
 def enable(step: Step, run: Any, stock: dict[str, Any]) -> dict[str, Any]:
@@ -126,7 +124,8 @@ def forward(
         positions=positions, hidden_states=hidden_states, forward_batch=forward_batch
     )
 
-    router_input = experts_input = None
+    router_input: Any = None
+    experts_input: Any = None
     fused = _layer_norms(self, plan, hidden_states, residual)
     if fused is not None:
         mlp_input, router_input, experts_input = fused
@@ -236,7 +235,7 @@ def _side_stream(self: Any, plan: Plan, x: torch.Tensor) -> Any:
         return None
     MLP_STREAM.run.engaged(True)
     if x.device not in _streams:
-        _streams[x.device] = torch.cuda.Stream(x.device)
+        _streams[x.device] = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
     return _streams[x.device]
 
 
@@ -244,7 +243,7 @@ _streams: dict[torch.device, Any] = {}
 
 
 def _experts(
-    self: Any, plan: Plan, x: torch.Tensor, router_logits: torch.Tensor, residual: torch.Tensor
+    self: Any, plan: Plan, x: Any, router_logits: torch.Tensor, residual: torch.Tensor
 ) -> torch.Tensor:
     """The experts' output, summed or, if the tail can sum it, ``[M, K, N]``."""
     if EXPERTS_SUM.run is None or torch.compiler.is_compiling():
@@ -305,7 +304,8 @@ def _finish(
     if after is None and not unsummed:
         return _stock_tail(self, mlp_output, experts_output, residual), None
     if torch.compiler.is_compiling():
-        mine = (None, None, 0.0, None, 0.0) if experts is None else tuple(experts)
+        mine: Any = experts or (None, None, 0.0, None, 0.0)
+        following_norm: Any = after
         out, normed = _ops["layer_tail"](
             mlp_output,
             norm.weight.data,
@@ -313,7 +313,7 @@ def _finish(
             residual,
             self.layer_scalar,
             *mine,
-            *after,
+            *following_norm,
         )
         return out, None, normed
     return _three(

@@ -18,7 +18,7 @@ def forward(
     input_embeds: torch.Tensor = None,  # type: ignore[assignment]
     per_layer_inputs: Optional[torch.Tensor] = None,  # noqa: UP045 - SGLang reads the annotations
     **kwargs: Any,
-) -> torch.Tensor:
+) -> Any:
     """Embedding, layers, last norm. The result is stock's; ValueError as stock's."""
     if (input_ids is None) == (input_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
@@ -59,4 +59,4 @@ def forward(
         hidden_states = self.norm(hidden_states)
     if not captured:
         return hidden_states
-    return hidden_states, captured  # type: ignore[return-value]
+    return hidden_states, captured

@@ -17,9 +17,9 @@ is that of the slots. The fused MoE kernel's output has the same bits for each o
 row of a block is one slot, its dot products read that slot's activations and the block's weights
 only, in an order over K that depends neither on the block nor on the row, and it is stored at the
 slot's own place. Blocks from ``num_tokens_post_pad`` on are not computed. There ``expert_ids`` is
-left uninitialised, as in stock, and ``sorted_token_ids`` holds N, as in stock. (Marlin's kernels
-split K by block, so with more slots of one expert than a block holds even two runs of stock may
-differ; this order gives one of the results that stock may give.)
+left uninitialised, as in stock, and ``sorted_token_ids`` holds N, as in stock. (Two runs of stock
+itself may differ where Marlin's kernels split K by block and an expert has several blocks, or
+where the rows of a token are summed by atomics; there this order gives one of stock's results.)
 
 How: bit b of 32 consecutive ids makes one 32-bit word, a bit plane. A lane that knows an expert id
 ANDs the planes, inverted where its own bit is 0, and has the set of the 32 slots with that id; its

@@ -10,8 +10,8 @@ rows of the cosine/sine cache at the token's position::
 
 Stock needs three launches (norm, rope, store), four on layers that share KV. The sum follows stock's
 Triton kernel (sglang/srt/layers/gemma4_fused_ops.py): a 1-D block of D over four warps. The
-rotation follows sglang/jit_kernel/csrc/elementwise/rope.cuh as nvcc contracts it: the first product
-is fused into the second.
+rotation follows sglang/jit_kernel/csrc/elementwise/rope.cuh as nvcc contracts it: the product with the
+cosine is the fused one.
 
 The three projection modes: a layer with its own K and V (`Mode.QKV`), one whose V is its K before the
 norms (`Mode.QK`: one read of K gives both), one that shares another layer's KV (`Mode.Q`).
@@ -42,10 +42,11 @@ class Mode(enum.IntEnum):
 
 @triton.jit
 def _rotate(x, other, c, s, first, PTX: tl.constexpr):
-    # first half: x*c - other*s; second half: other*s + x*c with the roles of x and other swapped
+    # In the first half other is the second half's element, and the other way round. Which product
+    # is fused is nvcc's choice for stock's kernel: of the four ways, the one without a differing bit.
     if PTX:
         lower = tl.fma(x, c, -(other * s))
-        upper = tl.fma(other, s, x * c)
+        upper = tl.fma(x, c, other * s)
         return tl.where(first, lower, upper)
     else:
         return tl.where(first, x * c - other * s, other * s + x * c)
@@ -206,7 +207,7 @@ def decline_reason(
             return f"{name} must be bf16 or fp16 like q, got {tensor.dtype}"
         if not (INTERPRETED or (tensor.is_cuda and torch.version.hip is None)):
             return f"{name} must be on a CUDA device, got {tensor.device}"
-        if tensor.shape[0] != rows or (name == "v" and k is not None and v.shape != k.shape):
+        if tensor.shape[0] != rows or (name == "v" and k is not None and tensor.shape != k.shape):
             return f"{name} has the shape {tuple(tensor.shape)}, q {tuple(q.shape)}"
     if (v is not None and k is None) or (k is not None and k_weight is None):
         return "k and k_weight must be given with v"
@@ -349,7 +350,7 @@ def reference_qkv(
     """The same in plain torch, rounding where stock rounds; returns new tensors."""
 
     def heads(x: torch.Tensor) -> torch.Tensor:
-        return x.reshape(x.shape[0], -1, head_dim)
+        return x.reshape(x.shape[0], x.shape[1] // head_dim, head_dim)
 
     def norm(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
         y = heads(x).float()

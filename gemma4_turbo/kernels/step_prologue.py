@@ -237,7 +237,7 @@ def _rsqrt(x, PTX: tl.constexpr):
             "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        return 1.0 / tl.sqrt_rn(x)
+        return tl.rsqrt(x)
 
 
 @triton.jit
@@ -322,7 +322,7 @@ def reference_rms_norm(kind: RMSNormKind) -> RMSNormFunction:
                 else (total[:, :half], total[:, half:])
             )
             total = pairs[0] + pairs[1]
-        rstd = 1.0 / torch.sqrt(total / WIDTH + torch.tensor(eps, dtype=torch.float32))
+        rstd = torch.rsqrt(total / WIDTH + eps)
         w = flushed(weight.float()) + 0.0
         return flushed(flushed(flushed(x32) * rstd) * w).to(x.dtype)
 

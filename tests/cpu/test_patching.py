@@ -514,6 +514,138 @@ def test_status_before_apply(world: World) -> None:
     assert world.imported().answer(1) == 2
 
 
+# -- patches that share a target, or stand on each other -----------------------------------------
+
+
+def shared(value: str) -> Build:
+    """A build that brings one and the same function whoever calls it."""
+
+    def replacement(*args: Any) -> Any:
+        return value
+
+    def build(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+        return dict.fromkeys(stock, replacement)
+
+    return build
+
+
+@pytest.mark.parametrize("qualname", ["answer", "Model.scale"])
+@pytest.mark.parametrize("first", ["one", "two"])
+def test_a_shared_replacement_stays_until_the_last_one_goes(
+    world: World, qualname: str, first: str
+) -> None:
+    """Whichever goes first, for a function and for a static method."""
+    build = shared("both")
+    engine = world.engine(
+        *((record(name, world.target(qualname)), build) for name in ("one", "two"))
+    )
+    leaf = world.imported()
+    owner = leaf.Model if "." in qualname else leaf
+    name = qualname.rpartition(".")[2]
+    stock = vars(owner)[name]
+    engine.apply()
+    ours = vars(owner)[name]
+    assert ours is not stock
+    assert states_of(engine) == {"one": states.ACTIVE, "two": states.ACTIVE}
+    engine.apply(skip=[first])
+    assert vars(owner)[name] is ours
+    assert sorted(states_of(engine).values()) == [states.ACTIVE, states.OFF]
+    engine.apply(only=[])
+    assert vars(owner)[name] is stock
+    engine.apply(only=["one", "two"])
+    assert states_of(engine) == {"one": states.ACTIVE, "two": states.ACTIVE}
+    engine.revert()
+    assert vars(owner)[name] is stock
+
+
+def test_sharing_gives_both_stock_s_function(world: World) -> None:
+    """The second patch's build sees stock, not the first one's replacement."""
+    seen: list[Any] = []
+    build = shared("both")
+
+    def noting(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+        seen.extend(stock.values())
+        return build(run, stock)
+
+    engine = world.engine(
+        *((record(name, world.target("answer")), noting) for name in ("one", "two"))
+    )
+    stock = world.imported().answer
+    engine.apply()
+    assert seen == [stock, stock]
+
+
+def test_different_replacements_of_one_target_conflict(world: World) -> None:
+    """The first keeps the place; the second leaves none of its other targets replaced."""
+    engine = world.engine(
+        (record("one", world.target("answer")), returning("one")),
+        (record("two", world.target("Model.forward"), world.target("answer")), returning("two")),
+    )
+    leaf = world.imported()
+    stock = leaf.answer, leaf.Model.forward
+    one, two = engine.apply()
+    assert one.state == states.ACTIVE
+    assert (two.state, two.reason) == (
+        states.CONFLICT,
+        f"{world.target('answer')} was replaced before us by another patch",
+    )
+    assert leaf.answer(1) == "one"
+    assert leaf.Model.forward is stock[1]
+    engine.revert()
+    assert leaf.answer is stock[0]
+
+
+def test_a_patch_is_off_with_what_it_requires(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At apply, by variable and by argument, and when the selection changes."""
+    engine = world.engine(
+        (record("base", world.target("answer")), returning("base")),
+        (record("top", world.target("Model.forward"), requires=("base",)), returning("top")),
+    )
+    monkeypatch.setenv("GEMMA4_TURBO_BASE", "0")
+    _, top = engine.apply()
+    reason = "stands on base, which is off: GEMMA4_TURBO_BASE=0"
+    assert top[1:3] == (states.OFF, reason)
+    leaf = world.imported()
+    stock = leaf.Model.forward
+    assert engine.status()[1][1:3] == (states.OFF, reason)
+    monkeypatch.delenv("GEMMA4_TURBO_BASE")
+    engine.apply(only=["base", "top"])
+    assert states_of(engine) == {"base": states.ACTIVE, "top": states.ACTIVE}
+    _, top = engine.apply(skip=["base"])
+    assert top.state == states.OFF
+    assert top.reason.startswith("stands on base, which is off: ")
+    assert leaf.Model.forward is stock
+    _, top = engine.apply(only=["base"])
+    assert top.state == states.OFF
+    assert "stands on" not in top.reason
+
+
+@pytest.mark.parametrize("build", [_raises, _forgets_the_second])
+def test_a_failed_installation_is_undone(world: World, build: Build) -> None:
+    """What build did to live objects is put back, once; a patch that shares is not touched."""
+    same = shared("both")
+
+    def half(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+        return same(run, {next(iter(stock)): None}) if build is not _raises else build(run, stock)
+
+    engine = world.engine(
+        (record("good", world.target("answer")), same),
+        (record("pair", world.target("answer"), world.target("Model.scale")), half),
+    )
+    leaf = world.imported()
+    stock = leaf.answer
+    good, pair = engine.apply()
+    assert (good.state, pair.state) == (states.ACTIVE, states.FAILED)
+    code: Any = sys.modules["gemma4_turbo.patches.pair"]
+    assert code.undone == 1
+    assert leaf.answer(1) == "both"
+    engine.revert()
+    assert code.undone == 1
+    assert leaf.answer is stock
+
+
 # -- the way to the import ----------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from gemma4_turbo.catalogue import CATALOGUE
 from tests.cpu.conftest import REPOSITORY
 
 MODULE = "sglang.srt.models.gemma4_causal"
@@ -22,13 +23,35 @@ import importlib, json, multiprocessing, os, sys
 
 def look():
     import gemma4_turbo
+    from gemma4_turbo.catalogue import CATALOGUE
     model = importlib.import_module({MODULE!r})
+    for name in {{name for patch in CATALOGUE for name in patch.modules}}:
+        importlib.import_module(name)
     construct = vars(model.Gemma4MoE)["__init__"]
-    (row,) = gemma4_turbo.status()
+    rows = {{row.name: row for row in gemma4_turbo.status()}}
+    router = rows["router"]
+    targets = {{}}
+    for target in {{target for patch in CATALOGUE for target in patch.targets}}:
+        module, _, qualname = target.partition(":")
+        owner = module = sys.modules[module]
+        *scopes, name = qualname.split(".")
+        for scope in scopes:
+            owner = vars(owner)[scope]
+        value = vars(owner)[name]
+        files = [value.__code__.co_filename]
+        inner = value
+        while hasattr(inner, "__wrapped__"):  # some of stock's are decorated
+            inner = inner.__wrapped__
+            files.append(inner.__code__.co_filename)
+        ours = any("/gemma4_turbo/" in file for file in files)
+        assert ours or module.__file__ in files, (target, files)
+        targets[target] = [id(value), ours]
     return {{
-        "state": row.state,
-        "reason": row.reason,
-        "engaged": row.engaged,
+        "state": router.state,
+        "reason": router.reason,
+        "engaged": router.engaged,
+        "states": {{name: [row.state, row.reason] for name, row in rows.items()}},
+        "targets": targets,
         "stock": construct.__code__.co_filename == model.__file__,
         "ours": construct.__code__.co_filename.endswith("gemma4_turbo/patches/router.py"),
         "id": id(construct),
@@ -53,11 +76,13 @@ PARENT = f"""{LOOK}{CHILD}
 if __name__ == "__main__":
     import gemma4_turbo
     found = {{}}
-    os.environ["GEMMA4_TURBO_ROUTER"] = "0"
-    found["first apply"] = gemma4_turbo.apply()[0].state
+    from gemma4_turbo.catalogue import CATALOGUE
+    os.environ.update({{patch.env: "0" for patch in CATALOGUE}})
+    found["first apply"] = [row.state for row in gemma4_turbo.apply()]
     found["switched off"] = look()
     gemma4_turbo.revert()
-    del os.environ["GEMMA4_TURBO_ROUTER"]
+    for patch in CATALOGUE:
+        del os.environ[patch.env]
     found["applied after the import"] = (gemma4_turbo.apply(), look())[1]
     found["applied twice"] = (gemma4_turbo.apply(), look())[1]
     context = multiprocessing.get_context("spawn")
@@ -138,6 +163,9 @@ def test_active(found: dict[str, dict[str, Any]], moment: str) -> None:
     assert found[moment]["reason"] == "installed"
     assert found[moment]["ours"]
     assert not found[moment]["stock"]
+    every = {patch.name: ["active", "installed"] for patch in CATALOGUE}
+    assert found[moment]["states"] == every
+    assert all(ours for _, ours in found[moment]["targets"].values())
 
 
 @pytest.mark.parametrize(
@@ -166,9 +194,32 @@ def test_the_very_same_object(found: dict[str, dict[str, Any]]) -> None:
     assert found["applied twice"]["id"] == found["applied after the import"]["id"]
 
 
+def test_the_very_same_objects_of_every_patch(found: dict[str, dict[str, Any]]) -> None:
+    """Each target, shared or not, is stock's again after a revert, and ours only in between."""
+    stock = found["switched off"]["targets"]
+    assert stock.keys() == {target for patch in CATALOGUE for target in patch.targets}
+    assert not any(ours for _, ours in stock.values())
+    assert found["reverted"]["targets"] == stock
+    applied = found["applied after the import"]["targets"]
+    assert all(applied[target][0] != stock[target][0] for target in stock)
+    assert found["applied twice"]["targets"] == applied
+    states = {state for state, _ in found["switched off"]["states"].values()}
+    states |= {state for state, _ in found["reverted"]["states"].values()}
+    assert states == {"off"}
+
+
+def test_one_switched_off_leaves_the_others_on(found: dict[str, dict[str, Any]]) -> None:
+    """After the import, the router alone."""
+    states = found["switched off after the import"]["states"]
+    assert states.pop("router") == ["off", "GEMMA4_TURBO_ROUTER=0"]
+    assert states == {
+        patch.name: ["active", "installed"] for patch in CATALOGUE if patch.name != "router"
+    }
+
+
 def test_apply_before_the_import(found: dict[str, dict[str, Any]]) -> None:
     """The reason is known before SGLang is."""
-    assert found["first apply"] == "off"
+    assert found["first apply"] == ["off"] * len(CATALOGUE)
 
 
 def test_sitecustomize_was_there_first(found: dict[str, dict[str, Any]]) -> None:

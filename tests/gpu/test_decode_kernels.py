@@ -1,0 +1,221 @@
+"""The kernels of a decode step against stock's own calls on the GPU: every bit; and against fp64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from sgl_kernel import fused_add_rmsnorm, rmsnorm
+from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
+from sglang.srt.layers import gemma4_fused_ops as stock
+
+from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.forwards import ops
+from gemma4_turbo.kernels import layer_norms, layer_tail, ple_tail, qkv, router_norm
+from gemma4_turbo.patching import ENGINE, PatchRun
+
+EPS = 1e-6
+DTYPE = torch.bfloat16
+KINDS = ("0.01", "1", "30", "zeros", "infinities", "nan rows", "subnormal")
+each_width = pytest.mark.parametrize("width", [1536, 2560, 2816, 5376])
+each_count = pytest.mark.parametrize("rows", [0, 1, 7, 32, 64, 257, 4096])
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def draw(kind: str, rows: int, width: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.randn(rows, width, device="cuda", generator=generator)
+    if kind[0].isdigit():
+        return (x * float(kind)).to(DTYPE)
+    if kind == "zeros":
+        return torch.where(x < 0, -0.0, 0.0).to(DTYPE)
+    if kind == "subnormal":
+        return (x * 2.0**-130).to(DTYPE)
+    x[::3, seed % width] = float("inf") if kind == "infinities" else float("nan")
+    return x.to(DTYPE)
+
+
+def weight(width: int, seed: int) -> torch.Tensor:
+    return (draw("1", 1, width, seed)[0].float().tanh() + 1.5).to(DTYPE)
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor([value], device="cuda", dtype=DTYPE)
+
+
+def same(*pairs: tuple[Any, Any]) -> None:
+    """Equal bits; a NaN may carry another payload."""
+    for found, expected in pairs:
+        assert found.shape == expected.shape
+        a, b = found.contiguous().view(torch.int16), expected.contiguous().view(torch.int16)
+        wrong = (a != b) & ~(found.isnan() & expected.isnan())
+        assert int(wrong.sum()) == 0
+
+
+def norm64(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    x = x.double()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w.double()
+
+
+def close(found: torch.Tensor, exact: torch.Tensor, roundings: int, terms: float = 0.0) -> None:
+    """Half an ulp per rounding, of the result or of the greatest term of a sum, and fp32's error."""
+    bound = (roundings * 2.0**-8 + 2.0**-16) * (exact.abs() + terms) + 1e-37
+    assert bool(((found.double() - exact).abs() <= bound).all())
+
+
+def finite(kind: str) -> bool:
+    return kind not in ("infinities", "nan rows")
+
+
+@each_width
+@each_count
+@each_kind
+def test_layer_norms_and_router_norm(width, rows, kind):
+    x, r = draw(kind, rows, width, 1), draw(kind, rows, width, 2)
+    w = [weight(width, seed) for seed in (3, 4, 5, 6)]
+    root = torch.tensor(width**-0.5, device="cuda", dtype=DTYPE)
+    residual = r.clone()
+    found = layer_norms.layer_norms(
+        x, residual, w[0], EPS, w[1], EPS, layer_norms.Router(w[2], root, EPS, w[3], EPS)
+    )
+    alone = router_norm.router_norm(residual, w[2], root, EPS)
+    if not rows:
+        assert all(y is not None and y.shape == x.shape for y in found)
+        return
+    mlp_input = rmsnorm(x, w[0], EPS)
+    before = mlp_input.double() + r.double()
+    fused_add_rmsnorm(mlp_input, r, w[1], EPS)
+    router_input = rmsnorm(r, torch.ones_like(w[0]), EPS) * (w[2] * root)
+    same((residual, r), (found[0], mlp_input), (found[1], router_input), (alone, router_input))
+    same((found[2], rmsnorm(r, w[3], EPS)))
+    if finite(kind):
+        close(found[0], norm64(before, w[1]), 1)
+        close(found[1], norm64(r, w[2]) * root.double(), 3)
+        close(found[2], norm64(r, w[3]), 1)
+
+
+@each_width
+@each_count
+@each_kind
+def test_ple_tail(width, rows, kind):
+    x, r = draw(kind, rows, width, 1), draw(kind, rows, width, 2)
+    w, after, s = weight(width, 3), weight(width, 4), scalar(0.7)
+    out, normed = ple_tail.norm_add(x, w, EPS, r, s, after, EPS)
+    gate, factor = draw(kind, rows, 256, 5), draw(kind, rows, 256, 6)
+    closed = ple_tail.gelu_mul(gate, factor)
+    same((closed, torch.nn.functional.gelu(gate, approximate="tanh") * factor))
+    if rows:
+        expected = (rmsnorm(x, w, EPS) + r) * s
+        same((out, expected), (normed, rmsnorm(expected, after, EPS)))
+        if finite(kind):
+            exact = norm64(x, w)
+            terms = (exact.abs() + r.double().abs()).amax(-1, keepdim=True)
+            close(out, (exact + r.double()) * s.double(), 3, terms)
+
+
+@each_width
+@each_count
+@each_kind
+@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+def test_layer_tail(width, rows, kind, experts):
+    x, r, e = (draw(kind, rows, width, seed) for seed in (1, 2, 7))
+    w, s = [weight(width, seed) for seed in (3, 4, 5, 6)], scalar(0.7)
+    branch = layer_tail.Experts(e, w[1], EPS, w[0], EPS) if experts else None
+    after = layer_tail.NextNorm(w[3], EPS)
+    out, normed = layer_tail.layer_tail(x, w[2], EPS, r, s, branch, after)
+    if not rows:
+        assert out.shape == x.shape
+        return
+    if experts:
+        expected = stock.gemma_dual_rmsnorm_residual_scalar(
+            x, w[0], e, w[1], w[2], r, s, EPS, EPS, EPS
+        )
+    else:
+        expected = stock.gemma_rmsnorm_residual_scalar(x, w[2], r, s, EPS)
+    same((out, expected), (normed, rmsnorm(expected, w[3], EPS)))
+    if finite(kind):
+        exact = norm64(norm64(x, w[0]) + norm64(e, w[1]) if experts else x, w[2])
+        terms = (exact.abs() + r.double().abs()).amax(-1, keepdim=True)
+        close(out, (exact + r.double()) * s.double(), 1, terms)
+
+
+@each_count
+@each_kind
+@pytest.mark.parametrize("head_dim", [256, 512])
+@pytest.mark.parametrize("turned", [False, True], ids=["norms", "rope"])
+def test_qkv(rows, kind, head_dim, turned):
+    sizes = [4 * head_dim, 2 * head_dim, 2 * head_dim]
+    ours = draw(kind, rows, sum(sizes), 7).split(sizes, dim=-1)
+    q, k, v = draw(kind, rows, sum(sizes), 7).split(sizes, dim=-1)
+    before = q.double()
+    qw, kw = weight(head_dim, 3), weight(head_dim, 4)
+    angle = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, head_dim // 2)
+    cache = torch.cat([angle.cos(), angle.sin()], dim=-1).cuda()
+    positions = torch.arange(rows, device="cuda") * 7 % 4096
+    rope = qkv.Rope(positions, cache) if turned else None
+    found = qkv.qkv(*ours, qw, kw, EPS, head_dim, rope)
+    if not rows:
+        return
+    stock.gemma_qkv_rmsnorm(q, k, v, qw, kw, 4, 2, head_dim, EPS)
+    k = k.contiguous()
+    if turned:
+        apply_rope_with_cos_sin_cache_inplace(
+            positions=positions,
+            q=q.view(rows, -1, head_dim),
+            k=k.view(rows, -1, head_dim),
+            cos_sin_cache=cache,
+            is_neox=True,
+        )
+    same(*zip(found, (q, k, v), strict=True))
+    if finite(kind) and not turned:
+        exact = norm64(before.view(rows, 4, head_dim), qw).flatten(1)
+        close(found[0], exact, 1)
+
+
+def traced(name: str) -> tuple[Any, list[Any]]:
+    x, r, w = draw("1", 7, 1536, 1), draw("1", 7, 1536, 2), weight(1536, 3)
+    one = scalar(0.7)
+    q, k, v = (draw("1", 7, n * 256, n) for n in (4, 2, 3))
+    return {
+        "layer_norms": (ops.layer_norms_op, [x, r, w, EPS, w, EPS, w, one, EPS, w, EPS]),
+        "router_norm": (ops.router_norm_op, [x, w, one, EPS]),
+        "norm_add": (ops.norm_add_op, [x, w, EPS, r, one, w, EPS]),
+        "gelu_mul": (ops.gelu_mul_op, [x, r]),
+        "layer_tail": (
+            ops.layer_tail_op,
+            [x, w, EPS, r, one, r, w, EPS, w, EPS, w, EPS],
+        ),
+        "qkv": (
+            ops.qkv_op,
+            [q, k, v[:, :512], weight(256, 3), weight(256, 4), EPS, 256, None, None],
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name", ["layer_norms", "router_norm", "norm_add", "gelu_mul", "layer_tail", "qkv"]
+)
+def test_operators_survive_fullgraph(name, monkeypatch):
+    """Same outputs and same changes in place, compiled and not."""
+    counted = ("layer_norms", "router_norm", "ple_tail", "input_norm", "qkv_norm")
+    runs = {patch: PatchRun(by_name(patch), 0, lambda: None) for patch in counted}
+    monkeypatch.setattr(ENGINE, "runs", runs)
+    make, eager = traced(name)
+    _, mine = traced(name)
+    op = make()
+    torch._dynamo.reset()
+    expected, found = op(*eager), torch.compile(lambda *a: op(*a), fullgraph=True)(*mine)
+    many = [(a, b) for a, b in zip(mine, eager, strict=True) if isinstance(a, torch.Tensor)]
+    if isinstance(found, torch.Tensor):
+        many.append((found, expected))
+    elif found is not None:
+        many += zip(found, expected, strict=True)
+    same(*many)
