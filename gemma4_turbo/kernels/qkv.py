@@ -45,7 +45,7 @@ def _rotate(x, other, c, s, first, PTX: tl.constexpr):
     # In the first half other is the second half's element, and the other way round. Which product
     # is fused is nvcc's choice for stock's kernel: of the four ways, the one without a differing bit.
     if PTX:
-        lower = tl.fma(x, c, -(other * s))
+        lower = tl.fma(x, c, (other * s) * -1.0)  # Triton's minus is 0 - x, which loses -0
         upper = tl.fma(x, c, other * s)
         return tl.where(first, lower, upper)
     else:

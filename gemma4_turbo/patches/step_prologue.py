@@ -13,6 +13,7 @@ call: `norm_kind` finds it by comparing with stock, once, before the first use.
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional
@@ -183,8 +184,13 @@ def _norm_reason() -> Callable[[Any, torch.Tensor], str | None]:
             return "batch-invariant mode has an RMSNorm of its own"
         if norm._forward_hooks or norm._forward_pre_hooks:
             return "the projection's norm has hooks"
-        if not kernel.INTERPRETED and norm._forward_method.__name__ != "forward_cuda":
-            return f"the projection's norm runs {norm._forward_method.__name__}"
+        if not kernel.INTERPRETED:
+            if not isinstance(norm._forward_method, types.MethodType):
+                return "the projection's norm runs a function of somebody else's"
+            # Its function's name: Dynamo gives the bound method another.
+            method = norm._forward_method.__func__.__name__
+            if method != "forward_cuda":
+                return f"the projection's norm runs {method}"
         if norm.weight.dtype != inputs_embeds.dtype:
             return f"the norm's weight is {norm.weight.dtype}, its input {inputs_embeds.dtype}"
         if not (kernel.INTERPRETED or (inputs_embeds.is_cuda and torch.version.hip is None)):

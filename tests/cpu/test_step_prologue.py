@@ -399,6 +399,24 @@ def test_survives_fullgraph(ple: bool, monkeypatch: pytest.MonkeyPatch):
                 assert not torch.equal(compiled(IDS), expected)
 
 
+@pytest.mark.parametrize("method", ["forward_cuda", "forward_native", "foreign"])
+def test_traced_calls_see_what_the_norm_runs(method: str, monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: ``forward_cuda`` passes, under Dynamo too, and only the device is left."""
+    torch._dynamo.reset()
+    norm = text_model().per_layer_projection_norm
+    norm._forward_method = getattr(norm, method, lambda x: x)
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    reason_of = patch._norm_reason()
+    embeds = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
+    compiled = torch.compile(
+        lambda x: (x + 1, reason_of(norm, x)), fullgraph=True, backend="eager"
+    )
+    reasons = {"forward_cuda": "CUDA device", "forward_native": "runs forward_native"}
+    expected = reasons.get(method, "somebody else's")
+    for reason in (reason_of(norm, embeds), compiled(embeds)[1]):
+        assert expected in reason
+
+
 def test_traced_calls_keep_stocks_numbers_where_ours_are_not(monkeypatch: pytest.MonkeyPatch):
     """A GPU on which a bit differs: the operators run stock's steps."""
     arguments = patch.project_inputs(generator(), torch.bfloat16, 6, 4)
