@@ -408,9 +408,7 @@ def test_traced_calls_see_what_the_norm_runs(method: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     reason_of = patch._norm_reason()
     embeds = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
-    compiled = torch.compile(
-        lambda x: (x + 1, reason_of(norm, x)), fullgraph=True, backend="eager"
-    )
+    compiled = torch.compile(lambda x: (x + 1, reason_of(norm, x)), fullgraph=True, backend="eager")
     reasons = {"forward_cuda": "CUDA device", "forward_native": "runs forward_native"}
     expected = reasons.get(method, "somebody else's")
     for reason in (reason_of(norm, embeds), compiled(embeds)[1]):

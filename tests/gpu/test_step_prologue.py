@@ -1,0 +1,391 @@
+"""The step prologue against SGLang's own methods on the GPU, every bit, at the sizes of E2B and E4B."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
+from sglang.srt.models.gemma4_causal import Gemma4TextModel
+from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
+
+from gemma4_turbo import states
+from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.kernels import step_prologue as kernel
+from gemma4_turbo.patches import step_prologue as patch
+from gemma4_turbo.patching import ENGINE, PatchRun
+
+STOCK_GATHER = Gemma4TextModel.get_per_layer_inputs
+STOCK_PROJECT = Gemma4TextModel.project_per_layer_inputs
+STOCK_FORWARD = Gemma4ForConditionalGeneration.forward
+
+LAYERS = pytest.mark.parametrize("layers", [35, 42], ids=["E2B", "E4B"])
+TOKENS = pytest.mark.parametrize("tokens", [0, 1, 7, 32, 64, 257, 4096])
+DTYPES = pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
+ROWS, VOCAB = 1024, 1000
+IMAGE, VIDEO, AUDIO, PAD = 1001, 1002, 7, 3
+
+
+@pytest.fixture(autouse=True)
+def _inference():
+    """As in a server, and with memory that was written to before."""
+    poison = torch.full((256 << 20,), 0x7B, dtype=torch.uint8, device="cuda")
+    del poison
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator("cuda").manual_seed(20)
+
+
+def make_run() -> PatchRun:
+    return PatchRun(by_name("step_prologue"), 0, lambda: None)
+
+
+def bits_differ(a: torch.Tensor, b: torch.Tensor) -> int:
+    """Elements with different bits, NaN and the sign of zero included."""
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    return int((a.view(torch.int16) != b.view(torch.int16)).sum())
+
+
+def ids_of(generator: torch.Generator, tokens: int) -> torch.Tensor:
+    """In range, out of range on both sides, and placeholders."""
+    return torch.randint(-50, ROWS + 50, (tokens,), generator=generator, device="cuda")
+
+
+def model(
+    generator: torch.Generator, layers: int, dtype: torch.dtype = torch.bfloat16
+) -> SimpleNamespace:
+    """What the two methods read of a Gemma4TextModel; the GEMM hands its input on."""
+    embedding = Gemma3TextScaledWordEmbedding(1, 1, None, embed_scale=256**0.5)
+    table = torch.randn(ROWS, layers * 256, generator=generator, device="cuda")
+    embedding.weight = torch.nn.Parameter(patch.odd_rows(table).to(dtype))
+    _, projection_scale, weight, eps, _, input_scale = patch.project_inputs(generator, dtype, 1, 10)
+    norm = RMSNorm(256, eps)
+    norm.weight = torch.nn.Parameter(weight)
+    return SimpleNamespace(
+        embed_tokens_per_layer=embedding,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=256,
+        config=SimpleNamespace(num_hidden_layers=layers),
+        per_layer_model_projection=lambda x: (x, None),
+        per_layer_projection_norm=norm,
+        per_layer_projection_scale=projection_scale,
+        per_layer_input_scale=input_scale,
+    )
+
+
+def projection_of(
+    generator: torch.Generator, tokens: int, layers: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A GEMM's output and per-layer inputs, odd rows in both."""
+    made = patch.project_inputs(generator, dtype, max(tokens, 1), layers)
+    inputs = torch.randn(max(tokens, 1) * layers, 256, generator=generator, device="cuda")
+    inputs = patch.odd_rows(inputs.flip(0)).to(dtype).reshape(-1, layers, 256)
+    return made[0][:tokens], inputs[:tokens].contiguous()
+
+
+# -- bits ------------------------------------------------------------------------------------------------
+
+
+@TOKENS
+@LAYERS
+@DTYPES
+def test_gather(dtype, layers, tokens, generator):
+    """Subnormals, infinities and NaN in the table; ids of both widths."""
+    text = model(generator, layers, dtype)
+    gather = patch.gather_method(make_run(), STOCK_GATHER)
+    for ids in (ids_of(generator, tokens), ids_of(generator, 2 * tokens).int()[::2]):
+        assert bits_differ(gather(text, ids), STOCK_GATHER(text, ids)) == 0
+
+
+@LAYERS
+def test_gather_of_the_whole_vocabulary(layers, generator):
+    """More elements than 32 bits can count."""
+    text = model(generator, layers)
+    vocab = 262_144
+    table = torch.empty(vocab, layers * 256, dtype=torch.bfloat16, device="cuda")
+    table.normal_(generator=generator)
+    text.embed_tokens_per_layer.weight = torch.nn.Parameter(table)
+    text.vocab_size_per_layer_input = vocab
+    ids = torch.cat([torch.tensor([vocab - 1, vocab, -1], device="cuda"), ids_of(generator, 9)])
+    ids[5:] = ids[5:].abs() * 240
+    gather = patch.gather_method(make_run(), STOCK_GATHER)
+    assert bits_differ(gather(text, ids), STOCK_GATHER(text, ids)) == 0
+
+
+@TOKENS
+@LAYERS
+@DTYPES
+def test_project(dtype, layers, tokens, generator):
+    """Odd rows and weights; with per-layer inputs and without."""
+    text = model(generator, layers, dtype)
+    run = make_run()
+    project = patch.project_method(run, STOCK_PROJECT)
+    projection, inputs = projection_of(generator, tokens, layers, dtype)
+    for given in ((projection, inputs), (projection, None)):
+        before = run.counters.engaged
+        assert bits_differ(project(text, *given), STOCK_PROJECT(text, *given)) == 0
+        assert run.counters.engaged == before + 1, run.full_reason()
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@DTYPES
+def test_fifty_million_numbers(dtype, size, generator):
+    """The orders of the sum differ in one of a million: enough of them to see it."""
+    text = model(generator, 42, dtype)
+    project = patch.project_method(make_run(), STOCK_PROJECT)
+    for _ in range(5):
+        projection = torch.randn(1024, 42 * 256, generator=generator, device="cuda") * size
+        projection = projection.to(dtype)
+        assert bits_differ(project(text, projection), STOCK_PROJECT(text, projection)) == 0
+
+
+@DTYPES
+def test_a_traced_norm(dtype, generator):
+    """What SGLang's RMSNorm comes to under Dynamo, which may be another kernel than in eager."""
+    arguments = patch.project_inputs(generator, dtype, 4096, 42)
+    kind = patch.norm_kind(make_run(), arguments[0], True, False)
+    assert not isinstance(kind, str), kind
+    expected = kernel.reference_project(patch._traced_rms_norm, *arguments)
+    assert bits_differ(kernel.project_per_layer(*arguments, kind=kind), expected) == 0
+
+
+def test_which_norm_stock_runs(generator, record_property):
+    """For the log: nothing here depends on it."""
+    for traced in (False, True):
+        like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
+        kind = patch.norm_kind(make_run(), like, traced, False)
+        assert kind in kernel.RMS_NORMS.values(), kind
+        (name,) = (name for name, value in kernel.RMS_NORMS.items() if value == kind)
+        record_property("traced" if traced else "eager", name)
+        print(f"{'traced' if traced else 'eager'} RMSNorm: {name}")
+
+
+@LAYERS
+@DTYPES
+def test_project_is_near_fp64(dtype, layers, generator):
+    """From the scaled projection, which stock stores, on: three roundings, so with u = eps / 2
+    an error of at most (|y| + |y + p|) u s + |out| u, and 1 % for fp32's share of it."""
+    run = make_run()
+    projection = torch.randn(257, layers * 256, generator=generator, device="cuda").to(dtype)
+    _, scale, weight, eps, inputs, input_scale = patch.project_inputs(generator, dtype, 257, layers)
+    inputs = inputs.clamp(-64, 64)
+    kind = patch.norm_kind(run, projection, False, False)
+    got = kernel.project_per_layer(
+        projection, scale, weight, eps, inputs, input_scale, kind=kind
+    ).double()
+    x = (projection * scale).double().reshape(257, layers, 256)
+    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.double()
+    total, s, u = y + inputs.double(), input_scale.double(), torch.finfo(dtype).eps / 2
+    bound = 1.01 * ((y.abs() + total.abs()) * u * s + (total * s).abs() * u)
+    # A subnormal's spacing, and what a norm that flushes fp32's subnormals leaves out.
+    bound += 4 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    bound += 2 * torch.finfo(torch.float32).tiny
+    assert bool(((got - total * s).abs() <= bound).all())
+
+
+# -- the patch ---------------------------------------------------------------------------------------------
+
+
+def test_replay_of_a_cuda_graph(generator):
+    """New ids, activations and weights reach a captured prologue; an unproven dtype is declined."""
+    patch._kinds.clear()
+    run = make_run()
+    text = model(generator, 35)
+    gather = patch.gather_method(run, STOCK_GATHER)
+    project = patch.project_method(run, STOCK_PROJECT)
+    ids = ids_of(generator, 64)
+    projection, _ = projection_of(generator, 64, 35, torch.bfloat16)
+    half = model(generator, 35, torch.float16)
+    before = run.counters.engaged
+    project(text, projection, gather(text, ids))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = project(text, projection, gather(text, ids))
+        gather(half, ids)  # fp16 was never compared: stock's path
+    assert run.counters.engaged - before == 4
+    assert "before the capture" in run.full_reason()
+    ids.copy_(ids_of(generator, 64))
+    projection.copy_(projection_of(generator, 64, 35, torch.bfloat16)[0] * 0.5)
+    text.embed_tokens_per_layer.weight.mul_(1.5)
+    text.per_layer_projection_norm.weight.mul_(1.5)
+    graph.replay()
+    expected = STOCK_PROJECT(text, projection, STOCK_GATHER(text, ids))
+    assert bits_differ(out, expected) == 0
+
+
+def test_under_torch_compile(generator, monkeypatch):
+    """Traced with fullgraph: the kernels run, with the bits that stock has when it is traced."""
+    torch._dynamo.reset()
+    run = make_run()
+    text = model(generator, 35)
+    gather = patch.gather_method(run, STOCK_GATHER)
+    project = patch.project_method(run, STOCK_PROJECT)
+    ids = ids_of(generator, 64)
+    projection, _ = projection_of(generator, 64, 35, torch.bfloat16)
+
+    def prologue(token_ids: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
+        return project(text, activations, gather(text, token_ids))
+
+    before = ENGINE.runs["step_prologue"].engaged_count()
+    compiled = torch.compile(prologue, fullgraph=True)
+    got = compiled(ids, projection)
+    assert ENGINE.runs["step_prologue"].engaged_count() == before + 2
+    expected = kernel.reference_project(
+        patch._traced_rms_norm,
+        projection,
+        text.per_layer_projection_scale,
+        text.per_layer_projection_norm.weight,
+        text.per_layer_projection_norm.variance_epsilon,
+        STOCK_GATHER(text, ids),
+        text.per_layer_input_scale,
+    )
+    assert bits_differ(got, expected) == 0
+    assert torch._dynamo.explain(prologue)(ids, projection).graph_break_count == 0
+    for name in ("launch_gather", "launch_project"):
+        with monkeypatch.context() as patched:
+            right = getattr(kernel, name)
+            patched.setattr(kernel, name, lambda *a, right=right: right(*a) * 3)
+            assert bits_differ(compiled(ids, projection), expected) > 0
+
+
+def launches(call: Any) -> int:
+    """Kernels, copies and fills that one call puts on the GPU."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
+        call()
+        torch.cuda.synchronize()
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(event.device_type == cuda for event in profile.events())
+
+
+def test_launches(generator):
+    """Beside the GEMM: 7 and 4 in stock, one and one here."""
+    text = model(generator, 35)
+    ids = ids_of(generator, 32)
+    projection, inputs = projection_of(generator, 32, 35, torch.bfloat16)
+    gather = patch.gather_method(make_run(), STOCK_GATHER)
+    project = patch.project_method(make_run(), STOCK_PROJECT)
+    assert launches(lambda: gather(text, ids)) == 1
+    assert launches(lambda: project(text, projection, inputs)) == 1
+    assert launches(lambda: STOCK_GATHER(text, ids)) == 7
+    assert launches(lambda: STOCK_PROJECT(text, projection, inputs)) == 4
+
+
+def multimodal(generator: torch.Generator, ple: bool) -> SimpleNamespace:
+    """What the multimodal forward reads of itself; its language model hands its inputs on."""
+    received = model(generator, 35) if ple else SimpleNamespace(embed_tokens_per_layer=None)
+    table = torch.randn(ROWS + 50, 64, generator=generator, device="cuda").bfloat16()
+
+    class Language:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(received, name)
+
+        def get_input_embeddings(self) -> Any:
+            return lambda ids: table[ids.clamp(min=0)]
+
+        def __call__(self, input_ids, forward_batch, input_embeds, positions, per_layer_inputs):
+            return input_embeds, positions.clone(), per_layer_inputs
+
+    language = Language()
+    received.embed_tokens = table
+    return SimpleNamespace(
+        config=SimpleNamespace(
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            audio_token_id=AUDIO,
+            text_config=SimpleNamespace(pad_token_id=PAD),
+        ),
+        language_model=language,
+        get_per_layer_inputs=lambda ids: STOCK_GATHER(received, ids),
+        get_image_feature=None,
+        get_video_feature=None,
+        get_audio_feature=None,
+        capture_aux_hidden_states=False,
+        logits_processor=lambda ids, hidden_states, *others: hidden_states,
+    )
+
+
+def decode_batch() -> Any:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    return SimpleNamespace(forward_mode=ForwardMode.DECODE, input_embeds=None)
+
+
+@pytest.mark.parametrize(("ple", "fewer"), [(True, 13), (False, 7)], ids=["E2B", "no PLE"])
+def test_multimodal_forward(ple, fewer, generator):
+    """The same inputs reach the language model, in so many launches fewer."""
+    mm = multimodal(generator, ple)
+    ours = patch.multimodal_forward(make_run(), STOCK_FORWARD)
+    ids = ids_of(generator, 257)
+    ids[:8] = torch.tensor([IMAGE, VIDEO, AUDIO, PAD, -1, VOCAB, 0, 1], device="cuda")
+    kept = ids.clone()
+    results = []
+    for forward in (ours, STOCK_FORWARD):
+        positions = torch.arange(257, device="cuda")
+        results.append(forward(mm, ids, positions, decode_batch()))
+        assert int(positions[0]) == 1
+        assert torch.equal(ids, kept)
+    (embeds, positions, inputs), (stock_embeds, stock_positions, stock_inputs) = results
+    assert torch.equal(embeds, stock_embeds)
+    assert torch.equal(positions, stock_positions)
+    if ple:
+        assert bits_differ(inputs, stock_inputs) == 0
+    else:
+        assert inputs is None
+        assert stock_inputs is None
+    positions = torch.arange(257, device="cuda")
+    ours_launches = launches(lambda: ours(mm, ids, positions, decode_batch()))
+    stock_launches = launches(lambda: STOCK_FORWARD(mm, ids, positions, decode_batch()))
+    assert stock_launches - ours_launches == fewer
+
+
+def test_a_failed_comparison_keeps_stock(monkeypatch, generator):
+    """One number that is off: stock's path for both methods, state failed, with the reason."""
+    patch._kinds.clear()
+    right = kernel.launch_project
+
+    def wrong(*arguments):
+        out = right(*arguments)
+        out[5, 7, 9] *= 1.5
+        return out
+
+    monkeypatch.setattr(kernel, "launch_project", wrong)
+    run = make_run()
+    text = model(generator, 35)
+    projection, inputs = projection_of(generator, 7, 35, torch.bfloat16)
+    project = patch.project_method(run, STOCK_PROJECT)
+    gather = patch.gather_method(run, STOCK_GATHER)
+    before = run.counters.engaged
+    expected = STOCK_PROJECT(text, projection, inputs)
+    assert bits_differ(project(text, projection, inputs), expected) == 0
+    ids = ids_of(generator, 7)
+    assert bits_differ(gather(text, ids), STOCK_GATHER(text, ids)) == 0
+    assert run.counters.engaged == before
+    assert run.state == states.FAILED
+    assert "differ from stock" in run.reason
+    patch._kinds.clear()
+
+
+def test_everything_else_takes_stocks_path(generator):
+    """fp32 tables and activations."""
+    run = make_run()
+    text = model(generator, 35, torch.float32)
+    ids = ids_of(generator, 7)
+    gather = patch.gather_method(run, STOCK_GATHER)
+    before = run.counters.engaged
+    assert torch.equal(
+        gather(text, ids).view(torch.int32), STOCK_GATHER(text, ids).view(torch.int32)
+    )
+    assert run.counters.engaged == before
+    assert "float32" in run.full_reason()
