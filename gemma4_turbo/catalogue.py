@@ -55,6 +55,24 @@ class Patch(NamedTuple):
         return tuple(sorted({target.partition(":")[0] for target in self.sources}))
 
 
+# What the steps of a decoder layer's forward rely on, those of its end, and those of attention's.
+_LAYER = (
+    "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
+    "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+)
+_TAIL = (
+    "sglang.srt.layers.gemma4_fused_ops:_gemma_dual_rmsnorm_residual_kernel",
+    "sglang.srt.layers.gemma4_fused_ops:_gemma_rmsnorm_residual_kernel",
+    "sglang.srt.layers.gemma4_fused_ops:gemma_dual_rmsnorm_residual_scalar",
+    "sglang.srt.layers.gemma4_fused_ops:gemma_rmsnorm_residual_scalar",
+)
+_ATTENTION = (
+    "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+    "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
+    "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
+)
+
 CATALOGUE: tuple[Patch, ...] = (
     Patch(
         name="router",
@@ -126,11 +144,7 @@ CATALOGUE: tuple[Patch, ...] = (
         name="layer_norms",
         summary="Norms, residual and router scale between attention and feed-forward in one launch",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
-        relies_on=(
-            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
-            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
-            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
-        ),
+        relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
         superseded_when=None,
         superseded_since="",
@@ -160,11 +174,7 @@ CATALOGUE: tuple[Patch, ...] = (
         name="ple_tail",
         summary="The end of a layer with per-layer embeddings (E2B, E4B) in three launches beside its GEMMs",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
-        relies_on=(
-            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
-            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
-            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
-        ),
+        relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
         superseded_when=None,
         superseded_since="",
@@ -177,11 +187,7 @@ CATALOGUE: tuple[Patch, ...] = (
         name="qkv_norm",
         summary="Norms of Q, K and V with one program per token and head",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
-        relies_on=(
-            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
-            "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
-            "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
-        ),
+        relies_on=_ATTENTION,
         written_for=("0.5.12", "0.5.12.post1"),
         superseded_when=None,
         superseded_since="",
@@ -195,9 +201,7 @@ CATALOGUE: tuple[Patch, ...] = (
         summary="Rotation and KV store in the launch of the QKV norms; no dummy K on layers that share KV",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=(
-            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
-            "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
-            "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
+            *_ATTENTION,
             "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
             "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding",
             "sglang.srt.layers.radix_attention:RadixAttention.forward",
@@ -219,11 +223,7 @@ CATALOGUE: tuple[Patch, ...] = (
         name="qkv_proj",
         summary="Only the rows of the QKV weight that a layer needs are multiplied",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
-        relies_on=(
-            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
-            "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
-            "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
-        ),
+        relies_on=_ATTENTION,
         written_for=("0.5.12", "0.5.12.post1"),
         superseded_when=None,
         superseded_since="",
@@ -240,13 +240,8 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
         ),
         relies_on=(
-            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
-            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
-            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
-            "sglang.srt.layers.gemma4_fused_ops:_gemma_dual_rmsnorm_residual_kernel",
-            "sglang.srt.layers.gemma4_fused_ops:_gemma_rmsnorm_residual_kernel",
-            "sglang.srt.layers.gemma4_fused_ops:gemma_dual_rmsnorm_residual_scalar",
-            "sglang.srt.layers.gemma4_fused_ops:gemma_rmsnorm_residual_scalar",
+            *_LAYER,
+            *_TAIL,
         ),
         written_for=("0.5.12", "0.5.12.post1"),
         superseded_when=None,
@@ -264,13 +259,8 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_sum_reduce_torch_compile",
         ),
         relies_on=(
-            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
-            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
-            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
-            "sglang.srt.layers.gemma4_fused_ops:_gemma_dual_rmsnorm_residual_kernel",
-            "sglang.srt.layers.gemma4_fused_ops:_gemma_rmsnorm_residual_kernel",
-            "sglang.srt.layers.gemma4_fused_ops:gemma_dual_rmsnorm_residual_scalar",
-            "sglang.srt.layers.gemma4_fused_ops:gemma_rmsnorm_residual_scalar",
+            *_LAYER,
+            *_TAIL,
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
             "sglang.srt.models.gemma4_causal:Gemma4MoE.forward",
         ),
@@ -286,11 +276,7 @@ CATALOGUE: tuple[Patch, ...] = (
         name="mlp_stream",
         summary="The dense MLP beside the experts, on a second stream of the CUDA graph",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
-        relies_on=(
-            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
-            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
-            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
-        ),
+        relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
         superseded_when=None,
         superseded_since="",

@@ -87,7 +87,7 @@ def _projection_reason(attention: Any) -> str | None:
     return None
 
 
-def enable(step: Step, run: Any, stock: dict[str, Any]) -> dict[str, Any]:
+def enable(step: Step, run: Any) -> dict[str, Any]:
     """Give a step to a patch; returns the replacement."""
     _ops["qkv"] = ops.qkv_op()
     step.run = run
@@ -106,36 +106,31 @@ def forward(
     if plan is None:
         plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
     q, k, v = _project(self, plan, hidden_states)
-    if k is not None and v is None and (torch.compiler.is_compiling() or not ROPE_STORE.run):
+    fits = (q.is_cuda or kernel.INTERPRETED) and plan.canonical
+    rope = _rope(self, plan, positions, q, k, v) if fits else None
+    compiling = torch.compiler.is_compiling()
+    if k is not None and v is None and (rope is None or compiling):
         v = k.clone()
-    stored = False
-    if not (q.is_cuda or kernel.INTERPRETED) or not plan.canonical:
+    if rope is not None:
+        store = _store(self, forward_batch, k, v)
+        weights = self.q_norm.weight.data, self.k_norm.weight.data
+        if compiling:
+            _ops["qkv"](q, k, v, *weights, self.q_norm.eps, self.head_dim, *rope)
+        else:
+            q, k, v = kernel.launch_qkv(
+                q, k, v, *weights, self.q_norm.eps, self.head_dim, rope, store
+            )
+        return _attend(self, q, k, v, forward_batch, store is not None)
+
+    if not fits:
         q, k, v = _plain_norms(self, plan, q, k, v)
-    else:
-        rope = _rope(self, plan, positions, q, k, v)
-        if rope is None and k is not None and v is None:
-            v = k.clone()
-        if rope is None and not _norms(self, plan, q, k, v):
-            _stock_norms(self, plan, q, k, v)
-        if rope is not None:
-            store = _store(self, forward_batch, k, v)
-            if torch.compiler.is_compiling():
-                _ops["qkv"](
-                    q, k, v, self.q_norm.weight.data, self.k_norm.weight.data, self.q_norm.eps,
-                    self.head_dim, *rope,
-                )  # fmt: skip
-            else:
-                q, k, v = kernel.launch_qkv(
-                    q, k, v, self.q_norm.weight.data, self.k_norm.weight.data, self.q_norm.eps,
-                    self.head_dim, rope, store,
-                )  # fmt: skip
-            stored = store is not None
-            return _attend(self, q, k, v, forward_batch, stored)
+    elif not _norms(self, plan, q, k, v):
+        _stock_norms(self, plan, q, k, v)
     if k is not None:
         q, k = self.rotary_emb(positions, q, k.flatten(1))
     else:
         q, _ = self.rotary_emb(positions, q, torch.zeros_like(q[:, : self.kv_size]))
-    return _attend(self, q, k, v, forward_batch, stored)
+    return _attend(self, q, k, v, forward_batch, False)
 
 
 def _attend(

@@ -33,7 +33,6 @@ MLP_STREAM = Step()
 MLP_STREAM_ROWS = 64
 """Above this many tokens the two branches no longer leave room for each other."""
 
-_stock: dict[str, Any] = {}
 _ops: dict[str, Any] = {}
 
 
@@ -85,9 +84,8 @@ def _parallel(layer: Any) -> str | None:
     return None
 
 
-def enable(step: Step, run: Any, stock: dict[str, Any]) -> dict[str, Any]:
+def enable(step: Step, run: Any) -> dict[str, Any]:
     """Give a step to a patch; returns the replacement."""
-    _stock[TARGET] = stock[TARGET]
     for name, make in (
         ("layer_norms", ops.layer_norms_op),
         ("norm_add", ops.norm_add_op),
@@ -291,13 +289,7 @@ def _finish(
         )
     experts = None
     if experts_output is not None:
-        experts = layer_tail.Experts(
-            experts_output,
-            self.post_feedforward_layernorm_2.weight.data,
-            eps_of(self.post_feedforward_layernorm_2),
-            self.post_feedforward_layernorm_1.weight.data,
-            eps_of(self.post_feedforward_layernorm_1),
-        )
+        experts = _branch(self, experts_output)
     norm = self.post_feedforward_layernorm
     unsummed = experts_output is not None and experts_output.dim() == 3
     after = _following(self, plan, mlp_output, residual, experts, following)
@@ -320,6 +312,13 @@ def _finish(
         layer_tail.launch_layer_tail(
             mlp_output, norm.weight.data, eps_of(norm), residual, self.layer_scalar, experts, after
         )
+    )
+
+
+def _branch(self: Any, output: torch.Tensor) -> layer_tail.Experts:
+    norm1, norm2 = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2
+    return layer_tail.Experts(
+        output, norm2.weight.data, eps_of(norm2), norm1.weight.data, eps_of(norm1)
     )
 
 
@@ -398,13 +397,7 @@ def _compare_tail(self: Any, like: torch.Tensor, topk: int, following: Any = Non
             fused_moe.moe_sum_reduce_torch_compile(output, summed, 1.0)
         else:
             output = summed = samples(rows, like).roll(1, 0).contiguous()
-        experts = layer_tail.Experts(
-            output,
-            self.post_feedforward_layernorm_2.weight.data,
-            eps_of(self.post_feedforward_layernorm_2),
-            self.post_feedforward_layernorm_1.weight.data,
-            eps_of(self.post_feedforward_layernorm_1),
-        )
+        experts = _branch(self, output)
     norm = self.post_feedforward_layernorm
     after = None
     if following is not None:

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels import norms
-from gemma4_turbo.kernels.norms import rms_scale, round_to, rounded
+from gemma4_turbo.kernels.norms import rms_scale
+from gemma4_turbo.kernels.rounding import round_to, rounded
 
 INTERPRETED = norms.INTERPRETED
 

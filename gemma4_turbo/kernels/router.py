@@ -30,6 +30,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gemma4_turbo.kernels.rounding import round_to
+
 MAX_EXPERTS = 512
 MAX_TOPK = 32
 LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,17 +81,6 @@ def _expf(x, PTX: tl.constexpr):
         )
     else:
         return tl.exp(x)
-
-
-@triton.jit
-def _round_to(x, dtype: tl.constexpr, PTX: tl.constexpr):
-    # Triton's interpreter truncates when it narrows to bf16: round to nearest even by hand there.
-    if PTX or dtype != tl.bfloat16:
-        return x.to(dtype)
-    else:
-        bits = x.to(tl.int32, bitcast=True)
-        bits = tl.where(x != x, 0x7FFF, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16)
-        return bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -239,9 +230,9 @@ def _routing_kernel(
         else:
             topk_ids = tl.where(slot == j, ids[j], topk_ids)
     # Through fp32 on purpose: that is how PyTorch narrows a double to bf16 or fp16.
-    scale = _round_to(tl.load(per_expert_scale_ptr + topk_ids).to(tl.float32), x.dtype, PTX)
-    weights = _round_to(tl.div_rn(weights, total[0]), x.dtype, PTX)
-    weights = _round_to(weights.to(tl.float32) * scale.to(tl.float32), x.dtype, PTX)
+    scale = round_to(tl.load(per_expert_scale_ptr + topk_ids).to(tl.float32), x.dtype, PTX)
+    weights = round_to(tl.div_rn(weights, total[0]), x.dtype, PTX)
+    weights = round_to(weights.to(tl.float32) * scale.to(tl.float32), x.dtype, PTX)
     out = token * K + slot
     tl.store(topk_weights_ptr + out, weights.to(tl.float32), mask=slot < K)
     tl.store(topk_ids_ptr + out, topk_ids, mask=slot < K)

@@ -27,7 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels.router import _round_to
+from gemma4_turbo.kernels.norms import rsqrt_approx
+from gemma4_turbo.kernels.rounding import round_to
 
 WIDTH = 256
 """D, the width of one layer's input."""
@@ -100,7 +101,7 @@ def _gather_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     row = tl.load(weight_ptr + token_id * width + column, mask=inside, other=0.0)
-    scaled = _round_to(_float(row, PTX) * embed_scale, row.dtype, PTX)
+    scaled = round_to(_float(row, PTX) * embed_scale, row.dtype, PTX)
     tl.store(out_ptr + token * width + column, scaled, mask=inside)
 
 
@@ -231,16 +232,6 @@ def _sum_of_squares(x, ROWS: tl.constexpr, ASCENDING: tl.constexpr):
 
 
 @triton.jit
-def _rsqrt(x, PTX: tl.constexpr):
-    if PTX:  # what all of stock's kernels use, on every architecture
-        return tl.inline_asm_elementwise(
-            "rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.rsqrt(x)
-
-
-@triton.jit
 def _flushed(x):
     return tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x)
 
@@ -282,22 +273,23 @@ def _project_kernel(
     x = tl.load(projection_ptr + offset, mask=inside, other=0.0)
     dtype: tl.constexpr = x.dtype
     projection_scale = _float(tl.load(projection_scale_ptr), PTX)
-    x = _float(_round_to(_float(x, PTX) * projection_scale, dtype, PTX), PTX)
+    x = _float(round_to(_float(x, PTX) * projection_scale, dtype, PTX), PTX)
 
     # Both the product and the quotient by 256 are exact: see the module's docstring.
-    rstd = _rsqrt(_sum_of_squares(x, ROWS, ASCENDING) * 0.00390625 + eps, PTX)
+    # All of stock's kernels use this root, on every architecture.
+    rstd = rsqrt_approx(_sum_of_squares(x, ROWS, ASCENDING) * 0.00390625 + eps, PTX)
     weight = _float(tl.load(weight_ptr + column), PTX)[None, :, :]
     if FLUSH:
         weight = _flushed(weight)
     weight += 0.0  # stock's bias, which turns -0 into +0
     y = _mul(_mul(x, rstd, FLUSH, PTX), weight, FLUSH, PTX)
-    y = _round_to(y, dtype, PTX)
+    y = round_to(y, dtype, PTX)
 
     if HAS_INPUTS:
         inputs = _float(tl.load(per_layer_inputs_ptr + offset, mask=inside, other=0.0), PTX)
         input_scale = _float(tl.load(input_scale_ptr), PTX)
-        y = _round_to(_float(y, PTX) + inputs, dtype, PTX)
-        y = _round_to(_float(y, PTX) * input_scale, dtype, PTX)
+        y = round_to(_float(y, PTX) + inputs, dtype, PTX)
+        y = round_to(_float(y, PTX) * input_scale, dtype, PTX)
     tl.store(out_ptr + offset, y, mask=inside)
 
 

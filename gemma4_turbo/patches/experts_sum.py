@@ -35,7 +35,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return
         reduce(x, out, routed_scaling_factor)
 
-    layer = decoder_layer.enable(decoder_layer.EXPERTS_SUM, run, stock)
+    layer = decoder_layer.enable(decoder_layer.EXPERTS_SUM, run)
     return {**layer, REDUCTION: moe_sum_reduce_torch_compile}
 
 

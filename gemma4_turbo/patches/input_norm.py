@@ -16,7 +16,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The shared forward of the layer, and the model's loop that tells a layer its successor."""
     from gemma4_turbo.forwards import text_model
 
-    layer = decoder_layer.enable(decoder_layer.INPUT_NORM, run, stock)
+    layer = decoder_layer.enable(decoder_layer.INPUT_NORM, run)
     return {**layer, text_model.TARGET: text_model.forward}
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The shared forward, with this step on."""
-    return decoder_layer.enable(decoder_layer.LAYER_NORMS, run, stock)
+    return decoder_layer.enable(decoder_layer.LAYER_NORMS, run)
 
 
 def undo(run: PatchRun) -> None:

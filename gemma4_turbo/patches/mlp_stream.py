@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The shared forward, with this step on."""
-    return decoder_layer.enable(decoder_layer.MLP_STREAM, run, stock)
+    return decoder_layer.enable(decoder_layer.MLP_STREAM, run)
 
 
 def undo(run: PatchRun) -> None:

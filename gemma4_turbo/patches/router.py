@@ -90,7 +90,7 @@ def routing_function(run: PatchRun, stock: Routing, per_expert_scale: torch.Tens
                 return traced(gating_output, per_expert_scale, topk)
             return stock(hidden_states, gating_output, topk, renormalize)
         if reason is None:
-            capturing = _capturing(gating_output)
+            capturing = custom_ops.capturing()
             reason = _unproven(run, stock, per_expert_scale, gating_output.dtype, topk, capturing)
             if reason is None:
                 run.engaged(capturing)
@@ -120,10 +120,6 @@ def _unproven(
     if failure is not None:
         run.set(states.FAILED, failure)
     return failure
-
-
-def _capturing(tensor: torch.Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _custom_op() -> Routing:

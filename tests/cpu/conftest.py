@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,26 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made.close()
     patching.ledger().close()
     patching.ledger.cache_clear()
+
+
+@contextlib.contextmanager
+def patched_sglang(
+    tmp_path_factory: pytest.TempPathFactory, only: Sequence[str] | None = None
+) -> Iterator[None]:
+    """SGLang's patched modules imported with the patches applied; all put back at the end."""
+    kept = {name: os.environ[name] for name in os.environ if name.startswith("GEMMA4_TURBO")}
+    for name in kept:
+        del os.environ[name]
+    os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
+    from gemma4_turbo.commands.modules import require_targets
+
+    patching.ENGINE.apply(only=only)
+    require_targets()
+    yield
+    patching.ENGINE.revert()
+    for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
+        del os.environ[name]
+    os.environ.update(kept)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from gemma4_turbo import states
 from gemma4_turbo.patching import ENGINE
+from tests.cpu.conftest import patched_sglang
 
 STEPS = {
     "moe": {"layer_norms", "rope_store", "input_norm"},
@@ -24,19 +24,8 @@ WITHOUT = {"qkv_norm": "rope_store", "router_norm": "layer_norms"}
 @pytest.fixture(scope="module", autouse=True)
 def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """SGLang's Gemma 4 module imported with the patches applied; reverted at the end."""
-    kept = {name: os.environ[name] for name in os.environ if name.startswith("GEMMA4_TURBO")}
-    for name in kept:
-        del os.environ[name]
-    os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
-    from gemma4_turbo.commands.modules import require_targets
-
-    ENGINE.apply()
-    require_targets()
-    yield
-    ENGINE.revert()
-    for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
-        del os.environ[name]
-    os.environ.update(kept)
+    with patched_sglang(tmp_path_factory):
+        yield
 
 
 @pytest.fixture(autouse=True)

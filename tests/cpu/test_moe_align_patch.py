@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from gemma4_turbo import states
 from gemma4_turbo.kernels import moe_align as kernel
 from gemma4_turbo.patches import moe_align as patch
 from gemma4_turbo.patching import ENGINE
+from tests.cpu.conftest import patched_sglang
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")
 
@@ -30,21 +30,10 @@ HOLDERS = (
 @pytest.fixture(scope="module", autouse=True)
 def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """SGLang's MoE modules imported with the patches applied; reverted at the end."""
-    kept = {name: os.environ[name] for name in os.environ if name.startswith("GEMMA4_TURBO")}
-    for name in kept:
-        del os.environ[name]
-    os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
-    from gemma4_turbo.commands.modules import require_targets
+    with patched_sglang(tmp_path_factory, only=("moe_align",)):
+        import sglang.srt.layers.moe.fused_moe_triton  # noqa: F401
 
-    ENGINE.apply(only=("moe_align",))
-    require_targets()
-    import sglang.srt.layers.moe.fused_moe_triton  # noqa: F401
-
-    yield
-    ENGINE.revert()
-    for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
-        del os.environ[name]
-    os.environ.update(kept)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Iterator
 
@@ -14,6 +13,7 @@ from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.kernels import router as kernel
 from gemma4_turbo.patches import router as patch
 from gemma4_turbo.patching import ENGINE, PatchRun
+from tests.cpu.conftest import patched_sglang
 from tests.router_inputs import bits_differ, logits
 
 STOCK_NAME = "Gemma4MoE.__init__.<locals>.routing_function"
@@ -22,19 +22,8 @@ STOCK_NAME = "Gemma4MoE.__init__.<locals>.routing_function"
 @pytest.fixture(scope="module", autouse=True)
 def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """SGLang's Gemma 4 module imported with the patches applied; reverted at the end."""
-    kept = {name: os.environ[name] for name in os.environ if name.startswith("GEMMA4_TURBO")}
-    for name in kept:
-        del os.environ[name]
-    os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
-    from gemma4_turbo.commands.modules import require_targets
-
-    ENGINE.apply()
-    require_targets()
-    yield
-    ENGINE.revert()
-    for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
-        del os.environ[name]
-    os.environ.update(kept)
+    with patched_sglang(tmp_path_factory):
+        yield
 
 
 @pytest.fixture(autouse=True)

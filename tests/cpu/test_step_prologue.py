@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -17,6 +16,7 @@ from gemma4_turbo import states
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.patches import step_prologue as patch
 from gemma4_turbo.patching import ENGINE
+from tests.cpu.conftest import patched_sglang
 
 LAYERS, HIDDEN, VOCAB, PLE_VOCAB = 2, 128, 50, 40
 IMAGE, VIDEO, AUDIO, PAD = 45, 46, 7, 3
@@ -29,19 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy")  # infin
 @pytest.fixture(scope="module", autouse=True)
 def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """SGLang's Gemma 4 modules imported with the patches applied; reverted at the end."""
-    kept = {name: os.environ[name] for name in os.environ if name.startswith("GEMMA4_TURBO")}
-    for name in kept:
-        del os.environ[name]
-    os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
-    from gemma4_turbo.commands.modules import require_targets
-
-    ENGINE.apply(only=["step_prologue"])
-    require_targets()
-    yield
-    ENGINE.revert()
-    for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
-        del os.environ[name]
-    os.environ.update(kept)
+    with patched_sglang(tmp_path_factory, only=["step_prologue"]):
+        yield
 
 
 @pytest.fixture(autouse=True)
