@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.forwards import ops
+from gemma4_turbo.forwards import ops, steps
 from gemma4_turbo.forwards.steps import UNPROVEN, Step, differing, samples
 from gemma4_turbo.kernels import qkv as kernel
 from gemma4_turbo.kernels.qkv import Mode, Rope, Store
@@ -27,13 +27,13 @@ NORM_ROWS = 256
 _ops: dict[str, Any] = {}
 
 
-class Plan:
+class Plan(steps.Plan):
     """What an attention's modules allow, looked at once. None: allowed, else why not."""
 
     def __init__(self, attention: Any) -> None:
         weight = attention.q_norm.weight
         self.shared = attention.is_kv_shared_layer and attention.kv_shared_layer_index is not None
-        self.key = (
+        key = (
             attention.head_dim,
             attention.num_heads,
             attention.num_kv_heads,
@@ -41,6 +41,7 @@ class Plan:
             weight.dtype,
             str(weight.device),
         )
+        super().__init__(key, attention.q_norm)
         self.canonical = (
             attention.q_norm.scale_shift == 0.0
             and attention.k_norm.scale_shift == 0.0

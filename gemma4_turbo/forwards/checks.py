@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gemma4_turbo.checks import Check
+from gemma4_turbo.forwards import norm_kinds
 from gemma4_turbo.kernels import layer_norms as layer_norms_kernel
 from gemma4_turbo.kernels import layer_tail, norms, ple_tail, qkv
 from gemma4_turbo.kernels import router_norm as router_norm_kernel
@@ -31,9 +32,11 @@ def _weight(device: str, width: int, seed: int) -> torch.Tensor:
 def _rmsnorm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not x.is_cuda:
         return norms.reference_rmsnorm(x, weight, EPS)
-    from sgl_kernel import rmsnorm
+    return norm_kinds.eager_functions().rmsnorm(x, weight, EPS)
 
-    return rmsnorm(x, weight, EPS)  # type: ignore[no-any-return]
+
+def _kind(like: torch.Tensor) -> int:
+    return norm_kinds.find(like).eager
 
 
 def _check(patch: str, what: str, device: str, pairs: list[Pair]) -> list[Check]:
@@ -57,12 +60,12 @@ def layer_norms(device: str) -> list[Check]:
         root = torch.tensor(width**-0.5, device=device, dtype=torch.bfloat16)
         router = layer_norms_kernel.Router(w[2], root, EPS, w[3], EPS) if with_router else None
         ours_r = r.clone()
-        ours = layer_norms_kernel.layer_norms(x, ours_r, w[0], EPS, w[1], EPS, router)
+        ours = layer_norms_kernel.layer_norms(
+            x, ours_r, w[0], EPS, w[1], EPS, router, kind=_kind(x)
+        )
         if device == "cuda":
-            from sgl_kernel import fused_add_rmsnorm
-
             first = _rmsnorm(x, w[0])
-            fused_add_rmsnorm(first, r, w[1], EPS)
+            norm_kinds.eager_functions().fused_add_rmsnorm(first, r, w[1], EPS)
             stock: tuple[Any, ...] = (first, None, None)
             if with_router:
                 normed = _rmsnorm(r, torch.ones_like(w[0])) * (w[2] * root)
@@ -79,7 +82,7 @@ def router_norm(device: str) -> list[Check]:
     """Width of 26B-A4B."""
     x, scale = _rows(device, 2816, 1), _weight(device, 2816, 2)
     root = torch.tensor(2816**-0.5, device=device, dtype=torch.bfloat16)
-    ours = router_norm_kernel.router_norm(x, scale, root, EPS)
+    ours = router_norm_kernel.router_norm(x, scale, root, EPS, kind=_kind(x))
     stock = _rmsnorm(x, torch.ones_like(scale)) * (scale * root)
     return _check("router_norm", "width 2816, scales 0.01 to 30", device, [(ours, stock)])
 
@@ -89,8 +92,8 @@ def ple_tail_pairs(device: str, width: int) -> list[Pair]:
     x, r = _rows(device, width, 1), _rows(device, width, 2).flip(0).contiguous()
     w, after = _weight(device, width, 3), _weight(device, width, 4)
     scalar = torch.tensor([0.7], device=device, dtype=torch.bfloat16)
-    first, _ = ple_tail.norm_add(x, w, EPS, r)
-    last, following = ple_tail.norm_add(x, w, EPS, r, scalar, after, EPS)
+    first, _ = ple_tail.norm_add(x, w, EPS, r, kind=_kind(x))
+    last, following = ple_tail.norm_add(x, w, EPS, r, scalar, after, EPS, kind=_kind(x))
     gate, factor = _rows(device, 256, 5), _rows(device, 256, 6)
     expected = (_rmsnorm(x, w) + r) * scalar
     assert following is not None
@@ -135,7 +138,7 @@ def _tail(patch: str, device: str, summed: bool) -> list[Check]:
         fused_moe.moe_sum_reduce_torch_compile(choices, total, 1.0)
     output = total if summed else choices.contiguous()
     experts = layer_tail.Experts(output, w[1], EPS, w[0], EPS)
-    after = layer_tail.NextNorm(w[3], EPS)
+    after = layer_tail.NextNorm(w[3], EPS, _kind(x))
     ours, following = layer_tail.layer_tail(x, w[2], EPS, r, scalar, experts, after)
     if device == "cuda":
         from sglang.srt.layers.gemma4_fused_ops import gemma_dual_rmsnorm_residual_scalar

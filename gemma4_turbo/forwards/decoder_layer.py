@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gemma4_turbo.custom_ops import capturing
-from gemma4_turbo.forwards import ops
+from gemma4_turbo.forwards import ops, steps
 from gemma4_turbo.forwards.steps import (
     UNPROVEN,
     Step,
@@ -43,12 +43,13 @@ class Summing:
     taken: torch.Tensor | None = None
 
 
-class Plan:
+class Plan(steps.Plan):
     """What a layer's modules allow, looked at once. None: allowed, else why not."""
 
     def __init__(self, layer: Any) -> None:
         weight = layer.input_layernorm.weight
-        self.key = (weight.shape[0], weight.dtype, str(weight.device), layer.enable_moe_block)
+        key = (weight.shape[0], weight.dtype, str(weight.device), layer.enable_moe_block)
+        super().__init__(key, layer.input_layernorm)
         first = [layer.post_attention_layernorm, layer.pre_feedforward_layernorm]
         if layer.enable_moe_block:
             first += [layer.router.norm, layer.pre_feedforward_layernorm_2]
@@ -180,22 +181,23 @@ def _layer_norms(
         attention_output, residual, w1, w2, router
     )
     if not LAYER_NORMS.may_run(
-        plan, "layer_norms", reason, lambda: _compare_layer_norms(self, residual)
+        plan, "layer_norms", reason, lambda: _compare_layer_norms(self, plan, residual), residual
     ):
         return None
     eps1 = eps_of(self.post_attention_layernorm)
     eps2 = eps_of(self.pre_feedforward_layernorm)
     if torch.compiler.is_compiling():
-        if router is None:
-            out, _, _ = _ops["layer_norms"](
-                attention_output, residual, w1, eps1, w2, eps2, None, None, 0.0, None, 0.0
-            )
-            return out, None, None
-        return _ops["layer_norms"](attention_output, residual, w1, eps1, w2, eps2, *router)
-    return layer_norms.launch_layer_norms(attention_output, residual, w1, eps1, w2, eps2, router)
+        mine: Any = router or (None, None, 0.0, None, 0.0)
+        found = _ops["layer_norms"](
+            attention_output, residual, w1, eps1, w2, eps2, *mine, plan.kinds.traced
+        )
+        return found if router is not None else (found[0], None, None)
+    return layer_norms.launch_layer_norms(
+        attention_output, residual, w1, eps1, w2, eps2, router, plan.kinds.eager
+    )
 
 
-def _compare_layer_norms(self: Any, like: torch.Tensor) -> int:
+def _compare_layer_norms(self: Any, plan: Plan, like: torch.Tensor) -> int:
     x, residual = samples(96, like), samples(96, like).flip(0)
     ours_residual = residual.clone()
     router = _router(self)
@@ -207,6 +209,7 @@ def _compare_layer_norms(self: Any, like: torch.Tensor) -> int:
         self.pre_feedforward_layernorm.weight.data,
         eps_of(self.pre_feedforward_layernorm),
         router,
+        plan.kinds.eager,
     )
     normed = self.post_attention_layernorm(x)
     mlp_input, residual = self.pre_feedforward_layernorm(normed, residual)
@@ -259,7 +262,7 @@ def _experts(
     )
     topk = self.moe.topk.topk_config.top_k
     if not EXPERTS_SUM.may_run(
-        plan, "experts_sum", reason, lambda: _compare_tail(self, residual, topk)
+        plan, "experts_sum", reason, lambda: _compare_tail(self, plan, residual, topk)
     ):
         return self.moe(x, router_logits)  # type: ignore[no-any-return]
     Summing.wanted, Summing.taken = True, None
@@ -331,7 +334,7 @@ def _following(
 ) -> layer_tail.NextNorm | None:
     if following is None or INPUT_NORM.run is None:
         return None
-    after = layer_tail.NextNorm(following.weight.data, eps_of(following))
+    after = _next_norm(plan, following)
     reason = (
         norm_reason(following)
         or batch_invariant()
@@ -345,10 +348,16 @@ def _following(
         )
     )
     if INPUT_NORM.may_run(
-        plan, "input_norm", reason, lambda: _compare_tail(self, residual, 0, following)
+        plan, "input_norm", reason, lambda: _compare_tail(self, plan, residual, 0, following), x
     ):
-        return after
+        return _next_norm(plan, following)
     return None
+
+
+def _next_norm(plan: Plan, following: Any) -> layer_tail.NextNorm:
+    kinds = plan.kinds
+    kind = kinds.traced if torch.compiler.is_compiling() else kinds.eager
+    return layer_tail.NextNorm(following.weight.data, eps_of(following), kind)
 
 
 def _stock_tail(
@@ -383,7 +392,9 @@ def _stock_tail(
     return out * self.layer_scalar  # type: ignore[no-any-return]
 
 
-def _compare_tail(self: Any, like: torch.Tensor, topk: int, following: Any = None) -> int:
+def _compare_tail(
+    self: Any, plan: Plan, like: torch.Tensor, topk: int, following: Any = None
+) -> int:
     rows = layer_tail.COMPILED_SUM_ROWS if topk else 96
     x, residual = samples(rows, like), samples(rows, like).flip(0)
     experts = summed = None
@@ -399,9 +410,7 @@ def _compare_tail(self: Any, like: torch.Tensor, topk: int, following: Any = Non
             output = summed = samples(rows, like).roll(1, 0).contiguous()
         experts = _branch(self, output)
     norm = self.post_feedforward_layernorm
-    after = None
-    if following is not None:
-        after = layer_tail.NextNorm(following.weight.data, eps_of(following))
+    after = None if following is None else _next_norm(plan, following)
     out, normed = layer_tail.launch_layer_tail(
         x, norm.weight.data, eps_of(norm), residual, self.layer_scalar, experts, after
     )
@@ -434,7 +443,9 @@ def _finish_ple(
             or ple_tail.norm_add_reason(x, norm.weight.data, residual, self.layer_scalar)
             or ple_tail.gelu_mul_reason(per_layer_input, per_layer_input)
         )
-    if not PLE_TAIL.may_run(plan, "ple_tail", reason, lambda: _compare_ple(self, residual)):
+    if not PLE_TAIL.may_run(
+        plan, "ple_tail", reason, lambda: _compare_ple(self, plan, residual), x
+    ):
         out = norm(x) + residual
         if per_layer_input is not None:
             gate, _ = self.per_layer_input_gate(out)
@@ -446,9 +457,11 @@ def _finish_ple(
     compiling = torch.compiler.is_compiling()
     weight, eps = norm.weight.data, eps_of(norm)
     if compiling:
-        out, _ = _ops["norm_add"](x, weight, eps, residual, None, None, 0.0)
+        out, _ = _ops["norm_add"](x, weight, eps, residual, None, None, 0.0, plan.kinds.traced)
     else:
-        out, _ = ple_tail.launch_norm_add(x, weight, eps, residual, None, None, 0.0)
+        out, _ = ple_tail.launch_norm_add(
+            x, weight, eps, residual, None, None, 0.0, plan.kinds.eager
+        )
     gate, _ = self.per_layer_input_gate(out)
     if compiling:
         gate = _ops["gelu_mul"](gate, per_layer_input)
@@ -461,11 +474,13 @@ def _finish_ple(
     weight, eps, scalar = last.weight.data, eps_of(last), self.layer_scalar
     if compiling:
         out, normed = _ops["norm_add"](
-            contribution, weight, eps, out, scalar, next_weight, next_eps
+            contribution, weight, eps, out, scalar, next_weight, next_eps, plan.kinds.traced
         )
         return out, None, None if after is None else normed
     return _three(
-        ple_tail.launch_norm_add(contribution, weight, eps, out, scalar, next_weight, next_eps)
+        ple_tail.launch_norm_add(
+            contribution, weight, eps, out, scalar, next_weight, next_eps, plan.kinds.eager
+        )
     )
 
 
@@ -474,17 +489,22 @@ def _following_ple(
 ) -> layer_tail.NextNorm | None:
     if following is None or INPUT_NORM.run is None:
         return None
-    after = layer_tail.NextNorm(following.weight.data, eps_of(following))
-    reason = norm_reason(following) or norms.weight_reason("following.weight", after.weight, x)
-    if INPUT_NORM.may_run(plan, "input_norm", reason, lambda: _compare_ple(self, x, following)):
-        return after
+    weight = following.weight.data
+    reason = norm_reason(following) or norms.weight_reason("following.weight", weight, x)
+    if INPUT_NORM.may_run(
+        plan, "input_norm", reason, lambda: _compare_ple(self, plan, x, following), x
+    ):
+        return _next_norm(plan, following)
     return None
 
 
-def _compare_ple(self: Any, like: torch.Tensor, following: Any = None) -> int:
+def _compare_ple(self: Any, plan: Plan, like: torch.Tensor, following: Any = None) -> int:
     x, residual = samples(96, like), samples(96, like).flip(0)
     norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm
-    out, _ = ple_tail.launch_norm_add(x, norm.weight.data, eps_of(norm), residual, None, None, 0.0)
+    kind = plan.kinds.eager
+    out, _ = ple_tail.launch_norm_add(
+        x, norm.weight.data, eps_of(norm), residual, None, None, 0.0, kind
+    )
     pairs = [(out, norm(x) + residual)]
     every = torch.arange(-32768, 32768, device=x.device, dtype=torch.int32).to(torch.int16)
     gate = every.view(x.dtype).view(256, 256)
@@ -495,7 +515,7 @@ def _compare_ple(self: Any, like: torch.Tensor, following: Any = None) -> int:
     weight = None if following is None else following.weight.data
     eps = 0.0 if following is None else eps_of(following)
     ours, normed = ple_tail.launch_norm_add(
-        x, last.weight.data, eps_of(last), residual, self.layer_scalar, weight, eps
+        x, last.weight.data, eps_of(last), residual, self.layer_scalar, weight, eps, kind
     )
     expected = (residual + last(x)) * self.layer_scalar
     pairs.append((ours, expected))

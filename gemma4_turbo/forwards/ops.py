@@ -31,12 +31,13 @@ def layer_norms_op() -> Any:
         eps3: float,
         w3: Maybe,
         eps4: float,
+        kind: int,
     ) -> tuple[torch.Tensor, ...]:
         router = None
         if scale is not None and root_size is not None and w3 is not None:
             router = layer_norms.Router(scale, root_size, eps3, w3, eps4)
         found = layer_norms.launch_layer_norms(
-            attention_output, residual, w1, eps1, w2, eps2, router
+            attention_output, residual, w1, eps1, w2, eps2, router, kind
         )
         return tuple(_none(residual) if x is None else x for x in found)
 
@@ -49,7 +50,7 @@ def layer_norms_op() -> Any:
     return custom_ops.register(
         "layer_norms",
         "layer_norms(Tensor attention_output, Tensor(a!) residual, Tensor w1, float eps1, Tensor w2,"
-        " float eps2, Tensor? scale, Tensor? root_size, float eps3, Tensor? w3, float eps4)"
+        " float eps2, Tensor? scale, Tensor? root_size, float eps3, Tensor? w3, float eps4, int kind)"
         " -> (Tensor, Tensor, Tensor)",
         run,
         fake,
@@ -60,9 +61,9 @@ def router_norm_op() -> Any:
     """``router_norm``, `gemma4_turbo.kernels.router_norm`."""
     return custom_ops.register(
         "router_norm",
-        "router_norm(Tensor x, Tensor scale, Tensor root_size, float eps) -> Tensor",
+        "router_norm(Tensor x, Tensor scale, Tensor root_size, float eps, int kind) -> Tensor",
         router_norm.launch_router_norm,
-        lambda x, scale, root_size, eps: x.new_empty(x.shape),
+        lambda x, *rest: x.new_empty(x.shape),
     )
 
 
@@ -79,7 +80,7 @@ def norm_add_op() -> Any:
     return custom_ops.register(
         "ple_tail",
         "norm_add(Tensor x, Tensor weight, float eps, Tensor residual, Tensor? scalar,"
-        " Tensor? next_weight, float next_eps) -> (Tensor, Tensor)",
+        " Tensor? next_weight, float next_eps, int kind) -> (Tensor, Tensor)",
         run,
         fake,
     )
@@ -111,6 +112,7 @@ def layer_tail_op() -> Any:
         mlp_eps: float,
         next_weight: torch.Tensor,
         next_eps: float,
+        kind: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         experts = None
         if experts_output is not None and experts_weight is not None and mlp_weight is not None:
@@ -124,7 +126,7 @@ def layer_tail_op() -> Any:
             residual,
             scalar,
             experts,
-            layer_tail.NextNorm(next_weight, next_eps),
+            layer_tail.NextNorm(next_weight, next_eps, kind),
         )
         assert following is not None
         return out, following
@@ -133,7 +135,7 @@ def layer_tail_op() -> Any:
         "input_norm",
         "layer_tail(Tensor mlp_output, Tensor weight, float eps, Tensor residual, Tensor scalar,"
         " Tensor? experts_output, Tensor? experts_weight, float experts_eps, Tensor? mlp_weight,"
-        " float mlp_eps, Tensor next_weight, float next_eps) -> (Tensor, Tensor)",
+        " float mlp_eps, Tensor next_weight, float next_eps, int kind) -> (Tensor, Tensor)",
         run,
         lambda x, *rest: (x.new_empty(x.shape), x.new_empty(x.shape)),
     )

@@ -9,6 +9,7 @@ import torch
 
 from gemma4_turbo import states
 from gemma4_turbo.custom_ops import capturing
+from gemma4_turbo.forwards import norm_kinds
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -16,7 +17,18 @@ if TYPE_CHECKING:
 UNPROVEN = "not compared with stock on this GPU yet"
 Compare = Callable[[], int]
 
+NOT_COMPARED = norm_kinds.Kinds(reason=UNPROVEN, traced_reason=UNPROVEN)
+
 _verdicts: dict[tuple[Any, ...], str | None] = {}
+
+
+class Plan:
+    """What a module allows, looked at once: an attribute per patch, None or why not."""
+
+    def __init__(self, key: tuple[Any, ...], norm: Any) -> None:
+        self.key = key  # modules of equal key share a comparison
+        self.norm = norm  # one of the module's norms
+        self.kinds = NOT_COMPARED
 
 
 class Step:
@@ -25,7 +37,14 @@ class Step:
     def __init__(self) -> None:
         self.run: PatchRun | None = None
 
-    def may_run(self, plan: Any, name: str, reason: str | None, compare: Compare) -> bool:
+    def may_run(
+        self,
+        plan: Plan,
+        name: str,
+        reason: str | None,
+        compare: Compare,
+        normed: torch.Tensor | None = None,
+    ) -> bool:
         """Whether the step's kernel runs for this call; counts it.
 
         Args:
@@ -33,16 +52,26 @@ class Step:
             name: of the patch.
             reason: why the arguments of this call do not fit, or None.
             compare: counts differing bits between kernel and stock; asked once per key.
+            normed: what goes through an RMSNorm of stock's that the kernel follows, if any.
         """
         run = self.run
         if run is None:
             return False
         verdict = getattr(plan, name)
         if torch.compiler.is_compiling():
-            return verdict is None and reason is None
+            if plan.norm.is_torch_compile:  # the module runs its native form, for Inductor
+                return False
+            known = normed is None or plan.kinds.traced_reason is None
+            return verdict is None and reason is None and known
         captured = capturing()
         if reason is None and verdict is UNPROVEN and not captured:
-            verdict = _prove(run, (name, *plan.key), compare)
+            if normed is not None:
+                plan.kinds = norm_kinds.find(normed)
+            verdict = plan.kinds.reason if normed is not None else None
+            if verdict is None:
+                verdict = _prove(run, (name, *plan.key), compare)
+            else:
+                run.set(states.FAILED, verdict)
             setattr(plan, name, verdict)
         reason = reason or verdict
         if reason is None:
@@ -67,6 +96,7 @@ def forget(patch: str) -> None:
     """Drop a patch's verdicts: the next call compares again."""
     for key in [key for key in _verdicts if key[0] == patch]:
         del _verdicts[key]
+    norm_kinds.forget()
 
 
 def samples(rows: int, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
@@ -82,7 +112,7 @@ def differing(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     """Elements that differ in any bit. Off a GPU there is no stock kernel to compare with: 0."""
     if not pairs[0][0].is_cuda:
         return 0
-    return sum(int((a.view(torch.int16) != b.view(torch.int16)).sum()) for a, b in pairs)
+    return sum(norm_kinds.different_bits(a, b) for a, b in pairs)
 
 
 def norm_reason(norm: Any) -> str | None:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels import norms
-from gemma4_turbo.kernels.norms import rms_scale
+from gemma4_turbo.kernels.norms import rms_scale, scale_of, scaled
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 INTERPRETED = norms.INTERPRETED
@@ -48,15 +48,19 @@ def _layer_norms_kernel(
     pre_feedforward_2_eps,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
-    INVERSE_N: tl.constexpr,
+    KIND: tl.constexpr,
+    WARPS: tl.constexpr,
     EXPERTS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < N
-    a = tl.load(attention_ptr + row * stride_attention + column, mask=inside, other=0.0)
-    r = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0)
+    attention_ptr += row * stride_attention
+    residual_ptr += row * stride_residual
+    mlp_input_ptr += row * N
+    a = tl.load(attention_ptr + column, mask=inside, other=0.0)
+    r = tl.load(residual_ptr + column, mask=inside, other=0.0)
     w1 = tl.load(post_attention_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     w2 = tl.load(pre_feedforward_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = a.dtype
@@ -67,21 +71,36 @@ def _layer_norms_kernel(
         w3 = tl.load(pre_feedforward_2_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
 
     x = a.to(tl.float32)
-    x = x * rms_scale(x, post_attention_eps, INVERSE_N, BLOCK, PTX) * w1
-    f = rounded(x, dtype, PTX) + r.to(tl.float32)
+    scale1 = rms_scale(x, attention_ptr, post_attention_eps, N, BLOCK, KIND, WARPS, PTX)
+    n = round_to(scaled(x, scale1, w1, KIND, PTX), dtype, PTX)
+    f = norms.add(n.to(tl.float32), r.to(tl.float32), KIND, PTX)
     residual = round_to(f, dtype, PTX)
-    tl.store(residual_ptr + row * stride_residual + column, residual, mask=inside)
-    mlp_input = f * rms_scale(f, pre_feedforward_eps, INVERSE_N, BLOCK, PTX) * w2
-    out = row * N + column
-    tl.store(mlp_input_ptr + out, round_to(mlp_input, dtype, PTX), mask=inside)
+    x = residual.to(tl.float32)
+    if KIND == 1:
+        # The output's own place holds n until the sums are known; nobody may overwrite before that.
+        tl.store(mlp_input_ptr + column, n, mask=inside)
+        tl.debug_barrier()
+        total_f, total = norms.sums_of_squares_in_memory(
+            mlp_input_ptr, residual_ptr, N, True, WARPS, PTX
+        )
+        tl.debug_barrier()
+    else:
+        total_f = norms.sum_of_squares(f, BLOCK)
+        total = total_f
+        if EXPERTS:
+            total = norms.sum_of_squares(x, BLOCK)
+    tl.store(residual_ptr + column, residual, mask=inside)
+    scale2 = scale_of(total_f, pre_feedforward_eps, N, KIND, PTX)
+    mlp_input = round_to(scaled(f, scale2, w2, KIND, PTX), dtype, PTX)
+    tl.store(mlp_input_ptr + column, mlp_input, mask=inside)
     if EXPERTS:
-        x = residual.to(tl.float32)
-        total = norms.sum_of_squares(x, BLOCK)
-        s = norms.rsqrt_approx(tl.fma(total, INVERSE_N, router_eps), PTX)
-        normed = rounded(x * s, dtype, PTX)
+        s = scale_of(total, router_eps, N, KIND, PTX)
+        normed = rounded(norms.mul(x, s, KIND, PTX), dtype, PTX)
+        out = row * N + column
         tl.store(router_input_ptr + out, round_to(normed * scale, dtype, PTX), mask=inside)
-        s = norms.rsqrt_approx(tl.fma(total, INVERSE_N, pre_feedforward_2_eps), PTX)
-        tl.store(experts_input_ptr + out, round_to(x * s * w3, dtype, PTX), mask=inside)
+        s = scale_of(total, pre_feedforward_2_eps, N, KIND, PTX)
+        experts_input = round_to(scaled(x, s, w3, KIND, PTX), dtype, PTX)
+        tl.store(experts_input_ptr + out, experts_input, mask=inside)
 
 
 class Router(NamedTuple):
@@ -133,6 +152,8 @@ def layer_norms(
     pre_feedforward_weight: torch.Tensor,
     pre_feedforward_eps: float,
     router: Router | None = None,
+    *,
+    kind: int,
 ) -> Outputs:
     """The equations of this module. ``residual`` is overwritten, as stock overwrites it.
 
@@ -144,6 +165,7 @@ def layer_norms(
         pre_feedforward_weight: ``[N]``.
         pre_feedforward_eps: added to the mean square.
         router: None for layers without experts.
+        kind: a `norms.Kind`, stock's RMSNorm that is followed.
 
     Returns:
         ``mlp_input``, ``router_input``, ``experts_input``, each ``[M, N]``; the last two None
@@ -165,6 +187,7 @@ def layer_norms(
         pre_feedforward_weight,
         pre_feedforward_eps,
         router,
+        kind,
     )
 
 
@@ -176,6 +199,7 @@ def launch_layer_norms(
     pre_feedforward_weight: torch.Tensor,
     pre_feedforward_eps: float,
     router: Router | None,
+    kind: int,
 ) -> Outputs:
     """`layer_norms` without its checks."""
     rows, width = attention_output.shape
@@ -204,7 +228,8 @@ def launch_layer_norms(
             router.pre_feedforward_2_eps if router else 0.0,
             N=width,
             BLOCK=triton.next_power_of_2(width),
-            INVERSE_N=1.0 / width,
+            KIND=int(kind),
+            WARPS=norms.warps(width),
             EXPERTS=router is not None,
             PTX=not INTERPRETED,
             num_warps=norms.warps(width),

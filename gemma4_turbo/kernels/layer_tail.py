@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels import norms
-from gemma4_turbo.kernels.norms import rms_scale
+from gemma4_turbo.kernels.norms import rms_scale, scaled
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 INTERPRETED = norms.INTERPRETED
@@ -51,7 +51,9 @@ def _layer_tail_kernel(
     eps,
     next_eps,
     BLOCK: tl.constexpr,
-    INVERSE_N: tl.constexpr,
+    WIDTH: tl.constexpr,  # N, known to the compiler: only the next norm may use it
+    KIND: tl.constexpr,
+    WARPS: tl.constexpr,
     EXPERTS: tl.constexpr,
     CHOICES: tl.constexpr,  # 0: the experts' output is already summed
     FROM_ZERO: tl.constexpr,
@@ -97,10 +99,14 @@ def _layer_tail_kernel(
     out = round_to(out, dtype, PTX)
     tl.store(out_ptr + row * stride_out + column, out, mask=inside)
     if NEXT:
+        if KIND == 1:
+            tl.debug_barrier()  # what follows reads out
         x = out.to(tl.float32)
         w = tl.load(next_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        x = x * rms_scale(x, next_eps, INVERSE_N, BLOCK, PTX) * w
-        tl.store(next_ptr + row * stride_out + column, round_to(x, dtype, PTX), mask=inside)
+        at = out_ptr + row * stride_out
+        scale = rms_scale(x, at, next_eps, WIDTH, BLOCK, KIND, WARPS, PTX)
+        x = round_to(scaled(x, scale, w, KIND, PTX), dtype, PTX)
+        tl.store(next_ptr + row * stride_out + column, x, mask=inside)
 
 
 class Experts(NamedTuple):
@@ -118,6 +124,7 @@ class NextNorm(NamedTuple):
 
     weight: torch.Tensor
     eps: float
+    kind: int  # a norms.Kind
 
 
 def decline_reason(
@@ -227,7 +234,9 @@ def launch_layer_tail(
             eps,
             0.0 if following is None else following.eps,
             BLOCK=triton.next_power_of_2(width),
-            INVERSE_N=1.0 / width,
+            WIDTH=width,
+            KIND=0 if following is None else int(following.kind),
+            WARPS=4,
             EXPERTS=experts is not None,
             CHOICES=e.shape[1] if summed else 0,
             FROM_ZERO=rows > COMPILED_SUM_ROWS,

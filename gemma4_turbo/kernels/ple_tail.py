@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from gemma4_turbo.kernels import norms
-from gemma4_turbo.kernels.norms import rms_scale
+from gemma4_turbo.kernels.norms import rms_scale, scaled
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 INTERPRETED = norms.INTERPRETED
@@ -42,7 +42,8 @@ def _norm_add_kernel(
     next_eps,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
-    INVERSE_N: tl.constexpr,
+    KIND: tl.constexpr,
+    WARPS: tl.constexpr,
     SCALAR: tl.constexpr,
     NEXT: tl.constexpr,
     PTX: tl.constexpr,
@@ -50,20 +51,26 @@ def _norm_add_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < N
-    x = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0)
+    x_ptr += row * stride_x
+    out_ptr += row * N
+    x = tl.load(x_ptr + column, mask=inside, other=0.0)
     r = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0)
     w = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = x.dtype
     x = x.to(tl.float32)
-    x = rounded(x * rms_scale(x, eps, INVERSE_N, BLOCK, PTX) * w, dtype, PTX)
+    scale = rms_scale(x, x_ptr, eps, N, BLOCK, KIND, WARPS, PTX)
+    x = rounded(scaled(x, scale, w, KIND, PTX), dtype, PTX)
     x = rounded(x + r.to(tl.float32), dtype, PTX)
     if SCALAR:
         x = rounded(x * tl.load(scalar_ptr).to(tl.float32), dtype, PTX)
-    tl.store(out_ptr + row * N + column, round_to(x, dtype, PTX), mask=inside)
+    tl.store(out_ptr + column, round_to(x, dtype, PTX), mask=inside)
     if NEXT:
+        if KIND == 1:
+            tl.debug_barrier()  # what follows reads out
         w = tl.load(next_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        x = x * rms_scale(x, next_eps, INVERSE_N, BLOCK, PTX) * w
-        tl.store(next_ptr + row * N + column, round_to(x, dtype, PTX), mask=inside)
+        scale = rms_scale(x, out_ptr, next_eps, N, BLOCK, KIND, WARPS, PTX)
+        x = round_to(scaled(x, scale, w, KIND, PTX), dtype, PTX)
+        tl.store(next_ptr + row * N + column, x, mask=inside)
 
 
 @triton.jit
@@ -129,6 +136,8 @@ def norm_add(
     scalar: torch.Tensor | None = None,
     next_weight: torch.Tensor | None = None,
     next_eps: float = 0.0,
+    *,
+    kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """First or last equations of this module.
 
@@ -140,6 +149,7 @@ def norm_add(
         scalar: one element, or None.
         next_weight: the norm that reads the result, or None.
         next_eps: its eps.
+        kind: a `norms.Kind`, stock's RMSNorm that is followed.
 
     Returns:
         ``out`` and ``next``, ``[M, N]``; the latter None without ``next_weight``.
@@ -150,7 +160,7 @@ def norm_add(
     reason = norm_add_reason(x, weight, residual, scalar, next_weight)
     if reason is not None:
         raise ValueError(reason)
-    return launch_norm_add(x, weight, eps, residual, scalar, next_weight, next_eps)
+    return launch_norm_add(x, weight, eps, residual, scalar, next_weight, next_eps, kind)
 
 
 def launch_norm_add(
@@ -161,6 +171,7 @@ def launch_norm_add(
     scalar: torch.Tensor | None,
     next_weight: torch.Tensor | None,
     next_eps: float,
+    kind: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`norm_add` without its checks."""
     rows, width = x.shape
@@ -181,7 +192,8 @@ def launch_norm_add(
             next_eps,
             N=width,
             BLOCK=triton.next_power_of_2(width),
-            INVERSE_N=1.0 / width,
+            KIND=int(kind),
+            WARPS=norms.warps(width),
             SCALAR=scalar is not None,
             NEXT=next_weight is not None,
             PTX=not INTERPRETED,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels import norms
-from gemma4_turbo.kernels.norms import rms_scale
+from gemma4_turbo.kernels.norms import mul, rms_scale
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 INTERPRETED = norms.INTERPRETED
@@ -30,18 +30,21 @@ def _router_norm_kernel(
     eps,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
-    INVERSE_N: tl.constexpr,
+    KIND: tl.constexpr,
+    WARPS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < N
-    x = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0)
+    x_ptr += row * stride_x
+    x = tl.load(x_ptr + column, mask=inside, other=0.0)
     scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
     dtype: tl.constexpr = x.dtype
     scale = rounded(scale * tl.load(root_size_ptr).to(tl.float32), dtype, PTX)
     x = x.to(tl.float32)
-    x = rounded(x * rms_scale(x, eps, INVERSE_N, BLOCK, PTX), dtype, PTX)
+    s = rms_scale(x, x_ptr, eps, N, BLOCK, KIND, WARPS, PTX)
+    x = rounded(mul(x, s, KIND, PTX), dtype, PTX)
     tl.store(out_ptr + row * N + column, round_to(x * scale, dtype, PTX), mask=inside)
 
 
@@ -56,7 +59,7 @@ def decline_reason(x: torch.Tensor, scale: torch.Tensor, root_size: torch.Tensor
 
 
 def router_norm(
-    x: torch.Tensor, scale: torch.Tensor, root_size: torch.Tensor, eps: float
+    x: torch.Tensor, scale: torch.Tensor, root_size: torch.Tensor, eps: float, *, kind: int
 ) -> torch.Tensor:
     """The equation of this module.
 
@@ -65,6 +68,7 @@ def router_norm(
         scale: ``[N]``, the router's, in ``x``'s dtype.
         root_size: a scalar of ``x``'s dtype.
         eps: added to the mean square.
+        kind: a `norms.Kind`, stock's RMSNorm that is followed.
 
     Raises:
         ValueError: naming the argument, for anything `decline_reason` declines.
@@ -72,11 +76,11 @@ def router_norm(
     reason = decline_reason(x, scale, root_size)
     if reason is not None:
         raise ValueError(reason)
-    return launch_router_norm(x, scale, root_size, eps)
+    return launch_router_norm(x, scale, root_size, eps, kind)
 
 
 def launch_router_norm(
-    x: torch.Tensor, scale: torch.Tensor, root_size: torch.Tensor, eps: float
+    x: torch.Tensor, scale: torch.Tensor, root_size: torch.Tensor, eps: float, kind: int
 ) -> torch.Tensor:
     """`router_norm` without its checks."""
     rows, width = x.shape
@@ -91,7 +95,8 @@ def launch_router_norm(
             eps,
             N=width,
             BLOCK=triton.next_power_of_2(width),
-            INVERSE_N=1.0 / width,
+            KIND=int(kind),
+            WARPS=norms.warps(width),
             PTX=not INTERPRETED,
             num_warps=norms.warps(width),
         )

@@ -22,12 +22,12 @@ _stock: dict[str, Any] = {}
 _ops: dict[str, Any] = {}
 
 
-class Plan:
+class Plan(steps.Plan):
     """What a router allows, looked at once."""
 
     def __init__(self, router: Any) -> None:
         weight = router.scale
-        self.key = (weight.shape[0], weight.dtype, str(weight.device))
+        super().__init__((weight.shape[0], weight.dtype, str(weight.device)), router.norm)
         self.router_norm: str | None = steps.norm_reason(router.norm) or steps.UNPROVEN
         if router.norm.with_scale:
             self.router_norm = "the router's norm has a weight"
@@ -40,19 +40,20 @@ def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
     scale, eps = self.scale.data, steps.eps_of(self.norm)
     reason = batch_invariant() or kernel.decline_reason(x, scale, self.root_size)
-    if not STEP.may_run(plan, "router_norm", reason, lambda: _compare(self, x)):
+    if not STEP.may_run(plan, "router_norm", reason, lambda: _compare(self, plan, x), x):
         return _stock[TARGET](self, x)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():
-        x = _ops["router_norm"](x, scale, self.root_size, eps)
+        x = _ops["router_norm"](x, scale, self.root_size, eps, plan.kinds.traced)
     else:
-        x = kernel.launch_router_norm(x, scale, self.root_size, eps)
+        x = kernel.launch_router_norm(x, scale, self.root_size, eps, plan.kinds.eager)
     router_logits, _ = self.proj(x)
     return router_logits  # type: ignore[no-any-return]
 
 
-def _compare(self: Any, like: torch.Tensor) -> int:
+def _compare(self: Any, plan: Plan, like: torch.Tensor) -> int:
     x = steps.samples(96, like)
-    ours = kernel.launch_router_norm(x, self.scale.data, self.root_size, steps.eps_of(self.norm))
+    eps, kind = steps.eps_of(self.norm), plan.kinds.eager
+    ours = kernel.launch_router_norm(x, self.scale.data, self.root_size, eps, kind)
     return steps.differing([(ours, self.norm(x) * (self.scale * self.root_size).to(x.dtype))])
 
 

@@ -17,11 +17,13 @@ ROWS = (0, 1, 7)
 WIDTHS = (256, 1536, 2816)
 DTYPES = (torch.bfloat16, torch.float16)
 POISON = 123.0
+KIND = norms.Kind.FAST_MATH
 
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 each_width = pytest.mark.parametrize("width", WIDTHS)
 each_count = pytest.mark.parametrize("rows", ROWS)
+each_kind = pytest.mark.parametrize("kind", list(norms.Kind), ids=lambda kind: kind.name)
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +78,9 @@ def untouched(x: torch.Tensor) -> bool:
 @each_dtype
 @each_width
 @each_count
+@each_kind
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
-def test_layer_norms(dtype, width, rows, experts):
+def test_layer_norms(dtype, width, rows, kind, experts):
     x, r = activations(rows, width, 1, dtype), activations(rows, width, 2, dtype).flip(0)
     residual = activations(rows, width, 2, dtype)
     residual.copy_(r)
@@ -85,7 +88,7 @@ def test_layer_norms(dtype, width, rows, experts):
     root = torch.tensor(width**-0.5, dtype=dtype)
     router = layer_norms.Router(w[2], root, EPS, w[3], 1e-5) if experts else None
     expected = layer_norms.reference_layer_norms(x, r, w[0], EPS, w[1], 1e-5, router)
-    found = layer_norms.layer_norms(x, residual, w[0], EPS, w[1], 1e-5, router)
+    found = layer_norms.layer_norms(x, residual, w[0], EPS, w[1], 1e-5, router, kind=kind)
     # What is normed is a sum: a flip in the rounding of its first term stays as large as that term.
     near((residual, r), *zip(found, expected, strict=True), absolute=cancelled(w[0]) * 4)
     assert untouched(x)
@@ -95,12 +98,13 @@ def test_layer_norms(dtype, width, rows, experts):
 @each_dtype
 @each_width
 @each_count
-def test_router_norm(dtype, width, rows):
+@each_kind
+def test_router_norm(dtype, width, rows, kind):
     x, scale = activations(rows, width, 1, dtype), weight(width, 2, dtype)
     root = torch.tensor(width**-0.5, dtype=dtype)
     near(
         (
-            router_norm.router_norm(x, scale, root, EPS),
+            router_norm.router_norm(x, scale, root, EPS, kind=kind),
             router_norm.reference_router_norm(x, scale, root, EPS),
         )
     )
@@ -113,16 +117,17 @@ def test_router_norm(dtype, width, rows):
 @each_dtype
 @each_width
 @each_count
+@each_kind
 @pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scalar"])
 @pytest.mark.parametrize("following", [False, True], ids=["alone", "next"])
-def test_norm_add(dtype, width, rows, scaled, following):
+def test_norm_add(dtype, width, rows, kind, scaled, following):
     x, r = activations(rows, width, 1, dtype), activations(rows, width, 2, dtype)
     kept = r.clone()
     scalar = torch.tensor([0.7], dtype=dtype) if scaled else None
     after = weight(width, 4, dtype) if following else None
     arguments = (x, weight(width, 3, dtype), EPS, r, scalar, after, 1e-5)
     expected = ple_tail.reference_norm_add(*arguments)
-    found = ple_tail.norm_add(*arguments)
+    found = ple_tail.norm_add(*arguments, kind=kind)
     near(*zip(found, expected, strict=True), absolute=6.0)
     assert torch.equal(r, kept)
 
@@ -141,7 +146,7 @@ def test_gelu_mul(dtype, rows, width):
 @pytest.mark.parametrize("width", [256, 2816])
 @each_count
 @pytest.mark.parametrize("choices", [None, 0, 8], ids=["dense", "summed", "eight choices"])
-@pytest.mark.parametrize("following", [False, True], ids=["alone", "next"])
+@pytest.mark.parametrize("following", [None, *norms.Kind], ids=lambda kind: kind and kind.name)
 def test_layer_tail(dtype, width, rows, choices, following):
     x, r = activations(rows, width, 1, dtype), activations(rows, width, 2, dtype)
     kept = r.clone()
@@ -153,7 +158,7 @@ def test_layer_tail(dtype, width, rows, choices, following):
             each = [activations(rows, width, 10 + k, dtype) for k in range(choices)]
             output = torch.stack(each, dim=1).contiguous()
         experts = layer_tail.Experts(output, w[1], EPS, w[0], 1e-5)
-    after = layer_tail.NextNorm(w[3], 1e-5) if following else None
+    after = layer_tail.NextNorm(w[3], 1e-5, following) if following is not None else None
     arguments = (x, w[2], EPS, r, torch.tensor([0.7], dtype=dtype), experts, after)
     found = layer_tail.layer_tail(*arguments)
     near(
@@ -274,15 +279,16 @@ def call_layer_norms(a: dict[str, Any]) -> Any:
     router = router._replace(**{name: a[name] for name in router._fields if name in a})
     w1 = a.get("post_attention_weight", a["w"])
     w2 = a.get("pre_feedforward_weight", a["w"])
-    return layer_norms.layer_norms(a["x"], a["r"], w1, EPS, w2, EPS, router)
+    return layer_norms.layer_norms(a["x"], a["r"], w1, EPS, w2, EPS, router, kind=KIND)
 
 
 def call_router_norm(a: dict[str, Any]) -> Any:
-    return router_norm.router_norm(a["x"], a["w"], a["scalar"], EPS)
+    return router_norm.router_norm(a["x"], a["w"], a["scalar"], EPS, kind=KIND)
 
 
 def call_norm_add(a: dict[str, Any]) -> Any:
-    return ple_tail.norm_add(a["x"], a["w"], EPS, a["r"], a["scalar"], a.get("after", a["w"]), EPS)
+    after = a.get("after", a["w"])
+    return ple_tail.norm_add(a["x"], a["w"], EPS, a["r"], a["scalar"], after, EPS, kind=KIND)
 
 
 def call_gelu_mul(a: dict[str, Any]) -> Any:
@@ -292,7 +298,7 @@ def call_gelu_mul(a: dict[str, Any]) -> Any:
 def call_layer_tail(a: dict[str, Any]) -> Any:
     experts = layer_tail.Experts(a["r"], a["w"], EPS, a["w"], EPS)
     experts = experts._replace(**{name: a[name] for name in experts._fields if name in a})
-    after = layer_tail.NextNorm(a.get("after", a["w"]), EPS)
+    after = layer_tail.NextNorm(a.get("after", a["w"]), EPS, KIND)
     last = a.get("last", a["w"])
     return layer_tail.layer_tail(a["x"], last, EPS, a["r"], a["scalar"], experts, after)
 

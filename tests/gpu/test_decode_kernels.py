@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from sgl_kernel import fused_add_rmsnorm, rmsnorm
 from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
 from sglang.srt.layers import gemma4_fused_ops as stock
 
 from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.forwards import ops
+from gemma4_turbo.forwards import norm_kinds, ops
 from gemma4_turbo.kernels import layer_norms, layer_tail, ple_tail, qkv, router_norm
 from gemma4_turbo.patching import ENGINE, PatchRun
 
@@ -22,6 +21,7 @@ KINDS = ("0.01", "1", "30", "zeros", "infinities", "nan rows", "subnormal")
 each_width = pytest.mark.parametrize("width", [1536, 2560, 2816, 5376])
 each_count = pytest.mark.parametrize("rows", [0, 1, 7, 32, 64, 257, 4096])
 each_kind = pytest.mark.parametrize("kind", KINDS)
+each_mode = pytest.mark.parametrize("mode", ["eager", "traced"])
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +60,16 @@ def same(*pairs: tuple[Any, Any]) -> None:
         assert int(wrong.sum()) == 0
 
 
+def stocks(mode: str, like: torch.Tensor) -> tuple[norm_kinds.Functions, int]:
+    """Stock's norms in eager mode or under Dynamo, and the kind that follows them."""
+    kinds = norm_kinds.find(like)
+    if mode == "eager":
+        assert kinds.reason is None
+        return norm_kinds.eager_functions(), kinds.eager
+    assert kinds.traced_reason is None
+    return norm_kinds.traced_functions(), kinds.traced
+
+
 def norm64(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     x = x.double()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w.double()
@@ -78,15 +88,24 @@ def finite(kind: str) -> bool:
 @each_width
 @each_count
 @each_kind
-def test_layer_norms_and_router_norm(width, rows, kind):
+@each_mode
+def test_layer_norms_and_router_norm(width, rows, kind, mode):
     x, r = draw(kind, rows, width, 1), draw(kind, rows, width, 2)
+    (rmsnorm, fused_add_rmsnorm), followed = stocks(mode, x)
     w = [weight(width, seed) for seed in (3, 4, 5, 6)]
     root = torch.tensor(width**-0.5, device="cuda", dtype=DTYPE)
     residual = r.clone()
     found = layer_norms.layer_norms(
-        x, residual, w[0], EPS, w[1], EPS, layer_norms.Router(w[2], root, EPS, w[3], EPS)
+        x,
+        residual,
+        w[0],
+        EPS,
+        w[1],
+        EPS,
+        layer_norms.Router(w[2], root, EPS, w[3], EPS),
+        kind=followed,
     )
-    alone = router_norm.router_norm(residual, w[2], root, EPS)
+    alone = router_norm.router_norm(residual, w[2], root, EPS, kind=followed)
     if not rows:
         assert all(y is not None and y.shape == x.shape for y in found)
         return
@@ -105,10 +124,12 @@ def test_layer_norms_and_router_norm(width, rows, kind):
 @each_width
 @each_count
 @each_kind
-def test_ple_tail(width, rows, kind):
+@each_mode
+def test_ple_tail(width, rows, kind, mode):
     x, r = draw(kind, rows, width, 1), draw(kind, rows, width, 2)
+    (rmsnorm, _), followed = stocks(mode, x)
     w, after, s = weight(width, 3), weight(width, 4), scalar(0.7)
-    out, normed = ple_tail.norm_add(x, w, EPS, r, s, after, EPS)
+    out, normed = ple_tail.norm_add(x, w, EPS, r, s, after, EPS, kind=followed)
     gate, factor = draw(kind, rows, 256, 5), draw(kind, rows, 256, 6)
     closed = ple_tail.gelu_mul(gate, factor)
     same((closed, torch.nn.functional.gelu(gate, approximate="tanh") * factor))
@@ -124,12 +145,14 @@ def test_ple_tail(width, rows, kind):
 @each_width
 @each_count
 @each_kind
+@each_mode
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
-def test_layer_tail(width, rows, kind, experts):
+def test_layer_tail(width, rows, kind, mode, experts):
     x, r, e = (draw(kind, rows, width, seed) for seed in (1, 2, 7))
+    (rmsnorm, _), followed = stocks(mode, x)
     w, s = [weight(width, seed) for seed in (3, 4, 5, 6)], scalar(0.7)
     branch = layer_tail.Experts(e, w[1], EPS, w[0], EPS) if experts else None
-    after = layer_tail.NextNorm(w[3], EPS)
+    after = layer_tail.NextNorm(w[3], EPS, followed)
     out, normed = layer_tail.layer_tail(x, w[2], EPS, r, s, branch, after)
     if not rows:
         assert out.shape == x.shape
@@ -185,13 +208,13 @@ def traced(name: str) -> tuple[Any, list[Any]]:
     one = scalar(0.7)
     q, k, v = (draw("1", 7, n * 256, n) for n in (4, 2, 3))
     return {
-        "layer_norms": (ops.layer_norms_op, [x, r, w, EPS, w, EPS, w, one, EPS, w, EPS]),
-        "router_norm": (ops.router_norm_op, [x, w, one, EPS]),
-        "norm_add": (ops.norm_add_op, [x, w, EPS, r, one, w, EPS]),
+        "layer_norms": (ops.layer_norms_op, [x, r, w, EPS, w, EPS, w, one, EPS, w, EPS, 0]),
+        "router_norm": (ops.router_norm_op, [x, w, one, EPS, 0]),
+        "norm_add": (ops.norm_add_op, [x, w, EPS, r, one, w, EPS, 0]),
         "gelu_mul": (ops.gelu_mul_op, [x, r]),
         "layer_tail": (
             ops.layer_tail_op,
-            [x, w, EPS, r, one, r, w, EPS, w, EPS, w, EPS],
+            [x, w, EPS, r, one, r, w, EPS, w, EPS, w, EPS, 0],
         ),
         "qkv": (
             ops.qkv_op,
