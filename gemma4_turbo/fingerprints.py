@@ -201,6 +201,10 @@ def judge(patch: Patch, release: str | None, source_of: SourceOf) -> Verdict:
     missing = [target for target, value in found.items() if value is None]
     if missing:
         return Verdict(states.UNSUPPORTED, f"{label} has no {', '.join(missing)}")
+    if any(all(found[t] == known.get(t) for t in found) for known in table.values()):
+        return Verdict(
+            states.UNSUPPORTED, f"written for {', '.join(patch.written_for)}, not for {label}"
+        )
     unknown = [t for t in found if not any(found[t] == known.get(t) for known in candidates)]
     what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(found)
     return Verdict(

@@ -229,10 +229,10 @@ def launch_layer_norms(
             N=width,
             BLOCK=triton.next_power_of_2(width),
             KIND=int(kind),
-            WARPS=norms.warps(width),
+            WARPS=norms.warps(width, kind),
             EXPERTS=router is not None,
             PTX=not INTERPRETED,
-            num_warps=norms.warps(width),
+            num_warps=norms.warps(width, kind),
         )
     return mlp_input, router_input, experts_input
 

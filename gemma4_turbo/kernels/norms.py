@@ -235,9 +235,11 @@ INTERPRETED = not isinstance(rms_scale, triton.JITFunction)
 DTYPES = (torch.bfloat16, torch.float16)
 
 
-def warps(width: int) -> int:
+def warps(width: int, kind: int) -> int:
     """Warps of a program that holds one row of this width."""
-    return max(1, min(8, triton.next_power_of_2(width) // 512))
+    # Every warp reads the whole row again for CuTe's sum: more than four cost more than they bring.
+    most = 4 if kind == Kind.CUTE else 8
+    return max(1, min(most, triton.next_power_of_2(width) // 512))
 
 
 def width_reason(width: int, argument: str) -> str | None:

@@ -193,11 +193,11 @@ def launch_norm_add(
             N=width,
             BLOCK=triton.next_power_of_2(width),
             KIND=int(kind),
-            WARPS=norms.warps(width),
+            WARPS=norms.warps(width, kind),
             SCALAR=scalar is not None,
             NEXT=next_weight is not None,
             PTX=not INTERPRETED,
-            num_warps=norms.warps(width),
+            num_warps=norms.warps(width, kind),
         )
     return out, following
 

@@ -96,9 +96,9 @@ def launch_router_norm(
             N=width,
             BLOCK=triton.next_power_of_2(width),
             KIND=int(kind),
-            WARPS=norms.warps(width),
+            WARPS=norms.warps(width, kind),
             PTX=not INTERPRETED,
-            num_warps=norms.warps(width),
+            num_warps=norms.warps(width, kind),
         )
     return out
 

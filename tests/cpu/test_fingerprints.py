@@ -175,4 +175,6 @@ def test_a_release_that_the_patch_was_not_written_for_does_not_count(world: Worl
     patch = record("one", world.target("answer"), written_for=("0.9",))
     source = fingerprints.folder_source(world.root)
     world.table[RELEASE] = fingerprints.record_release(source, [patch])
-    assert judge(patch, RELEASE, source).state == states.DRIFTED
+    verdict = judge(patch, RELEASE, source)
+    assert verdict.state == states.UNSUPPORTED
+    assert verdict.reason == f"written for 0.9, not for SGLang {RELEASE}"

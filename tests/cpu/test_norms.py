@@ -49,7 +49,7 @@ def totals(
         BLOCK=triton.next_power_of_2(width),
         IN_MEMORY=in_memory,
         ADD=r is not None,
-        WARPS=norms.warps(width) if warps is None else warps,
+        WARPS=norms.warps(width, norms.Kind.CUTE) if warps is None else warps,
     )
     return out
 

@@ -69,6 +69,16 @@ def test_router_on_a_release(release: str, state: str) -> None:
         assert ROUTER.superseded_since in verdict.reason
 
 
+@pytest.mark.parametrize("release", ["0.5.13", "0.5.23"])
+def test_no_patch_drifts_on_a_release_that_is_known(release: str) -> None:
+    """A later release is recognised: its own patch, or none for it. Strict mode starts there."""
+    source = fingerprints.wheel_source(wheel(release))
+    found = {patch.name: fingerprints.judge(patch, release, source).state for patch in CATALOGUE}
+    assert set(found.values()) <= {states.ACTIVE, states.UPSTREAMED, states.UNSUPPORTED}
+    upstreamed = {name for name, state in found.items() if state == states.UPSTREAMED}
+    assert upstreamed >= {"router", "router_norm"}
+
+
 @pytest.mark.parametrize("release", ["0.5.11", BASELINE, "0.5.13", "0.5.23"])
 def test_the_table_is_what_the_wheels_hold(release: str) -> None:
     """``releases.json`` was made from these very files."""

@@ -12,7 +12,7 @@ from sglang.srt.layers import gemma4_fused_ops as stock
 
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.forwards import norm_kinds, ops
-from gemma4_turbo.kernels import layer_norms, layer_tail, ple_tail, qkv, router_norm
+from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail, qkv, router_norm
 from gemma4_turbo.patching import ENGINE, PatchRun
 
 EPS = 1e-6
@@ -81,7 +81,10 @@ def close(found: torch.Tensor, exact: torch.Tensor, roundings: int, terms: float
     assert bool(((found.double() - exact).abs() <= bound).all())
 
 
-def finite(kind: str) -> bool:
+def finite(kind: str, followed: int | None = None) -> bool:
+    """Whether fp64 is near: fast math counts subnormal activations as zero, in stock as in ours."""
+    if kind == "subnormal" and followed == norms.Kind.FAST_MATH:
+        return False
     return kind not in ("infinities", "nan rows")
 
 
@@ -115,7 +118,7 @@ def test_layer_norms_and_router_norm(width, rows, kind, mode):
     router_input = rmsnorm(r, torch.ones_like(w[0]), EPS) * (w[2] * root)
     same((residual, r), (found[0], mlp_input), (found[1], router_input), (alone, router_input))
     same((found[2], rmsnorm(r, w[3], EPS)))
-    if finite(kind):
+    if finite(kind, followed):
         close(found[0], norm64(before, w[1]), 1)
         close(found[1], norm64(r, w[2]) * root.double(), 3)
         close(found[2], norm64(r, w[3]), 1)
@@ -136,7 +139,7 @@ def test_ple_tail(width, rows, kind, mode):
     if rows:
         expected = (rmsnorm(x, w, EPS) + r) * s
         same((out, expected), (normed, rmsnorm(expected, after, EPS)))
-        if finite(kind):
+        if finite(kind, followed):
             exact = norm64(x, w)
             terms = (exact.abs() + r.double().abs()).amax(-1, keepdim=True)
             close(out, (exact + r.double()) * s.double(), 3, terms)
