@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,12 +107,15 @@ class Engine:
 class Results:
     """Rows for the CSV, with everything that identifies the run."""
 
-    def __init__(self, model: str, layers: int | None, patches: list[str]) -> None:
+    def __init__(self, model: str, layers: int | None, patches: list[str], tp: int = 1) -> None:
         self.rows: list[dict[str, Any]] = []
         self.base = {
             "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
             "gpu": report.device() or "none",
             **report.versions(),
+            # Decides which RMSNorm stock runs; a library that is only on PYTHONPATH counts too.
+            "norms": "cute" if find_spec("cutlass") else "cuda",
+            "tp": tp,
             "model": model,
             "layers": layers or geometry.GEOMETRIES[model].layers,
             "patches": "+".join(patches) or "all",
@@ -224,6 +228,7 @@ def main(
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor parallel size")] = 1,
     weight_range: Annotated[
         float, typer.Option(help="Random weights are uniform in +-this")
     ] = 3e-2,
@@ -232,7 +237,7 @@ def main(
     """Stock against patched, whole engine."""
     chosen = [name for name in patches.split(",") if name]
     sizes = [int(size) for size in batches.split(",") if size]
-    results = Results(model, layers or None, chosen)
+    results = Results(model, layers or None, chosen, tp)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     folder = geometry.write_model(scratch / "model", model, layers or None)
@@ -247,6 +252,7 @@ def main(
         "chunked_prefill_size": 4096,
         "max_total_tokens": max_total_tokens,
         "mem_fraction_static": mem_fraction,
+        "tp_size": tp,
         "cuda_graph_max_bs": max([*sizes, equality, 1]),
         "log_level": "info",
     }
