@@ -18,9 +18,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 from gemma4_turbo.kernels import norms
+from gemma4_turbo.kernels.gelu import gelu_tanh
 from gemma4_turbo.kernels.norms import rms_scale, scaled
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
@@ -91,13 +91,7 @@ def _gelu_mul_kernel(
     p = tl.load(per_layer_ptr + row * stride_per_layer + column, mask=inside, other=0.0)
     dtype: tl.constexpr = gate.dtype
     x = gate.to(tl.float32)
-    BETA: tl.constexpr = 0.7978845608028654  # sqrt(2 / pi)
-    inner = BETA * tl.fma(x * x * x, 0.044715, x)
-    if PTX:
-        t = libdevice.tanh(inner)
-    else:
-        t = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
-    x = rounded(0.5 * x * (1.0 + t), dtype, PTX)
+    x = rounded(gelu_tanh(x, PTX), dtype, PTX)
     out = round_to(x * p.to(tl.float32), dtype, PTX)
     tl.store(out_ptr + row * N + column, out, mask=inside)
 

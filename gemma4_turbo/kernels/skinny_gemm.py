@@ -1,0 +1,297 @@
+"""Linear layers for a few tokens: ``[M, K] x [N, K]^T`` with M <= 64, bound by reading the weight.
+
+With x the activations and W the weight, all bf16 or fp16, sums in fp32::
+
+    out[m, n] = round(sum_k x[m, k] W[n, k])                                  # Epilogue.NONE
+    out[m, n] = round(gelu_tanh(round(g)) * round(u)),  g and u the sums of    # Epilogue.GELU_AND_MUL
+                rows n and n + N / 2
+    out[m, n] = round(round(gelu_tanh(round(sum))) * extra[m, n])             # Epilogue.GELU_TIMES
+
+A program streams BLOCK_N rows of W through shared memory; the M tokens are the narrow side of the
+matrix product. Where N alone gives too few programs, K is split: each program leaves its partial sums,
+and the last one to arrive adds them in the order of K, so that the result does not depend on who that
+was. Stock's order of addition is cuBLAS's, which is not known: `tolerance`, half an ulp of the result
+and fp32's error of a sum of K terms, the same bound that cuBLAS keeps.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from gemma4_turbo.kernels.gelu import gelu_tanh
+from gemma4_turbo.kernels.rounding import round_to, rounded
+
+
+class Epilogue(enum.IntEnum):
+    """What happens to the sums."""
+
+    NONE = 0
+    GELU_AND_MUL = 1
+    GELU_TIMES = 2
+
+
+class Config(NamedTuple):
+    """How the work is cut."""
+
+    block_n: int
+    block_k: int
+    split: int  # of K
+    stages: int
+    warps: int = 4
+
+
+MAX_ROWS = 64
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _dot(w, x, sums, PTX: tl.constexpr):
+    if PTX:
+        return tl.dot(w, x, sums)
+    else:  # Triton's interpreter takes the bits of bf16 for integers
+        return tl.dot(w.to(tl.float32), x.to(tl.float32), sums)
+
+
+@triton.jit
+def _finish(
+    sums, others, extra_ptr, out_ptr, m, n, inside, stride_extra, stride_out,
+    EPILOGUE: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    if EPILOGUE == 1:
+        y = gelu_tanh(rounded(sums, dtype, PTX), PTX) * rounded(others, dtype, PTX)
+    elif EPILOGUE == 2:
+        extra = tl.load(extra_ptr + m * stride_extra + n, mask=inside, other=0.0)
+        y = rounded(gelu_tanh(rounded(sums, dtype, PTX), PTX), dtype, PTX) * extra.to(tl.float32)
+    else:
+        y = sums
+    tl.store(out_ptr + m * stride_out + n, round_to(y, dtype, PTX), mask=inside)
+
+
+@triton.jit
+def _skinny_gemm_kernel(
+    x_ptr,
+    weight_ptr,
+    extra_ptr,
+    out_ptr,
+    partial_ptr,
+    arrived_ptr,
+    M,
+    N,  # of the result
+    K_BLOCKS,
+    stride_x,
+    stride_weight,
+    stride_extra,
+    stride_out,
+    split,
+    EPILOGUE: tl.constexpr,
+    SPLIT: tl.constexpr,  # split > 1
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PTX: tl.constexpr,  # False in Triton's interpreter
+):
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    first = part * K_BLOCKS // split
+    last = (part + 1) * K_BLOCKS // split
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    # A row past the end repeats the last one: cheaper than a mask on every load of the weight.
+    row = tl.minimum(n, N - 1).to(tl.int64)
+    w_ptr = weight_ptr + row[:, None] * stride_weight + first * BLOCK_K + k[None, :]
+    x_ptr = x_ptr + m[None, :] * stride_x + first * BLOCK_K + k[:, None]
+    sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    others = sums
+    for _ in range(first, last):
+        x = tl.load(x_ptr, mask=m[None, :] < M, other=0.0)
+        w = tl.load(w_ptr)
+        sums = _dot(w, x, sums, PTX)
+        if EPILOGUE == 1:
+            w = tl.load(w_ptr + N.to(tl.int64) * stride_weight)
+            others = _dot(w, x, others, PTX)
+        w_ptr += BLOCK_K
+        x_ptr += BLOCK_K
+
+    inside = (n[:, None] < N) & (m[None, :] < M)
+    if SPLIT:
+        AREA: tl.constexpr = BLOCK_N * BLOCK_M
+        at = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+        HALVES: tl.constexpr = 2 if EPILOGUE == 1 else 1
+        mine = partial_ptr + (tile * split + part) * HALVES * AREA
+        tl.store(mine + at, sums)
+        if EPILOGUE == 1:
+            tl.store(mine + AREA + at, others)
+        tl.debug_barrier()
+        before = tl.atomic_add(arrived_ptr + tile, 1, sem="acq_rel")
+        if before == split - 1:
+            tl.store(arrived_ptr + tile, 0)  # for the next launch
+            mine = partial_ptr + tile * split * HALVES * AREA
+            sums = tl.load(mine + at, cache_modifier=".cg")
+            if EPILOGUE == 1:
+                others = tl.load(mine + AREA + at, cache_modifier=".cg")
+            for i in range(1, split):
+                other = mine + i * HALVES * AREA
+                sums += tl.load(other + at, cache_modifier=".cg")
+                if EPILOGUE == 1:
+                    others += tl.load(other + AREA + at, cache_modifier=".cg")
+            _finish(
+                sums, others, extra_ptr, out_ptr, m[None, :], n[:, None], inside, stride_extra,
+                stride_out, EPILOGUE, PTX,
+            )  # fmt: skip
+    else:
+        _finish(
+            sums, others, extra_ptr, out_ptr, m[None, :], n[:, None], inside, stride_extra,
+            stride_out, EPILOGUE, PTX,
+        )  # fmt: skip
+
+
+INTERPRETED = not isinstance(_skinny_gemm_kernel, triton.JITFunction)
+"""True when imported under ``TRITON_INTERPRET=1``: CPU tensors are taken."""
+
+
+def decline_reason(
+    x: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None = None
+) -> str | None:
+    """Why `skinny_gemm` does not take these arguments, or None. Host checks only."""
+    if weight.dim() != 2 or weight.stride(1) != 1 or weight.dtype not in DTYPES:
+        return f"weight must be [N, K] bf16 or fp16 with contiguous rows, got {tuple(weight.shape)} {weight.dtype}"
+    if x.dim() != 2 or x.stride(1) != 1 or x.shape[1] != weight.shape[1]:
+        return f"x must be [M, {weight.shape[1]}] with contiguous rows, got {tuple(x.shape)}"
+    if x.dtype != weight.dtype or x.device != weight.device:
+        return f"x is {x.dtype} on {x.device}, the weight {weight.dtype} on {weight.device}"
+    if not (INTERPRETED or (x.is_cuda and torch.version.hip is None)):
+        return f"x must be on a CUDA device, got {x.device}"
+    if x.shape[0] > MAX_ROWS:
+        return f"x must have at most {MAX_ROWS} rows, got {x.shape[0]}"
+    if weight.shape[1] % 64 or weight.shape[0] % 16:
+        return f"weight must be [multiple of 16, multiple of 64], got {tuple(weight.shape)}"
+    if x.stride(0) % 8 or weight.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return "x and weight must be aligned to 16 bytes"
+    if (extra is None) != (epilogue != Epilogue.GELU_TIMES):
+        return "extra must be given with Epilogue.GELU_TIMES and only then"
+    if extra is not None and (
+        extra.shape != (x.shape[0], weight.shape[0])
+        or extra.stride(1) != 1
+        or extra.dtype != x.dtype
+        or extra.device != x.device
+    ):
+        return f"extra must be [{x.shape[0]}, {weight.shape[0]}] {x.dtype}, got {tuple(extra.shape)} {extra.dtype}"
+    return None
+
+
+def tiles(weight: torch.Tensor, epilogue: Epilogue, config: Config) -> int:
+    """Programs along N: the length of ``arrived``."""
+    width = weight.shape[0] // (2 if epilogue == Epilogue.GELU_AND_MUL else 1)
+    return triton.cdiv(width, config.block_n)
+
+
+def skinny_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    config: Config,
+    epilogue: Epilogue = Epilogue.NONE,
+    extra: torch.Tensor | None = None,
+    arrived: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The equations of this module.
+
+    Args:
+        x: ``[M, K]``, bf16 or fp16, contiguous rows, M up to `MAX_ROWS`, may be 0.
+        weight: ``[N, K]`` in the same dtype.
+        config: how the work is cut; ``block_k`` divides K.
+        epilogue: what happens to the sums.
+        extra: ``[M, N]`` for `Epilogue.GELU_TIMES`.
+        arrived: zeros, int32, at least `tiles` long; left as zeros. No two launches that may run at the
+            same time share one. None: made here.
+
+    Returns:
+        ``[M, N]``, ``[M, N / 2]`` for `Epilogue.GELU_AND_MUL`.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    reason = decline_reason(x, weight, epilogue, extra)
+    if reason is None and weight.shape[1] % config.block_k:
+        reason = f"config.block_k must divide {weight.shape[1]}, got {config.block_k}"
+    if reason is None and not 1 <= config.split <= weight.shape[1] // config.block_k:
+        reason = f"config.split must be between 1 and the blocks of K, got {config.split}"
+    count = tiles(weight, epilogue, config)
+    if reason is None and arrived is not None and arrived.numel() < count:
+        reason = f"arrived must have at least {count} elements, got {arrived.numel()}"
+    if reason is not None:
+        raise ValueError(reason)
+    if arrived is None:
+        arrived = torch.zeros(count, dtype=torch.int32, device=x.device)
+    return launch_skinny_gemm(x, weight, config, epilogue, extra, arrived)
+
+
+def launch_skinny_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    config: Config,
+    epilogue: Epilogue,
+    extra: torch.Tensor | None,
+    arrived: torch.Tensor,
+) -> torch.Tensor:
+    """`skinny_gemm` without its checks."""
+    rows, depth = x.shape
+    halves = 2 if epilogue == Epilogue.GELU_AND_MUL else 1
+    width = weight.shape[0] // halves
+    out = x.new_empty((rows, width))
+    if rows == 0:
+        return out
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    count = triton.cdiv(width, config.block_n)
+    partial = out
+    if config.split > 1:
+        elements = count * config.split * halves * config.block_n * block_m
+        partial = torch.empty(elements, dtype=torch.float32, device=x.device)
+    _skinny_gemm_kernel[(count, config.split)](
+        x,
+        weight,
+        out if extra is None else extra,
+        out,
+        partial,
+        arrived,
+        rows,
+        width,
+        depth // config.block_k,
+        x.stride(0),
+        weight.stride(0),
+        0 if extra is None else extra.stride(0),
+        width,
+        config.split,
+        EPILOGUE=int(epilogue),
+        SPLIT=config.split > 1,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        PTX=not INTERPRETED,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return out
+
+
+def reference_skinny_gemm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epilogue: Epilogue = Epilogue.NONE,
+    extra: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Stock's calls in plain torch, rounding where they round."""
+    y = torch.nn.functional.linear(x, weight)
+    if epilogue == Epilogue.GELU_AND_MUL:
+        gate, up = y.float().chunk(2, dim=-1)
+        return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
+    if epilogue == Epilogue.GELU_TIMES:
+        assert extra is not None
+        return torch.nn.functional.gelu(y, approximate="tanh") * extra
+    return y
