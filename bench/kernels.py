@@ -1,17 +1,21 @@
 """Kernels against the stock code they replace, one row of a CSV per measurement.
 
-    python bench/kernels.py router
+    python bench/kernels.py router       # one patch
+    python bench/kernels.py all
 
 Times are those of the kernels on the GPU (torch profiler, medians, summed over all launches of one
-call) and of a call's share of a replayed CUDA graph, which has the gaps between launches in it.
+call) and of a call's share of a replayed CUDA graph, which has the gaps between launches in it. Bytes
+are those that our kernel must move, each operand read and each result written once; the bandwidth is
+these bytes over its time. Small operands stay in the GPU's L2 cache from call to call, as in a decode
+step, so it may exceed that of the copy, which is measured in every run and has a row of its own.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -21,11 +25,32 @@ import torch
 import typer
 from rich.progress import track
 
+# transformers looks for a package of this name, and scripts have their folder on the path.
+if __name__ == "kernels":
+    raise ImportError("bench/kernels.py is not the package kernels")
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_turbo import report
+from bench.kernel_cases import CASES, Call, Case  # noqa: E402
+from gemma4_turbo import report  # noqa: E402
 
-Call = Callable[[], object]
+ALL, COPY = "all", "copy"
+COUNTS = ("tokens", "fused_launches", "stock_launches", "bytes")
+MEASURED = (
+    "kernel",
+    "case",
+    "tokens",
+    "fused_us",
+    "stock_us",
+    "fused_launches",
+    "stock_launches",
+    "fused_graph_us",
+    "stock_graph_us",
+    "ratio",
+    "bytes",
+    "gb_per_s",
+)
+"""Columns of the CSV, after those of the GPU and the versions."""
 
 
 def kernel_us(call: Call, calls: int = 40) -> tuple[float, int]:
@@ -68,32 +93,48 @@ def graph_us(call: Call, calls: int = 50, replays: int = 21) -> float:
     return median(times[1:])
 
 
-def router_cases() -> list[tuple[str, int, Call, Call]]:
-    """(case, tokens, fused, stock's own closure) for 26B-A4B's router: 128 experts, top-8."""
-    from sglang.srt.models.gemma4_causal import Gemma4MoE
-
-    from gemma4_turbo.kernels.router import fused_routing
-    from gemma4_turbo.patches.router import stock_routing
-
-    construct: Any = Gemma4MoE.__init__
-    cases: list[tuple[str, int, Call, Call]] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        scale = torch.rand(128, device="cuda").to(torch.bfloat16) + 0.5
-        stock = stock_routing(getattr(construct, "__wrapped__", construct), scale)
-        for tokens in (1, 8, 32, 64, 256, 1024, 4096, 16384):
-            x = torch.randn(tokens, 128, device="cuda").to(dtype)
-            cases.append(
-                (
-                    str(dtype).removeprefix("torch."),
-                    tokens,
-                    lambda x=x, scale=scale: fused_routing(x, scale, 8),
-                    lambda x=x, stock=stock: stock(x, x, 8, True),
-                )
-            )
-    return cases
+def copy_row() -> dict[str, Any]:
+    """What the GPU's memory does at best: a copy of 1 GiB, which is read and written."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    us, launches = kernel_us(lambda: target.copy_(source))
+    return {
+        "kernel": COPY,
+        "case": "1 GiB",
+        "stock_us": us,
+        "stock_launches": launches,
+        "bytes": 2 * source.numel(),
+        "gb_per_s": 2 * source.numel() / us / 1e3,
+    }
 
 
-CASES = {"router": router_cases}
+def case_row(case: Case, device: str = "cuda") -> dict[str, Any]:
+    """All that is measured of a case."""
+    calls = case.build(device)
+    fused_us, fused_launches = kernel_us(calls.ours)
+    stock_us, stock_launches = kernel_us(calls.stock)
+    return {
+        "kernel": case.kernel,
+        "case": case.case,
+        "tokens": case.tokens,
+        "fused_us": fused_us,
+        "stock_us": stock_us,
+        "fused_launches": fused_launches,
+        "stock_launches": stock_launches,
+        "fused_graph_us": graph_us(calls.ours),
+        "stock_graph_us": graph_us(calls.stock),
+        "ratio": fused_us / stock_us,
+        "bytes": calls.bytes,
+        "gb_per_s": calls.bytes / fused_us / 1e3,
+    }
+
+
+def append(rows: list[dict[str, Any]], base: dict[str, Any], out: Path) -> pd.DataFrame:
+    """Add rows to the CSV; returns them."""
+    frame = pd.DataFrame([base | row for row in rows], columns=[*base, *MEASURED])
+    frame = frame.astype(dict.fromkeys(COUNTS, "Int64"))
+    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    return frame
 
 
 def plot(frame: pd.DataFrame, path: Path) -> None:
@@ -103,57 +144,54 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cases = list(frame.groupby("case"))
-    figure, axes = plt.subplots(1, len(cases), figsize=(5 * len(cases), 4), squeeze=False)
-    for panel, (case, part) in zip(axes[0], cases, strict=True):
+    cases = list(frame.groupby(["kernel", "case"], sort=False))
+    columns = min(len(cases), 4)
+    lines = -(-len(cases) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False)
+    for panel in axes.flat[len(cases) :]:
+        panel.set_axis_off()
+    for panel, ((kernel, case), part) in zip(axes.flat, cases, strict=False):
         panel.loglog(part["tokens"], part["stock_us"], "o-", label="stock")
         panel.loglog(part["tokens"], part["fused_us"], "o-", label="fused")
-        panel.set(title=f"{frame.iloc[0]['kernel']}, {case}", xlabel="tokens", ylabel="us")
+        panel.set(title=f"{kernel}, {case}", xlabel="tokens", ylabel="us")
         panel.legend()
     figure.suptitle(frame.iloc[0]["gpu"])
     figure.tight_layout()
     figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 @torch.no_grad()
 def main(
-    kernel: Annotated[str, typer.Argument(help=" | ".join(CASES))] = "router",
+    kernel: Annotated[str, typer.Argument(help=" | ".join([*CASES, ALL]))] = "router",
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-kernels.csv"),
 ) -> None:
     """Fused against stock."""
-    if kernel not in CASES:
-        raise typer.BadParameter(f"choose from {', '.join(CASES)}", param_hint="kernel")
-    if not torch.cuda.is_available():
-        raise SystemExit("bench/kernels.py: needs a CUDA device")
-    base = {
+    if kernel not in (*CASES, ALL):
+        choices = ", ".join([*CASES, ALL])
+        raise typer.BadParameter(f"{kernel!r}: choose from {choices}", param_hint="kernel")
+    base: dict[str, Any] = {
         "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
         "gpu": report.device(),
         **report.versions(),
-        "kernel": kernel,
+        # Decides which RMSNorm stock runs; a library that is only on PYTHONPATH counts too.
+        "norms": "cute" if find_spec("cutlass") else "cuda",
     }
-    rows = []
-    for case, tokens, fused, stock in track(CASES[kernel](), description=kernel):
-        fused_us, fused_launches = kernel_us(fused)
-        stock_us, stock_launches = kernel_us(stock)
-        rows.append(
-            {
-                **base,
-                "case": case,
-                "tokens": tokens,
-                "fused_us": fused_us,
-                "stock_us": stock_us,
-                "fused_launches": fused_launches,
-                "stock_launches": stock_launches,
-                "fused_graph_us": graph_us(fused),
-                "stock_graph_us": graph_us(stock),
-            }
-        )
-    frame = pd.DataFrame(rows)
-    frame["ratio"] = frame["fused_us"] / frame["stock_us"]
-    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    if out.exists() and list(pd.read_csv(out, nrows=0)) != [*base, *MEASURED]:
+        raise typer.BadParameter(f"{out} has other columns: name another file", param_hint="--out")
+    if not torch.cuda.is_available():
+        raise SystemExit("bench/kernels.py: needs a CUDA device")
+    copied = append([copy_row()], base, out)
+    frames = []
+    for name in CASES if kernel == ALL else [kernel]:
+        rows = [case_row(case) for case in track(CASES[name](), description=name)]
+        frames.append(append(rows, base, out))
+    frame = pd.concat(frames)
     plot(frame, out.with_suffix(".png"))
-    shown = ["case", "tokens", "fused_us", "stock_us", "ratio", "fused_launches", "stock_launches"]
-    print(frame[[*shown, "fused_graph_us", "stock_graph_us"]].round(2).to_string(index=False))
+    shown = ["kernel", "case", "tokens", "fused_us", "stock_us", "ratio", "fused_launches"]
+    shown += ["stock_launches", "fused_graph_us", "stock_graph_us", "bytes", "gb_per_s"]
+    print(frame[shown].round(2).to_string(index=False))
+    print(f"copy of {copied.iloc[0]['case']}: {copied.iloc[0]['gb_per_s']:.0f} GB/s")
 
 
 if __name__ == "__main__":

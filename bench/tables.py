@@ -14,9 +14,15 @@ from typing import Annotated
 import pandas as pd
 import typer
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gemma4_turbo.catalogue import CATALOGUE
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
+BATCHES = (1, 8, 32)
+KERNEL_ROWS = (1, 32, 4096)
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -32,6 +38,11 @@ def origin(frame: pd.DataFrame) -> str:
         f"{first['gpu']}, SGLang {first['sglang']}, torch {first['torch']}, "
         f"Triton {first['triton']}, {first['timestamp'][:10]}"
     )
+
+
+def origins(frame: pd.DataFrame) -> str:
+    """Devices and versions of several runs."""
+    return "; ".join(dict.fromkeys(origin(run) for _, run in frame.groupby("timestamp")))
 
 
 def engine() -> str:
@@ -122,17 +133,141 @@ def kernels() -> str:
     return f"{markdown(header, rows)}\n\n128 experts, top-8, bf16, kernel time by profiler. {runs}."
 
 
-TABLES = {"engine": engine, "equality": equality, "exact": exact, "kernels": kernels}
+def chosen(patches: str) -> str:
+    """The patches of a run of ``bench/engine.py``, the shorter way."""
+    names = patches.split("+")
+    missing = [f"`{patch.name}`" for patch in CATALOGUE if patch.name not in names]
+    if names == ["all"] or not missing:
+        return "all"
+    if len(missing) < len(names):
+        return f"all but {', '.join(missing)}"
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def change(stock: float, patched: float, digits: int) -> str:
+    """Stock, patched and their ratio."""
+    return f"{stock:.{digits}f} -> {patched:.{digits}f} ({patched / stock:.3f})"
+
+
+def decode_engine() -> str | None:
+    """Whole engines with the decode patches, a row per measurement; None if there is none."""
+    rows, frames = [], []
+    for path in sorted(RESULTS.glob("decode-*-engine.csv")):
+        frame = pd.read_csv(path)
+        frame = frame[frame["timestamp"] == frame["timestamp"].max()]
+        frames.append(frame)
+        rows.append(engine_row(frame))
+    if not rows:
+        return None
+    header = ["model", "GPU", "patches", *(f"decode, batch {size}, ms" for size in BATCHES)]
+    header += ["launches per layer", "prefill ratio", "tokens differing", "logprobs differing"]
+    table = markdown([*header, "rounds"], rows)
+    return (
+        f"{table}\n\nStock -> patched (ratio), medians of alternating rounds of one run each; "
+        f"random weights; tokens and logprobs of stock against patched. {origins(pd.concat(frames))}."
+    )
+
+
+def engine_row(frame: pd.DataFrame) -> list[str]:
+    """One run of ``bench/engine.py``; "-" where it did not measure something."""
+    timed = frame[frame["unit"].isin(["ms", "launches"])]
+    medians = timed.groupby(["quantity", "x", "variant"])["value"].median().unstack("variant")
+    counts = frame[frame["variant"] == "stock vs patched"].set_index("quantity")["value"]
+
+    def pair(quantity: str, size: int) -> tuple[float, float] | None:
+        found = (quantity, size) in medians.index
+        return tuple(medians.loc[quantity, size][["stock", "patched"]]) if found else None
+
+    def differing(what: str) -> str:
+        if f"{what}s" not in counts:
+            return "-"
+        return f"{counts[f'{what}_diffs']:,.0f} of {counts[f'{what}s']:,.0f}"
+
+    first = frame.iloc[0]
+    steps = [pair("decode step", size) for size in BATCHES]
+    launches = pair("launches per layer", first["layers"])
+    prefill = [
+        f"{row['patched'] / row['stock']:.3f}"
+        for (quantity, _), row in medians.iterrows()
+        if quantity.startswith("prefill")
+    ]
+    gpu = first["gpu"].removeprefix("NVIDIA ")
+    if first.get("tp", 1) > 1:
+        gpu = f"{first['tp']} x {gpu}"
+    if "norms" in frame:  # older runs do not say which RMSNorm stock had
+        gpu += f", {first['norms']} norms"
+    return [
+        first["model"],
+        gpu,
+        chosen(first["patches"]),
+        *("-" if step is None else change(*step, 2) for step in steps),
+        "-" if launches is None else f"{launches[0]:.1f} -> {launches[1]:.1f}",
+        ", ".join(prefill) or "-",
+        differing("token"),
+        differing("logprob"),
+        str(timed["round"].nunique()),
+    ]
+
+
+def decode_kernels() -> str | None:
+    """Each patch's newest run in the newest CSV; None if there is none."""
+    frames = [pd.read_csv(path) for path in RESULTS.glob("decode-kernels-*.csv")]
+    if not frames:
+        return None
+    frame = max(frames, key=lambda frame: frame["timestamp"].max())
+    copies = frame[frame["kernel"] == "copy"].set_index("timestamp")["gb_per_s"]
+    frame = frame[frame["kernel"] != "copy"]
+    frame = frame[frame["timestamp"] == frame.groupby("kernel")["timestamp"].transform("max")]
+    frame = frame[frame["tokens"].isin(KERNEL_ROWS)]
+    rows = [
+        [
+            f"`{row['kernel']}`",
+            f"{row['case']}, {row['tokens']:.0f}",
+            f"{row['stock_launches']:.0f} -> {row['fused_launches']:.0f}",
+            change(row["stock_us"], row["fused_us"], 1),
+            decimal(row["bytes"]),
+            f"{row['gb_per_s'] / copies[row['timestamp']]:.1%}",
+        ]
+        for _, row in frame.iterrows()
+    ]
+    header = ["patch", "model, rows", "launches", "us", "bytes moved", "of the copy bandwidth"]
+    speeds = ", ".join(f"{copies[timestamp]:,.0f}" for timestamp in frame["timestamp"].unique())
+    return (
+        f"{markdown(header, rows)}\n\nStock -> ours (ratio), kernel time by profiler. Bytes: every "
+        "operand of ours read once, every result written once. Operands that fit into the L2 cache "
+        f"stay there from call to call. Copy of 1 GiB: {speeds} GB/s read and written. Stock's norms: "
+        f"{', '.join(frame['norms'].unique())}. {origins(frame)}."
+    )
+
+
+def decimal(count: float) -> str:
+    """A number of bytes in decimal units."""
+    for unit in ("B", "kB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} MB"
+
+
+TABLES = {
+    "engine": engine,
+    "decode-engine": decode_engine,
+    "equality": equality,
+    "exact": exact,
+    "kernels": kernels,
+    "decode-kernels": decode_kernels,
+}
 
 
 def render(text: str) -> str:
-    """``text`` with every table between its markers made anew."""
+    """``text`` with every table between its markers made anew, nothing where nothing is measured."""
     for name, make in TABLES.items():
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         if not marked.search(text):
             raise SystemExit(f"bench/tables.py: README.md has no marker for the table {name!r}")
         table = make()
-        text = marked.sub(lambda found, table=table: found[1] + table + "\n" + found[2], text)
+        inside = "" if table is None else f"{table}\n"
+        text = marked.sub(lambda found, inside=inside: found[1] + inside + found[2], text)
     return text
 
 

@@ -285,6 +285,41 @@ CATALOGUE: tuple[Patch, ...] = (
         default=True,
         origin="",
     ),
+    Patch(
+        name="skinny_gemm",
+        summary="Linear layers for up to 64 tokens, activations in the launch of the product before",
+        targets=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
+        ),
+        relies_on=(
+            *_LAYER,
+            "sglang.srt.models.gemma3_causal:Gemma3MLP",
+            "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+            "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
+            "sglang.srt.layers.linear:RowParallelLinear.forward",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=TOLERANCE,
+        traced=True,
+        default=False,
+        origin="",
+    ),
+    Patch(
+        name="pdl",
+        summary="Programmatic dependent launch between the package's own kernels (Hopper and later)",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=True,
+        default=False,
+        origin="",
+    ),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.forwards import ops, steps
+from gemma4_turbo.forwards import linear, ops, steps
 from gemma4_turbo.forwards.steps import UNPROVEN, Step, differing, samples
 from gemma4_turbo.kernels import qkv as kernel
 from gemma4_turbo.kernels.qkv import Mode, Rope, Store
@@ -147,8 +147,7 @@ def _attend(
     output = self.attn(q, k, v, forward_batch=forward_batch, save_kv_cache=keep)
     if output.dim() == 3:
         output = output.flatten(-2, -1)
-    output, _ = self.o_proj(output)
-    return output  # type: ignore[no-any-return]
+    return linear.project(self.o_proj, output)
 
 
 # -- projection -----------------------------------------------------------------------------------
@@ -168,8 +167,8 @@ def _project(self: Any, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, Any,
                 return out, None, None
             q, k = torch.split(out, [self.q_size, self.kv_size], dim=-1)
             return q, k, None
-    qkv, _ = self.qkv_proj(x)
-    q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
+    qkv = linear.project(self.qkv_proj, x)
+    q, k, v = torch.split(qkv, [self.q_size, self.kv_size, self.kv_size], dim=-1)
     return (q, None, None) if plan.shared else (q, k, v)
 
 

@@ -11,6 +11,7 @@ from gemma4_turbo.forwards import norm_kinds
 from gemma4_turbo.kernels import layer_norms as layer_norms_kernel
 from gemma4_turbo.kernels import layer_tail, norms, ple_tail, qkv
 from gemma4_turbo.kernels import router_norm as router_norm_kernel
+from gemma4_turbo.kernels import skinny_gemm as skinny
 
 EPS = 1e-6
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -169,6 +170,38 @@ def qkv_norm(device: str) -> list[Check]:
 def rope_store(device: str) -> list[Check]:
     """Both head sizes, with rotation."""
     return [check for d in (256, 512) for check in _qkv("rope_store", device, d, rope=True)]
+
+
+def skinny_gemm(device: str) -> list[Check]:
+    """Against fp64, at shapes of E4B (of a toy without a GPU): no farther than cuBLAS plus 10 %."""
+    checks = []
+    shapes = ((20480, 2560), (2560, 10240), (256, 2560)) if device == "cuda" else ((64, 256),)
+    for (n, k), epilogue in zip(shapes, (1, 0, 2), strict=False):
+        x = _rows(device, k, 1)[-16:] / 30
+        generator = torch.Generator(device).manual_seed(3)
+        w = torch.randn(n, k, generator=generator, device=device) / k**0.5
+        w = w.bfloat16()
+        extra = _rows(device, n, 4)[-x.shape[0] :] / 30 if epilogue == 2 else None
+        kind = skinny.Epilogue(epilogue)
+        config = skinny.choose(w.shape, kind, 132)
+        ours = skinny.skinny_gemm(x, w, config, kind, extra).double()
+        stock = skinny.reference_skinny_gemm(x, w, kind, extra).double()
+        wide = None if extra is None else extra.double()
+        exact = skinny.reference_skinny_gemm(x.double(), w.double(), kind, wide).double()
+        error, allowed = (float((y - exact).norm() / exact.norm()) for y in (ours, stock))
+        passed = error <= 1.1 * allowed
+        checks.append(
+            Check(
+                "skinny_gemm",
+                f"[{x.shape[0]}, {k}] x [{n}, {k}], {kind.name.lower()}",
+                "fp64",
+                ours.numel(),
+                int((ours != stock).sum()),
+                f"relative error {1.1 * allowed:.2e} (stock's plus 10 %), is {error:.2e}",
+                passed,
+            )
+        )
+    return checks
 
 
 def _qkv(patch: str, device: str, head_dim: int, rope: bool) -> list[Check]:

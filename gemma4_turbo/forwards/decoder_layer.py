@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gemma4_turbo.custom_ops import capturing
-from gemma4_turbo.forwards import ops, steps
+from gemma4_turbo.forwards import linear, ops, steps
 from gemma4_turbo.forwards.steps import (
     UNPROVEN,
     Step,
@@ -28,6 +28,7 @@ LAYER_NORMS = Step()
 PLE_TAIL = Step()
 INPUT_NORM = Step()
 EXPERTS_SUM = Step()
+PDL = Step()
 MLP_STREAM = Step()
 
 MLP_STREAM_ROWS = 64
@@ -114,6 +115,8 @@ def forward(
     plan = self.__dict__.get("_gemma4_turbo_plan")
     if plan is None:
         plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
+    if PDL.run is not None and not torch.compiler.is_compiling():
+        PDL.run.engaged(capturing())
     normed = kwargs.get("normed")
     following = kwargs.get("following")
     residual = hidden_states
@@ -133,16 +136,17 @@ def forward(
         mlp_input, residual = self.pre_feedforward_layernorm(hidden_states, residual)
 
     if not self.enable_moe_block:
-        return _finish(self, plan, self.mlp(mlp_input), None, residual, per_layer_input, following)
+        mlp_output = linear.mlp(self.mlp, mlp_input)
+        return _finish(self, plan, mlp_output, None, residual, per_layer_input, following)
 
     side = _side_stream(self, plan, mlp_input)
     if side is not None:
         main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side):
-            mlp_output = self.mlp(mlp_input)
+            mlp_output = linear.mlp(self.mlp, mlp_input)
     else:
-        mlp_output = self.mlp(mlp_input)
+        mlp_output = linear.mlp(self.mlp, mlp_input)
     if router_input is not None:
         router_logits, _ = self.router.proj(router_input)
     else:
@@ -462,12 +466,14 @@ def _finish_ple(
         out, _ = ple_tail.launch_norm_add(
             x, weight, eps, residual, None, None, 0.0, plan.kinds.eager
         )
-    gate, _ = self.per_layer_input_gate(out)
-    if compiling:
-        gate = _ops["gelu_mul"](gate, per_layer_input)
-    else:
-        gate = ple_tail.launch_gelu_mul(gate, per_layer_input)
-    contribution, _ = self.per_layer_projection(gate)
+    gated = linear.gate_times(self.per_layer_input_gate, out, per_layer_input)
+    if gated is None:
+        gate, _ = self.per_layer_input_gate(out)
+        if compiling:
+            gated = _ops["gelu_mul"](gate, per_layer_input)
+        else:
+            gated = ple_tail.launch_gelu_mul(gate, per_layer_input)
+    contribution = linear.project(self.per_layer_projection, gated)
     after = _following_ple(self, plan, contribution, following)
     next_weight = None if after is None else after.weight
     next_eps = 0.0 if after is None else after.eps

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import norms
+from gemma4_turbo.kernels import norms, pdl
 from gemma4_turbo.kernels.norms import rms_scale, scale_of, scaled
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
@@ -51,25 +51,28 @@ def _layer_norms_kernel(
     KIND: tl.constexpr,
     WARPS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    pdl.launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < N
     attention_ptr += row * stride_attention
     residual_ptr += row * stride_residual
     mlp_input_ptr += row * N
-    a = tl.load(attention_ptr + column, mask=inside, other=0.0)
-    r = tl.load(residual_ptr + column, mask=inside, other=0.0)
     w1 = tl.load(post_attention_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     w2 = tl.load(pre_feedforward_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = a.dtype
+    dtype: tl.constexpr = attention_ptr.dtype.element_ty
     if EXPERTS:
         scale = tl.load(router_scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
         root = tl.load(root_size_ptr).to(tl.float32)
         scale = rounded(scale * root, dtype, PTX)
         w3 = tl.load(pre_feedforward_2_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
 
+    pdl.wait(PDL)
+    a = tl.load(attention_ptr + column, mask=inside, other=0.0)
+    r = tl.load(residual_ptr + column, mask=inside, other=0.0)
     x = a.to(tl.float32)
     scale1 = rms_scale(x, attention_ptr, post_attention_eps, N, BLOCK, KIND, WARPS, PTX)
     n = round_to(scaled(x, scale1, w1, KIND, PTX), dtype, PTX)
@@ -233,6 +236,7 @@ def launch_layer_norms(
             EXPERTS=router is not None,
             PTX=not INTERPRETED,
             num_warps=norms.warps(width, kind),
+            **pdl.options(attention_output),
         )
     return mlp_input, router_input, experts_input
 

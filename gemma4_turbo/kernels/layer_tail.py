@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import norms
+from gemma4_turbo.kernels import norms, pdl
 from gemma4_turbo.kernels.norms import rms_scale, scaled
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
@@ -58,8 +58,11 @@ def _layer_tail_kernel(
     CHOICES: tl.constexpr,  # 0: the experts' output is already summed
     FROM_ZERO: tl.constexpr,
     NEXT: tl.constexpr,
+    PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    pdl.launch_dependents(PDL)
+    pdl.wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < N
@@ -243,6 +246,7 @@ def launch_layer_tail(
             NEXT=following is not None,
             PTX=not INTERPRETED,
             num_warps=4,
+            **pdl.options(mlp_output),
         )
     return out, after
 

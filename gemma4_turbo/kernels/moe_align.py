@@ -33,6 +33,8 @@ import torch
 import triton
 import triton.language as tl
 
+from gemma4_turbo.kernels import pdl
+
 MAX_SLOTS = 512
 MAX_EXPERTS = 512
 
@@ -67,8 +69,11 @@ def _align_kernel(
     BLOCK_E: tl.constexpr,  # power of two >= number of experts, at least 2
     LOG_E: tl.constexpr,
     FILL: tl.constexpr,  # number of threads
+    PDL: tl.constexpr,
 ):
     """The only program. Every warp computes the planes itself, so that none waits for another."""
+    pdl.launch_dependents(PDL)
+    pdl.wait(PDL)
     NOBODY: tl.constexpr = -2  # no expert's id, and other than -1
     lane = tl.arange(0, 32)
     # Without the hint a thread would load neighbouring slots, which the scattered stores would then
@@ -203,6 +208,7 @@ def align_into(
         LOG_E=buckets.bit_length() - 1,
         FILL=32 * warps,
         num_warps=warps,
+        **pdl.options(topk_ids),
     )
 
 

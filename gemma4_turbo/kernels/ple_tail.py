@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import norms
+from gemma4_turbo.kernels import norms, pdl
 from gemma4_turbo.kernels.gelu import gelu_tanh
 from gemma4_turbo.kernels.norms import rms_scale, scaled
 from gemma4_turbo.kernels.rounding import round_to, rounded
@@ -46,18 +46,20 @@ def _norm_add_kernel(
     WARPS: tl.constexpr,
     SCALAR: tl.constexpr,
     NEXT: tl.constexpr,
+    PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    pdl.launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < N
     x_ptr += row * stride_x
     out_ptr += row * N
-    x = tl.load(x_ptr + column, mask=inside, other=0.0)
-    r = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0)
     w = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = x.dtype
-    x = x.to(tl.float32)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    pdl.wait(PDL)
+    x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    r = tl.load(residual_ptr + row * stride_residual + column, mask=inside, other=0.0)
     scale = rms_scale(x, x_ptr, eps, N, BLOCK, KIND, WARPS, PTX)
     x = rounded(scaled(x, scale, w, KIND, PTX), dtype, PTX)
     x = rounded(x + r.to(tl.float32), dtype, PTX)
@@ -82,11 +84,14 @@ def _gelu_mul_kernel(
     stride_per_layer,
     N: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    pdl.launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < N
+    pdl.wait(PDL)
     gate = tl.load(gate_ptr + row * stride_gate + column, mask=inside, other=0.0)
     p = tl.load(per_layer_ptr + row * stride_per_layer + column, mask=inside, other=0.0)
     dtype: tl.constexpr = gate.dtype
@@ -192,6 +197,7 @@ def launch_norm_add(
             NEXT=next_weight is not None,
             PTX=not INTERPRETED,
             num_warps=norms.warps(width, kind),
+            **pdl.options(x),
         )
     return out, following
 
@@ -230,6 +236,7 @@ def launch_gelu_mul(gate: torch.Tensor, per_layer_input: torch.Tensor) -> torch.
             BLOCK=triton.next_power_of_2(width),
             PTX=not INTERPRETED,
             num_warps=max(1, min(4, width // 256)),
+            **pdl.options(gate),
         )
     return out
 

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import norms
+from gemma4_turbo.kernels import norms, pdl
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 INTERPRETED = norms.INTERPRETED
@@ -141,8 +141,11 @@ def _qkv_kernel(
     MODE: tl.constexpr,
     ROPE: tl.constexpr,
     STORE: tl.constexpr,
+    PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    pdl.launch_dependents(PDL)
+    pdl.wait(PDL)
     # Each branch forms its own addresses: a pointer chosen by a branch loses its alignment, and with
     # it the order in which Triton adds.
     token = tl.program_id(0).to(tl.int64)
@@ -330,6 +333,7 @@ def launch_qkv(
             STORE=store is not None,
             PTX=not INTERPRETED,
             num_warps=4,
+            **pdl.options(q),
         )
     if store is not None:
         return q, None, None

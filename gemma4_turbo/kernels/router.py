@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.rounding import round_to
 
 MAX_EXPERTS = 512
@@ -125,9 +126,12 @@ def _routing_kernel(
     BLOCK_E: tl.constexpr,  # power of two >= E
     P: tl.constexpr,  # power of two >= K
     LOG_P: tl.constexpr,
+    PDL: tl.constexpr,
     PTX: tl.constexpr,  # False in Triton's interpreter, which has no inline assembly
 ):
     """One program a token. After the K maxima everything is scalar, so no lane waits for another."""
+    pdl.launch_dependents(PDL)
+    pdl.wait(PDL)
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     x = tl.load(
@@ -318,6 +322,7 @@ def launch_routing(
             LOG_P=slots.bit_length() - 1,
             PTX=not INTERPRETED,
             num_warps=1,
+            **pdl.options(router_logits),
         )
     return topk_weights, topk_ids
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import norms
+from gemma4_turbo.kernels import norms, pdl
 from gemma4_turbo.kernels.norms import mul, rms_scale
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
@@ -32,17 +32,19 @@ def _router_norm_kernel(
     BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     WARPS: tl.constexpr,
+    PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    pdl.launch_dependents(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < N
     x_ptr += row * stride_x
-    x = tl.load(x_ptr + column, mask=inside, other=0.0)
     scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    dtype: tl.constexpr = x.dtype
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     scale = rounded(scale * tl.load(root_size_ptr).to(tl.float32), dtype, PTX)
-    x = x.to(tl.float32)
+    pdl.wait(PDL)
+    x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
     s = rms_scale(x, x_ptr, eps, N, BLOCK, KIND, WARPS, PTX)
     x = rounded(mul(x, s, KIND, PTX), dtype, PTX)
     tl.store(out_ptr + row * N + column, round_to(x * scale, dtype, PTX), mask=inside)
@@ -99,6 +101,7 @@ def launch_router_norm(
             WARPS=norms.warps(width, kind),
             PTX=not INTERPRETED,
             num_warps=norms.warps(width, kind),
+            **pdl.options(x),
         )
     return out
 

@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.gelu import gelu_tanh
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
@@ -46,7 +47,16 @@ class Config(NamedTuple):
 
 
 MAX_ROWS = 64
+PREFETCH_BLOCKS = 8
 DTYPES = (torch.bfloat16, torch.float16)
+
+
+@triton.jit
+def _prefetch(address):
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -94,8 +104,11 @@ def _skinny_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PREFETCH: tl.constexpr,  # blocks of W to fetch into the L2 cache while waiting
+    PDL: tl.constexpr,
     PTX: tl.constexpr,  # False in Triton's interpreter
 ):
+    pdl.launch_dependents(PDL)
     tile = tl.program_id(0)
     part = tl.program_id(1)
     first = part * K_BLOCKS // split
@@ -107,6 +120,16 @@ def _skinny_gemm_kernel(
     row = tl.minimum(n, N - 1).to(tl.int64)
     w_ptr = weight_ptr + row[:, None] * stride_weight + first * BLOCK_K + k[None, :]
     x_ptr = x_ptr + m[None, :] * stride_x + first * BLOCK_K + k[:, None]
+    if PDL:
+        # One address per cache line of 64 numbers.
+        line = tl.arange(0, BLOCK_K // 64) * 64
+        lines = weight_ptr + row[:, None] * stride_weight + first * BLOCK_K + line[None, :]
+        for _ in range(0, tl.minimum(PREFETCH, last - first)):
+            _prefetch(lines)
+            if EPILOGUE == 1:
+                _prefetch(lines + N.to(tl.int64) * stride_weight)
+            lines += BLOCK_K
+        pdl.wait(PDL)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     others = sums
     for _ in range(first, last):
@@ -190,6 +213,21 @@ def tiles(weight: torch.Tensor, epilogue: Epilogue, config: Config) -> int:
     """Programs along N: the length of ``arrived``."""
     width = weight.shape[0] // (2 if epilogue == Epilogue.GELU_AND_MUL else 1)
     return triton.cdiv(width, config.block_n)
+
+
+def choose(shape: tuple[int, ...], epilogue: Epilogue, processors: int) -> Config:
+    """A cut for a weight of this shape ``(N, K)``: what was best over the models' layers, as a rule.
+
+    Args:
+        processors: of the GPU.
+    """
+    width = shape[0] // (2 if epilogue == Epilogue.GELU_AND_MUL else 1)
+    depth = shape[1]
+    block_k = 128 if depth % 128 == 0 else 64
+    block_n = 16 if width < 1024 else 32 if depth <= 256 else 64
+    split = round(0.8 * processors / triton.cdiv(width, block_n))
+    stages = 3 if epilogue == Epilogue.GELU_AND_MUL else 6
+    return Config(block_n, block_k, max(1, min(split, depth // block_k)), stages)
 
 
 def skinny_gemm(
@@ -276,6 +314,8 @@ def launch_skinny_gemm(
         PTX=not INTERPRETED,
         num_warps=config.warps,
         num_stages=config.stages,
+        PREFETCH=PREFETCH_BLOCKS,
+        **pdl.options(x),
     )
     return out
 
@@ -289,7 +329,8 @@ def reference_skinny_gemm(
     """Stock's calls in plain torch, rounding where they round."""
     y = torch.nn.functional.linear(x, weight)
     if epilogue == Epilogue.GELU_AND_MUL:
-        gate, up = y.float().chunk(2, dim=-1)
+        wide = y if y.dtype == torch.float64 else y.float()
+        gate, up = wide.chunk(2, dim=-1)
         return (torch.nn.functional.gelu(gate, approximate="tanh") * up).to(x.dtype)
     if epilogue == Epilogue.GELU_TIMES:
         assert extra is not None

@@ -143,6 +143,39 @@ def test_what_another_step_covers_runs_when_that_one_is_off(step: str, covered_b
     assert ENGINE.runs[step].counters.engaged > before
 
 
+@pytest.mark.parametrize("kind", ["moe", "ple", "dense"])
+def test_skinny_gemm_takes_the_linear_layers_of_few_tokens(kind: str):
+    """On the real layers: within rounding of stock; more tokens than it takes run stock's."""
+    ENGINE.revert()
+    model = build(kind)
+    expected = run(model)
+    ENGINE.apply(only=["skinny_gemm", "qkv_norm"])
+    counters = ENGINE.runs["skinny_gemm"].counters
+    before = counters.engaged
+    found = run(model)
+    # qkv, o, gate and up, down; the gate of the per-layer input needs ple_tail's step.
+    assert counters.engaged - before == 2 * 4
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert 0 < difference < 0.06, float(difference)
+    run(model, tokens=65)
+    assert counters.engaged - before == 2 * 4
+    for layer in model.layers:
+        assert int(layer.mlp.down_proj._gemma4_turbo_plan.arrived.sum()) == 0
+
+
+def test_skinny_gemm_takes_the_gate_of_the_per_layer_input():
+    """With ple_tail: gate, activation and product in one launch, and the projection after it."""
+    ENGINE.revert()
+    model = build("ple")
+    expected = run(model)
+    ENGINE.apply(only=["skinny_gemm", "qkv_norm", "ple_tail"])
+    before = ENGINE.runs["skinny_gemm"].counters.engaged
+    found = run(model)
+    assert ENGINE.runs["skinny_gemm"].counters.engaged - before == 2 * 6
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert difference < 0.06, float(difference)
+
+
 def test_without_any_step_the_shared_forwards_make_stock_calls_only():
     """One step alone is on and declines: the output is stock's, bit for bit."""
     ENGINE.revert()

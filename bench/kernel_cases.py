@@ -1,0 +1,576 @@
+"""What ``bench/kernels.py`` measures: kernels of ours and stock's own calls, at the models' shapes.
+
+A case draws its operands when its turn comes, so that only those are in the GPU's memory. Calls that
+overwrite their input have one each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from gemma4_turbo.forwards import attention, norm_kinds
+from gemma4_turbo.geometry import (
+    GEOMETRIES,
+    HEAD_DIM_FULL,
+    HEAD_DIM_SLIDING,
+    VOCABULARY,
+    Geometry,
+)
+from gemma4_turbo.kernels import layer_norms as layer_norms_kernel
+from gemma4_turbo.kernels import layer_tail, moe_align, ple_tail, qkv, step_prologue
+from gemma4_turbo.kernels import router as router_kernel
+from gemma4_turbo.kernels import router_norm as router_norm_kernel
+from gemma4_turbo.kernels.qkv import Mode
+from gemma4_turbo.patches import step_prologue as step_prologue_patch
+
+Call = Callable[[], Any]
+
+EPS = 1e-6
+MODELS = {name: GEOMETRIES[name] for name in ("26b-a4b", "e4b", "e2b")}
+WITH_EXPERTS = tuple(name for name, model in MODELS.items() if model.experts)
+WITH_PER_LAYER_INPUTS = tuple(name for name, model in MODELS.items() if model.per_layer_width)
+ROWS = (1, 8, 32, 64, 4096)
+DECODE_ROWS = (1, 8, 32, 64)
+ROUTER_ROWS = (1, 8, 32, 64, 256, 1024, 4096, 16384)
+ALIGN_BLOCK = 16
+"""BLOCK_SIZE_M that stock's configurations choose for 26B-A4B up to 32 tokens."""
+POSITIONS = SLOTS = 8192  # of the rotation's table and of the KV pool, more than any case has rows
+
+
+class Calls(NamedTuple):
+    """A case with its operands. Each call returns all that it computes."""
+
+    ours: Call
+    stock: Call
+    bytes: int  # by ours: every operand read once, every result written once
+
+
+class Case(NamedTuple):
+    """A kernel at one shape."""
+
+    kernel: str  # the patch
+    case: str
+    tokens: int  # rows
+    build: Callable[[str], Calls]  # for a device
+
+
+def moved(*tensors: torch.Tensor) -> int:
+    """Bytes of all elements."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Draw:
+    """Random operands, bf16 unless said otherwise, the same in every run."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def rows(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """Normally distributed."""
+        drawn = torch.empty(shape, device=self.device, dtype=dtype)
+        return drawn.normal_(generator=self.generator)
+
+    def weight(self, width: int) -> torch.Tensor:
+        """Around 1."""
+        return (self.rows(width).float().tanh() * 0.5 + 1.0).bfloat16()
+
+    def scalar(self, value: float, *shape: int) -> torch.Tensor:
+        """One element."""
+        return torch.full(shape, value, device=self.device, dtype=torch.bfloat16)
+
+    def below(self, end: int, count: int) -> torch.Tensor:
+        """Different integers."""
+        return torch.randperm(end, generator=self.generator, device=self.device)[:count]
+
+
+def kind_of(x: torch.Tensor) -> int:
+    """The RMSNorm that stock runs for rows like ``x``; SystemExit if ours follows none of it."""
+    kinds = norm_kinds.find(x)
+    if kinds.reason is not None:
+        raise SystemExit(f"bench/kernels.py: {kinds.reason}")
+    return kinds.eager
+
+
+# -- norms ------------------------------------------------------------------------------------------
+
+
+def layer_norms(model: Geometry, rows: int, device: str) -> Calls:
+    """Between attention and feed-forward."""
+    draw = Draw(device)
+    x, ours_r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
+    stock_r = ours_r.clone()
+    w = [draw.weight(model.hidden) for _ in range(4)]
+    root = draw.scalar(model.hidden**-0.5)
+    router = layer_norms_kernel.Router(w[2], root, EPS, w[3], EPS) if model.experts else None
+    kind, norm = kind_of(x), norm_kinds.eager_functions()
+    # Stock keeps this product of its first call.
+    ones, scale = torch.ones_like(w[2]), w[2] * root
+
+    def ours() -> Any:
+        found = layer_norms_kernel.launch_layer_norms(x, ours_r, w[0], EPS, w[1], EPS, router, kind)
+        return ours_r, *found
+
+    def stock() -> Any:
+        mlp_input = norm.rmsnorm(x, w[0], EPS)
+        norm.fused_add_rmsnorm(mlp_input, stock_r, w[1], EPS)
+        if router is None:
+            return stock_r, mlp_input, None, None
+        router_input = norm.rmsnorm(stock_r, ones, EPS) * scale
+        return stock_r, mlp_input, router_input, norm.rmsnorm(stock_r, w[3], EPS)
+
+    read, written = [x, ours_r, w[0], w[1]], [ours_r, x]
+    if router is not None:
+        read, written = [*read, w[2], root, w[3]], [*written, x, x]
+    return Calls(ours, stock, moved(*read, *written))
+
+
+def router_norm(model: Geometry, rows: int, device: str) -> Calls:
+    """What the router's projection reads."""
+    draw = Draw(device)
+    x, w = draw.rows(rows, model.hidden), draw.weight(model.hidden)
+    root = draw.scalar(model.hidden**-0.5)
+    kind, norm = kind_of(x), norm_kinds.eager_functions()
+    ones, scale = torch.ones_like(w), w * root
+    return Calls(
+        lambda: (router_norm_kernel.launch_router_norm(x, w, root, EPS, kind),),
+        lambda: (norm.rmsnorm(x, ones, EPS) * scale,),
+        moved(x, w, root, x),
+    )
+
+
+# -- ends of a layer --------------------------------------------------------------------------------
+
+
+def ple_tail_launches(model: Geometry, rows: int, device: str) -> Calls:
+    """Three launches; the GEMMs between them are stock's on both sides and left out."""
+    draw = Draw(device)
+    m, r, c = (draw.rows(rows, model.hidden) for _ in range(3))
+    gate = draw.rows(rows, model.per_layer_width)
+    p = draw.rows(rows, model.layers, model.per_layer_width)[:, 1]  # one layer's part
+    w, last, scalar = draw.weight(model.hidden), draw.weight(model.hidden), draw.scalar(0.7, 1)
+    kind, norm = kind_of(m), norm_kinds.eager_functions()
+
+    def ours() -> Any:
+        h, _ = ple_tail.launch_norm_add(m, w, EPS, r, None, None, 0.0, kind)
+        g = ple_tail.launch_gelu_mul(gate, p)
+        out, _ = ple_tail.launch_norm_add(c, last, EPS, h, scalar, None, 0.0, kind)
+        return h, g, out
+
+    def stock() -> Any:
+        h = norm.rmsnorm(m, w, EPS) + r
+        g = torch.nn.functional.gelu(gate, approximate="tanh") * p
+        return h, g, (h + norm.rmsnorm(c, last, EPS)) * scalar
+
+    first = moved(m, w, r, r)  # the last of each line stands for the result, which has its size
+    second = moved(gate, p, gate)
+    third = moved(c, last, r, scalar, r)
+    return Calls(ours, stock, first + second + third)
+
+
+def input_norm(model: Geometry, rows: int, device: str) -> Calls:
+    """A layer's end with the next layer's norm; with per-layer inputs it is `ple_tail`'s last launch."""
+    draw = Draw(device)
+    x, r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
+    w, after, scalar = draw.weight(model.hidden), draw.weight(model.hidden), draw.scalar(0.7, 1)
+    kind, norm = kind_of(x), norm_kinds.eager_functions()
+    if not model.experts:
+
+        def stock_ple() -> Any:
+            out = (r + norm.rmsnorm(x, w, EPS)) * scalar
+            return out, norm.rmsnorm(out, after, EPS)
+
+        return Calls(
+            lambda: ple_tail.launch_norm_add(x, w, EPS, r, scalar, after, EPS, kind),
+            stock_ple,
+            moved(x, w, r, scalar, after, x, x),
+        )
+    from sglang.srt.layers import gemma4_fused_ops
+
+    e, w1, w2 = draw.rows(rows, model.hidden), draw.weight(model.hidden), draw.weight(model.hidden)
+    experts = layer_tail.Experts(e, w2, EPS, w1, EPS)
+    following = layer_tail.NextNorm(after, EPS, kind)
+
+    def stock() -> Any:
+        out = gemma4_fused_ops.gemma_dual_rmsnorm_residual_scalar(
+            x, w1, e, w2, w, r, scalar, EPS, EPS, EPS
+        )
+        return out, norm.rmsnorm(out, after, EPS)
+
+    return Calls(
+        lambda: layer_tail.launch_layer_tail(x, w, EPS, r, scalar, experts, following),
+        stock,
+        moved(x, w1, e, w2, w, r, scalar, after, x, x),
+    )
+
+
+def experts_sum(following: bool, model: Geometry, rows: int, device: str) -> Calls:
+    """A layer's end with the sum over a token's experts; ``following``: and the next layer's norm."""
+    from sglang.srt.layers import gemma4_fused_ops
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    draw = Draw(device)
+    x, r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
+    e, total = draw.rows(rows, model.topk, model.hidden), torch.empty_like(x)
+    w, w1, w2, after = (draw.weight(model.hidden) for _ in range(4))
+    scalar = draw.scalar(0.7, 1)
+    experts = layer_tail.Experts(e, w2, EPS, w1, EPS)
+    next_norm = layer_tail.NextNorm(after, EPS, kind_of(x)) if following else None
+    norm = norm_kinds.eager_functions()
+
+    def stock() -> Any:
+        fused_moe.moe_sum_reduce_torch_compile(e, total, 1.0)
+        out = gemma4_fused_ops.gemma_dual_rmsnorm_residual_scalar(
+            x, w1, total, w2, w, r, scalar, EPS, EPS, EPS
+        )
+        return out, norm.rmsnorm(out, after, EPS) if following else None
+
+    return Calls(
+        lambda: layer_tail.launch_layer_tail(x, w, EPS, r, scalar, experts, next_norm),
+        stock,
+        moved(x, w1, e, w2, w, r, scalar, x) + (moved(after, x) if following else 0),
+    )
+
+
+# -- attention --------------------------------------------------------------------------------------
+
+
+class Heads(NamedTuple):
+    """A layer's attention."""
+
+    q: int
+    kv: int
+    size: int
+    mode: Mode
+
+
+def heads_of(model: Geometry) -> dict[str, Heads]:
+    """The kinds of layers that a model has."""
+    full = Mode.QK if model.k_eq_v else Mode.QKV
+    kinds = {
+        "sliding": Heads(model.heads, model.kv_heads_sliding, HEAD_DIM_SLIDING, Mode.QKV),
+        "full": Heads(model.heads, model.kv_heads_full, HEAD_DIM_FULL, full),
+    }
+    if model.kv_shared_layers:
+        kinds["sliding (shared KV)"] = kinds["sliding"]._replace(mode=Mode.Q)
+    return kinds
+
+
+class Projected(NamedTuple):
+    """Slices of a projection's output, as attention gets them."""
+
+    q: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
+
+
+def projected(whole: torch.Tensor, heads: Heads, mode: Mode) -> Projected:
+    """Q, K and V, without those that the mode does not have."""
+    q, k, v = whole.split(
+        [heads.q * heads.size, heads.kv * heads.size, heads.kv * heads.size], dim=-1
+    )
+    if mode == Mode.QK:  # V's rows are not multiplied
+        q, k = whole[:, : -v.shape[1]].contiguous().split([q.shape[1], k.shape[1]], dim=-1)
+    return Projected(q, None if mode == Mode.Q else k, v if mode == Mode.QKV else None)
+
+
+def stock_mode(heads: Heads) -> Mode:
+    """Stock multiplies V's rows also where they are K's."""
+    return Mode.QKV if heads.mode == Mode.QK else heads.mode
+
+
+def projection(draw: Draw, heads: Heads, rows: int) -> torch.Tensor:
+    """The output of the QKV projection."""
+    whole = draw.rows(rows, (heads.q + 2 * heads.kv) * heads.size)
+    if heads.mode == Mode.QK:
+        k, v = whole[:, heads.q * heads.size :].chunk(2, dim=-1)
+        v.copy_(k)
+    return whole
+
+
+def qkv_norm(heads: Heads, rows: int, device: str) -> Calls:
+    """Norms alone."""
+    from sglang.srt.layers import gemma4_fused_ops
+
+    draw, mode = Draw(device), stock_mode(heads)
+    whole = projection(draw, heads, rows)
+    mine, theirs = projected(whole, heads, mode), projected(whole.clone(), heads, mode)
+    qw, kw = draw.weight(heads.size), draw.weight(heads.size)
+
+    def stock() -> Any:
+        gemma4_fused_ops.gemma_qkv_rmsnorm(
+            *theirs, qw, None if mode == Mode.Q else kw, heads.q, heads.kv, heads.size, EPS
+        )
+        return theirs
+
+    present = [tensor for tensor in mine if tensor is not None]
+    weights = [qw] if mode == Mode.Q else [qw, kw]
+    return Calls(
+        lambda: qkv.launch_qkv(*mine, qw, kw, EPS, heads.size, None, None),
+        stock,
+        moved(*present, *weights, *present),
+    )
+
+
+def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
+    """Norms and rotation; ``stored``: and K and V into the pool, as in a decode step."""
+    from sglang.jit_kernel import rope as stock_rope
+    from sglang.srt.layers import gemma4_fused_ops
+    from sglang.srt.mem_cache import memory_pool
+
+    draw = Draw(device)
+    whole = projection(draw, heads, rows)
+    mine = projected(whole, heads, heads.mode)
+    theirs = projected(whole.clone(), heads, stock_mode(heads))
+    qw, kw = draw.weight(heads.size), draw.weight(heads.size)
+    angles = torch.arange(float(POSITIONS))[:, None] * torch.logspace(0, -4, heads.size // 2)
+    rope = qkv.Rope(
+        draw.below(POSITIONS, rows), torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+    )
+    locations = draw.below(SLOTS, rows)
+    ours_pool, stock_pool = (
+        [torch.zeros(SLOTS, heads.kv, heads.size, device=device).bfloat16() for _ in range(2)]
+        for _ in range(2)
+    )
+    store = qkv.Store(locations, *ours_pool) if stored else None
+
+    def ours() -> Any:
+        found = qkv.launch_qkv(*mine, qw, kw, EPS, heads.size, rope, store)
+        return (found[0], *ours_pool) if stored else found
+
+    def stock() -> Any:
+        q, k, v = theirs
+        gemma4_fused_ops.gemma_qkv_rmsnorm(
+            q, k, v, qw, None if k is None else kw, heads.q, heads.kv, heads.size, EPS
+        )
+        key = torch.zeros_like(q[:, : heads.kv * heads.size]) if k is None else k
+        stock_rope.apply_rope_with_cos_sin_cache_inplace(
+            positions=rope.positions,
+            q=q.view(rows, -1, heads.size),
+            k=key.view(rows, -1, heads.size),
+            cos_sin_cache=rope.cos_sin_cache,
+            is_neox=True,
+        )
+        if not stored or k is None or v is None:
+            return q, k, v
+        memory_pool._set_kv_buffer_impl(
+            k.view(rows, heads.kv, heads.size),
+            v.view(rows, heads.kv, heads.size),
+            *stock_pool,
+            locations,
+            row_dim=heads.kv * heads.size,
+            store_dtype=q.dtype,
+            device_module=torch.cuda,
+        )
+        return q, *stock_pool
+
+    read = [tensor for tensor in mine if tensor is not None]
+    read += [qw, rope.positions, rope.cos_sin_cache[:rows]]  # a row of the table for each position
+    written = [mine.q]
+    if mine.k is not None:
+        read.append(kw)
+        written += [mine.k, mine.k]  # K and V
+    if stored:
+        read.append(locations)
+    return Calls(ours, stock, moved(*read, *written))
+
+
+# -- experts ----------------------------------------------------------------------------------------
+
+
+def router(dtype: torch.dtype, model: Geometry, rows: int, device: str) -> Calls:
+    """Logits to weights and experts."""
+    from sglang.srt.models.gemma4_causal import Gemma4MoE
+
+    from gemma4_turbo.patches.router import stock_routing
+
+    construct: Any = Gemma4MoE.__init__
+    draw = Draw(device)
+    scale, x = draw.weight(model.experts), draw.rows(rows, model.experts, dtype=dtype)
+    routing = stock_routing(getattr(construct, "__wrapped__", construct), scale)
+    results = rows * model.topk * (4 + 4)  # weights and ids
+    return Calls(
+        lambda: router_kernel.fused_routing(x, scale, model.topk),
+        lambda: routing(x, x, model.topk, True),
+        moved(x, scale) + results,
+    )
+
+
+def align(model: Geometry, rows: int, device: str) -> Calls:
+    """Slots grouped by expert."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils import moe_align_block_size as stock_align
+
+    ids = Draw(device).rows(rows, model.experts).topk(model.topk)[1].int()
+    arguments = ids, ALIGN_BLOCK, model.experts
+    token_ids, expert_ids, padded = moe_align.launch_align(*arguments)
+    used = expert_ids[: int(padded) // ALIGN_BLOCK]  # the others are not written
+    return Calls(
+        lambda: moe_align.launch_align(*arguments),
+        lambda: stock_align(*arguments),
+        moved(ids, token_ids, used, padded),
+    )
+
+
+# -- before the first layer ---------------------------------------------------------------------------
+
+
+@cache
+def prologue_kind(device: str) -> step_prologue.RMSNormKind:
+    """`kind_of` for rows of 256."""
+    if device == "cpu":  # Triton's interpreter
+        return step_prologue.RMS_NORMS["precise"]
+    like = torch.empty(0, device=device, dtype=torch.bfloat16)
+    kind = step_prologue_patch.find_kind(norm_kinds.eager_functions().rmsnorm, like)
+    if isinstance(kind, str):
+        raise SystemExit(f"bench/kernels.py: {kind}")
+    return kind
+
+
+def prologue(model: Geometry, rows: int, device: str, vocabulary: int = VOCABULARY) -> Calls:
+    """Per-layer inputs in two launches; the GEMM between them is stock's on both sides and left out."""
+    from sglang.srt.layers.layernorm import RMSNorm
+    from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
+    from sglang.srt.models.gemma4_causal import Gemma4TextModel
+
+    draw, width, embed_scale = Draw(device), model.per_layer_width, model.per_layer_width**0.5
+    table = draw.rows(vocabulary, model.layers * width)
+    projection = draw.rows(rows, model.layers * width)
+    ids, weight = draw.below(vocabulary, rows), draw.weight(width)
+    scale, input_scale = draw.scalar(model.hidden**-0.5), draw.scalar(0.5**0.5)
+    kind = prologue_kind(device)
+    embedding = Gemma3TextScaledWordEmbedding(1, 1, None, embed_scale=embed_scale)
+    embedding.weight = torch.nn.Parameter(table, requires_grad=False)
+    norm = RMSNorm(width, EPS)
+    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+    text = SimpleNamespace(
+        embed_tokens_per_layer=embedding,
+        vocab_size_per_layer_input=vocabulary,
+        hidden_size_per_layer_input=width,
+        config=SimpleNamespace(num_hidden_layers=model.layers),
+        per_layer_model_projection=lambda x: (x, None),
+        per_layer_projection_norm=norm,
+        per_layer_projection_scale=scale,
+        per_layer_input_scale=input_scale,
+    )
+
+    def ours() -> Any:
+        inputs = step_prologue.launch_gather(ids, table, embed_scale, vocabulary)
+        inputs = inputs.view(rows, model.layers, width)
+        return inputs, step_prologue.launch_project(
+            projection, scale, weight, EPS, inputs, input_scale, kind
+        )
+
+    def stock() -> Any:
+        inputs = Gemma4TextModel.get_per_layer_inputs(text, ids)
+        return inputs, Gemma4TextModel.project_per_layer_inputs(text, projection, inputs)
+
+    # The table's rows, the per-layer inputs and the result are of the projection's size.
+    first = moved(ids, projection, projection)
+    second = moved(projection, scale, weight, projection, input_scale, projection)
+    return Calls(ours, stock, first + second)
+
+
+# -- all of them --------------------------------------------------------------------------------------
+
+
+def over_rows(
+    kernel: str, case: str, rows: tuple[int, ...], build: Callable[[int, str], Calls]
+) -> list[Case]:
+    """A case for each number of rows."""
+    return [Case(kernel, case, count, partial(build, count)) for count in rows]
+
+
+def over_models(
+    kernel: str,
+    build: Callable[[Geometry, int, str], Calls],
+    names: tuple[str, ...] = tuple(MODELS),
+    rows: tuple[int, ...] = ROWS,
+    also: str = "",
+) -> list[Case]:
+    """Cases for each model."""
+    return [
+        case
+        for name in names
+        for case in over_rows(kernel, name + also, rows, partial(build, MODELS[name]))
+    ]
+
+
+def router_cases() -> list[Case]:
+    """26B-A4B's, with logits of two dtypes."""
+    return [
+        case
+        for dtype in (torch.bfloat16, torch.float32)
+        for case in over_rows(
+            "router",
+            str(dtype).removeprefix("torch."),
+            ROUTER_ROWS,
+            partial(router, dtype, MODELS["26b-a4b"]),
+        )
+    ]
+
+
+def qkv_norm_cases() -> list[Case]:
+    """Eager calls of the patch end at `attention.NORM_ROWS` rows."""
+    rows = tuple(count for count in ROWS if count <= attention.NORM_ROWS)
+    return [
+        case
+        for name, model in MODELS.items()
+        for kind, heads in heads_of(model).items()
+        for case in over_rows("qkv_norm", f"{name} {kind}", rows, partial(qkv_norm, heads))
+    ]
+
+
+def rope_store_cases() -> list[Case]:
+    """The patch stores in decode steps only, and never where KV is shared."""
+    cases = []
+    for name, model in MODELS.items():
+        for kind, heads in heads_of(model).items():
+            label = f"{name} {kind}"
+            if heads.mode == Mode.Q:
+                cases += over_rows("rope_store", label, ROWS, partial(rope_store, heads, False))
+                continue
+            cases += over_rows("rope_store", label, DECODE_ROWS, partial(rope_store, heads, True))
+            prefill = tuple(count for count in ROWS if count not in DECODE_ROWS)
+            cases += over_rows(
+                "rope_store", f"{label} (prefill)", prefill, partial(rope_store, heads, False)
+            )
+    return cases
+
+
+def experts_sum_cases() -> list[Case]:
+    """Above `layer_tail.COMPILED_SUM_ROWS` rows the patch leaves the sum to stock."""
+    rows = tuple(count for count in ROWS if count <= layer_tail.COMPILED_SUM_ROWS)
+    return [
+        case
+        for also, following in (("", False), (" (with input_norm)", True))
+        for case in over_models(
+            "experts_sum", partial(experts_sum, following), WITH_EXPERTS, rows, also
+        )
+    ]
+
+
+def moe_align_cases() -> list[Case]:
+    """The patch takes `moe_align.MAX_SLOTS` slots."""
+    most = moe_align.MAX_SLOTS // MODELS["26b-a4b"].topk
+    rows = tuple(count for count in ROWS if count <= most)
+    return over_models("moe_align", align, WITH_EXPERTS, rows)
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "router": router_cases,
+    "step_prologue": lambda: over_models("step_prologue", prologue, WITH_PER_LAYER_INPUTS),
+    "moe_align": moe_align_cases,
+    "layer_norms": lambda: over_models("layer_norms", layer_norms),
+    "router_norm": lambda: over_models("router_norm", router_norm, WITH_EXPERTS),
+    "ple_tail": lambda: over_models("ple_tail", ple_tail_launches, WITH_PER_LAYER_INPUTS),
+    "qkv_norm": qkv_norm_cases,
+    "rope_store": rope_store_cases,
+    "input_norm": lambda: over_models("input_norm", input_norm),
+    "experts_sum": experts_sum_cases,
+}
+"""By patch, in the catalogue's order."""

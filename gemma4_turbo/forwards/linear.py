@@ -1,0 +1,128 @@
+"""The linear layers of a decoder layer: SGLang's modules, or `skinny_gemm` for a few tokens.
+
+Without the patch every function here makes stock's calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemma4_turbo.custom_ops import capturing
+from gemma4_turbo.forwards import steps
+from gemma4_turbo.forwards.steps import UNPROVEN, Step
+from gemma4_turbo.kernels import skinny_gemm as kernel
+from gemma4_turbo.kernels.skinny_gemm import Epilogue
+
+SKINNY_GEMM = Step()
+NAME = "skinny_gemm"
+
+CLASSES = (
+    "ReplicatedLinear",
+    "ColumnParallelLinear",
+    "MergedColumnParallelLinear",
+    "QKVParallelLinear",
+    "RowParallelLinear",
+)
+
+
+class Plan(steps.Plan):
+    """What one linear layer allows, looked at once."""
+
+    def __init__(self, module: Any, epilogue: Epilogue) -> None:
+        weight = module.weight
+        key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
+        super().__init__(key, None)
+        self.skinny_gemm: str | None = _module_reason(module) or UNPROVEN
+        self.config = kernel.choose(weight.shape, epilogue, _processors(weight.device))
+        # Zeros that a launch leaves as zeros; one of its own for each layer, as layers of two
+        # streams may run at the same time. Never made while a CUDA graph is captured.
+        self.arrived: torch.Tensor | None = None
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _module_reason(module: Any) -> str | None:
+    name = type(module).__name__
+    if name not in CLASSES:
+        return f"a linear layer is a {name}"
+    if type(module.quant_method).__name__ != "UnquantizedLinearMethod":
+        return f"a linear layer's method is {type(module.quant_method).__name__}"
+    if module.bias is not None:
+        return "a linear layer has a bias"
+    if name == "RowParallelLinear" and module.tp_size > 1:
+        return "the output is reduced over several GPUs"
+    if getattr(module, "gather_output", False) and module.tp_size > 1:
+        return "the output is gathered from several GPUs"
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "a linear layer has forward hooks"
+    return None
+
+
+def project(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """``module(x)``, without the bias that it returns beside."""
+    out = _run(module, x, Epilogue.NONE, None)
+    if out is None:
+        out, _ = module(x)
+    return out
+
+
+def mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Gemma 4's dense MLP, its activation in the launch of the first product."""
+    if SKINNY_GEMM.run is None or type(module).__name__ != "Gemma3MLP":
+        return module(x)  # type: ignore[no-any-return]
+    hidden = _run(module.gate_up_proj, x, Epilogue.GELU_AND_MUL, None)
+    if hidden is None:
+        return module(x)  # type: ignore[no-any-return]
+    return project(module.down_proj, hidden)
+
+
+def gate_times(module: Any, x: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor | None:
+    """``gelu(module(x)) * per_layer_input`` in one launch, or None: nothing done."""
+    return _run(module, x, Epilogue.GELU_TIMES, per_layer_input)
+
+
+def _run(
+    module: Any, x: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
+) -> torch.Tensor | None:
+    if SKINNY_GEMM.run is None or torch.compiler.is_compiling():
+        return None
+    plan = module.__dict__.get("_gemma4_turbo_plan")
+    if plan is None:
+        plan = module.__dict__["_gemma4_turbo_plan"] = Plan(module, epilogue)
+    weight = module.weight
+    reason = kernel.decline_reason(x, weight, epilogue, extra)
+    if plan.arrived is None and not capturing():
+        plan.arrived = torch.zeros(
+            kernel.tiles(weight, epilogue, plan.config), dtype=torch.int32, device=weight.device
+        )
+    if reason is None and plan.arrived is None:
+        reason = "a linear layer was not run before the capture"
+    if not SKINNY_GEMM.may_run(
+        plan, NAME, reason, lambda: _compare(module, plan, x, epilogue, extra)
+    ):
+        return None
+    return kernel.launch_skinny_gemm(x, weight, plan.config, epilogue, extra, plan.arrived)
+
+
+def _compare(
+    module: Any, plan: Plan, like: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
+) -> int:
+    """Elements farther from stock's than two roundings of the largest in their row."""
+    if not like.is_cuda:
+        return 0
+    rows = 16
+    x = steps.samples(rows, like)
+    factor = None if extra is None else steps.samples(rows, extra)
+    assert plan.arrived is not None
+    ours = kernel.launch_skinny_gemm(
+        x, module.weight, plan.config, epilogue, factor, plan.arrived
+    ).float()
+    stock = kernel.reference_skinny_gemm(x, module.weight, epilogue, factor).float()
+    bound = stock.abs().amax(-1, keepdim=True) * 2.0**-6
+    return int(((ours - stock).abs() > bound).sum()) + int((~ours.isfinite()).sum())

@@ -1,0 +1,53 @@
+"""Programmatic dependent launch between kernels of this package (Hopper and later).
+
+A kernel launched with it starts while its predecessor still runs, if that one has said that it may
+(`launch_dependents`), reads what does not depend on the predecessor, its weights, and then waits until
+the predecessor's results are there (`wait`). After a kernel that says nothing it starts as usual.
+Every kernel here waits before it reads an activation or writes anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+wanted = False
+"""Set by the patch `pdl`."""
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Until everything that earlier kernels wrote can be read."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def launch_dependents(PDL: tl.constexpr):
+    """The next kernel may start as soon as all programs of this one have said so."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+def options(like: torch.Tensor) -> dict[str, Any]:
+    """Launch options for a kernel that takes ``PDL``."""
+    if not (wanted and supported(like.device)):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+_supported: dict[torch.device, bool] = {}
+
+
+def supported(device: torch.device) -> bool:
+    """Whether the GPU has it: compute capability 9.0."""
+    if device not in _supported:
+        _supported[device] = (
+            device.type == "cuda"
+            and torch.version.hip is None
+            and torch.cuda.get_device_capability(device) >= (9, 0)
+        )
+    return _supported[device]

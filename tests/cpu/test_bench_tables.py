@@ -1,0 +1,197 @@
+"""bench/tables.py on made-up measurements: medians, ratios, the newest run, and what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench import kernels as bench
+from bench import tables
+from gemma4_turbo.catalogue import CATALOGUE
+
+OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
+VERSIONS = {"sglang": "1.0", "torch": "2.0", "triton": "3.0"}
+MOST = "+".join(patch.name for patch in CATALOGUE if patch.name != "qkv_proj")
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder in the place of bench/results."""
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    return tmp_path
+
+
+def cells(table: str) -> list[list[str]]:
+    """The lines below a table's header."""
+    lines = [line for line in table.splitlines() if line.startswith("|")]
+    return [line.strip("| ").split(" | ") for line in lines[2:]]
+
+
+# -- engines --------------------------------------------------------------------------------------------
+
+
+def engine_csv(path: Path, timestamp: str = NEW, scale: float = 1.0, **base: Any) -> None:
+    """Appends a run of three rounds."""
+    rows: list[tuple[str, str, int, int, float, str]] = []
+    for round_, noise in enumerate((0.0, 9.0, 0.5)):
+        for variant, value in (("stock", 8.0), ("patched", 4.0)):
+            for size in (1, 8, 32):
+                rows.append((variant, "decode step", size, round_, scale * (value + noise), "ms"))
+            rows.append(
+                (variant, "prefill of 4096", 8, round_, scale * (value * 100 + noise), "ms")
+            )
+    rows += [
+        ("stock", "launches per layer", 30, 0, 35.3, "launches"),
+        ("patched", "launches per layer", 30, 0, 20.3, "launches"),
+    ]
+    for name, value in (("token", 3.0), ("logprob", 5.0)):
+        rows.append(("stock vs patched", f"{name}_diffs", 64, 0, value, "count"))
+        rows.append(("stock vs patched", f"{name}s", 64, 0, 4096.0, "count"))
+        rows.append(("stock vs stock again", f"{name}_diffs", 64, 0, 77.0, "count"))
+        rows.append(("stock vs stock again", f"{name}s", 64, 0, 4096.0, "count"))
+    frame = pd.DataFrame(rows, columns=["variant", "quantity", "x", "round", "value", "unit"])
+    base = {"gpu": "NVIDIA H9", **VERSIONS, "model": "e9b", "layers": 30, "patches": MOST, **base}
+    for name, value in {"timestamp": timestamp, **base}.items():
+        frame[name] = value
+    frame.to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
+def test_an_engine_table(results):
+    """Medians of the rounds, and of the newest run in the file only."""
+    engine_csv(results / "decode-e9b-engine.csv", OLD, scale=10)
+    engine_csv(results / "decode-e9b-engine.csv")
+    table = tables.decode_engine()
+    assert table is not None
+    step = "8.50 -> 4.50 (0.529)"
+    (line,) = cells(table)
+    assert line[:6] == ["e9b", "H9", "all but `qkv_proj`", step, step, step]
+    assert line[6:] == ["35.3 -> 20.3", "0.500", "3 of 4,096", "5 of 4,096", "3"]
+    assert table.endswith("NVIDIA H9, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-02.")
+
+
+def test_engines_of_several_files(results):
+    engine_csv(results / "decode-a-engine.csv")
+    engine_csv(results / "decode-b-engine.csv", OLD, patches="router+moe_align", tp=2, norms="cute")
+    engine_csv(results / "router-engine.csv")
+    table = tables.decode_engine()
+    assert table is not None
+    found = [line[:3] for line in cells(table)]
+    assert found == [
+        ["e9b", "H9", "all but `qkv_proj`"],
+        ["e9b", "2 x H9, cute norms", "`router`, `moe_align`"],
+    ]
+    assert "2026-01-01; NVIDIA H9" in table
+
+
+def test_an_engine_that_measured_little(results):
+    path = results / "decode-e9b-engine.csv"
+    engine_csv(path)
+    frame = pd.read_csv(path)
+    frame[(frame["quantity"] == "decode step") & (frame["x"] == 8)].to_csv(path, index=False)
+    table = tables.decode_engine()
+    assert table is not None
+    step = "8.50 -> 4.50 (0.529)"
+    assert cells(table)[0][3:] == ["-", step, "-", "-", "-", "-", "-", "3"]
+
+
+@pytest.mark.parametrize(
+    ("patches", "label"),
+    [
+        ("all", "all"),
+        ("+".join(patch.name for patch in CATALOGUE), "all"),
+        (MOST, "all but `qkv_proj`"),
+        ("router", "`router`"),
+    ],
+)
+def test_the_patches_of_a_run(patches, label):
+    assert tables.chosen(patches) == label
+
+
+# -- kernels --------------------------------------------------------------------------------------------
+
+
+def kernel_csv(path: Path, timestamp: str, kernels: list[str], stock_us: float = 8.0) -> None:
+    """Appends a run as bench/kernels.py writes it."""
+    base = {"timestamp": timestamp, "gpu": "NVIDIA H9", **VERSIONS, "norms": "cute"}
+    rows: list[dict[str, Any]] = [
+        {"kernel": "copy", "case": "1 GiB", "stock_us": 1e3, "bytes": 2**31, "gb_per_s": 2000.0}
+    ]
+    for kernel in kernels:
+        for tokens in (1, 8, 32, 64, 4096):
+            rows.append(
+                {
+                    "kernel": kernel,
+                    "case": "e9b",
+                    "tokens": tokens,
+                    "fused_us": 2.0,
+                    "stock_us": stock_us,
+                    "fused_launches": 1,
+                    "stock_launches": 5,
+                    "fused_graph_us": 2.5,
+                    "stock_graph_us": 9.0,
+                    "ratio": 2.0 / stock_us,
+                    "bytes": 1500 * tokens,
+                    "gb_per_s": 0.75 * tokens,
+                }
+            )
+    bench.append(rows, base, path)
+
+
+def test_a_kernel_table(results):
+    kernel_csv(results / "decode-kernels-h9.csv", NEW, ["layer_norms"])
+    table = tables.decode_kernels()
+    assert table is not None
+    assert cells(table) == [
+        ["`layer_norms`", "e9b, 1", "5 -> 1", "8.0 -> 2.0 (0.250)", "1.5 kB", "0.0%"],
+        ["`layer_norms`", "e9b, 32", "5 -> 1", "8.0 -> 2.0 (0.250)", "48 kB", "1.2%"],
+        ["`layer_norms`", "e9b, 4096", "5 -> 1", "8.0 -> 2.0 (0.250)", "6.1 MB", "153.6%"],
+    ]
+    assert "2,000 GB/s" in table
+    assert "norms: cute" in table
+    assert table.endswith("NVIDIA H9, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-02.")
+
+
+def test_the_newest_run_of_each_patch_counts(results):
+    """One patch measured anew by itself does not hide the others; an older file is not read."""
+    kernel_csv(results / "decode-kernels-h8.csv", OLD, ["ple_tail"])
+    path = results / "decode-kernels-h9.csv"
+    kernel_csv(path, OLD, ["layer_norms", "moe_align"])
+    kernel_csv(path, NEW, ["moe_align"], stock_us=4.0)
+    table = tables.decode_kernels()
+    assert table is not None
+    found = {(line[0], line[3]) for line in cells(table)}
+    assert found == {
+        ("`layer_norms`", "8.0 -> 2.0 (0.250)"),
+        ("`moe_align`", "4.0 -> 2.0 (0.500)"),
+    }
+
+
+def test_bytes_in_words():
+    found = [tables.decimal(count) for count in (2, 999, 1500, 999_000, 1_500_000, 2.5e9)]
+    assert found == ["2 B", "999 B", "1.5 kB", "999 kB", "1.5 MB", "2,500.0 MB"]
+
+
+# -- README -----------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_measured_leaves_its_markers_empty(results, monkeypatch):
+    chosen = {name: tables.TABLES[name] for name in ("decode-engine", "decode-kernels")}
+    monkeypatch.setattr(tables, "TABLES", chosen)
+    text = "a\n<!-- table: decode-engine -->\n<!-- end -->\nb\n"
+    text += "<!-- table: decode-kernels -->\nold\n<!-- end -->\nc\n"
+    empty = text.replace("old\n", "")
+    assert tables.render(text) == empty
+    engine_csv(results / "decode-e9b-engine.csv")
+    kernel_csv(results / "decode-kernels-h9.csv", NEW, ["layer_norms"])
+    full = tables.render(text)
+    assert full.count("| e9b") == 4
+    assert full.endswith("<!-- end -->\nc\n")
+    assert tables.render(full) == full
+
+
+def test_a_marker_that_readme_lacks(results):
+    with pytest.raises(SystemExit, match="no marker for the table 'engine'"):
+        tables.render("nothing here")
