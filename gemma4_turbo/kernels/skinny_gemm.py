@@ -185,6 +185,8 @@ def decline_reason(
     """Why `skinny_gemm` does not take these arguments, or None. Host checks only."""
     if weight.dim() != 2 or weight.stride(1) != 1 or weight.dtype not in DTYPES:
         return f"weight must be [N, K] bf16 or fp16 with contiguous rows, got {tuple(weight.shape)} {weight.dtype}"
+    if weight.shape[1] % 64 or weight.shape[0] % 16:
+        return f"weight must be [multiple of 16, multiple of 64], got {tuple(weight.shape)}"
     if x.dim() != 2 or x.stride(1) != 1 or x.shape[1] != weight.shape[1]:
         return f"x must be [M, {weight.shape[1]}] with contiguous rows, got {tuple(x.shape)}"
     if x.dtype != weight.dtype or x.device != weight.device:
@@ -193,8 +195,6 @@ def decline_reason(
         return f"x must be on a CUDA device, got {x.device}"
     if x.shape[0] > MAX_ROWS:
         return f"x must have at most {MAX_ROWS} rows, got {x.shape[0]}"
-    if weight.shape[1] % 64 or weight.shape[0] % 16:
-        return f"weight must be [multiple of 16, multiple of 64], got {tuple(weight.shape)}"
     if x.stride(0) % 8 or weight.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
         return "x and weight must be aligned to 16 bytes"
     if (extra is None) != (epilogue != Epilogue.GELU_TIMES):

@@ -195,7 +195,9 @@ def test_bytes_of_the_alignment(stock):
 
 
 def test_every_patch_with_a_kernel_has_cases():
-    without = {"qkv_proj", "mlp_stream"}  # a GEMM of torch's, and a stream
+    # A GEMM of torch's; a stream; a way to launch; weights that must not stay in the L2 cache, which
+    # bench/tune_skinny_gemm.py sees to.
+    without = {"qkv_proj", "mlp_stream", "pdl", "skinny_gemm"}
     assert set(cases.CASES) == {patch.name for patch in CATALOGUE} - without
     every = [case for make in cases.CASES.values() for case in make()]
     assert len({case[:3] for case in every}) == len(every)
