@@ -292,16 +292,16 @@ def main(
             ]
         if update:
             changed = {"size": geometry.GEOMETRIES[model].hidden, "layers": results.base["layers"]}
+            few = {"count": 16, "new": 16, "seed": 98}
+            answers[f"{engine.variant}, before"] = engine("tokens", **few)["rows"]
             engine("update", suffix="pre_feedforward_layernorm.weight", seed=5, **changed)
-            answers[f"{engine.variant}, updated"] = engine("tokens", count=16, new=16, seed=98)[
-                "rows"
-            ]
+            answers[f"{engine.variant}, updated"] = engine("tokens", **few)["rows"]
             if geometry.GEOMETRIES[model].experts and engine.variant == PATCHED:
                 # Stock keeps the product of the router's scale from its first call: no comparison.
                 for seed in (6, 7, 6):
                     engine("update", suffix="router.scale", seed=seed, **changed)
                     name = f"router {seed}" if f"router {seed}" not in answers else "router again"
-                    answers[name] = engine("tokens", count=16, new=16, seed=98)["rows"]
+                    answers[name] = engine("tokens", **few)["rows"]
         if breakdown:
             profiles[engine.variant] = engine(
                 "profile", batch=breakdown, length=512, steps=8, seed=7
@@ -368,11 +368,11 @@ def show(
                 )
     for one, other in (
         (f"{STOCK}, updated", f"{PATCHED}, updated"),
-        (STOCK, f"{STOCK}, updated"),
+        (f"{STOCK}, before", f"{STOCK}, updated"),
         ("router 6", "router 7"),
         ("router 6", "router again"),
     ):
-        if one in answers and other in answers and len(answers[one]) == len(answers[other]):
+        if one in answers and other in answers:
             found = differences(answers[one], answers[other])
             console.print(f"{one} against {other}: {found}")
             for name in ("token_diffs", "logprob_diffs", "tokens", "logprobs"):
