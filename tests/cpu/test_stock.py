@@ -17,6 +17,7 @@ from gemma4_turbo.catalogue import CATALOGUE
 from tests.cpu.conftest import REPOSITORY
 
 MODULE = "sglang.srt.models.gemma4_causal"
+OPTIONAL = {patch.env: "1" for patch in CATALOGUE if not patch.default}
 
 LOOK = f"""
 import importlib, json, multiprocessing, os, sys
@@ -83,6 +84,7 @@ if __name__ == "__main__":
     gemma4_turbo.revert()
     for patch in CATALOGUE:
         del os.environ[patch.env]
+    os.environ.update({OPTIONAL!r})
     found["applied after the import"] = (gemma4_turbo.apply(), look())[1]
     found["applied twice"] = (gemma4_turbo.apply(), look())[1]
     context = multiprocessing.get_context("spawn")
@@ -125,6 +127,7 @@ def found(
     folder: Path = tmp_path_factory.mktemp("stock")
     common = environment | {"GEMMA4_TURBO_STATE_DIR": str(folder / "state")}
     site = common | {
+        **OPTIONAL,
         "PYTHONPATH": f"{REPOSITORY / 'sitecustomize_example'}:{REPOSITORY}",
         "SGLANG_PLUGINS": "another_plugin",  # so that only sitecustomize can have done it
         "GEMMA4_TURBO_STATE_DIR": str(folder / "site state"),
