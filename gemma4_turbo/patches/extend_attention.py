@@ -9,7 +9,7 @@ therefore as long as the windows can be at most.
 from __future__ import annotations
 
 import functools
-import sys
+import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +184,9 @@ def _causal(backend: Any, layer: Any) -> bool:
 @functools.cache
 def _stock_query_block(head_dim: int) -> int:
     """Stock's block of queries on this GPU, which shows in what a custom mask lets them see."""
-    sizes = sys.modules[STOCK_KERNEL]._get_block_sizes_for_extend_attention(head_dim, head_dim)
+    sizes = importlib.import_module(STOCK_KERNEL)._get_block_sizes_for_extend_attention(
+        head_dim, head_dim
+    )
     return int(sizes[3])
 
 
@@ -364,7 +366,7 @@ def _stock(
 ) -> torch.Tensor:
     q, k, v, *rest = tensors
     out = torch.empty_like(q)
-    sys.modules[STOCK_KERNEL].extend_attention_fwd(
+    importlib.import_module(STOCK_KERNEL).extend_attention_fwd(
         q,
         k,
         v,
