@@ -29,11 +29,13 @@ from rich.console import Console
 from rich.progress import Progress, track
 from rich.table import Table
 
+# This folder holds a kernels.py; transformers looks for a package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_turbo import report
-from gemma4_turbo.kernels import extend_attention as kernel
-from gemma4_turbo.kernels import extend_config as config
+from gemma4_turbo import report  # noqa: E402
+from gemma4_turbo.kernels import extend_attention as kernel  # noqa: E402
+from gemma4_turbo.kernels import extend_config as config  # noqa: E402
 
 Call = Callable[[], Any]
 RESULTS = Path(__file__).resolve().parent / "results"
