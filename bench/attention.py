@@ -225,38 +225,39 @@ def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def dense_candidates(shape: Shape) -> list[config.Dense]:
     """Tile sizes to try for many queries."""
+    # block_m, block_n, value_blocks, chunks, num_warps, stages, q_in_registers
     if shape.head_dim == 512:
         tiles = [
-            (128, 32, 2, 1, 8, 2),
-            (128, 32, 2, 2, 8, 2),
-            (128, 64, 2, 1, 8, 1),
-            (128, 64, 2, 2, 8, 1),
-            (64, 32, 1, 1, 8, 2),
-            (64, 32, 1, 2, 8, 2),
-            (64, 32, 2, 1, 4, 2),
-            (64, 64, 2, 1, 4, 1),
-            (64, 64, 1, 1, 8, 1),
+            (128, 32, 2, 2, 8, 3, True),
+            (128, 32, 2, 2, 8, 2, True),
+            (128, 32, 2, 1, 8, 2, False),
+            (128, 32, 2, 2, 8, 2, False),
+            (128, 64, 2, 2, 8, 1, False),
+            (128, 16, 2, 1, 8, 3, False),
+            (64, 32, 1, 1, 8, 2, False),
+            (64, 32, 2, 1, 4, 2, False),
+            (64, 32, 2, 1, 8, 3, False),
         ]
     else:
         tiles = [
-            (128, 64, 1, 1, 8, 2),
-            (128, 64, 1, 2, 8, 2),
-            (128, 32, 1, 1, 8, 3),
-            (128, 32, 1, 1, 8, 4),
-            (128, 32, 1, 1, 8, 2),
-            (64, 64, 1, 1, 4, 2),
-            (64, 32, 1, 1, 4, 2),
-            (64, 32, 1, 1, 4, 3),
-            (64, 64, 1, 1, 8, 2),
-            (128, 64, 2, 1, 8, 2),
+            (128, 64, 1, 1, 8, 2, False),
+            (128, 64, 1, 2, 8, 3, True),
+            (128, 64, 1, 2, 8, 2, True),
+            (128, 32, 1, 1, 8, 3, False),
+            (128, 32, 1, 1, 8, 4, False),
+            (128, 32, 1, 2, 8, 4, True),
+            (128, 64, 2, 2, 8, 3, True),
+            (64, 32, 1, 1, 4, 2, False),
+            (64, 32, 1, 1, 4, 3, False),
+            (64, 64, 1, 1, 8, 2, False),
         ]
     group = shape.heads // shape.kv_heads
     packs = sorted({1, group})
     prefix = (3, 2) if sum(shape.prefixes) else (3,)
     return [
-        config.Dense(m, n, pack, values, chunks, warps, stages, prefix_stages)
-        for (m, n, values, chunks, warps, stages), pack, prefix_stages in itertools.product(
-            tiles, packs, prefix
+        config.Dense(m, n, pack, values, chunks, warps, stages, prefix_stages, registers)
+        for (m, n, values, chunks, warps, stages, registers), pack, prefix_stages in (
+            itertools.product(tiles, packs, prefix)
         )
     ]
 

@@ -302,6 +302,7 @@ def launch_extend(
         PACK=pack,
         VALUE_BLOCKS=tile.value_blocks,
         CHUNKS=tile.chunks,
+        Q_IN_REGISTERS=tile.q_in_registers,
         STAGES=tile.stages,
         PREFIX_STAGES=tile.prefix_stages,
         num_warps=tile.num_warps,

@@ -16,6 +16,7 @@ class Dense(NamedTuple):
     num_warps: int
     stages: int
     prefix_stages: int  # one more hides the look-up in kv_indices
+    q_in_registers: bool = False  # the second of two chunks of Q: leaves room for a stage more
 
 
 class Split(NamedTuple):
@@ -38,7 +39,7 @@ DENSE: dict[tuple[int, bool], Dense] = {
     (128, True): Dense(128, 32, 8, 1, 1, 8, 2, 3),
     (256, False): Dense(128, 64, 8, 1, 1, 8, 2, 3),
     (256, True): Dense(128, 32, 8, 1, 1, 8, 2, 3),
-    (512, False): Dense(128, 32, 16, 2, 1, 8, 2, 3),
+    (512, False): Dense(128, 32, 16, 2, 2, 8, 3, 3, True),
     (512, True): Dense(64, 32, 16, 1, 1, 8, 2, 3),
 }
 SPLIT: dict[int, Split] = {

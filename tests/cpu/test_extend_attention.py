@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runti
 
 SMALL = config.Dense(32, 16, 4, 1, 1, 4, 2, 3)
 HALVES = config.Dense(16, 32, 2, 2, 2, 4, 2, 3)
+REGISTERS = HALVES._replace(q_in_registers=True)
 FEW = config.Split(16, 16, 16, 4, 2, 1, 3)
 
 
@@ -75,7 +76,7 @@ def drawn(seed: int) -> tuple[dict, list[int], list[int], random.Random]:
     return keywords, lengths, prefixes, choose
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(42))
 def test_any_ragged_batch(seed):
     keywords, lengths, prefixes, choose = drawn(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -83,7 +84,7 @@ def test_any_ragged_batch(seed):
     if seed % 3 == 2 and batch.positional[7].shape[0]:
         check(batch, split=FEW)
     else:
-        check(batch, dense=choose.choice((SMALL, HALVES)))
+        check(batch, dense=choose.choice((SMALL, HALVES, REGISTERS)))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,7 @@ def test_tables_fit_the_kernels():
         assert head_dim in kernel.HEAD_DIMS
         assert tile.block_m % tile.pack == 0
         assert head_dim % (tile.value_blocks * tile.chunks) == 0
+        assert tile.chunks == 2 or not tile.q_in_registers
     assert set(config.SPLIT) == set(kernel.HEAD_DIMS)
 
 
