@@ -38,6 +38,9 @@ class Patch(NamedTuple):
     origin: str
     aliases: tuple[Alias, ...] = ()
     requires: tuple[str, ...] = ()  # patches that it stands on: off when one of them is
+    # Modules of relies_on that SGLang imports only when it builds the model: not waited for, their
+    # source is read from disk.
+    lazy: tuple[str, ...] = ()
 
     @property
     def env(self) -> str:
@@ -51,8 +54,9 @@ class Patch(NamedTuple):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that hold `sources`."""
-        return tuple(sorted({target.partition(":")[0] for target in self.sources}))
+        """The modules that hold `sources` and are waited for."""
+        holding = {target.partition(":")[0] for target in self.sources}
+        return tuple(sorted(holding - set(self.lazy)))
 
 
 # What the steps of a decoder layer's forward rely on, those of its end, and those of attention's.
@@ -319,6 +323,38 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=False,
         origin="",
+    ),
+    Patch(
+        name="extend_attention",
+        summary="Attention of prefill and verification for head sizes 256 and 512 on Hopper; window slots without host reads",
+        targets=(
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer_cuda_graph",
+        ),
+        relies_on=(
+            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_ops.extend_attention:extend_attention_fwd",
+            "sglang.srt.layers.attention.triton_ops.extend_attention:_fwd_kernel",
+            "sglang.srt.layers.attention.triton_ops.extend_attention"
+            ":_get_block_sizes_for_extend_attention",
+            "sglang.srt.layers.attention.utils:create_flashinfer_kv_indices_triton",
+            "sglang.srt.layers.radix_attention:RadixAttention.__init__",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.translate_loc_from_full_to_swa",
+            "sglang.srt.mem_cache.swa_memory_pool"
+            ":SWATokenToKVPoolAllocator.translate_loc_from_full_to_swa",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=TOLERANCE,
+        # torch.compile splits its graphs around attention; a trace that reaches it sees stock.
+        traced=False,
+        default=False,
+        origin="sgl-project/sglang#26588",
+        # It asks for the GPU's capability while it is imported: not before the device is chosen.
+        lazy=("sglang.srt.layers.attention.triton_ops.extend_attention",),
     ),
 )
 

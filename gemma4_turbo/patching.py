@@ -426,8 +426,15 @@ def _patch_module(patch: Patch) -> PatchModule:
 
 
 def _imported_source(module: str) -> str | None:
-    """Source of an imported module, from the very file that it was loaded from."""
+    """Source of an imported module, from the very file that it was loaded from.
+
+    Of one that is not imported yet: from the file that it would be loaded from.
+    """
     loaded = sys.modules.get(module)
+    if loaded is None:
+        from gemma4_turbo import fingerprints
+
+        return fingerprints.installed_source(module)
     path = getattr(loaded, "__file__", None)
     if not path:
         return None
