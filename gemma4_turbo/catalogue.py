@@ -470,6 +470,40 @@ CATALOGUE: tuple[Patch, ...] = (
         origin="pyc96/sglang#18; upstream sgl-project/sglang#27183 (open)",
         aliases=(Alias("SGLANG_GEMMA4_YOCO", disables=False),),
     ),
+    Patch(
+        name="shared_kv_pool",
+        summary="No KV memory for layers that share another layer's (E2B, E4B)",
+        targets=("sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.model_executor.pool_configurator"
+            ":HybridSWAPoolConfigurator._solve_pool_sizes",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.__init__",
+            "sglang.srt.model_executor.model_runner:ModelRunner.adjust_hybrid_swa_layers_for_pp",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        origin="",
+    ),
+    Patch(
+        name="swa_ratio",
+        summary="Default swa_full_tokens_ratio of 0.15 for the MoE models; a given one stays",
+        targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
+        relies_on=(
+            "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#2, #18",
+    ),
 )
 
 

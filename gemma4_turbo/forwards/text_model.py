@@ -43,13 +43,12 @@ def forward(
         if cut is not None and index == cut.first:
             if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
                 return torch.zeros_like(hidden_states)
-            if residual is not None:
-                raise RuntimeError("a layer that does not share KV left its residual unadded")
             tail = fast_prefill.tail(
                 cut, forward_batch, positions, hidden_states, normed, per_layer_inputs
             )
             positions, hidden_states, normed = tail.positions, tail.hidden_states, tail.normed
             per_layer_inputs, forward_batch = tail.per_layer_inputs, tail.batch
+            residual = None if residual is None else residual[tail.rows]
         layer = self.layers[index]
         if index in self.layers_to_capture:
             captured.append(hidden_states)
