@@ -427,6 +427,22 @@ CATALOGUE: tuple[Patch, ...] = (
         origin="",
     ),
     Patch(
+        name="vision_rope",
+        summary="Rotary embedding of the vision encoder in one launch for Q and one for K",
+        targets=("sglang.srt.models.gemma4_vision:_apply_multidimensional_rope",),
+        relies_on=(
+            "sglang.srt.models.gemma4_vision:_apply_rotary",
+            "sglang.srt.models.gemma4_vision:_rotate_half",
+        ),
+        written_for=_VISION_RELEASES,
+        superseded_when=None,
+        superseded_since="",
+        numerics=BITWISE,
+        traced=False,
+        default=False,
+        origin="",
+    ),
+    Patch(
         name="optional_kv",
         summary="Layers that share KV (E2B, E4B) run under piecewise CUDA graphs",
         targets=("sglang.srt.layers.radix_attention:RadixAttention.forward",),
