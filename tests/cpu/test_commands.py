@@ -71,7 +71,8 @@ def test_doctor_says_what_switched_a_patch_off(environment):
     patches = {patch["name"]: patch for patch in json.loads(done.stdout)["patches"]}
     router = patches.pop("router")
     assert (router["state"], router["reason"]) == ("off", "GEMMA4_TURBO_ROUTER=0")
-    assert {patch["state"] for patch in patches.values()} == {"active"}
+    expected = {p.name: "active" if p.default else "off" for p in CATALOGUE if p.name != "router"}
+    assert {name: patch["state"] for name, patch in patches.items()} == expected
 
 
 def test_doctor_table(environment):

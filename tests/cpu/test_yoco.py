@@ -413,6 +413,22 @@ def test_together_with_the_patches_of_the_layers(model: Any):
     assert_near(found[rows], expected[rows])
 
 
+def test_traced_code_sees_no_cut(model: Any):
+    """In a graph that torch.compile makes all rows go through all layers; nothing breaks it."""
+    batch = prefilled({})
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        found = fast_prefill.cut(model, batch, x, {})
+        return x + (1 if found is None else 2)
+
+    before = engaged()
+    with torch._dynamo.config.patch(disable=False):
+        compiled = torch.compile(run, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(batch.positions), batch.positions + 1)
+    assert engaged() == before
+    assert run(batch.positions)[0] == batch.positions[0] + 2
+
+
 @pytest.mark.parametrize(("value", "on"), [("1", True), ("true", True), ("0", False)])
 def test_the_forerunners_variable(value: str, on: bool):
     found = switches.read({"SGLANG_GEMMA4_YOCO": value}).decisions[NAME]
