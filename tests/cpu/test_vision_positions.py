@@ -83,6 +83,7 @@ def test_the_whole_embedder_and_its_memory():
 
     made, ids = embedder(), places(2, 9)
     own = {half.data_ptr() for half in made.position_embedding_table}
+    own.add(made.input_proj.weight.data_ptr())
     pixels = torch.rand(2, 9, 48)
     padding = (ids == -1).all(dim=-1)
     with Widest():
