@@ -39,8 +39,8 @@ def look():
         for scope in scopes:
             owner = vars(owner)[scope]
         value = vars(owner)[name]
-        files = [value.__code__.co_filename]
-        inner = value
+        inner = getattr(value, "__func__", value)  # one is a class method
+        files = [inner.__code__.co_filename]
         while hasattr(inner, "__wrapped__"):  # some of stock's are decorated
             inner = inner.__wrapped__
             files.append(inner.__code__.co_filename)
