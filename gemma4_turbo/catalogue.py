@@ -320,6 +320,30 @@ CATALOGUE: tuple[Patch, ...] = (
         default=False,
         origin="",
     ),
+    Patch(
+        name="decode_attention",
+        summary="Decode attention with the window's own splits, for heads of 256 and 512 (Hopper)",
+        targets=("sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",),
+        relies_on=(
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.__init__",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_capture_cuda_graph",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer_cuda_graph",
+            "sglang.srt.layers.attention.triton_ops.decode_attention:decode_attention_fwd",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=TOLERANCE,
+        # A trace sees stock's function.
+        traced=False,
+        default=False,
+        origin="",
+    ),
 )
 
 

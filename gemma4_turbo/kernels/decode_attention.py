@@ -177,7 +177,7 @@ def _decode_attention_kernel(
     indices_ptr += begin
     k_ptr += kv_head * stride_k_head
     v_ptr += kv_head * stride_v_head
-    at = tl.load(indices_ptr + tl.minimum(start + n, length - 1), mask=n < length, other=0)
+    at = tl.load(indices_ptr + tl.minimum(start + n, length - 1), mask=length > 0, other=0)
     if PDL:
         line = tl.arange(0, DIM // 64) * 64
         _prefetch(k_ptr + at[:, None].to(tl.int64) * stride_k + line[None, :])
@@ -201,9 +201,7 @@ def _decode_attention_kernel(
         k = tl.load(k_ptr + row * stride_k + d[None, :])
         v = tl.load(v_ptr + row * stride_v + d[None, :])
         # The next block's slots, a block ahead of the loads that need them.
-        at = tl.load(
-            indices_ptr + tl.minimum(position + BLOCK_N + n, length - 1), mask=n < length, other=0
-        )
+        at = tl.load(indices_ptr + tl.minimum(position + BLOCK_N + n, length - 1))
         there = position + n < length
         if KEYS_FIRST:
             logits = _dot(k, q, tl.zeros([BLOCK_N, BLOCK_H], tl.float32), PTX) * logit_scale
@@ -376,7 +374,7 @@ def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
     The last split combines while what it has to add is small; with few sequences of few KV heads each
     has many splits, and a second launch shares the work.
     """
-    pairs = batch * kv_heads
+    pairs = max(1, batch * kv_heads)
     if head_dim == 256:
         config = Config(32, 4, 3, 30, 64, False, True)
     else:
@@ -386,7 +384,9 @@ def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
     return config._replace(fused=splits * group * head_dim <= 32768)
 
 
-def slots(batch: int, kv_heads: int, config: Config, device: torch.device, longest: int | None) -> int:
+def slots(
+    batch: int, kv_heads: int, config: Config, device: torch.device, longest: int | None
+) -> int:
     """Programs per KV head: no lengths need more. See the module's docstring."""
     wanted = batch + triton.cdiv(target_programs(config, device), kv_heads)
     if longest is None:
