@@ -72,13 +72,13 @@ def _dot(a, b, c, PTX: tl.constexpr):
 
 
 @triton.jit
-def _splits(indptr_ptr, batch, target, HEADS_KV: tl.constexpr, MIN_CHUNK: tl.constexpr, BLOCK_B: tl.constexpr):  # fmt: skip
+def _splits(indptr_ptr, batch, kv_heads, target, min_chunk, BLOCK_B: tl.constexpr):
     """Splits of every sequence, 0 past the last, and how many there are up to and with each."""
     i = tl.arange(0, BLOCK_B)
     begin = tl.load(indptr_ptr + i, mask=i < batch, other=0)
     end = tl.load(indptr_ptr + i + 1, mask=i < batch, other=0)
     total = tl.load(indptr_ptr + batch) - tl.load(indptr_ptr)
-    chunk = tl.maximum(tl.cdiv(total * HEADS_KV, target), MIN_CHUNK)
+    chunk = tl.maximum(tl.cdiv(total * kv_heads, target), min_chunk)
     splits = tl.where(i < batch, tl.maximum(tl.cdiv(end - begin, chunk), 1), 0)
     return i, splits, tl.cumsum(splits, 0)
 
@@ -115,7 +115,7 @@ def _combine(
     return acc / weight_sum[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "target", "min_chunk"])
 def _decode_attention_kernel(
     q_ptr,
     k_ptr,
@@ -128,6 +128,7 @@ def _decode_attention_kernel(
     arrived_ptr,  # [B * Hkv] int32, zeros
     batch,
     target,
+    min_chunk,
     logit_scale,  # sm_scale * log2(e)
     stride_q,
     stride_q_head,
@@ -137,13 +138,11 @@ def _decode_attention_kernel(
     stride_v_head,
     stride_out,
     stride_out_head,
-    HEADS_KV: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
     KEYS_FIRST: tl.constexpr,
     FUSED: tl.constexpr,
     SPLITS: tl.constexpr,  # that a fused combination loads at once
@@ -154,9 +153,10 @@ def _decode_attention_kernel(
     pdl.launch_dependents(TRIGGER)
     kv_head = tl.program_id(0)
     slot = tl.program_id(1)
+    kv_heads = tl.num_programs(0)
     slots = tl.num_programs(1)
     # The lengths and slots come from before the step: reading them needs no wait.
-    i, splits, upto = _splits(indptr_ptr, batch, target, HEADS_KV, MIN_CHUNK, BLOCK_B)
+    i, splits, upto = _splits(indptr_ptr, batch, kv_heads, target, min_chunk, BLOCK_B)
     before = (upto <= slot) & (i < batch)
     seq = tl.sum(before.to(tl.int32), 0)
     if seq >= batch:
@@ -240,7 +240,7 @@ def _decode_attention_kernel(
     tl.store(lse_ptr + item * GROUP + h, top + tl.log2(weight_sum), mask=h < GROUP)
     if FUSED:
         tl.debug_barrier()
-        arrived_ptr += seq * HEADS_KV + kv_head
+        arrived_ptr += seq * kv_heads + kv_head
         others = tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
         if others == count - 1:
             tl.store(arrived_ptr, 0)  # for the next launch
@@ -256,7 +256,7 @@ def _decode_attention_kernel(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "target", "min_chunk", "slots"])
 def _combine_kernel(
     partial_ptr,
     lse_ptr,
@@ -264,15 +264,14 @@ def _combine_kernel(
     indptr_ptr,
     batch,
     target,
+    min_chunk,
     slots,
     stride_out,
     stride_out_head,
-    HEADS_KV: tl.constexpr,
     GROUP: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
     SPLITS: tl.constexpr,
     PDL: tl.constexpr,
     TRIGGER: tl.constexpr,
@@ -282,7 +281,8 @@ def _combine_kernel(
     head = tl.program_id(0)
     seq = tl.program_id(1)
     column = tl.program_id(2) * WIDTH
-    i, splits, upto = _splits(indptr_ptr, batch, target, HEADS_KV, MIN_CHUNK, BLOCK_B)
+    kv_heads = tl.num_programs(0) // GROUP
+    i, splits, upto = _splits(indptr_ptr, batch, kv_heads, target, min_chunk, BLOCK_B)
     count = tl.sum(tl.where(i == seq, splits, 0), 0)
     if count > 1:
         pdl.wait(PDL)
@@ -492,7 +492,7 @@ def launch_decode_attention(
         items = kv_heads * per_head * group
         partial = torch.empty(items * dim, dtype=torch.float32, device=q.device)
         lse = torch.empty(items, dtype=torch.float32, device=q.device)
-    block_b = triton.next_power_of_2(batch)
+    block_b = max(32, triton.next_power_of_2(batch))  # few variants to compile
     options = pdl.options(q)
     early = second and pdl.supported(q.device)
     _decode_attention_kernel[(kv_heads, per_head)](
@@ -507,6 +507,7 @@ def launch_decode_attention(
         arrived,
         batch,
         target,
+        config.min_chunk,
         sm_scale * LOG2_E,
         q.stride(0),
         q.stride(1),
@@ -516,13 +517,11 @@ def launch_decode_attention(
         v_buffer.stride(1),
         out.stride(0),
         out.stride(1),
-        HEADS_KV=kv_heads,
         GROUP=group,
         DIM=dim,
         BLOCK_N=config.block_n,
         BLOCK_H=BLOCK_H,
         BLOCK_B=block_b,
-        MIN_CHUNK=config.min_chunk,
         KEYS_FIRST=config.keys_first,
         FUSED=config.fused,
         SPLITS=max(1, min(16, 8192 // (group * dim))),
@@ -540,15 +539,14 @@ def launch_decode_attention(
             kv_indptr,
             batch,
             target,
+            config.min_chunk,
             per_head,
             out.stride(0),
             out.stride(1),
-            HEADS_KV=kv_heads,
             GROUP=group,
             DIM=dim,
             WIDTH=COMBINE_WIDTH,
             BLOCK_B=block_b,
-            MIN_CHUNK=config.min_chunk,
             SPLITS=COMBINE_SPLITS,
             TRIGGER=options["PDL"],
             PTX=not INTERPRETED,
