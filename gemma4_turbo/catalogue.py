@@ -344,6 +344,29 @@ CATALOGUE: tuple[Patch, ...] = (
         default=False,
         origin="",
     ),
+    Patch(
+        name="moe_configs",
+        summary="Block sizes of the fused experts' kernel, tuned for Gemma 4's experts on this GPU",
+        targets=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
+        ),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":try_get_optimal_moe_config",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":get_config_file_name",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels"
+            ":fused_moe_kernel",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=TOLERANCE,
+        # It is called inside SGLang's opaque fused-experts operators; a trace sees stock's function.
+        traced=False,
+        default=False,
+        origin="sgl-project/sglang#26588",
+    ),
 )
 
 
