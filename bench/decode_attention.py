@@ -15,7 +15,6 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, NamedTuple
 
 # Scripts have their folder on the path, and transformers looks for a package called kernels.
@@ -28,12 +27,11 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
+from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
 from gemma4_turbo import geometry, report  # noqa: E402
 from gemma4_turbo.kernels import decode_attention as kernel  # noqa: E402
 from gemma4_turbo.kernels.decode_attention import Config  # noqa: E402
 
-L2_BYTES = 160 * 2**20
-"""KV read between two uses of the same one: three times the L2 cache of an H100 or H200."""
 STOCK_SPLITS = 8  # of stock at most, by default
 SHARED_BYTES = 227 * 1024
 
@@ -158,42 +156,6 @@ class Arena:
             logits = self.q[row, heads].double() @ self.k[at, head].double().T * self.scale
             exact[row, heads] = logits.softmax(-1) @ self.v[at, head].double()
         return float((self.out[:rows].double() - exact).norm() / exact.norm())
-
-
-class Timer:
-    """A replayed CUDA graph of one call per copy."""
-
-    def __init__(self, call: Any, calls: int) -> None:
-        self.calls = calls
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            call(0)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                for i in range(calls):
-                    call(i)
-        self.times: list[float] = []
-
-    def replay(self) -> None:
-        """One reading, microseconds a call."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        self.times.append(start.elapsed_time(end) * 1e3 / self.calls)
-
-    def us(self) -> float:
-        """Median without the first reading."""
-        return median(self.times[1:])
-
-
-def readings(timers: list[Timer], replays: int) -> list[float]:
-    """Microseconds of each, read in turn so that a change of clock meets all."""
-    for _ in range(replays):
-        for timer in timers:
-            timer.replay()
-    return [timer.us() for timer in timers]
 
 
 def shared_bytes(dim: int, config: Config) -> int:
