@@ -34,6 +34,7 @@ from gemma4_turbo.kernels.decode_attention import Config  # noqa: E402
 
 STOCK_SPLITS = 8  # of stock at most, by default
 SHARED_BYTES = 227 * 1024
+DEVICE = "cuda"
 
 
 class Shape(NamedTuple):
@@ -90,28 +91,28 @@ class Arena:
         row = shape.kv_heads * shape.dim * 4  # K and V
         self.bytes = total * row + 2 * point.batch * shape.heads * shape.dim * 2
         self.copies = max(2, min(64, -(-L2_BYTES // (total * row))))
-        generator = torch.Generator("cuda").manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
 
         def randn(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator, device="cuda", dtype=torch.bfloat16)
+            return torch.randn(size, generator=generator, device=DEVICE, dtype=torch.bfloat16)
 
         pool = total * self.copies
         self.k, self.v = (randn(pool, shape.kv_heads, shape.dim) for _ in range(2))
-        at = torch.randperm(pool, generator=generator, device="cuda")
+        at = torch.randperm(pool, generator=generator, device=DEVICE)
         self.indices = [at[i * total : (i + 1) * total].clone() for i in range(self.copies)]
         self.q = randn(point.batch, shape.heads, shape.dim)
         self.out = torch.empty_like(self.q)
         bounds = [0, *itertools.accumulate(seen)]
-        self.indptr = torch.tensor(bounds, dtype=torch.int32, device="cuda")
-        self.lengths = torch.tensor(point.lengths(), dtype=torch.int64, device="cuda")
-        self.arrived = torch.zeros(point.batch * shape.kv_heads, dtype=torch.int32, device="cuda")
+        self.indptr = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        self.lengths = torch.tensor(point.lengths(), dtype=torch.int64, device=DEVICE)
+        self.arrived = torch.zeros(point.batch * shape.kv_heads, dtype=torch.int32, device=DEVICE)
         self.scale = shape.dim**-0.5
         self.longest = max(seen) if shape.window is None else shape.window
         self.stock_buffers = (
-            torch.empty(point.batch, shape.heads, STOCK_SPLITS, shape.dim, device="cuda"),
-            torch.empty(point.batch, shape.heads, STOCK_SPLITS, device="cuda"),
+            torch.empty(point.batch, shape.heads, STOCK_SPLITS, shape.dim, device=DEVICE),
+            torch.empty(point.batch, shape.heads, STOCK_SPLITS, device=DEVICE),
         )
-        self.splits = torch.ones(point.batch, dtype=torch.int32, device="cuda")
+        self.splits = torch.ones(point.batch, dtype=torch.int32, device=DEVICE)
 
     def ours(self, config: Config) -> Any:
         """A call of the kernel; it gets the call's number."""
@@ -137,7 +138,8 @@ class Arena:
         def call(i: int) -> None:
             decode_attention_fwd(
                 self.q, self.k, self.v, self.out, self.indptr, self.indices[i % self.copies],
-                *self.stock_buffers, self.splits, STOCK_SPLITS, self.scale, 1.0, 1.0, use_pdl=True,
+                *self.stock_buffers, self.splits, STOCK_SPLITS, self.scale, 1.0, 1.0,
+                use_pdl=kernel.pdl.supported(self.q.device),
             )  # fmt: skip
 
         return call
@@ -148,7 +150,7 @@ class Arena:
         call(0)
         rows = min(4, self.q.shape[0])
         bounds = self.indptr.tolist()
-        exact = torch.empty(rows, *self.q.shape[1:], dtype=torch.float64, device="cuda")
+        exact = torch.empty(rows, *self.q.shape[1:], dtype=torch.float64, device=DEVICE)
         group = self.q.shape[1] // self.k.shape[1]
         for row, head in itertools.product(range(rows), range(self.k.shape[1])):
             at = self.indices[0][bounds[row] : bounds[row + 1]]

@@ -369,16 +369,18 @@ def _device(device: torch.device) -> tuple[int, int, int]:
 
 
 def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
-    """A cut for a batch: so many programs that two or three share a multiprocessor.
+    """A cut for a batch: so many programs that all of them are on the GPU at once.
 
+    Three fit on a multiprocessor with heads of 256, two with heads of 512; the splits of a sequence are
+    rounded up, so there are more than ``target``, up to one for each pair of a sequence and a KV head.
     The last split combines while what it has to add is small; with few sequences of few KV heads each
     has many splits, and a second launch shares the work.
     """
     pairs = max(1, batch * kv_heads)
     if head_dim == 256:
-        config = Config(32, 4, 3, 30, 64, False, True)
+        config = Config(32, 4, 3, 20, 64, False, True)
     else:
-        config = Config(16, 4, 4, 20, 64, False, True)
+        config = Config(16, 4, 4, 15, 64, False, True)
     splits = max(1, config.target * 13 // pairs)
     # 32 thousand numbers: 128 KiB, which one program adds in about 2 microseconds.
     return config._replace(fused=splits * group * head_dim <= 32768)

@@ -64,7 +64,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             forward_batch.token_to_kv_pool.set_kv_buffer(
                 layer, forward_batch.out_cache_loc, k, v, layer.k_scale, layer.v_scale
             )
-        out = torch.empty_like(call.q)
+        out = call.q.new_empty(call.q.shape)
         kernel.launch_decode_attention(
             call.q,
             call.k_buffer,
