@@ -184,9 +184,9 @@ def tiles(dim: int) -> list[Config]:
     return found
 
 
-def _compile(job: tuple[Shape, int, Config]) -> None:
+def _compile(job: tuple[Shape, int, Config, bool]) -> None:
     """Fill Triton's cache for one variant, in a process of its own, with one token a sequence."""
-    shape, batch, config = job
+    shape, batch, config, kernel.pdl.wanted = job
     arena = Arena(Point(shape._replace(window=1), batch, 1, False))
     arena.longest = 4096
     arena.ours(config)(0)
@@ -206,6 +206,7 @@ def compile_all(points: list[Point], workers: int, console: Console) -> None:
                     shape,
                     point.batch,
                     variant,
+                    kernel.pdl.wanted,
                 )
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for _ in track(

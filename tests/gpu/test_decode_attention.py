@@ -32,10 +32,13 @@ LENGTHS = {
     "batch 8 of 500": (500,) * 8,
     "batch 32": (577,) * 32,
     "ragged": (1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 127, 128, 129, 511, 1023, 1024, 1025, 4000),
-    "one long among short": (20000, *(3,) * 40),
-    "256 short": tuple(range(1, 257)),
     "long": (131072,),
     "two long": (32768, 16385),
+}
+LARGE_BATCHES = {
+    "one long among short": (20000, *(3,) * 40),
+    "256 short": tuple(range(1, 257)),
+    "256 of 600": (600,) * 256,
 }
 
 
@@ -130,6 +133,12 @@ def run(
     return out
 
 
+@pytest.mark.parametrize("lengths", LARGE_BATCHES.values(), ids=list(LARGE_BATCHES))
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 256), (16, 2, 512)])
+def test_large_batches(heads, kv_heads, dim, lengths):
+    test_no_farther_from_fp64_than_stock(heads, kv_heads, dim, lengths)
+
+
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=list(LENGTHS))
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
 def test_no_farther_from_fp64_than_stock(heads, kv_heads, dim, lengths):
@@ -143,19 +152,27 @@ def test_no_farther_from_fp64_than_stock(heads, kv_heads, dim, lengths):
         assert torch.equal(again.view(torch.int16), found.view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(16, 8, 256), (8, 1, 256), (16, 2, 512)])
-@pytest.mark.parametrize("keys_first", [True, False])
 @pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("block_n", [16, 32, 64])
-def test_every_kind_of_cut(block_n, fused, keys_first, heads, kv_heads, dim, dtype):
-    if (keys_first and block_n * dim > 16384) or (keys_first and block_n == 16):
-        pytest.skip("does not fit into shared memory, or nothing to gain")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_n", "warps", "keys_first", "dtype"),
+    [
+        (16, 8, 256, 16, 4, False, torch.bfloat16),
+        (16, 8, 256, 32, 4, True, torch.bfloat16),
+        (16, 8, 256, 64, 4, True, torch.bfloat16),  # the one with wgmma
+        (16, 8, 256, 64, 8, True, torch.float16),
+        (8, 1, 256, 128, 8, False, torch.bfloat16),
+        (8, 1, 256, 32, 4, False, torch.float16),
+        (16, 2, 512, 16, 4, False, torch.bfloat16),
+        (16, 2, 512, 32, 8, True, torch.bfloat16),
+        (16, 2, 512, 32, 8, False, torch.float16),
+    ],
+)
+def test_other_cuts(heads, kv_heads, dim, block_n, warps, keys_first, dtype, fused):
     arguments = operands((1, 130, 1000, 77, 64), heads, kv_heads, dim, dtype)
     expected = exact(arguments)
     allowed = 1.1 * error(stock(arguments), expected)
     for target in (10, 40, 100):
-        config = Config(block_n, 4 if dim == 256 else 8, 2, target, 64, keys_first, fused)
+        config = Config(block_n, warps, 2, target, 128, keys_first, fused)
         assert error(run(arguments, config), expected) <= allowed
 
 
