@@ -164,6 +164,7 @@ def test_more_indices_and_lengths_than_rows():
     unused = arguments["v_buffer"][:, 0, 0].isnan().nonzero().flatten()
     arguments["kv_indices"] = torch.cat([arguments["kv_indices"], unused, unused])
     check(arguments, SPLIT)
+    check(arguments, SPLIT._replace(min_chunk=64))  # several blocks in a program
 
 
 def test_indices_of_32_bits_and_chosen_cut():
@@ -196,6 +197,20 @@ def test_the_last_split_sees_a_key_that_takes_all():
         arguments["k_buffer"][at] = arguments["q"][0, 0] * 4
         found = kernel.decode_attention(**arguments, config=SPLIT)
         assert torch.equal(found[0, 0], arguments["v_buffer"][at, 0])
+
+
+@pytest.mark.parametrize(
+    ("group", "length", "fused"), [(16, 80, True), (2, 600, False)], ids=["fused", "second launch"]
+)
+def test_more_splits_than_are_loaded_at_once(group: int, length: int, fused: bool):
+    """The last key takes all: what was added up before it must vanish."""
+    arguments = operands([length], group, 1)
+    at = int(arguments["kv_indices"][-1])
+    arguments["q"][:] = arguments["q"][:, :1]
+    arguments["k_buffer"][at] = arguments["q"][0, 0] * 4
+    config = SPLIT._replace(target=100, fused=fused)
+    found = kernel.decode_attention(**arguments, config=config)
+    assert torch.equal(found[0], arguments["v_buffer"][at].expand(group, -1))
 
 
 def test_the_arrival_does_not_change_the_bits():
