@@ -284,8 +284,9 @@ def _combine_kernel(
     kv_heads = tl.num_programs(0) // GROUP
     i, splits, upto = _splits(indptr_ptr, batch, kv_heads, target, min_chunk, BLOCK_B)
     count = tl.sum(tl.where(i == seq, splits, 0), 0)
+    # Also where there is nothing to do: this launch must not end before the first one has.
+    pdl.wait(PDL)
     if count > 1:
-        pdl.wait(PDL)
         first = tl.sum(tl.where(i == seq, upto - splits, 0), 0)
         item = head // GROUP * slots + first
         row = item.to(tl.int64) * GROUP + head % GROUP
