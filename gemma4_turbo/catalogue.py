@@ -556,6 +556,53 @@ CATALOGUE: tuple[Patch, ...] = (
         default=False,
         origin="pyc96/sglang#2, #18",
     ),
+    Patch(
+        name="decode_attention",
+        summary="Decode attention with the window's own splits, for heads of 256 and 512 (Hopper)",
+        targets=("sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",),
+        relies_on=(
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.__init__",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_capture_cuda_graph",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer_cuda_graph",
+            "sglang.srt.layers.attention.triton_ops.decode_attention:decode_attention_fwd",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=TOLERANCE,
+        # A trace sees stock's function.
+        traced=False,
+        default=False,
+        origin="",
+    ),
+    Patch(
+        name="moe_configs",
+        summary="Block sizes of the fused experts' kernel, tuned for Gemma 4's experts on this GPU",
+        targets=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
+        ),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":try_get_optimal_moe_config",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":get_config_file_name",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels"
+            ":fused_moe_kernel",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=TOLERANCE,
+        # It is called inside SGLang's opaque fused-experts operators; a trace sees stock's function.
+        traced=False,
+        default=False,
+        origin="sgl-project/sglang#26588",
+    ),
 )
 
 

@@ -39,11 +39,11 @@ def look():
         for scope in scopes:
             owner = vars(owner)[scope]
         value = vars(owner)[name]
-        inner = getattr(value, "__func__", value)  # one is a class method
-        files = [inner.__code__.co_filename]
-        while hasattr(inner, "__wrapped__"):  # some of stock's are decorated
-            inner = inner.__wrapped__
-            files.append(inner.__code__.co_filename)
+        files, inner = [], getattr(value, "__func__", value)
+        while inner is not None:  # some of stock's are decorated, one with functools.lru_cache
+            if hasattr(inner, "__code__"):
+                files.append(inner.__code__.co_filename)
+            inner = getattr(inner, "__wrapped__", None)
         ours = any("/gemma4_turbo/" in file for file in files)
         assert ours or module.__file__ in files, (target, files)
         targets[target] = [id(value), ours]
