@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_turbo import patching
+from gemma4_turbo import patching, states
 from tests.cpu.synthetic import World, clean_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -57,6 +57,18 @@ def patched_sglang(
     for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
         del os.environ[name]
     os.environ.update(kept)
+
+
+@contextlib.contextmanager
+def only_patch(name: str) -> Iterator[patching.PatchRun]:
+    """This patch on and no other, none of its calls declined so far; reverted at the end."""
+    patching.ENGINE.apply(only=[name])
+    run = patching.ENGINE.runs[name]
+    assert run.state == states.ACTIVE, run.reason
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_decline_reason", "")
+        yield run
+        patching.ENGINE.revert()
 
 
 @pytest.fixture(scope="session")

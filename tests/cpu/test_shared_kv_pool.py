@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
 from gemma4_turbo.commands import small_moe
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import shared_kv
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import only_patch, patched_sglang
 
 NAME = "shared_kv_pool"
 GEOMETRY = {  # layers, sliding layers to a full one, shared, KV heads
@@ -33,13 +32,9 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
-    monkeypatch.setattr(run, "_decline_reason", "")
-    yield
-    ENGINE.revert()
+def patched() -> Iterator[None]:
+    with only_patch(NAME):
+        yield
 
 
 def runner(folder: Path, model: str = "e4b", **changes: Any) -> Any:

@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import states
 from gemma4_turbo.patches import swa_ratio as patch
 from gemma4_turbo.patching import ENGINE
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import only_patch, patched_sglang
 
 NAME = "swa_ratio"
 
@@ -25,13 +24,9 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
-    monkeypatch.setattr(run, "_decline_reason", "")
-    yield
-    ENGINE.revert()
+def patched() -> Iterator[None]:
+    with only_patch(NAME):
+        yield
 
 
 def folder(tmp_path: Path, experts: int = 128, multimodal: bool = False) -> str:

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
 from gemma4_turbo.forwards import vision_batches as batches
 from gemma4_turbo.patches import vision_batch as patch
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import vision
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import only_patch, patched_sglang
 
 NAME = "vision_batch"
 BACKENDS = pytest.mark.parametrize("backend", ["triton_attn", "sdpa"])
@@ -27,15 +26,10 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def patched() -> Iterator[None]:
     """Each test starts with this patch on, and no other."""
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
-    monkeypatch.setattr(run, "_decline_reason", "")
-    with torch.no_grad():
+    with only_patch(NAME), torch.no_grad():
         yield
-    ENGINE.revert()
 
 
 class Calls:

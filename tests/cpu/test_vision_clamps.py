@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo import custom_ops, states
+from gemma4_turbo import custom_ops
 from gemma4_turbo.commands import small_moe
 from gemma4_turbo.patches import vision_clamps as patch
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import vision
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import only_patch, patched_sglang
 
 NAME = "vision_clamps"
 
@@ -27,14 +27,9 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
-    monkeypatch.setattr(run, "_decline_reason", "")
-    with torch.no_grad():
+def patched() -> Iterator[None]:
+    with only_patch(NAME), torch.no_grad():
         yield
-    ENGINE.revert()
 
 
 class Clamps(TorchDispatchMode):

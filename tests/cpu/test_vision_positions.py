@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
 from gemma4_turbo.patches import vision_positions as patch
 from gemma4_turbo.patching import ENGINE
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import only_patch, patched_sglang
 
 NAME = "vision_positions"
 
@@ -25,11 +24,8 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def patched() -> Iterator[None]:
-    ENGINE.apply(only=[NAME])
-    assert ENGINE.runs[NAME].state == states.ACTIVE, ENGINE.runs[NAME].reason
-    with torch.no_grad():
+    with only_patch(NAME), torch.no_grad():
         yield
-    ENGINE.revert()
 
 
 def embedder(dtype: torch.dtype = torch.bfloat16, positions: int = 64) -> Any:

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo import states
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import vision
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import only_patch, patched_sglang
 
 NAME = "vision_syncs"
 
@@ -24,14 +23,9 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
-    monkeypatch.setattr(run, "_decline_reason", "")
-    with torch.no_grad():
+def patched() -> Iterator[None]:
+    with only_patch(NAME), torch.no_grad():
         yield
-    ENGINE.revert()
 
 
 class ReadBacks(TorchDispatchMode):

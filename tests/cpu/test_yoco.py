@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states, switches
+from gemma4_turbo import switches
 from gemma4_turbo.forwards import fast_prefill
 from gemma4_turbo.patches import yoco as patch
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import shared_kv
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import only_patch, patched_sglang
 
 NAME = "yoco"
 
@@ -27,14 +27,9 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
-    monkeypatch.setattr(run, "_decline_reason", "")
-    with torch._dynamo.config.patch(disable=True), torch.no_grad():
+def patched() -> Iterator[None]:
+    with only_patch(NAME), torch._dynamo.config.patch(disable=True), torch.no_grad():
         yield
-    ENGINE.revert()
 
 
 @pytest.fixture(scope="module")
