@@ -29,13 +29,13 @@ class Patch(NamedTuple):
     targets: tuple[str, ...]  # "module:qualname", replaced
     relies_on: tuple[str, ...]  # "module:qualname", not replaced, but its source must be known
     written_for: tuple[str, ...]  # releases whose source of all of these the patch was written for
-    # (target, name): stock has it if the target uses the name; None: no release has it
-    superseded_when: tuple[str, str] | None
-    superseded_since: str  # first release for which that holds, "" if none
     numerics: str
     traced: bool  # torch.compile may trace the replacement
     default: bool
-    origin: str
+    # (target, name): stock has it if the target uses the name; None: no release has it
+    superseded_when: tuple[str, str] | None = None
+    superseded_since: str = ""  # first release for which that holds, "" if none
+    origin: str = ""
     aliases: tuple[Alias, ...] = ()
     requires: tuple[str, ...] = ()  # patches that it stands on: off when one of them is
     # Modules of relies_on that SGLang imports only when it builds the model: not waited for, their
@@ -135,12 +135,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
     ),
     Patch(
         name="moe_align",
@@ -166,7 +163,6 @@ CATALOGUE: tuple[Patch, ...] = (
         # the same sees stock's function.
         traced=False,
         default=True,
-        origin="",
     ),
     Patch(
         name="layer_norms",
@@ -174,8 +170,6 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
@@ -204,8 +198,6 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
@@ -239,12 +231,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
         requires=("qkv_norm",),
     ),
     Patch(
@@ -253,8 +242,6 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=_ATTENTION,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         traced=True,
         default=True,
@@ -272,12 +259,9 @@ CATALOGUE: tuple[Patch, ...] = (
             *_TAIL,
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
     ),
     Patch(
         name="experts_sum",
@@ -293,12 +277,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.models.gemma4_causal:Gemma4MoE.forward",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
     ),
     Patch(
         name="mlp_stream",
@@ -306,12 +287,9 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
     ),
     Patch(
         name="skinny_gemm",
@@ -328,12 +306,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.layers.linear:RowParallelLinear.forward",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         traced=True,
         default=False,
-        origin="",
     ),
     Patch(
         name="pdl",
@@ -341,12 +316,9 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=False,
-        origin="",
     ),
     Patch(
         name="extend_attention",
@@ -370,8 +342,6 @@ CATALOGUE: tuple[Patch, ...] = (
             ":SWATokenToKVPoolAllocator.translate_loc_from_full_to_swa",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         # torch.compile splits its graphs around attention; a trace that reaches it sees stock.
         traced=False,
@@ -394,8 +364,6 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",
         ),
         written_for=_VISION_RELEASES,
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         traced=False,
         default=False,
@@ -407,12 +375,9 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",),
         relies_on=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder.__init__",),
         written_for=_VISION_RELEASES,
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=False,
         default=False,
-        origin="",
     ),
     Patch(
         name="vision_clamps",
@@ -426,12 +391,9 @@ CATALOGUE: tuple[Patch, ...] = (
         ),
         relies_on=(),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=False,
         default=False,
-        origin="",
     ),
     Patch(
         name="vision_masks",
@@ -442,12 +404,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.layers.attention.vision:VisionFlash4Attention.forward",
         ),
         written_for=_VISION_RELEASES[:8],
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=False,
         default=False,
-        origin="",
     ),
     Patch(
         name="vision_syncs",
@@ -455,12 +414,9 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=_VISION_BACKENDS,
         relies_on=("sglang.srt.layers.attention.vision:resolve_seqlens",),
         written_for=_VISION_RELEASES[:8],
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=False,
         default=False,
-        origin="",
     ),
     Patch(
         name="vision_rope",
@@ -471,12 +427,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.models.gemma4_vision:_rotate_half",
         ),
         written_for=_VISION_RELEASES,
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=False,
         default=False,
-        origin="",
     ),
     Patch(
         name="optional_kv",
@@ -514,8 +467,6 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         traced=True,
         default=False,
@@ -534,12 +485,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.model_executor.model_runner:ModelRunner.adjust_hybrid_swa_layers_for_pp",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BEHAVIOUR,
         traced=False,
         default=False,
-        origin="",
     ),
     Patch(
         name="swa_ratio",
@@ -549,8 +497,6 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BEHAVIOUR,
         traced=False,
         default=False,
@@ -572,13 +518,10 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.layers.attention.triton_ops.decode_attention:decode_attention_fwd",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         # A trace sees stock's function.
         traced=False,
         default=False,
-        origin="",
     ),
     Patch(
         name="moe_configs",
@@ -595,8 +538,6 @@ CATALOGUE: tuple[Patch, ...] = (
             ":fused_moe_kernel",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         # It is called inside SGLang's opaque fused-experts operators; a trace sees stock's function.
         traced=False,

@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels import pdl
+from gemma4_turbo.kernels.interpreted import dot
 from gemma4_turbo.kernels.rounding import round_to
 
 
@@ -53,22 +54,6 @@ LOG2_E = 1.4426950408889634
 BLOCK_H = 16  # the narrow side of a tensor core's product
 COMBINE_WIDTH = 128  # elements of a head in one program of the second launch
 COMBINE_SPLITS = 32  # splits that such a program loads at once
-
-
-@triton.jit
-def _prefetch(address):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _dot(a, b, c, PTX: tl.constexpr):
-    if PTX:
-        return tl.dot(a, b, c)
-    else:  # Triton's interpreter takes the bits of bf16 for integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), c)
 
 
 @triton.jit
@@ -180,8 +165,8 @@ def _decode_attention_kernel(
     at = tl.load(indices_ptr + tl.minimum(start + n, length - 1), mask=length > 0, other=0)
     if PDL:
         line = tl.arange(0, DIM // 64) * 64
-        _prefetch(k_ptr + at[:, None].to(tl.int64) * stride_k + line[None, :])
-        _prefetch(v_ptr + at[:, None].to(tl.int64) * stride_v + line[None, :])
+        pdl.prefetch(k_ptr + at[:, None].to(tl.int64) * stride_k + line[None, :])
+        pdl.prefetch(v_ptr + at[:, None].to(tl.int64) * stride_v + line[None, :])
         pdl.wait(PDL)
     q = tl.load(
         q_ptr + seq * stride_q + (kv_head * GROUP + h[:, None]) * stride_q_head + d[None, :],
@@ -204,21 +189,21 @@ def _decode_attention_kernel(
         at = tl.load(indices_ptr + tl.minimum(position + BLOCK_N + n, length - 1))
         there = position + n < length
         if KEYS_FIRST:
-            logits = _dot(k, q, tl.zeros([BLOCK_N, BLOCK_H], tl.float32), PTX) * logit_scale
+            logits = dot(k, q, tl.zeros([BLOCK_N, BLOCK_H], tl.float32), PTX) * logit_scale
             logits = tl.where(there[:, None], logits, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 0))
             old = tl.exp2(top - higher)
             p = tl.exp2(logits - higher[None, :])
             weight_sum = weight_sum * old + tl.sum(p, 0)
-            acc = _dot(tl.trans(v), round_to(p, dtype, PTX), acc * old[None, :], PTX)
+            acc = dot(tl.trans(v), round_to(p, dtype, PTX), acc * old[None, :], PTX)
         else:
-            logits = _dot(q, tl.trans(k), tl.zeros([BLOCK_H, BLOCK_N], tl.float32), PTX)
+            logits = dot(q, tl.trans(k), tl.zeros([BLOCK_H, BLOCK_N], tl.float32), PTX)
             logits = tl.where(there[None, :], logits * logit_scale, float("-inf"))
             higher = tl.maximum(top, tl.max(logits, 1))
             old = tl.exp2(top - higher)
             p = tl.exp2(logits - higher[:, None])
             weight_sum = weight_sum * old + tl.sum(p, 1)
-            acc = _dot(round_to(p, dtype, PTX), v, acc * old[:, None], PTX)
+            acc = dot(round_to(p, dtype, PTX), v, acc * old[:, None], PTX)
         top = higher
 
     share = tl.where(length > 0, 1.0 / weight_sum, 0.0)

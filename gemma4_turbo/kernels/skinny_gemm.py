@@ -25,6 +25,7 @@ import triton.language as tl
 
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.gelu import gelu_tanh
+from gemma4_turbo.kernels.interpreted import dot
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 
@@ -49,22 +50,6 @@ class Config(NamedTuple):
 MAX_ROWS = 64
 PREFETCH_BLOCKS = 8
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def _prefetch(address):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _dot(w, x, sums, PTX: tl.constexpr):
-    if PTX:
-        return tl.dot(w, x, sums)
-    else:  # Triton's interpreter takes the bits of bf16 for integers
-        return tl.dot(w.to(tl.float32), x.to(tl.float32), sums)
 
 
 @triton.jit
@@ -125,9 +110,9 @@ def _skinny_gemm_kernel(
         line = tl.arange(0, BLOCK_K // 64) * 64
         lines = weight_ptr + row[:, None] * stride_weight + first * BLOCK_K + line[None, :]
         for _ in range(0, tl.minimum(PREFETCH, last - first)):
-            _prefetch(lines)
+            pdl.prefetch(lines)
             if EPILOGUE == 1:
-                _prefetch(lines + N.to(tl.int64) * stride_weight)
+                pdl.prefetch(lines + N.to(tl.int64) * stride_weight)
             lines += BLOCK_K
         pdl.wait(PDL)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -135,10 +120,10 @@ def _skinny_gemm_kernel(
     for _ in range(first, last):
         x = tl.load(x_ptr, mask=m[None, :] < M, other=0.0)
         w = tl.load(w_ptr)
-        sums = _dot(w, x, sums, PTX)
+        sums = dot(w, x, sums, PTX)
         if EPILOGUE == 1:
             w = tl.load(w_ptr + N.to(tl.int64) * stride_weight)
-            others = _dot(w, x, others, PTX)
+            others = dot(w, x, others, PTX)
         w_ptr += BLOCK_K
         x_ptr += BLOCK_K
 
