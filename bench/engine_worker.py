@@ -86,6 +86,32 @@ class Worker:
             )
         return {"rows": rows}
 
+    def distribution(
+        self, count: int, sample: int, seed: int, reverse: bool
+    ) -> dict[str, list[list[float]]]:
+        """Logprobs of ``sample`` random tokens after the last 8 positions of prompts up to 6000 long.
+
+        The prompts exceed a chunk together, so ``reverse`` cuts them into other chunks.
+        """
+        source = random.Random(seed)
+        ids = [prompts(1, source.randrange(16, 6000), seed + i)[0] for i in range(count)]
+        wanted = sorted(source.sample(range(10, 250_000), sample))
+        order = range(count)[::-1] if reverse else range(count)
+        answers = self.generate(
+            [ids[i] for i in order],
+            1,
+            return_logprob=True,
+            token_ids_logprob=[wanted] * count,
+            logprob_start_len=[len(ids[i]) - 8 for i in order],
+        )
+        found: list[list[float]] = [[] for _ in ids]
+        for i, answer in zip(order, answers, strict=True):
+            meta = answer["meta_info"]
+            steps = [*meta["input_token_ids_logprobs"], *meta["output_token_ids_logprobs"]]
+            # A prompt's first position has no distribution before it.
+            found[i] = [value for step in steps if step for value, *_ in step]
+        return {"rows": found}
+
     def update(self, suffix: str, size: int, layers: int, seed: int) -> dict[str, Any]:
         """Random numbers around one into ``model.layers.*.<suffix>`` of the running engine."""
         import torch
