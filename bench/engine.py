@@ -315,10 +315,10 @@ def main(
         if kl:
             asked = {"count": kl, "sample": 1024, "seed": 97}
             name = engine.variant
-            distributions[name] = engine("distribution", reverse=False, **asked)["rows"]
+            distributions[name] = engine("distribution", alone=False, **asked)["rows"]
             if name == STOCK:
-                again = engine("distribution", reverse=True, **asked)["rows"]
-                distributions[f"{STOCK}, other chunks"] = again
+                again = engine("distribution", alone=True, **asked)["rows"]
+                distributions[f"{STOCK}, one at a time"] = again
         if update:
             changed = {"size": geometry.GEOMETRIES[model].hidden, "layers": results.base["layers"]}
             few = {"count": 16, "new": 16, "seed": 98}
