@@ -417,12 +417,14 @@ def show(
                 continue
             steps, kernels = profile[stage]["steps"], profile[stage]["kernels"]
             launches = sum(count for count, _ in kernels.values()) / steps
+            busy = sum(us for _, us in kernels.values())
             layers = int(results.base["layers"])
             if stage == "decode":
                 results.add(variant, "launches per layer", layers, 0, launches / layers, "launches")
             table = Table(
                 title=f"{stage}, {variant}: {launches:.0f} launches a step, "
-                f"{launches / layers:.1f} a layer",
+                f"{launches / layers:.1f} a layer, {busy / steps / 1e3:.2f} of "
+                f"{profile[stage]['span_us'] / steps / 1e3:.2f} ms in kernels",
                 title_justify="left",
             )
             for heading in ("kernel", "a step", "us a step", "us each"):
