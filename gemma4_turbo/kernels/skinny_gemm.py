@@ -68,7 +68,8 @@ def _finish(
     tl.store(out_ptr + m * stride_out + n, round_to(y, dtype, PTX), mask=inside)
 
 
-@triton.jit
+# Every batch size would otherwise compile anew at the start of a server.
+@triton.jit(do_not_specialize=["M", "K_BLOCKS", "split"])
 def _skinny_gemm_kernel(
     x_ptr,
     weight_ptr,

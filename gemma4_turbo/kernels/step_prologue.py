@@ -220,7 +220,7 @@ def _sum_of_squares(x, ROWS: tl.constexpr, ASCENDING: tl.constexpr):
     return tl.reshape(total, [ROWS, 1, 1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _project_kernel(
     projection_ptr,
     projection_scale_ptr,
