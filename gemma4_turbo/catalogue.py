@@ -38,6 +38,8 @@ class Patch(NamedTuple):
     origin: str
     aliases: tuple[Alias, ...] = ()
     requires: tuple[str, ...] = ()  # patches that it stands on: off when one of them is
+    # It mends a defect and looks for it by itself, whatever the release; no fingerprint decides.
+    finds_defect: bool = False
 
     @property
     def env(self) -> str:
@@ -319,6 +321,54 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=False,
         origin="",
+    ),
+    Patch(
+        name="mtp_merge_batch",
+        summary="MTP: a batch whose requests all finished in one step can be merged with a new one",
+        targets=("sglang.srt.managers.schedule_batch:ScheduleBatch.merge_batch",),
+        relies_on=(
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPVerifyInput",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftExtendInput",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.create_idle_input",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=(
+            "sglang.srt.speculative.frozen_kv_mtp_worker"
+            ":FrozenKVMTPWorker.forward_batch_generation",
+            "_draft_preprocess_idle",
+        ),
+        superseded_since="0.5.13",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="pyc96/sglang#22; upstream sgl-project/sglang#26859",
+    ),
+    Patch(
+        name="frozen_kv_views",
+        summary="MTP: the draft's attention backend follows the KV pool that is swapped in",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_utils:frozen_kv_target_view",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size",
+        ),
+        relies_on=(),
+        written_for=(),  # no release has the defect, a development tree between two had it
+        superseded_when=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend",
+            "token_to_kv_pool_allocator",
+        ),
+        superseded_since="0.5.12",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="pyc96/sglang#6; upstream sgl-project/sglang#26966",
+        finds_defect=True,
     ),
 )
 

@@ -96,6 +96,13 @@ class PatchRun:
             return self.reason
         return f"{self.reason}; some calls take stock's path: {self._decline_reason}"
 
+    def stand_aside(self, state: str, reason: str) -> None:
+        """Put stock back at run time, so that what is not needed costs nothing from here on."""
+        for swap in reversed(self.swaps):
+            swap.restore()
+        self.swaps = []
+        self.set(state, reason)
+
     def forget(self) -> None:
         """Back to waiting, as before `install`."""
         self.swaps = []
@@ -225,7 +232,7 @@ class Engine:
 
         done: list[Swap] = []
         try:
-            verdict = fingerprints.judge(patch, installed_release(), _imported_source)
+            verdict = fingerprints.judge(patch, installed_release(), _source)
             if verdict.state != states.ACTIVE:
                 run.set(verdict.state, verdict.reason)
                 return
@@ -246,6 +253,9 @@ class Engine:
         except NotStockError as error:
             self._abandon(run, done)
             run.set(states.CONFLICT, str(error))
+        except states.NotNeededError as reason:
+            self._abandon(run, done)
+            run.set(states.UPSTREAMED, str(reason))
         except Exception as error:
             self._abandon(run, done)
             run.set(states.FAILED, f"{type(error).__name__}: {error}")
@@ -433,6 +443,15 @@ def _imported_source(module: str) -> str | None:
         return None
     with open(path, encoding="utf-8") as file:
         return file.read()
+
+
+def _source(module: str) -> str | None:
+    """As `_imported_source`; a module that nothing has imported yet, as it is installed."""
+    if module in sys.modules:
+        return _imported_source(module)
+    from gemma4_turbo import fingerprints
+
+    return fingerprints.installed_source(module)
 
 
 def _wrappers(node: Any) -> int:
