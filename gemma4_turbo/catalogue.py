@@ -370,6 +370,32 @@ CATALOGUE: tuple[Patch, ...] = (
         origin="pyc96/sglang#6; upstream sgl-project/sglang#26966",
         finds_defect=True,
     ),
+    Patch(
+        name="kv_scales",
+        summary="8-bit KV cache: who reads another layer's cache uses the scales it was written with",
+        targets=(
+            "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context",
+            "sglang.srt.layers.quantization.kv_cache"
+            ":BaseKVCacheMethod.process_weights_after_loading",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.models.gemma4_mtp:_resolve_target_text_model",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.bind_frozen_kv_context",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.create_weights",
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="vllm-project/vllm#55559, #48666",
+    ),
 )
 
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner
 from gemma4_turbo import geometry
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE
-from tests.cpu.conftest import state_by_default
 from gemma4_turbo.commands import demo, serve
 from gemma4_turbo.commands.modules import CannotRunError
+from tests.cpu.conftest import state_by_default
 
 PATCH_KEYS = {
     *("name", "env", "default", "state", "reason", "numerics", "targets", "engaged", "origin")

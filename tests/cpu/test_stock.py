@@ -19,10 +19,7 @@ from tests.cpu.conftest import REPOSITORY, state_by_default
 MODULE = "sglang.srt.models.gemma4_causal"
 BY_DEFAULT = {patch.name: state_by_default(patch) for patch in CATALOGUE}
 REPLACED = {  # by the patches that are active when no switch is set
-    target
-    for patch in CATALOGUE
-    if BY_DEFAULT[patch.name] == "active"
-    for target in patch.targets
+    target for patch in CATALOGUE if BY_DEFAULT[patch.name] == "active" for target in patch.targets
 }
 
 LOOK = f"""
