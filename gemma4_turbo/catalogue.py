@@ -396,6 +396,37 @@ CATALOGUE: tuple[Patch, ...] = (
         default=True,
         origin="vllm-project/vllm#55559, #48666",
     ),
+    Patch(
+        name="mtp_launch",
+        summary="MTP: an assistant without pipeline group or number of experts can be loaded",
+        targets=(
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.__init__",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.load_weights",
+        ),
+        relies_on=("sglang.srt.models.gemma4_causal:Gemma4ForCausalLM.load_weights",),
+        written_for=(),  # no release has the defects, a development tree between two had them
+        superseded_when=None,
+        superseded_since="",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="sgl-project/sglang#26026",
+        finds_defect=True,
+    ),
+    Patch(
+        name="mtp_moe_runner",
+        summary="Unquantised Gemma 4 MoE never gets a FlashInfer runner that was not asked for",
+        targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
+        relies_on=(),
+        written_for=(),  # as for mtp_launch
+        superseded_when=None,
+        superseded_since="",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="sgl-project/sglang#26026",
+        finds_defect=True,
+    ),
 )
 
 

@@ -25,6 +25,7 @@ from gemma4_turbo.switches import SELECTION, Selection, Switches, read
 if TYPE_CHECKING:
     from gemma4_turbo.checks import Check
     from gemma4_turbo.counters import Counters, Ledger
+    from gemma4_turbo.fingerprints import Definitions
     from gemma4_turbo.swap import Swap
 
 logger = logging.getLogger("gemma4_turbo")
@@ -95,6 +96,12 @@ class PatchRun:
         if not self._decline_reason:
             return self.reason
         return f"{self.reason}; some calls take stock's path: {self._decline_reason}"
+
+    def definitions(self) -> Definitions:
+        """What the imported modules' sources define, for a patch that looks for a defect."""
+        from gemma4_turbo import fingerprints
+
+        return fingerprints.Definitions(_imported_source)
 
     def stand_aside(self, state: str, reason: str) -> None:
         """Put stock back at run time, so that what is not needed costs nothing from here on."""

@@ -40,11 +40,16 @@ class Scales(NamedTuple):
     @staticmethod
     def of(attention: Any) -> Scales:
         """Copies of the tensors: a ``Parameter`` may be written to in place."""
-        tensors = [
-            value.detach().clone() if isinstance(value, torch.Tensor) else value
-            for value in (attention.k_scale, attention.v_scale)
-        ]
-        return Scales(*tensors, attention.k_scale_float, attention.v_scale_float)
+
+        def copied(value: Any) -> Any:
+            return value.detach().clone() if isinstance(value, torch.Tensor) else value
+
+        return Scales(
+            copied(attention.k_scale),
+            copied(attention.v_scale),
+            attention.k_scale_float,
+            attention.v_scale_float,
+        )
 
     @property
     def floats(self) -> tuple[float, float]:

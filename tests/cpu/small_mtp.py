@@ -70,7 +70,7 @@ def ready() -> Iterator[None]:
     from gemma4_turbo.commands.small_moe import prepare_sglang
 
     prepare_sglang()
-    with mock.patch.object(gemma4_causal, "get_rope", lambda *args, **kwargs: None):
+    with mock.patch.object(gemma4_causal, "get_rope", return_value=None):
         yield
 
 

@@ -72,11 +72,9 @@ def scales_of(model: Any) -> list[tuple[float, float]]:
     backend = object.__new__(TritonAttnBackend)
     backend.use_mla = backend.use_pdl = False
     backend.max_kv_splits, backend.swa_v_head_dim = 8, 16
-    metadata = dict.fromkeys(
-        ("window_kv_indptr", "window_kv_indices", "kv_indptr", "kv_indices")
-        + ("attn_logits", "swa_attn_logits", "attn_lse", "num_kv_splits")
-    )
-    backend.forward_metadata = SimpleNamespace(**metadata)
+    names = ["window_kv_indptr", "window_kv_indices", "kv_indptr", "kv_indices", "attn_logits"]
+    names += ["swa_attn_logits", "attn_lse", "num_kv_splits"]
+    backend.forward_metadata = SimpleNamespace(**dict.fromkeys(names))
     # q, keys, values, output, two indices, logits, lse, splits twice, scaling, then the two
     backend.decode_attention_fwd = lambda *args, **kwargs: found.append(args[11:13])
     pool = SimpleNamespace(get_key_buffer=lambda i: None, get_value_buffer=lambda i: None)
