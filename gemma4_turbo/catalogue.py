@@ -427,6 +427,49 @@ CATALOGUE: tuple[Patch, ...] = (
         origin="sgl-project/sglang#26026",
         finds_defect=True,
     ),
+    Patch(
+        name="swa_window",
+        summary="Sliding layers attend to as many tokens as the model was trained with, not one more",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",),
+        relies_on=("sglang.srt.models.gemma4_causal:get_attention_sliding_window_size",),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1", "0.5.13", "0.5.13.post1"),
+        superseded_when=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "get_attention_sliding_window_size",
+        ),
+        superseded_since="0.5.14",
+        numerics=BEHAVIOUR,  # a fix, and the one that changes what stock computes
+        traced=False,
+        default=False,
+        origin="upstream sgl-project/sglang#26147",
+    ),
+    Patch(
+        name="trtllm_debug",
+        summary="Traps before the TRT-LLM attention kernel and behind the sliding-window allocator",
+        targets=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_decode",
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.trtllm_mha_backend"
+            ":TRTLLMHAAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc_extend",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc_decode",
+        ),
+        relies_on=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAMetadata",
+            "sglang.srt.layers.attention.trtllm_mha_backend"
+            ":TRTLLMHAAttnBackend._get_layer_page_table",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.__init__",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=None,
+        superseded_since="",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#3",
+        aliases=(Alias("SGLANG_TRTLLM_MHA_DEBUG", disables=False),),
+    ),
 )
 
 
