@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 BITWISE = "bitwise"  # stock's bits on every input it accepts
 TOLERANCE = "tolerance"  # bounded distance from stock; the bounds are in the kernel's docstring
-BEHAVIOUR = "behaviour"  # no arithmetic
+BEHAVIOUR = "behaviour"  # no arithmetic of its own: defaults, fixes, graphs
 
 
 class Alias(NamedTuple):
