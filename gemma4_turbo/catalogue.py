@@ -456,7 +456,7 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc_decode",
         ),
         relies_on=(
-            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAMetadata",
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMMHAMetadata",
             "sglang.srt.layers.attention.trtllm_mha_backend"
             ":TRTLLMHAAttnBackend._get_layer_page_table",
             "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.__init__",
