@@ -224,6 +224,9 @@ def main(
     breakdown: Annotated[
         int, typer.Option(help="Profile decoding at this batch size; 0: none")
     ] = 32,
+    update: Annotated[
+        bool, typer.Option(help="Also compare after a weight update in the running engines")
+    ] = False,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
@@ -287,6 +290,18 @@ def main(
             answers[engine.variant] = engine("tokens", count=equality, new=new_tokens, seed=99)[
                 "rows"
             ]
+        if update:
+            changed = {"size": geometry.GEOMETRIES[model].hidden, "layers": results.base["layers"]}
+            few = {"count": 16, "new": 16, "seed": 98}
+            answers[f"{engine.variant}, before"] = engine("tokens", **few)["rows"]
+            engine("update", suffix="pre_feedforward_layernorm.weight", seed=5, **changed)
+            answers[f"{engine.variant}, updated"] = engine("tokens", **few)["rows"]
+            if geometry.GEOMETRIES[model].experts and engine.variant == PATCHED:
+                # Stock keeps the product of the router's scale from its first call: no comparison.
+                for seed in (6, 7, 6):
+                    engine("update", suffix="router.scale", seed=seed, **changed)
+                    name = f"router {seed}" if f"router {seed}" not in answers else "router again"
+                    answers[name] = engine("tokens", **few)["rows"]
         if breakdown:
             profiles[engine.variant] = engine(
                 "profile", batch=breakdown, length=512, steps=8, seed=7
@@ -351,6 +366,17 @@ def show(
                 results.add(
                     f"{STOCK} vs {other}", name, found["sequences"], 0, found[name], "count"
                 )
+    for one, other in (
+        (f"{STOCK}, updated", f"{PATCHED}, updated"),
+        (f"{STOCK}, before", f"{STOCK}, updated"),
+        ("router 6", "router 7"),
+        ("router 6", "router again"),
+    ):
+        if one in answers and other in answers:
+            found = differences(answers[one], answers[other])
+            console.print(f"{one} against {other}: {found}")
+            for name in ("token_diffs", "logprob_diffs", "tokens", "logprobs"):
+                results.add(f"{one} vs {other}", name, found["sequences"], 0, found[name], "count")
     for stage in ("decode", "prefill"):
         for variant, profile in profiles.items():
             if stage not in profile:

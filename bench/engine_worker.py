@@ -86,6 +86,21 @@ class Worker:
             )
         return {"rows": rows}
 
+    def update(self, suffix: str, size: int, layers: int, seed: int) -> dict[str, Any]:
+        """Random numbers around one into ``model.layers.*.<suffix>`` of the running engine."""
+        import torch
+
+        generator = torch.Generator("cuda").manual_seed(seed)
+        named = [
+            (
+                f"model.layers.{layer}.{suffix}",
+                (torch.rand(size, generator=generator, device="cuda") + 0.5).bfloat16(),
+            )
+            for layer in range(layers)
+        ]
+        done = self.engine.update_weights_from_tensor(named)
+        return {"done": str(done)}
+
     def profile(self, batch: int, length: int, steps: int, seed: int) -> dict[str, Any]:
         """GPU kernels by stage: ``{stage: {"steps": n, "kernels": {name: [count, us]}}}``."""
         with tempfile.TemporaryDirectory() as folder:

@@ -32,6 +32,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.kernel_cases import CASES, Call, Case  # noqa: E402
+from bench.timing import Timer, readings  # noqa: E402
 from gemma4_turbo import report  # noqa: E402
 
 ALL, COPY = "all", "copy"
@@ -75,22 +76,8 @@ def kernel_us(call: Call, calls: int = 40) -> tuple[float, int]:
 
 def graph_us(call: Call, calls: int = 50, replays: int = 21) -> float:
     """Microseconds per call inside a replayed CUDA graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                call()
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return median(times[1:])
+    (us,) = readings([Timer(lambda _: call(), calls)], replays)
+    return us
 
 
 def copy_row() -> dict[str, Any]:

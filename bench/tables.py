@@ -16,7 +16,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.catalogue import BITWISE, by_name
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -134,14 +134,15 @@ def kernels() -> str:
 
 
 def chosen(patches: str) -> str:
-    """The patches of a run of ``bench/engine.py``, the shorter way."""
+    """The patches of a run of ``bench/engine.py``: how many `bitwise` ones, and the others by name."""
     names = patches.split("+")
-    missing = [f"`{patch.name}`" for patch in CATALOGUE if patch.name not in names]
-    if names == ["all"] or not missing:
+    if names == ["all"]:
         return "all"
-    if len(missing) < len(names):
-        return f"all but {', '.join(missing)}"
-    return ", ".join(f"`{name}`" for name in names)
+    others = [name for name in names if by_name(name).numerics != BITWISE]
+    bitwise = [name for name in names if name not in others]
+    if len(bitwise) < 4:
+        return ", ".join(f"`{name}`" for name in names)
+    return ", ".join([f"{len(bitwise)} `bitwise`", *(f"`{name}`" for name in others)])
 
 
 def change(stock: float, patched: float, digits: int) -> str:

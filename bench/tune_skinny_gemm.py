@@ -14,19 +14,21 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Annotated, Any, NamedTuple
 
-import pandas as pd
-import torch
-import typer
-from rich.console import Console
-from rich.progress import track
-
+# Scripts have their folder on the path, where kernels.py hides the package of that name.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_turbo import geometry, report
-from gemma4_turbo.kernels.skinny_gemm import (
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+
+from bench.timing import L2_BYTES, Call, Timer, readings  # noqa: E402
+from gemma4_turbo import geometry, report  # noqa: E402
+from gemma4_turbo.kernels.skinny_gemm import (  # noqa: E402
     Config,
     Epilogue,
     launch_skinny_gemm,
@@ -34,8 +36,7 @@ from gemma4_turbo.kernels.skinny_gemm import (
     tiles,
 )
 
-L2_BYTES = 160 * 2**20
-"""Weights read between two uses of the same one: three times the L2 cache of an H100 or H200."""
+REPLAYS = 7
 
 
 class Shape(NamedTuple):
@@ -92,26 +93,6 @@ def candidates(shape: Shape, rows: int, processors: int) -> list[Config]:
     return found
 
 
-def graph_us(call: Any, calls: int, replays: int = 7) -> float:
-    """Microseconds per call inside a replayed CUDA graph; ``call`` gets the call's number."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(0)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(calls):
-                call(i)
-    times = []
-    for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / calls)
-    return median(times[1:])
-
-
 def _compile(key: tuple[int, ...]) -> None:
     """Fill Triton's cache for one variant of the kernel, in a process of its own."""
     block_n, block_k, stages, warps, epilogue, split, rows = key
@@ -166,6 +147,12 @@ def main(
     best = frame.loc[frame.groupby(["role", "n", "k", "rows"]).us.idxmin()]
     columns = ["role", "n", "k", "rows", "cublas_us", "us", "ratio", "gbps", "config", "worst"]
     print(best[columns].sort_values(["n", "k", "rows"]).to_string(index=False))
+
+
+def graph_us(call: Call, calls: int) -> float:
+    """Microseconds per call inside a replayed CUDA graph."""
+    (us,) = readings([Timer(call, calls)], REPLAYS)
+    return us
 
 
 def tune(shape: Shape, counts: list[int], processors: int) -> list[dict[str, Any]]:

@@ -29,17 +29,20 @@ class Patch(NamedTuple):
     targets: tuple[str, ...]  # "module:qualname", replaced
     relies_on: tuple[str, ...]  # "module:qualname", not replaced, but its source must be known
     written_for: tuple[str, ...]  # releases whose source of all of these the patch was written for
-    # (target, name): stock has it if the target uses the name; None: no release has it
-    superseded_when: tuple[str, str] | None
-    superseded_since: str  # first release for which that holds, "" if none
     numerics: str
     traced: bool  # torch.compile may trace the replacement
     default: bool
-    origin: str
+    # (target, name): stock has it if the target uses the name; None: no release has it
+    superseded_when: tuple[str, str] | None = None
+    superseded_since: str = ""  # first release for which that holds, "" if none
+    origin: str = ""
     aliases: tuple[Alias, ...] = ()
     requires: tuple[str, ...] = ()  # patches that it stands on: off when one of them is
     # It mends a defect and looks for it by itself, whatever the release; no fingerprint decides.
     finds_defect: bool = False
+    # Modules of relies_on that SGLang imports only when it builds the model: not waited for, their
+    # source is read from disk.
+    lazy: tuple[str, ...] = ()
 
     @property
     def env(self) -> str:
@@ -53,8 +56,9 @@ class Patch(NamedTuple):
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that hold `sources`."""
-        return tuple(sorted({target.partition(":")[0] for target in self.sources}))
+        """The modules that hold `sources` and are waited for."""
+        holding = {target.partition(":")[0] for target in self.sources}
+        return tuple(sorted(holding - set(self.lazy)))
 
 
 # What the steps of a decoder layer's forward rely on, those of its end, and those of attention's.
@@ -73,6 +77,30 @@ _ATTENTION = (
     "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
     "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
     "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
+)
+
+# The vision encoder is the same from 0.5.11 on; its linear layers and backends change later.
+_VISION_RELEASES = (
+    "0.5.11",
+    "0.5.12",
+    "0.5.12.post1",
+    "0.5.13",
+    "0.5.13.post1",
+    "0.5.14",
+    "0.5.15",
+    "0.5.15.post1",
+    "0.5.16",
+    "0.5.17",
+    "0.5.18",
+    "0.5.19",
+    "0.5.20",
+    "0.5.21",
+    "0.5.22",
+    "0.5.23",
+)
+_VISION_BACKENDS = (
+    "sglang.srt.layers.attention.vision:VisionTritonAttention.forward",
+    "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward",
 )
 
 CATALOGUE: tuple[Patch, ...] = (
@@ -109,12 +137,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
     ),
     Patch(
         name="moe_align",
@@ -140,7 +165,6 @@ CATALOGUE: tuple[Patch, ...] = (
         # the same sees stock's function.
         traced=False,
         default=True,
-        origin="",
     ),
     Patch(
         name="layer_norms",
@@ -148,8 +172,6 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
@@ -178,8 +200,6 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
@@ -213,12 +233,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
         requires=("qkv_norm",),
     ),
     Patch(
@@ -227,8 +244,6 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=_ATTENTION,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         traced=True,
         default=True,
@@ -246,12 +261,9 @@ CATALOGUE: tuple[Patch, ...] = (
             *_TAIL,
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
     ),
     Patch(
         name="experts_sum",
@@ -267,12 +279,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.models.gemma4_causal:Gemma4MoE.forward",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
     ),
     Patch(
         name="mlp_stream",
@@ -280,12 +289,9 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=True,
-        origin="",
     ),
     Patch(
         name="skinny_gemm",
@@ -302,12 +308,9 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.layers.linear:RowParallelLinear.forward",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=TOLERANCE,
         traced=True,
         default=False,
-        origin="",
     ),
     Patch(
         name="pdl",
@@ -315,12 +318,233 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BITWISE,
         traced=True,
         default=False,
-        origin="",
+    ),
+    Patch(
+        name="extend_attention",
+        summary="Attention of prefill and verification for head sizes 256 and 512 on Hopper; window slots without host reads",
+        targets=(
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer_cuda_graph",
+        ),
+        relies_on=(
+            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_ops.extend_attention:extend_attention_fwd",
+            "sglang.srt.layers.attention.triton_ops.extend_attention:_fwd_kernel",
+            "sglang.srt.layers.attention.triton_ops.extend_attention"
+            ":_get_block_sizes_for_extend_attention",
+            "sglang.srt.layers.attention.utils:create_flashinfer_kv_indices_triton",
+            "sglang.srt.layers.radix_attention:RadixAttention.__init__",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.translate_loc_from_full_to_swa",
+            "sglang.srt.mem_cache.swa_memory_pool"
+            ":SWATokenToKVPoolAllocator.translate_loc_from_full_to_swa",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=TOLERANCE,
+        # torch.compile splits its graphs around attention; a trace that reaches it sees stock.
+        traced=False,
+        default=False,
+        origin="sgl-project/sglang#26588",
+        # It asks for the GPU's capability while it is imported: not before the device is chosen.
+        lazy=("sglang.srt.layers.attention.triton_ops.extend_attention",),
+    ),
+    Patch(
+        name="vision_batch",
+        summary="Images and video frames go through the vision encoder in batches",
+        targets=(
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_image_feature",
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_video_feature",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_mm:Gemma4MultimodalEmbedder",
+            "sglang.srt.models.gemma4_vision:Gemma4VisionEncoder.forward",
+            "sglang.srt.models.gemma4_vision:Gemma4VisionTransformer.forward",
+            "sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",
+        ),
+        written_for=_VISION_RELEASES,
+        numerics=TOLERANCE,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#18; upstream sgl-project/sglang#26606 (open)",
+    ),
+    Patch(
+        name="vision_positions",
+        summary="Rows of the vision encoder's position table are looked up, not multiplied out",
+        targets=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",),
+        relies_on=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder.__init__",),
+        written_for=_VISION_RELEASES,
+        numerics=BITWISE,
+        traced=False,
+        default=False,
+    ),
+    Patch(
+        name="vision_clamps",
+        summary="Activations of the vision and audio encoders are not clamped to infinite bounds",
+        targets=(
+            "sglang.srt.layers.clippable_linear:ClippableRowParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableColumnParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableQKVParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableGateUpParallelLinear.forward",
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.load_weights",
+        ),
+        relies_on=(),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BITWISE,
+        traced=False,
+        default=False,
+    ),
+    Patch(
+        name="vision_masks",
+        summary="No attention mask in the vision encoder where the attention does not read it",
+        targets=("sglang.srt.models.gemma4_vision:Gemma4VisionAttention.forward",),
+        relies_on=(
+            *_VISION_BACKENDS,
+            "sglang.srt.layers.attention.vision:VisionFlash4Attention.forward",
+        ),
+        written_for=_VISION_RELEASES[:8],
+        numerics=BITWISE,
+        traced=False,
+        default=False,
+    ),
+    Patch(
+        name="vision_syncs",
+        summary="The vision encoder's layers do not wait for the GPU to learn a length they know",
+        targets=_VISION_BACKENDS,
+        relies_on=("sglang.srt.layers.attention.vision:resolve_seqlens",),
+        written_for=_VISION_RELEASES[:8],
+        numerics=BITWISE,
+        traced=False,
+        default=False,
+    ),
+    Patch(
+        name="vision_rope",
+        summary="Rotary embedding of the vision encoder in one launch for Q and one for K",
+        targets=("sglang.srt.models.gemma4_vision:_apply_multidimensional_rope",),
+        relies_on=(
+            "sglang.srt.models.gemma4_vision:_apply_rotary",
+            "sglang.srt.models.gemma4_vision:_rotate_half",
+        ),
+        written_for=_VISION_RELEASES,
+        numerics=BITWISE,
+        traced=False,
+        default=False,
+    ),
+    Patch(
+        name="optional_kv",
+        summary="Layers that share KV (E2B, E4B) run under piecewise CUDA graphs",
+        targets=("sglang.srt.layers.radix_attention:RadixAttention.forward",),
+        relies_on=("sglang.srt.layers.radix_attention:unified_attention_with_output",),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
+        # Its operator took more arguments, and optional key and value, in one release.
+        superseded_when=(
+            "sglang.srt.layers.radix_attention:unified_attention_with_output",
+            "topk_indices",
+        ),
+        superseded_since="0.5.13",
+        numerics=BEHAVIOUR,
+        traced=True,
+        default=False,
+        origin="pyc96/sglang#18; upstream sgl-project/sglang#26515",
+    ),
+    Patch(
+        name="yoco",
+        summary="Prefill gives layers that share KV (E2B, E4B) only the rows whose logits are wanted",
+        targets=(
+            "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
+            "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        ),
+        relies_on=(
+            *_LAYER,
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
+            "sglang.srt.layers.radix_attention:RadixAttention.forward",
+            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=TOLERANCE,
+        traced=True,
+        default=False,
+        origin="pyc96/sglang#18; upstream sgl-project/sglang#27183 (open)",
+        aliases=(Alias("SGLANG_GEMMA4_YOCO", disables=False),),
+    ),
+    Patch(
+        name="shared_kv_pool",
+        summary="No KV memory for layers that share another layer's (E2B, E4B)",
+        targets=("sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.model_executor.pool_configurator"
+            ":HybridSWAPoolConfigurator._solve_pool_sizes",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.__init__",
+            "sglang.srt.model_executor.model_runner:ModelRunner.adjust_hybrid_swa_layers_for_pp",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+    ),
+    Patch(
+        name="swa_ratio",
+        summary="Default swa_full_tokens_ratio of 0.15 for the MoE models; a given one stays",
+        targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
+        relies_on=(
+            "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#2, #18",
+    ),
+    Patch(
+        name="decode_attention",
+        summary="Decode attention with the window's own splits, for heads of 256 and 512 (Hopper)",
+        targets=("sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",),
+        relies_on=(
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.__init__",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_capture_cuda_graph",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer_cuda_graph",
+            "sglang.srt.layers.attention.triton_ops.decode_attention:decode_attention_fwd",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=TOLERANCE,
+        # A trace sees stock's function.
+        traced=False,
+        default=False,
+    ),
+    Patch(
+        name="moe_configs",
+        summary="Block sizes of the fused experts' kernel, tuned for Gemma 4's experts on this GPU",
+        targets=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
+        ),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":try_get_optimal_moe_config",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":get_config_file_name",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels"
+            ":fused_moe_kernel",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=TOLERANCE,
+        # It is called inside SGLang's opaque fused-experts operators; a trace sees stock's function.
+        traced=False,
+        default=False,
+        origin="sgl-project/sglang#26588",
     ),
     Patch(
         name="mtp_merge_batch",
@@ -389,8 +613,6 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BEHAVIOUR,
         traced=False,
         default=True,
@@ -405,8 +627,6 @@ CATALOGUE: tuple[Patch, ...] = (
         ),
         relies_on=("sglang.srt.models.gemma4_causal:Gemma4ForCausalLM.load_weights",),
         written_for=(),  # no release has the defects, a development tree between two had them
-        superseded_when=None,
-        superseded_since="",
         numerics=BEHAVIOUR,
         traced=False,
         default=True,
@@ -419,8 +639,6 @@ CATALOGUE: tuple[Patch, ...] = (
         targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
         relies_on=(),
         written_for=(),  # as for mtp_launch
-        superseded_when=None,
-        superseded_since="",
         numerics=BEHAVIOUR,
         traced=False,
         default=True,
@@ -462,8 +680,6 @@ CATALOGUE: tuple[Patch, ...] = (
             "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.__init__",
         ),
         written_for=("0.5.12", "0.5.12.post1"),
-        superseded_when=None,
-        superseded_since="",
         numerics=BEHAVIOUR,
         traced=False,
         default=False,

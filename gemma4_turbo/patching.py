@@ -239,7 +239,7 @@ class Engine:
 
         done: list[Swap] = []
         try:
-            verdict = fingerprints.judge(patch, installed_release(), _source)
+            verdict = fingerprints.judge(patch, installed_release(), _imported_source)
             if verdict.state != states.ACTIVE:
                 run.set(verdict.state, verdict.reason)
                 return
@@ -443,22 +443,20 @@ def _patch_module(patch: Patch) -> PatchModule:
 
 
 def _imported_source(module: str) -> str | None:
-    """Source of an imported module, from the very file that it was loaded from."""
+    """Source of an imported module, from the very file that it was loaded from.
+
+    Of one that is not imported yet: from the file that it would be loaded from.
+    """
     loaded = sys.modules.get(module)
+    if loaded is None:
+        from gemma4_turbo import fingerprints
+
+        return fingerprints.installed_source(module)
     path = getattr(loaded, "__file__", None)
     if not path:
         return None
     with open(path, encoding="utf-8") as file:
         return file.read()
-
-
-def _source(module: str) -> str | None:
-    """As `_imported_source`; a module that nothing has imported yet, as it is installed."""
-    if module in sys.modules:
-        return _imported_source(module)
-    from gemma4_turbo import fingerprints
-
-    return fingerprints.installed_source(module)
 
 
 def _wrappers(node: Any) -> int:

@@ -24,6 +24,9 @@ QKV_PROJ = Step()
 NORM_ROWS = 256
 """Above this many tokens one program per token, as stock has it, is as fast."""
 
+ROPE_ROWS, ROPE_WIDTH = 1024, 3072
+"""With more tokens of no more numbers in Q, K and V, stock's two launches are faster than our one."""
+
 _ops: dict[str, Any] = {}
 
 
@@ -254,6 +257,10 @@ def _rope(self: Any, plan: Plan, positions: torch.Tensor, q: Any, k: Any, v: Any
     reason = kernel.decline_reason(
         q, k, v, self.q_norm.weight.data, self.k_norm.weight.data, self.head_dim, rope
     )
+    if reason is None and q.shape[0] > ROPE_ROWS and not torch.compiler.is_compiling():
+        heads = q.shape[1] + (0 if k is None else 2 * k.shape[1])
+        if heads <= ROPE_WIDTH and k is not None:
+            reason = f"more than {ROPE_ROWS} tokens of no more than {ROPE_WIDTH} numbers"
     if ROPE_STORE.may_run(
         plan, "rope_store", reason, lambda: _compare_rope(self, plan, positions, q)
     ):

@@ -20,7 +20,7 @@ from gemma4_turbo.forwards.steps import (
     norm_reason,
     samples,
 )
-from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail
+from gemma4_turbo.kernels import layer_norms, layer_tail, norms, pdl, ple_tail
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
 
@@ -116,7 +116,10 @@ def forward(
     if plan is None:
         plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
     if PDL.run is not None and not torch.compiler.is_compiling():
-        PDL.run.engaged(capturing())
+        if pdl.supported(hidden_states.device):
+            PDL.run.engaged(capturing())
+        else:
+            PDL.run.declined("needs a GPU of compute capability 9.0 or later")
     normed = kwargs.get("normed")
     following = kwargs.get("following")
     residual = hidden_states

@@ -31,11 +31,13 @@ class Plan(steps.Plan):
     """What one linear layer allows, looked at once."""
 
     def __init__(self, module: Any, epilogue: Epilogue) -> None:
-        weight = module.weight
-        key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
-        super().__init__(key, None)
         self.skinny_gemm: str | None = _module_reason(module) or UNPROVEN
-        self.config = kernel.choose(weight.shape, epilogue, _processors(weight.device))
+        key: tuple[Any, ...] = ()
+        if self.skinny_gemm is UNPROVEN:  # a quantised layer may have no weight at all
+            weight = module.weight
+            key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
+            self.config = kernel.choose(weight.shape, epilogue, _processors(weight.device))
+        super().__init__(key, None)
         # Zeros that a launch leaves as zeros; one of its own for each layer, as layers of two
         # streams may run at the same time. Never made while a CUDA graph is captured.
         self.arrived: torch.Tensor | None = None
@@ -95,6 +97,9 @@ def _run(
     plan = module.__dict__.get("_gemma4_turbo_plan")
     if plan is None:
         plan = module.__dict__["_gemma4_turbo_plan"] = Plan(module, epilogue)
+    if plan.skinny_gemm is not None and plan.skinny_gemm is not UNPROVEN:
+        SKINNY_GEMM.run.declined(plan.skinny_gemm)
+        return None
     weight = module.weight
     reason = kernel.decline_reason(x, weight, epilogue, extra)
     if plan.arrived is None and not capturing():

@@ -1,4 +1,8 @@
-"""``Gemma4TextModel.forward``: the same loop, handing each layer the norm that reads its result."""
+"""``Gemma4TextModel.forward``: the same loop, in steps that patches can take over one by one.
+
+Each layer is handed the norm that reads its result; before the layers that share KV the rows may be
+cut (`gemma4_turbo.forwards.fast_prefill`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from typing import Any, Optional
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+from gemma4_turbo.forwards import fast_prefill
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward"
 
@@ -31,7 +37,18 @@ def forward(
     residual = normed = None
     captured = []
     count = len(self.layers)
+    cut = fast_prefill.cut(self, forward_batch, positions, kwargs)
+    tail = None
     for index in range(count):
+        if cut is not None and index == cut.first:
+            if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
+                return torch.zeros_like(hidden_states)
+            tail = fast_prefill.tail(
+                cut, forward_batch, positions, hidden_states, normed, per_layer_inputs
+            )
+            positions, hidden_states, normed = tail.positions, tail.hidden_states, tail.normed
+            per_layer_inputs, forward_batch = tail.per_layer_inputs, tail.batch
+            residual = None if residual is None else residual[tail.rows]
         layer = self.layers[index]
         if index in self.layers_to_capture:
             captured.append(hidden_states)
@@ -57,6 +74,8 @@ def forward(
         hidden_states = normed
     else:
         hidden_states = self.norm(hidden_states)
+    if cut is not None and tail is not None:
+        hidden_states = fast_prefill.restore(cut, tail, hidden_states)
     if not captured:
         return hidden_states
     return hidden_states, captured

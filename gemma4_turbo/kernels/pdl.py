@@ -32,6 +32,15 @@ def launch_dependents(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@triton.jit
+def prefetch(address):
+    """Fetch the cache lines of these addresses into the L2 cache: work for the time before `wait`."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 def options(like: torch.Tensor) -> dict[str, Any]:
     """Launch options for a kernel that takes ``PDL``."""
     if not (wanted and supported(like.device)):

@@ -25,6 +25,7 @@ import triton.language as tl
 
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.gelu import gelu_tanh
+from gemma4_turbo.kernels.interpreted import dot
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 
@@ -49,22 +50,6 @@ class Config(NamedTuple):
 MAX_ROWS = 64
 PREFETCH_BLOCKS = 8
 DTYPES = (torch.bfloat16, torch.float16)
-
-
-@triton.jit
-def _prefetch(address):
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address.to(tl.int64)],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _dot(w, x, sums, PTX: tl.constexpr):
-    if PTX:
-        return tl.dot(w, x, sums)
-    else:  # Triton's interpreter takes the bits of bf16 for integers
-        return tl.dot(w.to(tl.float32), x.to(tl.float32), sums)
 
 
 @triton.jit
@@ -125,9 +110,9 @@ def _skinny_gemm_kernel(
         line = tl.arange(0, BLOCK_K // 64) * 64
         lines = weight_ptr + row[:, None] * stride_weight + first * BLOCK_K + line[None, :]
         for _ in range(0, tl.minimum(PREFETCH, last - first)):
-            _prefetch(lines)
+            pdl.prefetch(lines)
             if EPILOGUE == 1:
-                _prefetch(lines + N.to(tl.int64) * stride_weight)
+                pdl.prefetch(lines + N.to(tl.int64) * stride_weight)
             lines += BLOCK_K
         pdl.wait(PDL)
     sums = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -135,10 +120,10 @@ def _skinny_gemm_kernel(
     for _ in range(first, last):
         x = tl.load(x_ptr, mask=m[None, :] < M, other=0.0)
         w = tl.load(w_ptr)
-        sums = _dot(w, x, sums, PTX)
+        sums = dot(w, x, sums, PTX)
         if EPILOGUE == 1:
             w = tl.load(w_ptr + N.to(tl.int64) * stride_weight)
-            others = _dot(w, x, others, PTX)
+            others = dot(w, x, others, PTX)
         w_ptr += BLOCK_K
         x_ptr += BLOCK_K
 
@@ -185,6 +170,8 @@ def decline_reason(
     """Why `skinny_gemm` does not take these arguments, or None. Host checks only."""
     if weight.dim() != 2 or weight.stride(1) != 1 or weight.dtype not in DTYPES:
         return f"weight must be [N, K] bf16 or fp16 with contiguous rows, got {tuple(weight.shape)} {weight.dtype}"
+    if weight.shape[1] % 64 or weight.shape[0] % 16:
+        return f"weight must be [multiple of 16, multiple of 64], got {tuple(weight.shape)}"
     if x.dim() != 2 or x.stride(1) != 1 or x.shape[1] != weight.shape[1]:
         return f"x must be [M, {weight.shape[1]}] with contiguous rows, got {tuple(x.shape)}"
     if x.dtype != weight.dtype or x.device != weight.device:
@@ -193,8 +180,6 @@ def decline_reason(
         return f"x must be on a CUDA device, got {x.device}"
     if x.shape[0] > MAX_ROWS:
         return f"x must have at most {MAX_ROWS} rows, got {x.shape[0]}"
-    if weight.shape[1] % 64 or weight.shape[0] % 16:
-        return f"weight must be [multiple of 16, multiple of 64], got {tuple(weight.shape)}"
     if x.stride(0) % 8 or weight.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
         return "x and weight must be aligned to 16 bytes"
     if (extra is None) != (epilogue != Epilogue.GELU_TIMES):

@@ -27,14 +27,12 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels.norms import rsqrt_approx
+from gemma4_turbo.kernels.interpreted import to_float
+from gemma4_turbo.kernels.norms import MIN_EPS, flushed, mul, rsqrt_approx
 from gemma4_turbo.kernels.rounding import round_to
 
 WIDTH = 256
 """D, the width of one layer's input."""
-
-MIN_EPS = 1e-12
-"""Above it no subnormal reaches the square root, so that flushing them in the sum changes nothing."""
 
 DTYPES = (torch.bfloat16, torch.float16)
 RMSNormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
@@ -67,15 +65,6 @@ class Placeholders(NamedTuple):
 
 
 @triton.jit
-def _float(x, PTX: tl.constexpr):
-    # Triton's interpreter widens subnormal bf16 numbers wrongly: shift the bits there.
-    if PTX or x.dtype != tl.bfloat16:
-        return x.to(tl.float32)
-    else:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def _gather_kernel(
     input_ids_ptr,
     weight_ptr,
@@ -101,7 +90,7 @@ def _gather_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     row = tl.load(weight_ptr + token_id * width + column, mask=inside, other=0.0)
-    scaled = round_to(_float(row, PTX) * embed_scale, row.dtype, PTX)
+    scaled = round_to(to_float(row, PTX) * embed_scale, row.dtype, PTX)
     tl.store(out_ptr + token * width + column, scaled, mask=inside)
 
 
@@ -232,23 +221,6 @@ def _sum_of_squares(x, ROWS: tl.constexpr, ASCENDING: tl.constexpr):
 
 
 @triton.jit
-def _flushed(x):
-    return tl.where(tl.abs(x) < 1.1754943508222875e-38, x * 0.0, x)
-
-
-@triton.jit
-def _mul(a, b, FLUSH: tl.constexpr, PTX: tl.constexpr):
-    if FLUSH and PTX:
-        return tl.inline_asm_elementwise(
-            "mul.rn.ftz.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
-        )
-    elif FLUSH:
-        return _flushed(_flushed(a) * _flushed(b))
-    else:
-        return a * b
-
-
-@triton.jit
 def _project_kernel(
     projection_ptr,
     projection_scale_ptr,
@@ -272,24 +244,25 @@ def _project_kernel(
 
     x = tl.load(projection_ptr + offset, mask=inside, other=0.0)
     dtype: tl.constexpr = x.dtype
-    projection_scale = _float(tl.load(projection_scale_ptr), PTX)
-    x = _float(round_to(_float(x, PTX) * projection_scale, dtype, PTX), PTX)
+    projection_scale = to_float(tl.load(projection_scale_ptr), PTX)
+    x = to_float(round_to(to_float(x, PTX) * projection_scale, dtype, PTX), PTX)
 
     # Both the product and the quotient by 256 are exact: see the module's docstring.
     # All of stock's kernels use this root, on every architecture.
     rstd = rsqrt_approx(_sum_of_squares(x, ROWS, ASCENDING) * 0.00390625 + eps, PTX)
-    weight = _float(tl.load(weight_ptr + column), PTX)[None, :, :]
+    weight = to_float(tl.load(weight_ptr + column), PTX)[None, :, :]
     if FLUSH:
-        weight = _flushed(weight)
+        weight = flushed(weight)
     weight += 0.0  # stock's bias, which turns -0 into +0
-    y = _mul(_mul(x, rstd, FLUSH, PTX), weight, FLUSH, PTX)
+    KIND: tl.constexpr = 0 if FLUSH else 2  # of `norms.Kind`: all that its products differ in
+    y = mul(mul(x, rstd, KIND, PTX), weight, KIND, PTX)
     y = round_to(y, dtype, PTX)
 
     if HAS_INPUTS:
-        inputs = _float(tl.load(per_layer_inputs_ptr + offset, mask=inside, other=0.0), PTX)
-        input_scale = _float(tl.load(input_scale_ptr), PTX)
-        y = round_to(_float(y, PTX) + inputs, dtype, PTX)
-        y = round_to(_float(y, PTX) * input_scale, dtype, PTX)
+        inputs = to_float(tl.load(per_layer_inputs_ptr + offset, mask=inside, other=0.0), PTX)
+        input_scale = to_float(tl.load(input_scale_ptr), PTX)
+        y = round_to(to_float(y, PTX) + inputs, dtype, PTX)
+        y = round_to(to_float(y, PTX) * input_scale, dtype, PTX)
     tl.store(out_ptr + offset, y, mask=inside)
 
 

@@ -19,6 +19,7 @@ import torch
 
 from gemma4_turbo import states
 from gemma4_turbo.checks import Check
+from gemma4_turbo.forwards import extend
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 CONFIGURE = "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype"
 BIND = "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context"
 FINISH = "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.process_weights_after_loading"
-EXTEND = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend"
 
 
 class Scales(NamedTuple):
@@ -85,7 +85,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         CONFIGURE: _configure(run, stock[CONFIGURE]),
         BIND: _bind(run, stock[BIND]),
         FINISH: _finish(run, stock[FINISH]),
-        EXTEND: _extend(run, stock[EXTEND]),
+        **extend.enable(run.patch.name, functools.partial(_extend, run), stock[extend.TARGET]),
     }
 
 
@@ -122,8 +122,8 @@ def _finish(run: PatchRun, finish: Any) -> Any:
     return process_weights_after_loading
 
 
-def _extend(run: PatchRun, extend: Any) -> Any:
-    @functools.wraps(extend)
+def _extend(run: PatchRun, forward: Any) -> Any:
+    @functools.wraps(forward)
     def forward_extend(
         self: Any,
         q: Any,
@@ -137,7 +137,7 @@ def _extend(run: PatchRun, extend: Any) -> Any:
         if k is None and v is None and layer in _scaled:
             k, v = new_keys_and_values(layer, forward_batch, q.dtype)
             save_kv_cache = False
-        return extend(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
+        return forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
 
     return forward_extend
 
@@ -225,6 +225,7 @@ def new_keys_and_values(
 
 def undo(run: PatchRun) -> None:
     """Give every live reader back what stock had left there."""
+    extend.disable(run.patch.name)
     for reader, (_, stock) in list(_links.items()):
         if reader in _scaled:
             stock.write_to(reader)

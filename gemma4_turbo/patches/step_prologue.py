@@ -22,6 +22,8 @@ import torch
 
 from gemma4_turbo import custom_ops, states
 from gemma4_turbo.checks import Check
+from gemma4_turbo.forwards import norm_kinds
+from gemma4_turbo.forwards.norm_kinds import different_bits, odd_rows
 from gemma4_turbo.kernels import step_prologue as kernel
 
 if TYPE_CHECKING:
@@ -349,15 +351,11 @@ def _failure(kind: kernel.RMSNormKind | str | None) -> str | None:
 
 def _rms_norm() -> kernel.RMSNormFunction:
     """What RMSNorm.forward_cuda calls."""
-    module: Any = sys.modules["sglang.srt.layers.layernorm"]
-    return module.rmsnorm  # type: ignore[no-any-return]
+    return norm_kinds.eager_functions().rmsnorm
 
 
-def _traced_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """What it comes to when Dynamo traces it."""
-    out = torch.empty_like(x)
-    torch.ops.sgl_kernel.rmsnorm.default(out, x, weight, eps, False)
-    return out
+_traced_rms_norm = norm_kinds.traced_functions().rmsnorm
+"""What it comes to when Dynamo traces it."""
 
 
 @torch.no_grad()
@@ -378,7 +376,7 @@ def find_kind(
     ids, table = gather_inputs(generator, like.dtype)
     gathered = [f(ids, table, 16.0, 40) for f in (kernel.launch_gather, kernel.reference_gather)]
     failure = ""
-    if differing(*gathered) == 0:
+    if different_bits(*gathered) == 0:
         left = list(kernel.RMS_NORMS.values())
         for i in range(rounds):
             arguments = project_inputs(generator, like.dtype, 512, 16)
@@ -386,7 +384,7 @@ def find_kind(
                 arguments = (*arguments[:4], None, None)
             expected = kernel.reference_project(rms_norm, *arguments)
             for kind in list(left):
-                count = differing(kernel.launch_project(*arguments, kind), expected)
+                count = different_bits(kernel.launch_project(*arguments, kind), expected)
                 if count:
                     left.remove(kind)
                     failure = f"{count} of {expected.numel()} numbers"
@@ -396,11 +394,6 @@ def find_kind(
         f"self-check: {failure or 'embeddings'} of {like.dtype} differ from stock on "
         f"{torch.cuda.get_device_name(like.device)} with torch {torch.__version__}"
     )
-
-
-def differing(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many elements differ in a bit, two NaN counting as equal."""
-    return int(((a.view(torch.int16) != b.view(torch.int16)) & ~(a.isnan() & b.isnan())).sum())
 
 
 def gather_inputs(
@@ -434,21 +427,6 @@ def project_inputs(
         inputs.to(dtype),
         torch.tensor(0.5**0.5, device=generator.device).to(dtype),
     )
-
-
-def odd_rows(rows: torch.Tensor) -> torch.Tensor:
-    """``rows``, of which the first ten became zero, subnormal, huge, infinite or not a number."""
-    rows[0] = 0.0
-    rows[1] *= -0.0
-    rows[2] *= 1e-39
-    rows[3] *= 1e-36
-    rows[4] *= 1e18
-    rows[5] *= 1e38
-    rows[6, 3] = float("inf")
-    rows[7, 4] = float("-inf")
-    rows[8, 5] = float("nan")
-    rows[9, ::2] *= 1e-38
-    return rows
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:
@@ -515,6 +493,6 @@ def _stock(run: PatchRun, target: str) -> Function:
 
 
 def _check(what: str, against: str, got: torch.Tensor, expected: torch.Tensor) -> Check:
-    count = differing(got, expected)
+    count = different_bits(got, expected)
     inputs = f"{what}, {str(got.dtype).removeprefix('torch.')}, odd rows among them"
     return Check(NAME, inputs, against, got.numel(), count, "not one bit", count == 0)

@@ -68,6 +68,18 @@ def patched_sglang(
     os.environ.update(kept)
 
 
+@contextlib.contextmanager
+def only_patch(name: str) -> Iterator[patching.PatchRun]:
+    """This patch on and no other, none of its calls declined so far; reverted at the end."""
+    patching.ENGINE.apply(only=[name])
+    run = patching.ENGINE.runs[name]
+    assert run.state == states.ACTIVE, run.reason
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_decline_reason", "")
+        yield run
+        patching.ENGINE.revert()
+
+
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """For subprocesses: this environment without anything that speaks to the package."""

@@ -176,6 +176,16 @@ def test_skinny_gemm_takes_the_gate_of_the_per_layer_input():
     assert difference < 0.06, float(difference)
 
 
+def test_dependent_launch_is_declined_off_hopper():
+    """Reported, not silently without effect; the layers run as without it."""
+    ENGINE.apply(only=["pdl", "qkv_norm"])
+    model = build("dense")
+    before = ENGINE.runs["pdl"].counters.engaged
+    run(model)
+    assert ENGINE.runs["pdl"].counters.engaged == before
+    assert "compute capability 9.0" in ENGINE.runs["pdl"].full_reason()
+
+
 def test_without_any_step_the_shared_forwards_make_stock_calls_only():
     """One step alone is on and declines: the output is stock's, bit for bit."""
     ENGINE.revert()

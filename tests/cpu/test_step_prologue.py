@@ -16,7 +16,7 @@ from gemma4_turbo import states
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.patches import step_prologue as patch
 from gemma4_turbo.patching import ENGINE
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import only_patch, patched_sglang
 
 LAYERS, HIDDEN, VOCAB, PLE_VOCAB = 2, 128, 50, 40
 IMAGE, VIDEO, AUDIO, PAD = 45, 46, 7, 3
@@ -36,12 +36,8 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def patched() -> Iterator[None]:
     """Each test starts with this patch on, and no other."""
-    ENGINE.apply(only=["step_prologue"])
-    run = ENGINE.runs["step_prologue"]
-    assert run.state == states.ACTIVE, run.reason
-    with torch.no_grad():
+    with only_patch("step_prologue"), torch.no_grad():
         yield
-    ENGINE.revert()
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -64,7 +60,7 @@ def test_gather_is_the_reference(dtype, tokens, id_dtype):
     ids = torch.tensor([39, -1, 2, 40, 8, 2**31 - 1, 6])[:tokens].to(id_dtype)
     got = kernel.gather_per_layer(ids, table, 16.0, 40)
     assert got.shape == (tokens, 1280)
-    assert patch.differing(got, kernel.reference_gather(ids, table, 16.0, 40)) == 0
+    assert patch.different_bits(got, kernel.reference_gather(ids, table, 16.0, 40)) == 0
 
 
 def test_gather_replaces_placeholders_and_follows_strides():
@@ -73,9 +69,9 @@ def test_gather_replaces_placeholders_and_follows_strides():
     placeholders = kernel.Placeholders(IMAGE, VIDEO, AUDIO, PAD)
     got = kernel.gather_per_layer(ids, table, 16.0, 40, placeholders)
     expected = kernel.gather_per_layer(torch.tensor([PAD, PAD, PAD, 5]), table, 16.0, 40)
-    assert patch.differing(got, expected) == 0
+    assert patch.different_bits(got, expected) == 0
     reference = kernel.reference_gather(ids, table, 16.0, 40, placeholders)
-    assert patch.differing(got, reference) == 0
+    assert patch.different_bits(got, reference) == 0
 
 
 @KINDS
@@ -89,7 +85,7 @@ def test_projection_is_the_reference(dtype, kind, tokens, layers):
     for given in (arguments, arguments[:4]):
         got = kernel.project_per_layer(*given, kind=kind)
         assert got.shape == (tokens, layers, 256)
-        assert patch.differing(got, kernel.reference_project(rms_norm, *given)) == 0
+        assert patch.different_bits(got, kernel.reference_project(rms_norm, *given)) == 0
 
 
 def test_the_order_of_the_sum_is_seen():
@@ -414,9 +410,9 @@ def test_traced_calls_keep_stocks_numbers_where_ours_are_not(monkeypatch: pytest
     monkeypatch.setattr(kernel, "launch_project", None)
     monkeypatch.setattr(kernel, "launch_gather", None)
     expected = kernel.reference_project(rms_norm, *arguments)
-    assert patch.differing(patch._traced_project(*arguments), expected) == 0
+    assert patch.different_bits(patch._traced_project(*arguments), expected) == 0
     expected = kernel.reference_gather(ids, table, 16.0, 40)
-    assert patch.differing(patch._traced_gather(ids, table, 16.0, 40), expected) == 0
+    assert patch.different_bits(patch._traced_gather(ids, table, 16.0, 40), expected) == 0
 
 
 # -- which RMSNorm stock runs ----------------------------------------------------------------------------

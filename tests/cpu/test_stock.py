@@ -17,9 +17,10 @@ from gemma4_turbo.catalogue import CATALOGUE
 from tests.cpu.conftest import REPOSITORY, state_by_default
 
 MODULE = "sglang.srt.models.gemma4_causal"
-BY_DEFAULT = {patch.name: state_by_default(patch) for patch in CATALOGUE}
-REPLACED = {  # by the patches that are active when no switch is set
-    target for patch in CATALOGUE if BY_DEFAULT[patch.name] == "active" for target in patch.targets
+OPTIONAL = {patch.env: "1" for patch in CATALOGUE if not patch.default}
+SWITCHED_ON = {patch.name: state_by_default(patch._replace(default=True)) for patch in CATALOGUE}
+REPLACED = {  # by the patches that are active when every one is switched on
+    target for patch in CATALOGUE if SWITCHED_ON[patch.name] == "active" for target in patch.targets
 }
 
 LOOK = f"""
@@ -42,11 +43,11 @@ def look():
         for scope in scopes:
             owner = vars(owner)[scope]
         value = vars(owner)[name]
-        files = [value.__code__.co_filename]
-        inner = value
-        while hasattr(inner, "__wrapped__"):  # some of stock's are decorated
-            inner = inner.__wrapped__
-            files.append(inner.__code__.co_filename)
+        files, inner = [], getattr(value, "__func__", value)
+        while inner is not None:  # some of stock's are decorated, one with functools.lru_cache
+            if hasattr(inner, "__code__"):
+                files.append(inner.__code__.co_filename)
+            inner = getattr(inner, "__wrapped__", None)
         ours = any("/gemma4_turbo/" in file for file in files)
         assert ours or module.__file__ in files, (target, files)
         targets[target] = [id(value), ours]
@@ -87,6 +88,7 @@ if __name__ == "__main__":
     gemma4_turbo.revert()
     for patch in CATALOGUE:
         del os.environ[patch.env]
+    os.environ.update({OPTIONAL!r})
     found["applied after the import"] = (gemma4_turbo.apply(), look())[1]
     found["applied twice"] = (gemma4_turbo.apply(), look())[1]
     context = multiprocessing.get_context("spawn")
@@ -129,6 +131,7 @@ def found(
     folder: Path = tmp_path_factory.mktemp("stock")
     common = environment | {"GEMMA4_TURBO_STATE_DIR": str(folder / "state")}
     site = common | {
+        **OPTIONAL,
         "PYTHONPATH": f"{REPOSITORY / 'sitecustomize_example'}:{REPOSITORY}",
         "SGLANG_PLUGINS": "another_plugin",  # so that only sitecustomize can have done it
         "GEMMA4_TURBO_STATE_DIR": str(folder / "site state"),
@@ -167,7 +170,7 @@ def test_active(found: dict[str, dict[str, Any]], moment: str) -> None:
     assert found[moment]["reason"] == "installed"
     assert found[moment]["ours"]
     assert not found[moment]["stock"]
-    assert {name: state for name, (state, _) in found[moment]["states"].items()} == BY_DEFAULT
+    assert {name: state for name, (state, _) in found[moment]["states"].items()} == SWITCHED_ON
     replaced = {target for target, (_, ours) in found[moment]["targets"].items() if ours}
     assert replaced == REPLACED
 
@@ -216,7 +219,7 @@ def test_one_switched_off_leaves_the_others_on(found: dict[str, dict[str, Any]])
     """After the import, the router alone."""
     states = found["switched off after the import"]["states"]
     assert states["router"] == ["off", "GEMMA4_TURBO_ROUTER=0"]
-    assert {name: state for name, (state, _) in states.items()} == BY_DEFAULT | {"router": "off"}
+    assert {name: state for name, (state, _) in states.items()} == SWITCHED_ON | {"router": "off"}
 
 
 def test_apply_before_the_import(found: dict[str, dict[str, Any]]) -> None:

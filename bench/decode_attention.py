@@ -1,0 +1,351 @@
+"""`gemma4_turbo.kernels.decode_attention` against stock's two kernels, and the best cut per shape.
+
+    python bench/decode_attention.py                                  # every model, kernel against stock
+    python bench/decode_attention.py --tune --shapes 26b-a4b/sliding --batches 8,32 --lengths 512
+
+Every shape is timed in a CUDA graph over so many copies of the KV cache that none stays in the L2 cache.
+Sliding layers see their window, as the backend gives it to them; stock's number of splits comes from
+the whole sequence, also as there. Writes a CSV with one row per measurement and prints a table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+# Scripts have their folder on the path, and transformers looks for a package called kernels.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+
+from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
+from gemma4_turbo import geometry, report  # noqa: E402
+from gemma4_turbo.kernels import decode_attention as kernel  # noqa: E402
+from gemma4_turbo.kernels.decode_attention import Config  # noqa: E402
+
+STOCK_SPLITS = 8  # of stock at most, by default
+SHARED_BYTES = 227 * 1024
+DEVICE = "cuda"
+
+
+class Shape(NamedTuple):
+    """The attention of a layer."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int | None
+
+
+class Point(NamedTuple):
+    """A shape with a batch of sequences."""
+
+    shape: Shape
+    batch: int
+    length: int
+    mix: bool  # lengths from 1 to twice the mean instead of equal ones
+
+    def lengths(self) -> list[int]:
+        """Tokens of every sequence."""
+        if not self.mix:
+            return [self.length] * self.batch
+        generator = torch.Generator().manual_seed(self.batch)
+        return torch.randint(1, 2 * self.length, (self.batch,), generator=generator).tolist()
+
+    def seen(self) -> list[int]:
+        """Tokens that the layer attends to."""
+        window = self.shape.window
+        return [length if window is None else min(length, window) for length in self.lengths()]
+
+
+def shapes() -> dict[str, Shape]:
+    """Both kinds of layer of every model; equal shapes once."""
+    found: dict[tuple[Any, ...], Shape] = {}
+    for name, g in geometry.GEOMETRIES.items():
+        for shape in (
+            Shape(
+                f"{name}/sliding", g.heads, g.kv_heads_sliding, geometry.HEAD_DIM_SLIDING, g.window
+            ),
+            Shape(f"{name}/full", g.heads, g.kv_heads_full, geometry.HEAD_DIM_FULL, None),
+        ):
+            found.setdefault(shape[1:], shape)
+    return {shape.name: shape for shape in found.values()}
+
+
+class Arena:
+    """A KV pool and queries of one point, and as many sets of slots as the L2 cache needs."""
+
+    def __init__(self, point: Point) -> None:
+        shape, seen = point.shape, point.seen()
+        total = sum(seen)
+        row = shape.kv_heads * shape.dim * 4  # K and V
+        self.bytes = total * row + 2 * point.batch * shape.heads * shape.dim * 2
+        self.copies = max(2, min(64, -(-L2_BYTES // (total * row))))
+        generator = torch.Generator(DEVICE).manual_seed(0)
+
+        def randn(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+
+        pool = total * self.copies
+        self.k, self.v = (randn(pool, shape.kv_heads, shape.dim) for _ in range(2))
+        at = torch.randperm(pool, generator=generator, device=DEVICE)
+        self.indices = [at[i * total : (i + 1) * total].clone() for i in range(self.copies)]
+        self.q = randn(point.batch, shape.heads, shape.dim)
+        self.out = torch.empty_like(self.q)
+        bounds = [0, *itertools.accumulate(seen)]
+        self.indptr = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+        self.lengths = torch.tensor(point.lengths(), dtype=torch.int64, device=DEVICE)
+        self.arrived = torch.zeros(point.batch * shape.kv_heads, dtype=torch.int32, device=DEVICE)
+        self.scale = shape.dim**-0.5
+        self.longest = max(seen) if shape.window is None else shape.window
+        self.stock_buffers = (
+            torch.empty(point.batch, shape.heads, STOCK_SPLITS, shape.dim, device=DEVICE),
+            torch.empty(point.batch, shape.heads, STOCK_SPLITS, device=DEVICE),
+        )
+        self.splits = torch.ones(point.batch, dtype=torch.int32, device=DEVICE)
+
+    def ours(self, config: Config) -> Any:
+        """A call of the kernel; it gets the call's number."""
+
+        def call(i: int) -> None:
+            kernel.launch_decode_attention(
+                self.q, self.k, self.v, self.indptr, self.indices[i % self.copies], self.scale,
+                config, self.longest, self.arrived, self.out,
+            )  # fmt: skip
+
+        return call
+
+    def stock(self) -> Any:
+        """A call of stock's kernels, with stock's splits for these lengths."""
+        from sglang.srt.layers.attention import triton_backend
+        from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
+
+        triton_backend.get_num_kv_splits_triton[(1,)](
+            self.splits, self.lengths, len(self.lengths), 1, self.q.shape[1], self.k.shape[1],
+            STOCK_SPLITS, kernel.processors(self.q.device), MAX_NUM_SEQ=256,
+        )  # fmt: skip
+
+        def call(i: int) -> None:
+            decode_attention_fwd(
+                self.q, self.k, self.v, self.out, self.indptr, self.indices[i % self.copies],
+                *self.stock_buffers, self.splits, STOCK_SPLITS, self.scale, 1.0, 1.0,
+                use_pdl=kernel.pdl.supported(self.q.device),
+            )  # fmt: skip
+
+        return call
+
+    def error(self, call: Any) -> float:
+        """Relative error (2-norm) against fp64, of the first sequences."""
+        self.out.fill_(torch.nan)
+        call(0)
+        rows = min(4, self.q.shape[0])
+        bounds = self.indptr.tolist()
+        exact = torch.empty(rows, *self.q.shape[1:], dtype=torch.float64, device=DEVICE)
+        group = self.q.shape[1] // self.k.shape[1]
+        for row, head in itertools.product(range(rows), range(self.k.shape[1])):
+            at = self.indices[0][bounds[row] : bounds[row + 1]]
+            heads = slice(head * group, head * group + group)
+            logits = self.q[row, heads].double() @ self.k[at, head].double().T * self.scale
+            exact[row, heads] = logits.softmax(-1) @ self.v[at, head].double()
+        return float((self.out[:rows].double() - exact).norm() / exact.norm())
+
+
+def shared_bytes(dim: int, config: Config) -> int:
+    """Shared memory of a program, roughly: K and V blocks in flight, Q, and what a conversion takes."""
+    buffers = config.stages if config.keys_first and config.block_n >= 64 else config.stages - 1
+    return buffers * config.block_n * dim * 4 + 16 * dim * 2 + 2048
+
+
+def tiles(dim: int) -> list[Config]:
+    """Kernel variants that fit; how many programs there are is another matter."""
+    found = []
+    for block_n, warps, stages, keys_first in itertools.product(
+        (16, 32, 64, 128), (4, 8), (2, 3, 4, 5), (False, True)
+    ):
+        config = Config(block_n, warps, stages, 30, max(64, block_n), keys_first, True)
+        in_flight = (stages - 1) * block_n * dim * 4
+        if shared_bytes(dim, config) > SHARED_BYTES or not 30_000 <= in_flight <= 150_000:
+            continue
+        if (keys_first and block_n * dim < 8192) or (block_n == 16 and warps == 8):
+            continue
+        if block_n * dim > 16384 and warps == 4 and not keys_first:
+            continue
+        found.append(config)
+    return found
+
+
+def _compile(job: tuple[Shape, int, Config, bool]) -> None:
+    """Fill Triton's cache for one variant, in a process of its own, with one token a sequence."""
+    shape, batch, config, kernel.pdl.wanted = job
+    arena = Arena(Point(shape._replace(window=1), batch, 1, False))
+    arena.longest = 4096
+    arena.ours(config)(0)
+    torch.cuda.synchronize()
+
+
+def compile_all(points: list[Point], workers: int, console: Console) -> None:
+    """All variants that the tuning of these points may ask for."""
+    jobs = {}
+    for point in points:
+        shape = point.shape
+        block_b = max(32, 1 << (point.batch - 1).bit_length())
+        for config in tiles(shape.dim):
+            for fused in (True, False):
+                variant = config._replace(fused=fused)
+                jobs[shape.heads // shape.kv_heads, shape.dim, block_b, variant] = (
+                    shape,
+                    point.batch,
+                    variant,
+                    kernel.pdl.wanted,
+                )
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for _ in track(
+            pool.map(_compile, jobs.values(), chunksize=4),
+            "compiling", total=len(jobs), console=console, transient=True,
+        ):  # fmt: skip
+            pass
+
+
+def measured(
+    point: Point, arena: Arena, config: Config, us: float, stock_us: float
+) -> dict[str, Any]:
+    """A row of the CSV."""
+    return {
+        "shape": point.shape.name,
+        "heads": f"{point.shape.heads}/{point.shape.kv_heads}",
+        "dim": point.shape.dim,
+        "window": point.shape.window or 0,
+        "batch": point.batch,
+        "length": point.length,
+        "mix": int(point.mix),
+        "config": "/".join(str(int(value)) for value in config),
+        "us": round(us, 2),
+        "stock_us": round(stock_us, 2),
+        "ratio": round(us / stock_us, 3),
+        "gbps": round(arena.bytes / us / 1e3),
+        "error": round(arena.error(arena.ours(config)), 6),
+        "stock_error": round(arena.error(arena.stock()), 6),
+    }
+
+
+def compare(point: Point, replays: int) -> dict[str, Any]:
+    """The chosen cut against stock."""
+    arena, shape = Arena(point), point.shape
+    config = kernel.choose(point.batch, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim)
+    timers = [Timer(arena.ours(config), arena.copies), Timer(arena.stock(), arena.copies)]
+    us, stock_us = readings(timers, replays)
+    return measured(point, arena, config, us, stock_us)
+
+
+def tune(point: Point, replays: int) -> list[dict[str, Any]]:
+    """Every kernel variant with two numbers of programs, then the best four with all."""
+    arena, shape = Arena(point), point.shape
+    group = shape.heads // shape.kv_heads
+    (stock_us,) = readings([Timer(arena.stock(), arena.copies)], replays)
+    times: dict[Config, float] = {}
+
+    def time(configs: list[Config]) -> None:
+        for config in configs:
+            if config not in times:
+                (times[config],) = readings([Timer(arena.ours(config), arena.copies)], replays)
+
+    chosen = kernel.choose(point.batch, shape.kv_heads, group, shape.dim)
+    time([chosen])
+    time([
+        tile._replace(target=target, fused=chosen.fused)
+        for tile in tiles(shape.dim)
+        for target in (20, 40)
+    ])  # fmt: skip
+    best: list[Config] = []
+    for config in sorted(times, key=times.__getitem__):
+        if all(config[:3] != other[:3] or config.keys_first != other.keys_first for other in best):
+            best.append(config)
+    time([
+        config._replace(target=target, min_chunk=chunk, fused=fused)
+        for config in best[:4]
+        for target in (10, 20, 30, 40, 60, 90)
+        for chunk in (64, 128)
+        for fused in (True, False)
+        if chunk % config.block_n == 0
+    ])  # fmt: skip
+    order = sorted(times, key=times.__getitem__)
+    kept = order[:20] if chosen in order[:20] else [*order[:20], chosen]
+    return [
+        measured(point, arena, config, times[config], stock_us) | {"chosen": int(config == chosen)}
+        for config in kept
+    ]
+
+
+def main(
+    tune_: Annotated[bool, typer.Option("--tune", help="Search for the best cut")] = False,
+    shapes_: Annotated[str, typer.Option("--shapes", help="Comma list, or all")] = "all",
+    batches: Annotated[str, typer.Option(help="Comma list")] = "1,8,32,64",
+    lengths: Annotated[
+        str, typer.Option(help="Comma list of tokens a sequence")
+    ] = "512,4096,16384",
+    mix: Annotated[bool, typer.Option(help="Ragged batches too")] = False,
+    pdl: Annotated[
+        bool, typer.Option(help="Programmatic dependent launch, as the patch pdl")
+    ] = False,
+    replays: Annotated[int, typer.Option(help="Readings per measurement")] = 9,
+    workers: Annotated[int, typer.Option(help="Processes that compile")] = 14,
+    max_gib: Annotated[float, typer.Option(help="Leave out points with more KV")] = 20.0,
+    out: Annotated[Path, typer.Option(help="CSV to write")] = Path("decode-attention.csv"),
+) -> None:
+    """Measure or tune."""
+    console = Console(stderr=True)
+    known = shapes()
+    names = list(known) if shapes_ == "all" else shapes_.split(",")
+    for name in names:
+        if name not in known:
+            raise typer.BadParameter(f"{name} is none of {', '.join(known)}", param_hint="--shapes")
+    kernel.pdl.wanted = pdl
+    points = [
+        Point(known[name], batch, length, ragged)
+        for name in names
+        for batch in map(int, batches.split(","))
+        for length in map(int, lengths.split(","))
+        for ragged in ((False, True) if mix and batch > 1 else (False,))
+    ]
+    points = [
+        point
+        for point in points
+        if sum(point.seen()) * point.shape.kv_heads * point.shape.dim * 8 <= max_gib * 2**30
+    ]
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        if tune_:
+            compile_all(points, workers, console)
+        for point in track(points, "timing", console=console, transient=True):
+            rows += tune(point, replays) if tune_ else [compare(point, replays)]
+            torch.cuda.empty_cache()
+            write(rows, out)
+    frame = pd.DataFrame(rows)
+    key = ["shape", "batch", "length", "mix"]
+    if tune_:
+        print("\nbest, and the one that `choose` gives:")
+        first = frame.groupby(key, sort=False).head(3)
+        frame = pd.concat([first, frame[frame.chosen == 1]]).drop_duplicates()
+    print(frame.sort_values([*key, "us"]).to_string(index=False))
+
+
+def write(rows: list[dict[str, Any]], out: Path) -> None:
+    """All rows so far, with GPU and versions."""
+    frame = pd.DataFrame(rows)
+    for name, value in {**report.versions(), "gpu": report.device()}.items():
+        frame[name] = value
+    frame.to_csv(out, index=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,50 @@
+"""Times of calls inside replayed CUDA graphs, for the tuners."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+L2_BYTES = 160 * 2**20
+"""To be read between two uses of the same memory: three times the L2 cache of an H100 or H200."""
+
+Call = Callable[[int], object]
+"""A call; it gets its number in the graph, so that it can use other memory each time."""
+
+
+class Timer:
+    """A CUDA graph of so many calls."""
+
+    def __init__(self, call: Call, calls: int) -> None:
+        self.calls = calls
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call(0)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                for i in range(calls):
+                    call(i)
+        self.times: list[float] = []
+
+    def replay(self) -> None:
+        """One reading, microseconds a call."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        self.times.append(start.elapsed_time(end) * 1e3 / self.calls)
+
+    def us(self) -> float:
+        """Median without the first reading."""
+        return median(self.times[1:])
+
+
+def readings(timers: list[Timer], replays: int) -> list[float]:
+    """Microseconds of each, read in turn so that a change of clock meets all."""
+    for _ in range(replays):
+        for timer in timers:
+            timer.replay()
+    return [timer.us() for timer in timers]

@@ -1,0 +1,467 @@
+"""Tune SGLang's fused experts' kernel for Gemma 4's experts on this GPU.
+
+    python bench/tune_moe.py --width 704            # 26B-A4B; 352: its experts on two GPUs
+
+Writes the tables of `gemma4_turbo.moe_tables` (up and down projection, equal BLOCK_SIZE_M) and a CSV with
+every measurement. All variants of the kernel are compiled first, in parallel. Then a few numbers of
+tokens are measured with every variant that makes sense there, the best ones with more groupings, and
+the other numbers of tokens with the winners of their neighbours.
+
+The calls of one measurement go through different routings, half of them near uniform (logits of a normal
+distribution), half skewed (with a bias for every expert), so that neither the experts nor what is in the
+L2 cache are always the same. Weights are bf16, 1.5 GB for a width of 704.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, NamedTuple
+
+# Scripts have their folder on the path, and transformers looks for a package called kernels.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+
+from bench.timing import Timer, readings  # noqa: E402
+from gemma4_turbo import moe_tables, report  # noqa: E402
+
+HIDDEN, EXPERTS, TOPK = 2816, 128, 8
+UP, DOWN = "up", "down"
+COARSE = (1, 8, 32, 128, 512, 2048, 8192)
+TOKENS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+SHARED_BYTES = 227 * 1024
+DEVICE = "cuda"
+SKEW = 1.0
+"""Standard deviation of the experts' biases, that of the logits being 1."""
+
+
+class Tile(NamedTuple):
+    """One configuration of the kernel."""
+
+    m: int
+    n: int
+    k: int
+    group: int
+    warps: int
+    stages: int
+
+    def config(self) -> dict[str, int]:
+        """As SGLang writes it."""
+        return {
+            "BLOCK_SIZE_M": self.m,
+            "BLOCK_SIZE_N": self.n,
+            "BLOCK_SIZE_K": self.k,
+            "GROUP_SIZE_M": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+        }
+
+
+def rows_of_a_block(tokens: int) -> list[int]:
+    """BLOCK_SIZE_M around the tokens that an expert gets on average, tokens / 16."""
+    mean = tokens * TOPK // EXPERTS
+    if mean <= 8:
+        return [16]
+    if mean <= 16:
+        return [16, 32]
+    if mean <= 64:
+        return [16, 32, 64]
+    if mean <= 128:
+        return [64, 128]
+    return [64, 128, 256]
+
+
+def tiles(m: int) -> list[Tile]:
+    """Variants with so many rows that fit into shared memory and registers and keep loads in flight."""
+    found = []
+    small = m <= 32
+    for n, k, warps, stages in product(
+        (32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (2, 3, 4, 5)
+    ):
+        shared = stages * (m + n) * k * 2
+        sums = m * n // (warps * 32)
+        in_flight = (stages - 1) * (m + n) * k * 2
+        if shared > SHARED_BYTES or not 24_000 <= in_flight <= 160_000 or not 4 <= sums <= 128:
+            continue
+        if small and (n == 256 or k == 32 or (warps == 8 and n < 128)):
+            continue
+        if not small and (n < 64 or k > 128 or sums < 16 or (n == 64 and warps == 8)):
+            continue
+        found.append(Tile(m, n, k, 1 if small else 8, warps, stages))
+    return found
+
+
+def regrouped(tile: Tile) -> list[Tile]:
+    """The same kernel with other orders of its programs."""
+    return [tile._replace(group=group) for group in ((1, 16) if tile.m <= 32 else (1, 8, 32))]
+
+
+def draws(tokens: int) -> int:
+    """Routings of each kind in one measurement."""
+    return 8 if tokens <= 64 else 4 if tokens <= 512 else 2 if tokens <= 2048 else 1
+
+
+def routings(tokens: int, count: int) -> list[torch.Tensor]:
+    """Expert ids ``[tokens, TOPK]``, near uniform and skewed in turn."""
+    generator = torch.Generator(DEVICE).manual_seed(tokens)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=DEVICE)
+
+    return [
+        (randn(tokens, EXPERTS) + skew * randn(EXPERTS)).topk(TOPK, dim=-1).indices.int()
+        for _ in range(count)
+        for skew in (0.0, SKEW)
+    ]
+
+
+class Experts:
+    """Weights, and the two launches of the kernel as stock makes them."""
+
+    def __init__(self, width: int, real: bool = True) -> None:
+        """``real=False``: the weights of one expert stand for all, to compile with."""
+        self.width = width
+        experts = EXPERTS if real else 1
+        generator = torch.Generator(DEVICE).manual_seed(0)
+
+        def weight(rows: int, columns: int) -> torch.Tensor:
+            made = torch.empty(experts, rows, columns, device=DEVICE, dtype=torch.bfloat16)
+            made.normal_(0, columns**-0.5, generator=generator)
+            return made.expand(EXPERTS, rows, columns)
+
+        self.weights = {UP: weight(2 * width, HIDDEN), DOWN: weight(HIDDEN, width)}
+        self.tokens = 0
+
+    def route(self, tokens: int, count: int) -> None:
+        """Activations, results and routings for a number of tokens."""
+        self.tokens = tokens
+        self.ids = routings(tokens, count)
+        self.factors = torch.full((tokens, TOPK), 1 / TOPK, device=DEVICE)
+        self.aligned: dict[int, list[tuple[torch.Tensor, ...]]] = {}
+
+        def randn(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=DEVICE, dtype=torch.bfloat16)
+
+        slots = tokens * TOPK
+        self.inputs = {UP: randn(tokens, HIDDEN), DOWN: randn(slots, self.width)}
+        self.outputs = {
+            UP: randn(slots, 2 * self.width),
+            DOWN: randn(tokens, TOPK, HIDDEN),
+        }
+
+    def launch(self, projection: str, tile: Tile, number: int) -> None:
+        """The kernel for one routing."""
+        import triton.language as tl
+        from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels import (
+            invoke_fused_moe_kernel,
+        )
+
+        sorted_ids, expert_ids, padded = self.alignment(tile.m)[number % len(self.ids)]
+        up = projection == UP
+        invoke_fused_moe_kernel(
+            self.inputs[projection],
+            self.weights[projection],
+            None,
+            self.outputs[projection],
+            None,
+            None,
+            None,
+            self.factors,
+            self.ids[number % len(self.ids)],
+            sorted_ids,
+            expert_ids,
+            padded,
+            not up,
+            TOPK if up else 1,
+            tile.config(),
+            compute_type=tl.bfloat16,
+            use_fp8_w8a8=False,
+            use_int8_w8a8=False,
+            use_int8_w8a16=False,
+            use_int4_w4a16=False,
+            per_channel_quant=False,
+            block_shape=None,
+            filter_expert=False,
+            **({} if up else {"router_topk": TOPK}),
+        )
+
+    def alignment(self, m: int) -> list[tuple[torch.Tensor, ...]]:
+        """Slots grouped by expert in blocks of m, one for each routing."""
+        if m not in self.aligned:
+            from sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size import (
+                moe_align_block_size,
+            )
+
+            self.aligned[m] = [moe_align_block_size(ids, m, EXPERTS) for ids in self.ids]
+        return self.aligned[m]
+
+    def timer(self, projection: str, tile: Tile) -> Timer:
+        """Of one call for each routing."""
+        self.alignment(tile.m)
+        return Timer(lambda i: self.launch(projection, tile, i), len(self.ids))
+
+
+# -- compiling ------------------------------------------------------------------------------------------
+
+_experts: Experts | None = None  # of a process that compiles
+
+
+def _compile(job: tuple[int, int, str, Tile]) -> str:
+    """Fill Triton's cache for one variant; returns why it cannot run, or nothing."""
+    global _experts
+    width, tokens, projection, tile = job
+    try:
+        if _experts is None or _experts.width != width:
+            _experts = Experts(width, real=False)
+        if _experts.tokens != tokens:
+            _experts.route(tokens, 1)
+        _experts.launch(projection, tile, 0)
+        torch.cuda.synchronize()
+    except Exception as error:  # out of shared memory, above all
+        return f"{type(error).__name__}: {error}"[:200]
+    return ""
+
+
+def like(tokens: int) -> int:
+    """A small number of tokens for which Triton compiles the same kernel.
+
+    It distinguishes whether the number of slots, and the padded one, are multiples of 16.
+    """
+    return 1 if tokens == 1 else 8 if tokens * TOPK <= EXPERTS else 32
+
+
+def compile_all(
+    wanted: Iterable[tuple[int, str, Tile]], width: int, pool: ProcessPoolExecutor, console: Console
+) -> set[tuple[str, Tile]]:
+    """Compile variants for ``(tokens, projection, tile)``; returns those that cannot run."""
+    jobs = sorted({(width, like(tokens), projection, tile) for tokens, projection, tile in wanted})
+    failed = set()
+    for job, problem in track(
+        zip(jobs, pool.map(_compile, jobs, chunksize=2), strict=True),
+        f"compiling {len(jobs)} variants", total=len(jobs), console=console, transient=True,
+    ):  # fmt: skip
+        if problem:
+            failed.add(job[2:])
+    return failed
+
+
+def prepare_sglang() -> None:
+    """The one global argument that stock's look-up asks for."""
+    from sglang.srt import server_args
+
+    arguments: Any = SimpleNamespace(enable_deterministic_inference=False)
+    server_args.set_global_server_args_for_scheduler(arguments)
+
+
+# -- tuning ---------------------------------------------------------------------------------------------
+
+
+class Times:
+    """Microseconds of every measurement of one width."""
+
+    def __init__(self, experts: Experts, failed: set[tuple[str, Tile]], replays: int) -> None:
+        self.experts = experts
+        self.failed = failed
+        self.replays = replays
+        self.us: dict[tuple[int, str, Tile], float] = {}
+
+    def measure(self, tokens: int, wanted: Iterable[tuple[str, Tile]]) -> None:
+        """What is new among these. Call it for one number of tokens after the other."""
+        if self.experts.tokens != tokens:
+            self.experts.route(tokens, draws(tokens))
+        for projection, tile in wanted:
+            key = (tokens, projection, tile)
+            if key in self.us or (projection, tile) in self.failed:
+                continue
+            try:
+                (self.us[key],) = readings([self.experts.timer(projection, tile)], self.replays)
+            except Exception as error:
+                if "out of resource" not in str(error):
+                    raise
+                self.failed.add((projection, tile))
+
+    def best(self, tokens: int, projection: str, m: int, count: int) -> list[Tile]:
+        """The fastest with so many rows, fastest first."""
+        found = [
+            (us, tile)
+            for (t, p, tile), us in self.us.items()
+            if (t, p, tile.m) == (tokens, projection, m)
+        ]
+        return [tile for _, tile in sorted(found)[:count]]
+
+    def decide(self, tokens: int) -> tuple[Tile, Tile]:
+        """Up and down with equal rows, from the three best of each measured again, in turn."""
+        self.measure(tokens, [])
+        choices = []
+        for m in sorted({tile.m for (t, _, tile) in self.us if t == tokens}):
+            pair = []
+            for projection in (UP, DOWN):
+                close = self.best(tokens, projection, m, 3)
+                if not close:
+                    break
+                timers = [self.experts.timer(projection, tile) for tile in close]
+                again = readings(timers, 2 * self.replays)
+                for tile, us in zip(close, again, strict=True):
+                    self.us[tokens, projection, tile] = us
+                pair.append(min(zip(again, close, strict=True)))
+            if len(pair) == 2:
+                choices.append((pair[0][0] + pair[1][0], pair[0][1], pair[1][1]))
+        _, up, down = min(choices)
+        return up, down
+
+
+def stock_tile(tokens: int, width: int) -> Tile:
+    """What stock runs, for both projections where it has no table for the second."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils import try_get_optimal_moe_config
+
+    found = try_get_optimal_moe_config(
+        (EXPERTS, 2 * width, HIDDEN), (EXPERTS, HIDDEN, width), TOPK, None, tokens
+    )
+    return Tile(
+        found["BLOCK_SIZE_M"],
+        found["BLOCK_SIZE_N"],
+        found["BLOCK_SIZE_K"],
+        found["GROUP_SIZE_M"],
+        found.get("num_warps", 4),
+        found.get("num_stages", 3),
+    )
+
+
+def both(chosen: Iterable[Tile]) -> list[tuple[str, Tile]]:
+    """Each for both projections."""
+    return [(projection, tile) for tile in chosen for projection in (UP, DOWN)]
+
+
+def tune(
+    width: int, counts: list[int], workers: int, replays: int, console: Console
+) -> tuple[moe_tables.Pair, list[dict[str, Any]]]:
+    """Tables and measurements for experts of this width."""
+    coarse = [tokens for tokens in COARSE if tokens in counts] or counts[:1]
+    started = time.monotonic()
+
+    def say(what: str) -> None:
+        console.print(f"{time.monotonic() - started:4.0f} s: N={width}: {what}")
+
+    first = {
+        tokens: both(tile for m in rows_of_a_block(tokens) for tile in tiles(m))
+        for tokens in coarse
+    }
+    stocks = {tokens: stock_tile(tokens, width) for tokens in counts}
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        failed = compile_all(
+            [(t, *pair) for t, pairs in first.items() for pair in pairs]
+            + [(t, *pair) for t, tile in stocks.items() for pair in both([tile])],
+            width, pool, console,
+        )  # fmt: skip
+        say(f"compiled, {len(failed)} do not fit")
+        times = Times(Experts(width), failed, replays)
+        for tokens in track(coarse, "every variant", console=console, transient=True):
+            times.measure(tokens, first[tokens])
+        say("measured every variant for a few numbers of tokens")
+        second = {tokens: winners(tokens, coarse, times) for tokens in counts}
+        failed |= compile_all(
+            [(t, *pair) for t, pairs in second.items() for pair in pairs], width, pool, console
+        )
+        say("compiled the winners' other groupings")
+    up: moe_tables.Table = {}
+    down: moe_tables.Table = {}
+    for tokens in track(counts, "winners", console=console, transient=True):
+        times.measure(tokens, [*second[tokens], *both([stocks[tokens]])])
+        chosen = times.decide(tokens)
+        up[tokens], down[tokens] = (tile.config() for tile in chosen)
+    say("done")
+    chosen_tiles = {
+        (tokens, projection): Tile(*table[tokens].values())
+        for projection, table in ((UP, up), (DOWN, down))
+        for tokens in counts
+    }
+    rows = [
+        {
+            "width": width,
+            "tokens": tokens,
+            "projection": projection,
+            **tile._asdict(),
+            "us": round(us, 2),
+            "chosen": int(chosen_tiles[tokens, projection] == tile),
+            "stock": int(stocks[tokens] == tile),
+        }
+        for (tokens, projection, tile), us in times.us.items()
+    ]
+    return moe_tables.Pair(up, down), rows
+
+
+def winners(tokens: int, coarse: list[int], times: Times) -> list[tuple[str, Tile]]:
+    """What was best at the neighbours among the numbers that were measured fully, and its groupings."""
+    below = max((t for t in coarse if t <= tokens), default=coarse[0])
+    above = min((t for t in coarse if t >= tokens), default=coarse[-1])
+    found: list[tuple[str, Tile]] = []
+    for near in sorted({below, above}):
+        for projection in (UP, DOWN):
+            for m in rows_of_a_block(near):
+                if m not in rows_of_a_block(tokens):
+                    continue
+                best = times.best(near, projection, m, 6)
+                found += [(projection, tile) for tile in best]
+                found += [(projection, other) for tile in best[:2] for other in regrouped(tile)]
+    return list(dict.fromkeys(found))
+
+
+def summary(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """Chosen against stock, per width and number of tokens."""
+    frame = pd.DataFrame(rows)
+    keys = ["width", "tokens"]
+    ours = frame[frame.chosen == 1].groupby(keys).us.sum()
+    stock = frame[frame.stock == 1].groupby(keys).us.sum()
+    found = pd.DataFrame({"stock_us": stock, "us": ours, "ratio": (ours / stock).round(3)})
+    for projection in (UP, DOWN):
+        best = frame[(frame.chosen == 1) & (frame.projection == projection)].set_index(keys)
+        names = list(Tile._fields)
+        found[projection] = best[names].astype(str).agg("/".join, axis=1)
+    return found.reset_index()
+
+
+def main(
+    width: Annotated[str, typer.Option(help="Comma list: 704, 352 on two GPUs")] = "704",
+    tokens: Annotated[str, typer.Option(help="Comma list")] = ",".join(map(str, TOKENS)),
+    workers: Annotated[int, typer.Option(help="Processes that compile")] = 14,
+    replays: Annotated[int, typer.Option(help="Readings per measurement")] = 5,
+    folder: Annotated[Path, typer.Option(help="For the tables")] = moe_tables.FOLDER,
+    out: Annotated[Path, typer.Option(help="CSV of every measurement")] = Path("moe-tuning.csv"),
+) -> None:
+    """Tune."""
+    console = Console(stderr=True)
+    widths = [int(value) for value in width.split(",")]
+    counts = sorted({int(value) for value in tokens.split(",")})
+    if not counts or counts[0] < 1:
+        raise typer.BadParameter("numbers of tokens start at 1", param_hint="--tokens")
+    prepare_sglang()
+    rows: list[dict[str, Any]] = []
+    with torch.no_grad():
+        for value in widths:
+            pair, measured = tune(value, counts, workers, replays, console)
+            rows += measured
+            key = moe_tables.Key(EXPERTS, value, torch.cuda.get_device_name().replace(" ", "_"))
+            for path in moe_tables.save(key, pair, folder):
+                console.print(f"wrote {path}")
+            frame = pd.DataFrame(rows)
+            for name, text in {**report.versions(), "gpu": report.device()}.items():
+                frame[name] = text
+            frame.to_csv(out, index=False)
+            torch.cuda.empty_cache()
+    print(summary(rows).to_string(index=False))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,51 @@
+"""Tile sizes of the extend kernels, per head size. ``bench/attention.py --tune`` measures others."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Dense(NamedTuple):
+    """Many queries per sequence: `extend_kernels._dense_kernel`."""
+
+    block_m: int  # rows of a tile: tokens times heads packed together
+    block_n: int  # keys taken at a time
+    pack: int  # at most so many query heads of one KV head in a tile
+    value_blocks: int  # programs that share the value dimension; each computes all scores
+    chunks: int  # pieces (1 or 2) in which Q and K are multiplied
+    num_warps: int
+    stages: int
+    prefix_stages: int  # one more hides the look-up in kv_indices
+    q_in_registers: bool = False  # the second of two chunks of Q: leaves room for a stage more
+
+
+class Split(NamedTuple):
+    """Few queries over many keys: `extend_kernels._split_kernel`."""
+
+    rows: int  # at most so many of a tile
+    block_n: int
+    extend_n: int  # block of the new tokens, which are few
+    num_warps: int
+    stages: int
+    min_blocks: int  # a split has at least so many blocks of keys
+    programs_per_sm: int  # wanted, before a sequence is split further
+
+
+MAX_SPLITS = 64
+
+# By head size and whether there is a custom mask, whose loads need registers.
+DENSE: dict[tuple[int, bool], Dense] = {
+    (128, False): Dense(128, 64, 8, 1, 1, 8, 3, 3),
+    (128, True): Dense(128, 32, 8, 1, 1, 8, 2, 3),
+    (256, False): Dense(128, 64, 8, 1, 1, 8, 2, 3),
+    (256, True): Dense(128, 32, 8, 1, 1, 8, 2, 3),
+    (512, False): Dense(128, 32, 16, 2, 2, 8, 3, 3, True),
+    (512, True): Dense(64, 32, 16, 1, 1, 8, 2, 3),
+}
+SPLIT: dict[int, Split] = {
+    128: Split(64, 32, 16, 4, 3, 4, 3),
+    256: Split(32, 32, 16, 4, 3, 4, 3),
+    512: Split(32, 32, 16, 8, 2, 4, 2),
+}
+# Extends of at most so many tokens per sequence are split over their keys.
+SPLIT_TOKENS = 16

@@ -1,0 +1,105 @@
+"""`shared_kv_pool`: no KV memory for layers that read another layer's.
+
+Stock counts every layer when it sizes the KV pools, and allocates for each. Layers that share KV
+(18 of 42 on E4B, 20 of 35 on E2B) hold the id of the layer whose KV they read, and their own buffers
+are never touched. They are taken off the two lists of layers before the pools are sized; the same
+lists make the pools later. More tokens fit into the same memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from gemma4_turbo.checks import Check
+
+if TYPE_CHECKING:
+    from gemma4_turbo.patching import PatchRun
+
+logger = logging.getLogger("gemma4_turbo")
+
+TARGET = "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__"
+ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """Stock's configurator, over the layers that have KV of their own."""
+    init = stock[TARGET]
+
+    def __init__(self: Any, mr: Any) -> None:
+        reason = refusal(mr)
+        if reason is not None:
+            run.declined(reason)
+            init(self, mr)
+            return
+        config = mr.model_config
+        whole = config.full_attention_layer_ids, config.swa_attention_layer_ids
+        init(self, mr)
+        before = self._cell_size
+        full, sliding = owners(config)
+        config.full_attention_layer_ids, config.swa_attention_layer_ids = full, sliding
+        try:
+            init(self, mr)
+        except Exception as error:  # stock's lists, and what stock makes of them
+            config.full_attention_layer_ids, config.swa_attention_layer_ids = whole
+            run.declined(f"{type(error).__name__}: {error}")
+            init(self, mr)
+            return
+        logger.info(
+            "gemma4_turbo: shared_kv_pool: KV memory for %d full and %d sliding layers instead of "
+            "%d and %d; %.0f bytes a token instead of %.0f: %.2f times the tokens",
+            len(full),
+            len(sliding),
+            *map(len, whole),
+            self._cell_size,
+            before,
+            before / self._cell_size,
+        )
+        run.engaged(False)
+
+    return {TARGET: __init__}
+
+
+def refusal(mr: Any) -> str | None:
+    """Why the pools stay as stock makes them, or None."""
+    arguments, config = mr.server_args, mr.model_config
+    architectures = getattr(config.hf_config, "architectures", None) or []
+    if not set(architectures) & set(ARCHITECTURES):
+        return f"the model is {', '.join(architectures) or 'unknown'}"
+    if not _shared(config):
+        return "the model has no layers that share KV"
+    if arguments.enable_hierarchical_cache or getattr(arguments, "enable_lmcache", False):
+        return "a hierarchical cache goes through all layers"
+    if arguments.disaggregation_mode != "null":
+        return "disaggregation sends the KV of all layers"
+    if getattr(mr, "enable_hisparse", False):
+        return "hierarchical sparse attention goes through all layers"
+    if arguments.speculative_algorithm is not None:
+        return "a draft model may read the target's pools"
+    if arguments.pp_size != 1:
+        return "pipeline stages have their own layers"
+    full, sliding = owners(config)
+    if not full or not sliding:
+        return "no layer of one kind has KV of its own"
+    return None
+
+
+def _shared(config: Any) -> int:
+    return int(getattr(config.hf_text_config, "num_kv_shared_layers", 0) or 0)
+
+
+def owners(config: Any) -> tuple[list[int], list[int]]:
+    """Full and sliding layers that write KV."""
+    first = config.hf_text_config.num_hidden_layers - _shared(config)
+    full = [layer for layer in config.full_attention_layer_ids if layer < first]
+    sliding = [layer for layer in config.swa_attention_layer_ids if layer < first]
+    return full, sliding
+
+
+def undo(run: PatchRun) -> None:
+    """Pools that were made stay as they are; the next ones are stock's."""
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Nothing: no arithmetic."""
+    return []

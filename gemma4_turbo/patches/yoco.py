@@ -1,0 +1,55 @@
+"""`yoco`: in a prefill, layers that share KV see only the rows whose logits are wanted.
+
+The cut is a step of the shared forward of the text model. A batch is also told which of its prompts
+go on in a later chunk: their last rows are wanted by nobody.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gemma4_turbo.checks import Check
+from gemma4_turbo.forwards import fast_prefill
+
+if TYPE_CHECKING:
+    from gemma4_turbo.patching import PatchRun
+
+BATCH = "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new"
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The model's loop, and the batch's constructor that notes unfinished prompts."""
+    from gemma4_turbo.forwards import text_model
+
+    init = stock[BATCH]
+
+    def init_new(cls: Any, batch: Any, model_runner: Any) -> Any:
+        made = init(cls, batch, model_runner)
+        setattr(made, fast_prefill.UNFINISHED, unfinished(batch))
+        return made
+
+    fast_prefill.YOCO.run = run
+    return {text_model.TARGET: text_model.forward, BATCH: init_new}
+
+
+def unfinished(batch: Any) -> list[bool] | None:
+    """Per request, whether its prompt is longer than what this prefill ends with; None: unknown."""
+    if not batch.forward_mode.is_extend() or batch.seq_lens_cpu is None or not batch.reqs:
+        return None
+    lengths = batch.seq_lens_cpu.tolist()
+    if len(lengths) != len(batch.reqs):
+        return None
+    return [
+        length < len(request.origin_input_ids)
+        for length, request in zip(lengths, batch.reqs, strict=True)
+    ]
+
+
+def undo(run: PatchRun) -> None:
+    """Switch the step off; the shared forward may live on for other patches."""
+    fast_prefill.YOCO.run = None
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Nothing without a model: the rows go through SGLang's own layers."""
+    return []

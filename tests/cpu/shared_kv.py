@@ -1,0 +1,191 @@
+"""A small Gemma 4 whose last layers share KV, over SGLang's real pools and Triton attention, on the CPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo.commands import small_moe
+
+SHARED_FROM = 3
+TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+HEAD = {"sliding_attention": 64, "full_attention": 128}
+SLOTS, CONTEXT, WINDOW = 256, 96, 7  # WINDOW: keys before a token's own, in its layer
+VOCAB = 64
+
+
+def config(shared: int = SHARED_FROM, ple: bool = True) -> Any:
+    """Text configuration with the head fields as SGLang renames them."""
+    from transformers import Gemma4TextConfig
+
+    made = Gemma4TextConfig(
+        hidden_size=256,
+        intermediate_size=64,
+        num_hidden_layers=len(TYPES),
+        layer_types=TYPES,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=HEAD["full_attention"],
+        global_head_dim=HEAD["full_attention"],
+        vocab_size=VOCAB,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=256 if ple else 0,
+        num_kv_shared_layers=shared,
+        sliding_window=WINDOW,
+        max_position_embeddings=CONTEXT,
+    )
+    made.swa_head_dim = made.swa_v_head_dim = HEAD["sliding_attention"]
+    made.swa_num_key_value_heads = 1
+    return made
+
+
+def build(shared: int = SHARED_FROM, ple: bool = True) -> Any:
+    """SGLang's text model in bf16 with random weights."""
+    from sglang.srt.models.gemma4_causal import Gemma4TextModel
+
+    small_moe.prepare_sglang()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
+            patch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)
+            model = Gemma4TextModel(config(shared, ple))
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        low = 0.5 if "norm" in name or "scale" in name else -0.1
+        parameter.data.uniform_(low, low + 0.2 if low < 0 else 1.5, generator=generator)
+    for layer in model.layers:
+        layer.layer_scalar.fill_(0.75)
+        rope = layer.self_attn.rotary_emb
+        rope.cos_sin_cache = rope.cos_sin_cache.float()  # as on a GPU
+    return model
+
+
+class Memory:
+    """KV pools, allocator and attention backend of one engine."""
+
+    def __init__(
+        self, size: int = SLOTS, layers: tuple[list[int], list[int]] | None = None
+    ) -> None:
+        """``layers``: full and sliding ones that get buffers; None: all."""
+        from sglang.srt.configs.model_config import AttentionArch
+        from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+        from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
+        from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool, SWATokenToKVPoolAllocator
+
+        full, sliding = layers or (
+            [i for i, t in enumerate(TYPES) if t == "full_attention"],
+            [i for i, t in enumerate(TYPES) if t == "sliding_attention"],
+        )
+        common = {"page_size": 1, "dtype": torch.bfloat16, "device": "cpu"}
+        self.kv = SWAKVPool(
+            size=size,
+            size_swa=size,
+            head_num=1,
+            head_dim=HEAD["full_attention"],
+            swa_head_num=1,
+            swa_head_dim=HEAD["sliding_attention"],
+            swa_v_head_dim=HEAD["sliding_attention"],
+            swa_attention_layer_ids=sliding,
+            full_attention_layer_ids=full,
+            enable_kvcache_transpose=False,
+            **common,
+        )
+        self.allocator = SWATokenToKVPoolAllocator(
+            size=size, size_swa=size, kvcache=self.kv, need_sort=False, **common
+        )
+        self.requests = ReqToTokenPool(8, CONTEXT, "cpu", enable_memory_saver=False)
+        # Slots out of order, and not the same in both pools.
+        self.allocator.alloc(5)
+        self.allocator.swa_attn_allocator.alloc(9)
+        arguments = SimpleNamespace(
+            speculative_num_draft_tokens=None,
+            speculative_num_steps=None,
+            triton_attention_num_kv_splits=4,
+            triton_attention_split_tile_size=None,
+            disable_cuda_graph=True,
+            chunked_prefill_size=32,
+            enable_deterministic_inference=False,
+        )
+        model_config = SimpleNamespace(
+            attention_arch=AttentionArch.MHA,
+            num_attention_heads=2,
+            get_num_kv_heads=lambda ranks: 1,
+            v_head_dim=HEAD["full_attention"],
+            swa_v_head_dim=HEAD["sliding_attention"],
+            context_len=CONTEXT,
+            is_encoder_decoder=False,
+        )
+        runner = SimpleNamespace(
+            req_to_token_pool=self.requests,
+            sliding_window_size=WINDOW - 1,  # as get_attention_sliding_window_size has it
+            token_to_kv_pool_allocator=self.allocator,
+            token_to_kv_pool=self.kv,
+            server_args=arguments,
+            model_config=model_config,
+            hybrid_gdn_config=None,
+            kimi_linear_config=None,
+            linear_attn_model_spec=None,
+            device="cpu",
+            gpu_id=0,
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            name = "sglang.srt.layers.attention.triton_backend.get_device_core_count"
+            patch.setattr(name, lambda gpu: 0)
+            self.backend = TritonAttnBackend(runner)
+
+    def prefill(self, lengths: dict[int, int], prefixes: dict[int, int], **changes: Any) -> Any:
+        """A batch that extends request ``r`` by ``lengths[r]`` tokens after ``prefixes[r]``.
+
+        The backend's metadata are made, as a model runner does before the model's forward.
+        """
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+        order = list(lengths)
+        before = [prefixes.get(request, 0) for request in order]
+        new = [lengths[request] for request in order]
+        slots = []
+        for request, start, length in zip(order, before, new, strict=True):
+            taken = self.allocator.alloc(length).flip(0)
+            self.requests.req_to_token[request, start : start + length] = taken.to(torch.int32)
+            slots.append(taken)
+        totals = [a + b for a, b in zip(before, new, strict=True)]
+        where = torch.cat(slots)
+        fields = {
+            "forward_mode": ForwardMode.EXTEND,
+            "batch_size": len(order),
+            "input_ids": torch.cat(
+                [
+                    (torch.arange(n) * 7 + r * 11 + s) % VOCAB
+                    for r, n, s in zip(order, new, before, strict=True)
+                ]
+            ),
+            "req_pool_indices": torch.tensor(order),
+            "seq_lens": torch.tensor(totals),
+            "seq_lens_cpu": torch.tensor(totals),
+            "seq_lens_sum": sum(totals),
+            "out_cache_loc": where,
+            "out_cache_loc_swa": self.allocator.translate_loc_from_full_to_swa(where),
+            "positions": torch.cat(
+                [torch.arange(s, s + n) for s, n in zip(before, new, strict=True)]
+            ),
+            "extend_num_tokens": sum(new),
+            "extend_seq_lens": torch.tensor(new),
+            "extend_prefix_lens": torch.tensor(before),
+            "extend_seq_lens_cpu": new,
+            "extend_prefix_lens_cpu": before,
+            "attn_backend": self.backend,
+            "token_to_kv_pool": self.kv,
+            "req_to_token_pool": self.requests,
+            "num_token_non_padded_cpu": sum(new),
+        }
+        batch = ForwardBatch(**fields | changes)
+        self.kv.set_swa_loc(batch.out_cache_loc_swa)
+        self.backend.init_forward_metadata(batch)
+        return batch

@@ -1,0 +1,189 @@
+"""KV pools without the layers that share KV: SGLang's configurator, pools and model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo.commands import small_moe
+from gemma4_turbo.patching import ENGINE
+from tests.cpu import shared_kv
+from tests.cpu.conftest import only_patch, patched_sglang
+
+NAME = "shared_kv_pool"
+GEOMETRY = {  # layers, sliding layers to a full one, shared, KV heads
+    "e4b": (42, 5, 18, 2),
+    "e2b": (35, 4, 20, 1),
+    "26b-a4b": (30, 5, 0, 8),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with patched_sglang(tmp_path_factory, only=[NAME]):
+        small_moe.prepare_sglang()
+        yield
+
+
+@pytest.fixture(autouse=True)
+def patched() -> Iterator[None]:
+    with only_patch(NAME):
+        yield
+
+
+def runner(folder: Path, model: str = "e4b", **changes: Any) -> Any:
+    """What the configurator reads of a model runner, with SGLang's own ModelConfig."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    layers, period, shared, heads = GEOMETRY[model]
+    types = [
+        "full_attention" if i % (period + 1) == period else "sliding_attention"
+        for i in range(layers)
+    ]
+    fields = {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "layer_types": types,
+        "num_attention_heads": 8,
+        "num_key_value_heads": heads,
+        "head_dim": 512,
+        "v_head_dim": 512,
+        "global_head_dim": 512,
+        "swa_head_dim": 256,
+        "swa_v_head_dim": 256,
+        "swa_num_key_value_heads": heads,
+        "num_kv_shared_layers": shared,
+        "vocab_size": 64,
+        "vocab_size_per_layer_input": 64,
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    config = ModelConfig(str(folder))
+    arguments = {
+        "swa_full_tokens_ratio": 0.8,
+        "enable_hierarchical_cache": False,
+        "enable_lmcache": False,
+        "disaggregation_mode": "null",
+        "speculative_algorithm": None,
+        "pp_size": 1,
+    }
+    made = {"model_config": config, "kv_cache_dtype": torch.bfloat16, "enable_hisparse": False}
+    arguments |= {n: v for n, v in changes.items() if n in arguments}
+    made |= {n: v for n, v in changes.items() if n not in arguments}
+    return SimpleNamespace(**made, server_args=SimpleNamespace(**arguments))
+
+
+def sizes(mr: Any, available: int = 20 << 30) -> tuple[int, int]:
+    from sglang.srt.model_executor.pool_configurator import HybridSWAPoolConfigurator
+
+    config = HybridSWAPoolConfigurator(mr).calculate_pool_sizes(available, page_size=1)
+    return config.full_max_total_num_tokens, config.swa_max_total_num_tokens
+
+
+@pytest.mark.parametrize(("model", "owning"), [("e4b", (4, 20)), ("e2b", (3, 12))])
+def test_more_tokens_fit(model: str, owning: tuple[int, int], tmp_path: Path):
+    """By the memory of the layers that own KV; the pools are made from the same lists."""
+    mr = runner(tmp_path, model)
+    before = ENGINE.runs[NAME].counters.engaged
+    found = sizes(mr)
+    assert ENGINE.runs[NAME].counters.engaged == before + 1
+    lists = mr.model_config.full_attention_layer_ids, mr.model_config.swa_attention_layer_ids
+    layers, _, shared, heads = GEOMETRY[model]
+    assert tuple(map(len, lists)) == owning
+    assert sorted([*lists[0], *lists[1]]) == list(range(layers - shared))
+    ENGINE.revert()
+    mr = runner(tmp_path, model)
+    stock = sizes(mr)
+    config = mr.model_config
+    assert len(config.full_attention_layer_ids) + len(config.swa_attention_layer_ids) == layers
+    full, sliding = 2 * 512 * heads * 2, 2 * 256 * heads * 2  # bytes of a token in one layer
+
+    def cost(f: int, s: int) -> float:
+        return full * f + 0.8 * sliding * s
+
+    counts = len(config.full_attention_layer_ids), len(config.swa_attention_layer_ids)
+    assert found[0] == int((20 << 30) // cost(*owning))
+    assert stock[0] == int((20 << 30) // cost(*counts))
+    # The bytes that the pools take stay inside what was there.
+    assert full * owning[0] * found[0] + sliding * owning[1] * found[1] <= 20 << 30
+    assert found[0] > 1.7 * stock[0]
+
+
+REFUSALS = [
+    ("share KV", "26b-a4b", {}),
+    ("hierarchical cache", "e4b", {"enable_hierarchical_cache": True}),
+    ("hierarchical cache", "e4b", {"enable_lmcache": True}),
+    ("disaggregation", "e4b", {"disaggregation_mode": "prefill"}),
+    ("draft model", "e4b", {"speculative_algorithm": "FROZEN_KV_MTP"}),
+    ("pipeline", "e4b", {"pp_size": 2}),
+    ("sparse", "e4b", {"enable_hisparse": True}),
+]
+
+
+@pytest.mark.parametrize(("reason", "model", "changes"), REFUSALS)
+def test_refusals_leave_stocks_pools(
+    reason: str, model: str, changes: dict[str, Any], tmp_path: Path
+):
+    mr = runner(tmp_path, model, **changes)
+    whole = list(mr.model_config.full_attention_layer_ids)
+    found = sizes(mr)
+    assert reason in ENGINE.runs[NAME].full_reason()
+    assert mr.model_config.full_attention_layer_ids == whole
+    ENGINE.revert()
+    assert found == sizes(mr)
+
+
+def test_another_model_is_not_touched(tmp_path: Path):
+    mr = runner(tmp_path)
+    mr.model_config.hf_config.architectures = ["Gemma3nForCausalLM"]
+    sizes(mr)
+    assert "Gemma3nForCausalLM" in ENGINE.runs[NAME].full_reason()
+    assert len(mr.model_config.full_attention_layer_ids) == 7
+
+
+def test_no_owner_of_one_kind_leaves_stocks_pools(tmp_path: Path):
+    mr = runner(tmp_path)
+    mr.model_config.hf_text_config.num_kv_shared_layers = 38
+    sizes(mr)
+    assert "of one kind" in ENGINE.runs[NAME].full_reason()
+    assert len(mr.model_config.full_attention_layer_ids) == 7
+
+
+@torch.no_grad()
+def test_the_model_never_asks_for_a_layer_without_memory():
+    """Prefill and decode over pools of the owners alone: stock's hidden states, bit for bit."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    from gemma4_turbo.patches.shared_kv_pool import owners
+
+    model = shared_kv.build()
+    types = list(enumerate(shared_kv.TYPES))
+    config = SimpleNamespace(
+        hf_text_config=model.config,
+        full_attention_layer_ids=[i for i, t in types if t == "full_attention"],
+        swa_attention_layer_ids=[i for i, t in types if t == "sliding_attention"],
+    )
+    found = []
+    for lists in (None, owners(config)):
+        memory = shared_kv.Memory(layers=lists)
+        batch = memory.prefill({1: 9, 2: 12}, {})
+        with torch._dynamo.config.patch(disable=True):
+            hidden = [model(batch.input_ids, batch.positions, batch)]
+            batch = memory.prefill({1: 1, 2: 1}, {1: 9, 2: 12})
+            batch.forward_mode = ForwardMode.DECODE
+            memory.backend.init_forward_metadata(batch)
+            hidden.append(model(batch.input_ids, batch.positions, batch))
+        found.append(torch.cat(hidden))
+    assert torch.equal(*found)
+    pool = memory.kv
+    assert (pool.full_layer_nums, pool.swa_layer_nums) == (1, 2)
+    assert len(pool.full_kv_pool.k_buffer) == 1
+    assert len(pool.swa_kv_pool.k_buffer) == 2

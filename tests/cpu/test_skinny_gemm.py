@@ -1,0 +1,100 @@
+"""`skinny_gemm` in Triton's interpreter against plain torch, and how it cuts the models' layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo.kernels import skinny_gemm as kernel
+from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
+
+pytestmark = pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter")
+
+POISON = 123.0
+
+
+def operands(rows: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, ...]:
+    """x as a view with a stride beyond its width, a weight, and what GELU_TIMES multiplies with."""
+    generator = torch.Generator().manual_seed(rows + n + k)
+    whole = torch.full((rows, k + 64), POISON, dtype=dtype)
+    whole[:, :k] = torch.randn(rows, k, generator=generator).to(dtype)
+    weight = (torch.randn(n, k, generator=generator) / k**0.5).to(dtype)
+    return whole[:, :k], weight, torch.randn(rows, n, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [0, 1, 7, 16, 17, 33, 64])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (48, 192), (96, 512)])
+@pytest.mark.parametrize("epilogue", list(Epilogue), ids=lambda epilogue: epilogue.name)
+@pytest.mark.parametrize("split", [1, 3])
+def test_skinny_gemm(dtype, rows, n, k, epilogue, split):
+    x, weight, extra = operands(rows, n, k, dtype)
+    given = extra if epilogue == Epilogue.GELU_TIMES else None
+    config = Config(32, 64, split, 3)
+    arrived = torch.zeros(kernel.tiles(weight, epilogue, config), dtype=torch.int32)
+    found = kernel.skinny_gemm(x, weight, config, epilogue, given, arrived)
+    expected = kernel.reference_skinny_gemm(x, weight, epilogue, given)
+    # Near zero a GELU multiplies the rounding of its argument with what it is multiplied with.
+    ulp = torch.finfo(dtype).eps
+    torch.testing.assert_close(found, expected, rtol=3 * ulp, atol=8 * ulp)
+    assert int(arrived.sum()) == 0
+
+
+def test_the_order_of_addition_is_that_of_k(monkeypatch):
+    """The partial sums are added from the first to the last: huge, tiny, minus huge."""
+    weight = torch.zeros(16, 192, dtype=torch.bfloat16)
+    weight[:, 0], weight[:, 64], weight[:, 128] = 2.0**100, 1.0, -(2.0**100)
+    x = torch.ones(1, 192, dtype=torch.bfloat16)
+    found = kernel.skinny_gemm(x, weight, Config(16, 64, 3, 3))
+    assert found.tolist() == [[0.0] * 16]  # (huge + tiny) - huge, in fp32
+
+
+@pytest.mark.parametrize("processors", [78, 132])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(20480, 2560), (2560, 10240), (256, 2560), (2560, 256), (128, 2816), (2816, 2112), (1536, 64)],
+)
+@pytest.mark.parametrize("epilogue", list(Epilogue), ids=lambda epilogue: epilogue.name)
+def test_every_layer_gets_a_cut_that_the_kernel_takes(n, k, epilogue, processors):
+    config = kernel.choose((n, k), epilogue, processors)
+    assert k % config.block_k == 0
+    assert 1 <= config.split <= k // config.block_k
+    halves = 2 if epilogue == Epilogue.GELU_AND_MUL else 1
+    held = config.stages * (config.block_n * halves + kernel.MAX_ROWS) * config.block_k * 2
+    assert held <= 227 * 1024  # shared memory of a program on Hopper
+    weight = torch.empty(n, k, device="meta")
+    if config.split > 1:
+        assert kernel.tiles(weight, epilogue, config) * config.split <= 1.5 * processors
+
+
+DECLINED: list[tuple[str, dict[str, Any]]] = [
+    ("weight", {"weight": torch.ones(64, 256)}),
+    ("weight", {"weight": torch.ones(64, 200, dtype=torch.bfloat16)}),
+    ("weight", {"weight": torch.ones(40, 256, dtype=torch.bfloat16)}),
+    ("weight", {"weight": torch.ones(256, 64, dtype=torch.bfloat16).T}),
+    ("x", {"x": torch.ones(2, 128, dtype=torch.bfloat16)}),
+    ("x", {"x": torch.ones(65, 256, dtype=torch.bfloat16)}),
+    ("x", {"x": torch.ones(2, 256, dtype=torch.float16)}),
+    ("x", {"x": torch.ones(256, dtype=torch.bfloat16)}),
+    ("x and weight", {"x": torch.ones(2, 257, dtype=torch.bfloat16)[:, 1:]}),
+    ("extra", {"extra": torch.ones(2, 64, dtype=torch.bfloat16)}),
+    ("extra", {"epilogue": Epilogue.GELU_TIMES}),
+    (
+        "extra",
+        {"epilogue": Epilogue.GELU_TIMES, "extra": torch.ones(1, 64, dtype=torch.bfloat16)},
+    ),
+    ("config.block_k", {"config": Config(32, 96, 1, 3)}),
+    ("config.split", {"config": Config(32, 64, 5, 3)}),
+    ("arrived", {"arrived": torch.zeros(1, dtype=torch.int32)}),
+]
+
+
+@pytest.mark.parametrize(("argument", "changed"), DECLINED)
+def test_value_error_names_the_argument(argument, changed):
+    x, weight, _ = operands(2, 64, 256)
+    arguments = {"x": x, "weight": weight, "config": Config(32, 64, 2, 3)}
+    kernel.skinny_gemm(**arguments)
+    with pytest.raises(ValueError, match=rf"^{argument}\b"):
+        kernel.skinny_gemm(**(arguments | changed))

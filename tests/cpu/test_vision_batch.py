@@ -1,0 +1,312 @@
+"""Batched images and frames on SGLang's own multimodal model, against stock image by image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo.forwards import vision_batches as batches
+from gemma4_turbo.patches import vision_batch as patch
+from gemma4_turbo.patching import ENGINE
+from tests.cpu import vision
+from tests.cpu.conftest import only_patch, patched_sglang
+
+NAME = "vision_batch"
+BACKENDS = pytest.mark.parametrize("backend", ["triton_attn", "sdpa"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with patched_sglang(tmp_path_factory, only=[NAME]):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def patched() -> Iterator[None]:
+    """Each test starts with this patch on, and no other."""
+    with only_patch(NAME), torch.no_grad():
+        yield
+
+
+class Calls:
+    """Batch sizes that the encoder and token counts that the projection were called with."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[tuple[int, int]] = []
+        self.projected: list[int] = []
+        tower, embed = type(model.vision_tower), type(model.embed_vision)
+        encode, project = tower.forward, embed.forward
+
+        def counted_encode(this, pixel_values, pixel_position_ids):
+            self.batches.append(tuple(pixel_values.shape[:2]))
+            return encode(this, pixel_values, pixel_position_ids)
+
+        def counted_project(this, inputs_embeds):
+            self.projected.append(inputs_embeds.shape[1])
+            return project(this, inputs_embeds)
+
+        monkeypatch.setattr(tower, "forward", counted_encode)
+        monkeypatch.setattr(embed, "forward", counted_project)
+
+
+def stock(model: Any, items: list[Any], what: str = "get_image_feature") -> torch.Tensor:
+    """Stock's own function, with the patch taken out for the call."""
+    ENGINE.revert()
+    found = getattr(model, what)(items)
+    ENGINE.apply(only=[NAME])
+    return found
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Two bf16 roundings of the largest value of a token: GEMMs of another height add otherwise."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    scale = expected.float().abs().amax(dim=-1, keepdim=True)
+    assert bool(((found.float() - expected.float()).abs() <= 2**-7 * scale).all())
+
+
+IMAGES = [(4, 4, 0), (4, 2, 8), (8, 4, 0), (4, 4, 0), (2, 2, 0), (8, 4, 0)]
+
+
+def mixed() -> list[Any]:
+    return [vision.image(*size, seed=seed) for seed, size in enumerate(IMAGES)]
+
+
+@BACKENDS
+def test_mixed_sizes_in_stocks_order(backend: str, monkeypatch: pytest.MonkeyPatch):
+    """Three sizes interleaved, one with padding: an encoder call a size, one projection."""
+    model = vision.model(backend)
+    expected = stock(model, mixed())
+    apart = [stock(model, [item]) for item in mixed()]
+    assert torch.equal(torch.cat(apart), expected)
+    assert all((a.float() - b.float()).abs().max() > 0.5 for a, b in zip(apart, apart[3:]))  # noqa: B905
+    before = ENGINE.runs[NAME].counters.engaged
+    calls = Calls(model, monkeypatch)
+    assert_near(model.get_image_feature(mixed()), expected)
+    assert ENGINE.runs[NAME].counters.engaged == before + 1
+    assert calls.projected == [len(expected)]
+    if backend == "triton_attn":
+        assert calls.batches == [(3, 16), (2, 32), (1, 4)]
+    else:  # attention through torch takes one at a time
+        assert {batch for batch, _ in calls.batches} == {1}
+
+
+def test_one_image_is_stocks_bit_for_bit(monkeypatch: pytest.MonkeyPatch):
+    """The same two calls, on the very pixels, with no copy of them."""
+    model = vision.model("triton_attn")
+    item = vision.image(4, 4)
+    expected = stock(model, [item])
+    calls = Calls(model, monkeypatch)
+    assert torch.equal(model.get_image_feature([item]), expected)
+    assert calls.batches == [(1, 16)]
+    assert calls.projected == [4]
+
+
+def test_no_image_takes_stocks_path():
+    model = vision.model("triton_attn")
+    found = model.get_image_feature([])
+    assert torch.equal(found, stock(model, []))
+    assert found.shape == (0, vision.WIDTH)
+    assert "no image" in ENGINE.runs[NAME].full_reason()
+
+
+def test_images_of_one_item():
+    """``[images, patches, ...]`` in one item, and a list of tensors in another."""
+    model = vision.model("triton_attn")
+    made = [vision.pixels(4, 4, seed=i) for i in range(4)]
+    several = SimpleNamespace(
+        feature=torch.stack([p for p, _ in made[:2]]),
+        image_position_ids=torch.stack([q for _, q in made[:2]]),
+    )
+    listed = SimpleNamespace(
+        feature=[p for p, _ in made[2:]], image_position_ids=[q for _, q in made[2:]]
+    )
+    items = [several, listed]
+    assert_near(model.get_image_feature(items), stock(model, items))
+
+
+def test_a_video_and_videos_of_two_sizes(monkeypatch: pytest.MonkeyPatch):
+    model = vision.model("triton_attn")
+    items = [vision.video(3, 4, 4), vision.video(2, 4, 2, seed=5), vision.video(2, 4, 4, seed=9)]
+    expected = stock(model, items, "get_video_feature")
+    calls = Calls(model, monkeypatch)
+    assert_near(model.get_video_feature(items), expected)
+    assert calls.batches == [(5, 16), (2, 8)]
+
+
+def test_attention_through_torch_takes_a_video_too():
+    """Stock refuses the frames as a batch there; here each goes by itself."""
+    items = [vision.video(2, 4, 4)]
+    model = vision.model("sdpa")
+    with pytest.raises(AssertionError, match="flatten_batch"):
+        stock(model, items, "get_video_feature")
+    ENGINE.apply(only=[NAME])
+    frames = items[0].feature[0], items[0].video_position_ids[0]
+    apart = [SimpleNamespace(feature=p, image_position_ids=q) for p, q in zip(*frames, strict=True)]
+    assert_near(model.get_video_feature(items), stock(model, apart))
+
+
+def test_embeddings_that_were_given_keep_their_place(monkeypatch: pytest.MonkeyPatch):
+    model = vision.model("triton_attn")
+    items = [
+        vision.given(3, seed=1),
+        vision.image(4, 4, seed=2),
+        vision.image(4, 2, 8, seed=3),
+        vision.given(1, seed=4),
+        vision.image(4, 4, seed=5),
+        vision.given(2, seed=6),
+    ]
+    expected = stock(model, items)
+    found = model.get_image_feature(items)
+    assert_near(found, expected)
+    assert torch.equal(found[:3], items[0].feature)
+    assert torch.equal(found[-2:], items[-1].feature)
+    calls = Calls(model, monkeypatch)
+    only = [items[0], items[3]]
+    assert torch.equal(model.get_image_feature(only), stock(model, only))
+    assert not calls.batches
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        SimpleNamespace(feature=vision.pixels(4, 4)[0]),
+        SimpleNamespace(feature=vision.pixels(4, 4)[0], image_position_ids=None),
+        SimpleNamespace(feature=[*vision.pixels(4, 4)], image_position_ids=[]),
+    ],
+)
+def test_stocks_errors_stay(broken: Any):
+    model = vision.model("triton_attn")
+    with pytest.raises(ValueError, match="has no matching image_position_ids"):
+        model.get_image_feature([broken])
+    assert "image_position_ids" in ENGINE.runs[NAME].full_reason()
+
+
+def test_positions_of_another_length_take_stocks_path():
+    model = vision.model("triton_attn")
+    feature, places = vision.pixels(4, 4)
+    with pytest.raises(RuntimeError):
+        model.get_image_feature([SimpleNamespace(feature=feature, image_position_ids=places[:12])])
+    assert "do not belong together" in ENGINE.runs[NAME].full_reason()
+
+
+# -- memory --------------------------------------------------------------------------------------------
+
+
+def test_chunks_stay_inside_the_budget(monkeypatch: pytest.MonkeyPatch):
+    """Two of 16 patches fit, and 32 patches are too large for it alone: one at a time, stock's values."""
+    model = vision.model("triton_attn")
+    described = patch.describe(model.vision_tower)
+    budget = 2 * batches.entry_bytes(described, 16)
+    assert batches.entry_bytes(described, 64) > budget
+    monkeypatch.setattr(batches, "FIXED_BUDGET", budget)
+    items = [*mixed(), vision.image(8, 8, seed=7), vision.image(8, 8, seed=8)]
+    expected = stock(model, items)
+    calls = Calls(model, monkeypatch)
+    assert_near(model.get_image_feature(items), expected)
+    assert calls.batches == [(2, 16), (1, 16), (1, 32), (1, 32), (1, 4), (1, 64), (1, 64)]
+
+
+@pytest.mark.parametrize("positions", [10240, 32])
+def test_the_peak_is_what_is_said(positions: int):
+    """Bytes that the dispatcher saw alive at once in the real encoder, against the formula."""
+    from sglang.srt.models.gemma4_vision import Gemma4VisionPatchEmbedder
+    from torch.multiprocessing.reductions import StorageWeakRef
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Alive(TorchDispatchMode):
+        """The most bytes that results of operators held at a time."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+            self.peak = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                storage = out.untyped_storage()
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+            alive = [size for ref, size in self.storages.values() if not ref.expired()]
+            self.peak = max(self.peak, sum(alive))
+            return out
+
+    tower = vision.model("triton_attn").vision_tower
+    described = patch.describe(tower)._replace(positions=positions, masks=False)
+    config = SimpleNamespace(patch_size=4, hidden_size=64, position_embedding_size=positions)
+    embedder = Gemma4VisionPatchEmbedder(config).bfloat16()
+    with Alive() as alive:
+        embedder._position_embeddings(
+            torch.zeros(1, 16, 2, dtype=torch.long), torch.zeros(1, 16, dtype=torch.bool)
+        )
+    stated = batches.entry_bytes(described, 16)
+    if positions == 10240:  # beside the table's rows and the clamped places, a few KB
+        assert stated == 16 * 2 * 10240 * (8 + 2)
+        assert stated <= alive.peak <= stated * 1.01
+    else:  # the layers outweigh a small table
+        assert alive.peak < stated
+
+
+def test_the_other_patches_shrink_the_bound():
+    """Without one-hot and without masks more images go together."""
+    tower = vision.model("triton_attn").vision_tower
+    alone = patch.describe(tower)
+    assert (alone.one_hot, alone.masks) == (True, True)
+    ENGINE.apply(only=[NAME, "vision_positions", "vision_masks"])
+    assert patch.describe(tower)[-2:] == (False, False)
+    large = alone._replace(positions=10240, hidden_size=768, intermediate_size=3072)
+    small = large._replace(one_hot=False, masks=False)
+    assert batches.entry_bytes(small, 2520) * 4 < batches.entry_bytes(large, 2520)
+
+
+@pytest.mark.parametrize(("ranks", "device"), [(1, "cpu"), (2, "cuda"), (8, "cpu")])
+def test_ranks_cut_alike(ranks: int, device: str):
+    """Free memory differs between ranks; what they all-reduce must not."""
+    assert batches.free_budget(torch.device(device), ranks) == batches.FIXED_BUDGET
+
+
+def test_the_budget_of_one_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Half of what is free, the allocator's cache included; at most a tenth of the GPU."""
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    for free, total, expected in ((4000, 100_000, 3000), (90_000, 100_000, 10_000)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, x=(free, total): x)
+        assert batches.free_budget(torch.device("cuda"), 1) == expected
+
+
+def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch):
+    """Down to one entry; an entry that fails by itself fails as in stock."""
+    model = vision.model("triton_attn")
+    items = [vision.image(4, 4, seed=i) for i in range(5)]
+    expected = stock(model, items)
+    calls = Calls(model, monkeypatch)
+    tower = type(model.vision_tower)
+    encode = tower.forward
+    limit = 2
+
+    def scarce(this, pixel_values, pixel_position_ids):
+        if len(pixel_values) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(this, pixel_values, pixel_position_ids)
+
+    monkeypatch.setattr(tower, "forward", scarce)
+    assert_near(model.get_image_feature(items), expected)
+    assert [batch for batch, _ in calls.batches] == [2, 1, 2]
+    monkeypatch.setattr(patch, "_ranks", lambda: 2)
+    with pytest.raises(torch.OutOfMemoryError):  # the other ranks would not follow
+        model.get_image_feature(items)
+    monkeypatch.setattr(patch, "_ranks", lambda: 1)
+    limit = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        model.get_image_feature(items)
+
+
+def test_plan_keeps_every_entry_once_and_in_order():
+    chunks = batches.plan([4, 9, 4, 4, 9, 1], lambda patches: patches, 8, None)
+    assert chunks == [[0, 2], [3], [1], [4], [5]]
+    assert batches.plan([], lambda patches: patches, 8, None) == []
+    assert batches.plan([4, 4], lambda patches: 0, 0, 1) == [[0], [1]]
