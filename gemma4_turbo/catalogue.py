@@ -103,6 +103,8 @@ _VISION_BACKENDS = (
     "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward",
 )
 
+_MTP_WORKER = "sglang.srt.speculative.frozen_kv_mtp_worker:FrozenKVMTPWorker"
+
 CATALOGUE: tuple[Patch, ...] = (
     Patch(
         name="router",
@@ -644,6 +646,66 @@ CATALOGUE: tuple[Patch, ...] = (
         default=True,
         origin="sgl-project/sglang#26026",
         finds_defect=True,
+    ),
+    Patch(
+        name="mtp_chain",
+        summary="MTP: a chain of drafts takes the largest logit; no softmax, no search in a tree",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+        ),
+        relies_on=(
+            f"{_MTP_WORKER}.draft_forward",
+            f"{_MTP_WORKER}._capture_for_decode",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata",
+            f"{_MTP_WORKER}.draft",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.replay",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:capture_for_decode",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+            "sglang.srt.speculative.spec_utils:_select_top_k_tokens_first",
+            "sglang.srt.speculative.spec_utils:_select_top_k_tokens_later",
+            "sglang.srt.speculative.eagle_utils:organize_draft_results",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        # The token is stock's but where a softmax rounds two logits to one probability.
+        numerics=TOLERANCE,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#18",
+        lazy=(_MTP_WORKER.partition(":")[0],),
+    ),
+    Patch(
+        name="mtp_seed_graph",
+        summary="MTP: the seed step of the draft, which stock runs eagerly, in CUDA graphs",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size",
+        ),
+        relies_on=(
+            f"{_MTP_WORKER}._run_assistant_seed_step",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata_replay_cuda_graph",
+            f"{_MTP_WORKER}.forward_draft_extend",
+            f"{_MTP_WORKER}.forward_draft_extend_after_decode",
+            f"{_MTP_WORKER}.draft",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.replay",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPInputBuffers",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#18",
+        lazy=(_MTP_WORKER.partition(":")[0],),
     ),
     Patch(
         name="swa_window",
