@@ -59,6 +59,7 @@ class Attention:
         self.table = table
         self.metadata = torch.zeros(0)
         self.by_size: dict[int, torch.Tensor] = {}
+        self.lengths: list[int] = []
 
     def _read(self, requests: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         columns = torch.arange(self.table.shape[1])
@@ -94,6 +95,7 @@ class Attention:
     ) -> None:
         assert total == int(lengths.sum()) == int(seq_lens_cpu.sum())
         assert len(requests) == len(lengths) == bs
+        self.lengths = lengths.tolist()
         self.by_size[bs].copy_(self._read(requests, lengths))
 
 
@@ -290,12 +292,13 @@ def after_decode(worker: Any, running: Any) -> None:
 
 
 def play(worker: Any) -> dict[str, Any]:
-    """Two requests are seeded, then a third; all draft; two go on and are seeded again."""
+    """Two requests are seeded, two others, and a third; three draft; two are seeded again."""
     assistant = worker.draft_model_runner.assistant
     first, second = batch("a", "b"), batch("c", first_slot=2, longer=4)
     found: dict[str, Any] = {}
     seed(worker, first)
     found["seed of two"] = seed_of(first)
+    seed(worker, batch("x", "y", first_slot=3, longer=2))  # in the same graph as the first
     seed(worker, second)
     found["seed of one"] = seed_of(second)
     found["seed of two later"] = seed_of(first)
@@ -331,6 +334,7 @@ def limits() -> dict[str, Any]:
     worker = make_worker(graphs=True)
     told("fits", worker, batch("a", "b", "c", "d"))
     told("fits with padding", worker, batch("a", "b", "c"))
+    found["padded lengths"] = worker.draft_attn_backend.lengths
     told("too many", worker, batch("a", "b", "c", "d", "e"))
     told("images", worker, batch("a"), mm_input_embeds=torch.zeros(1))
     exact = make_worker(graphs=True, disable_padding=True)

@@ -75,11 +75,11 @@ def test_the_cases_tell_mistakes_apart(found: dict[str, Any]) -> None:
 
 
 def test_no_seed_step_is_eager(found: dict[str, Any]) -> None:
-    """Stock runs three of them eagerly, also with its graphs; the patch none, and counts them."""
-    assert [found[how]["eager seeds"] for how in ("eager", "stock", "mtp_chain")] == [3, 3, 3]
+    """Stock runs four of them eagerly, also with its graphs; the patch none, and counts them."""
+    assert [found[how]["eager seeds"] for how in ("eager", "stock", "mtp_chain")] == [4, 4, 4]
     for how in ("mtp_seed_graph", "both"):
         assert (found[how]["eager seeds"], found[how]["eager"]) == (0, 0)
-        assert found[how]["engaged"]["mtp_seed_graph"] == 3
+        assert found[how]["engaged"]["mtp_seed_graph"] == 4
     assert found["mtp_chain"]["engaged"]["mtp_chain"] > 0
     assert found["mtp_chain"]["engaged"]["mtp_seed_graph"] == 0
 
@@ -109,6 +109,11 @@ def test_what_no_graph_takes_is_seeded_eagerly(
     assert found["limits"][what] == [eager, True, reason]
 
 
+def test_padded_rows_are_short(found: dict[str, Any]) -> None:
+    """They attend to one token, whatever the buffers held before."""
+    assert found["limits"]["padded lengths"] == [5, 6, 7, 1]
+
+
 def test_workers_that_keep_stocks_steps(found: dict[str, Any]) -> None:
     """LoRA, an empty batch, a tree whose tokens are chosen by score, and a capture that fails."""
     limits = found["limits"]
@@ -121,7 +126,7 @@ def test_workers_that_keep_stocks_steps(found: dict[str, Any]) -> None:
 def test_a_revert_gives_live_workers_their_methods_back(found: dict[str, Any]) -> None:
     """The seeds of the reverted worker are eager again."""
     assert found["own methods"] == []
-    assert found["reverted worker"]["eager seeds"] == 3
+    assert found["reverted worker"]["eager seeds"] == 4
 
 
 # -- the choice of the token ----------------------------------------------------------------------
