@@ -22,6 +22,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
 import typer
 from rich.console import Console
@@ -33,6 +34,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from gemma4_turbo import geometry, report  # noqa: E402
 
+VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
 console = Console(width=150)
 
@@ -192,6 +194,22 @@ def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, i
     return count
 
 
+def divergence(a: list[list[float]], b: list[list[float]]) -> float:
+    """KL divergence of two engines' next-token distributions, estimated, mean over positions.
+
+    ``sum(p (r - 1 - log r))``, r = q / p, over all tokens is the divergence: each of its terms is at
+    least 0, so a random sample of the tokens gives a steady estimate.
+    """
+    terms = []
+    for one, other in zip(a, b, strict=True):
+        p, q = np.array(one), np.array(other)
+        if p.shape != q.shape:
+            raise ValueError("the engines answered for different positions")
+        log_r = q - p
+        terms.append(np.exp(p) * (np.expm1(log_r) - log_r))
+    return float(np.concatenate(terms).mean()) * VOCABULARY
+
+
 @contextlib.contextmanager
 def engines(make: Any, variants: list[str]) -> Iterator[dict[str, Engine]]:
     """Several engines at once, stopped at the end."""
@@ -227,6 +245,9 @@ def main(
     update: Annotated[
         bool, typer.Option(help="Also compare after a weight update in the running engines")
     ] = False,
+    kl: Annotated[
+        int, typer.Option(help="Prompts of the KL divergence, and of stock's own; 0: none")
+    ] = 0,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
@@ -272,6 +293,7 @@ def main(
 
     answers: dict[str, list[dict[str, Any]]] = {}
     profiles: dict[str, dict[str, Any]] = {}
+    distributions: dict[str, list[list[float]]] = {}
     reports: dict[str, dict[str, Any]] = {}
 
     def measure(engine: Engine, round_: int) -> None:
@@ -290,6 +312,13 @@ def main(
             answers[engine.variant] = engine("tokens", count=equality, new=new_tokens, seed=99)[
                 "rows"
             ]
+        if kl:
+            asked = {"count": kl, "sample": 1024, "seed": 97}
+            name = engine.variant
+            distributions[name] = engine("distribution", alone=False, **asked)["rows"]
+            if name == STOCK:
+                again = engine("distribution", alone=True, **asked)["rows"]
+                distributions[f"{STOCK}, one at a time"] = again
         if update:
             changed = {"size": geometry.GEOMETRIES[model].hidden, "layers": results.base["layers"]}
             few = {"count": 16, "new": 16, "seed": 98}
@@ -343,6 +372,11 @@ def main(
                 rows = live[CONTROL]("tokens", count=equality, new=new_tokens, seed=99)["rows"]
                 answers[CONTROL] = rows
 
+    for other, rows in distributions.items():
+        if other != STOCK:
+            value = divergence(distributions[STOCK], rows)
+            console.print(f"KL divergence, {STOCK} against {other}: {value:.3e} nats")
+            results.add(f"{STOCK} vs {other}", "KL divergence", kl, 0, value, "nats")
     show(results, answers, profiles, reports)
     results.save(out)
 

@@ -86,6 +86,33 @@ class Worker:
             )
         return {"rows": rows}
 
+    def distribution(
+        self, count: int, sample: int, seed: int, alone: bool
+    ) -> dict[str, list[list[float]]]:
+        """Logprobs of ``sample`` random tokens after the last 8 positions of prompts up to 6000 long.
+
+        Together the prompts are cut into other chunks than ``alone``, one prompt at a time.
+        """
+        source = random.Random(seed)
+        ids = [prompts(1, source.randrange(16, 6000), seed + i)[0] for i in range(count)]
+        wanted = sorted(source.sample(range(10, 250_000), sample))
+        answers = []
+        for batch in [[one] for one in ids] if alone else [ids]:
+            answers += self.generate(
+                batch,
+                1,
+                return_logprob=True,
+                token_ids_logprob=[wanted] * len(batch),
+                logprob_start_len=[len(one) - 8 for one in batch],
+            )
+        rows = []
+        for answer in answers:
+            meta = answer["meta_info"]
+            steps = [*meta["input_token_ids_logprobs"], *meta["output_token_ids_logprobs"]]
+            # A prompt's first position has no distribution before it.
+            rows.append([value for step in steps if step for value, *_ in step])
+        return {"rows": rows}
+
     def update(self, suffix: str, size: int, layers: int, seed: int) -> dict[str, Any]:
         """Random numbers around one into ``model.layers.*.<suffix>`` of the running engine."""
         import torch

@@ -20,6 +20,7 @@ class Timer:
     def __init__(self, call: Call, calls: int) -> None:
         self.calls = calls
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
         with torch.cuda.stream(stream):
             call(0)
             self.graph = torch.cuda.CUDAGraph()

@@ -44,8 +44,8 @@ DENSE: dict[tuple[int, bool], Dense] = {
 }
 SPLIT: dict[int, Split] = {
     128: Split(64, 32, 16, 4, 3, 4, 3),
-    256: Split(32, 32, 16, 4, 3, 4, 3),
-    512: Split(32, 32, 16, 8, 2, 4, 2),
+    256: Split(32, 32, 16, 4, 3, 4, 1),
+    512: Split(32, 16, 16, 4, 3, 8, 1),
 }
 # Extends of at most so many tokens per sequence are split over their keys.
 SPLIT_TOKENS = 16

@@ -263,7 +263,8 @@ def _dense_kernel(
         if WINDOW > 0:
             offset = tl.load(window_kv_offsets_ptr + sequence).to(tl.int32)
         mask_width = cached + new + offset
-        mask_row = row // PACK * mask_width
+        # Rows without a token read the last token's bytes: beyond them the mask may end.
+        mask_row = tl.minimum(row // PACK, token_last - token_first) * mask_width
         mask_ptr += tl.load(mask_indptr_ptr + sequence).to(tl.int64) + offset
         mask_ptr += token_first.to(tl.int64) * mask_width
 
@@ -600,7 +601,8 @@ def _split_kernel(
         if WINDOW > 0:
             offset = tl.load(window_kv_offsets_ptr + sequence).to(tl.int32)
         mask_width = cached + new + offset
-        mask_row = row // PACK * mask_width
+        # Rows without a token read the last token's bytes: beyond them the mask may end.
+        mask_row = tl.minimum(row // PACK, token_last - token_first) * mask_width
         mask_ptr += tl.load(mask_indptr_ptr + sequence).to(tl.int64) + offset
         mask_ptr += token_first.to(tl.int64) * mask_width
 
