@@ -33,7 +33,7 @@ class Assistant:
             return torch.randn(shape, generator=generator, dtype=torch.float64)
 
         self.embed, self.mix = randn(vocab, hidden), randn(hidden, hidden)
-        self.head = randn(hidden, vocab) * 3
+        self.head, self.reading = randn(hidden, vocab) * 3, randn(hidden) * 5
         self.pool, self.backend = pool, backend
         self.eager = 0
         self.replaying = False
@@ -46,7 +46,8 @@ class Assistant:
         state = batch.spec_info.hidden_states
         assert len(batch.input_ids) == len(batch.positions) == len(state) == batch.batch_size
         x = self.embed[batch.input_ids] + state @ self.mix
-        x = x + torch.sin(batch.positions.double() * 3 + self.backend.metadata)[:, None]
+        seen = torch.sin(batch.positions.double() * 3 + self.backend.metadata)
+        x = x + seen[:, None] * self.reading
         hidden = torch.tanh(x)
         output = SimpleNamespace(next_token_logits=hidden @ self.head, hidden_states=hidden)
         return SimpleNamespace(logits_output=output)
