@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, NamedTuple
@@ -33,7 +32,7 @@ from rich.table import Table
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_turbo import report  # noqa: E402
+from bench.provenance import provenance  # noqa: E402
 from gemma4_turbo.kernels import extend_attention as kernel  # noqa: E402
 from gemma4_turbo.kernels import extend_config as config  # noqa: E402
 
@@ -367,11 +366,7 @@ def main(
         for name in chosen:
             tune(name, SHAPES[name], stock, graph, top)
         return
-    base = {
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": report.device(),
-        **report.versions(),
-    }
+    base = provenance()
     rows = [measure(name, SHAPES[name], stock, graph, rounds) for name in track(chosen)]
     columns = ("shape", "mode", "ours_us", "ours_tflops", "stock_us", "ratio", "target")
     fresh = not out.exists()

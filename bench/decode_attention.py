@@ -27,8 +27,9 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
+from bench.provenance import provenance  # noqa: E402
 from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
-from gemma4_turbo import geometry, report  # noqa: E402
+from gemma4_turbo import geometry  # noqa: E402
 from gemma4_turbo.kernels import decode_attention as kernel  # noqa: E402
 from gemma4_turbo.kernels.decode_attention import Config  # noqa: E402
 
@@ -342,7 +343,7 @@ def main(
 def write(rows: list[dict[str, Any]], out: Path) -> None:
     """All rows so far, with GPU and versions."""
     frame = pd.DataFrame(rows)
-    for name, value in {**report.versions(), "gpu": report.device()}.items():
+    for name, value in provenance().items():
         frame[name] = value
     frame.to_csv(out, index=False)
 

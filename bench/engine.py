@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +31,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from bench.provenance import provenance  # noqa: E402
 from gemma4_turbo import geometry, report  # noqa: E402
 
 VOCABULARY = geometry.VOCABULARY
@@ -112,9 +112,7 @@ class Results:
     def __init__(self, model: str, layers: int | None, patches: list[str], tp: int = 1) -> None:
         self.rows: list[dict[str, Any]] = []
         self.base = {
-            "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-            "gpu": report.device() or "none",
-            **report.versions(),
+            **provenance(),
             # Decides which RMSNorm stock runs; a library that is only on PYTHONPATH counts too.
             "norms": "cute" if find_spec("cutlass") else "cuda",
             "tp": tp,
@@ -417,12 +415,14 @@ def show(
                 continue
             steps, kernels = profile[stage]["steps"], profile[stage]["kernels"]
             launches = sum(count for count, _ in kernels.values()) / steps
+            busy = sum(us for _, us in kernels.values())
             layers = int(results.base["layers"])
             if stage == "decode":
                 results.add(variant, "launches per layer", layers, 0, launches / layers, "launches")
             table = Table(
                 title=f"{stage}, {variant}: {launches:.0f} launches a step, "
-                f"{launches / layers:.1f} a layer",
+                f"{launches / layers:.1f} a layer, {busy / steps / 1e3:.2f} of "
+                f"{profile[stage]['span_us'] / steps / 1e3:.2f} ms in kernels",
                 title_justify="left",
             )
             for heading in ("kernel", "a step", "us a step", "us each"):

@@ -129,7 +129,10 @@ class Worker:
         return {"done": str(done)}
 
     def profile(self, batch: int, length: int, steps: int, seed: int) -> dict[str, Any]:
-        """GPU kernels by stage: ``{stage: {"steps": n, "kernels": {name: [count, us]}}}``."""
+        """GPU kernels by stage: ``{stage: {"steps": n, "span_us": t, "kernels": {name: [count, us]}}}``.
+
+        The span is from the first kernel's start to the last one's end.
+        """
         with tempfile.TemporaryDirectory() as folder:
             self.engine.start_profile(
                 output_dir=folder,
@@ -151,13 +154,16 @@ class Worker:
                     except (EOFError, ValueError, OSError):
                         continue  # still being written
                     kernels: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+                    begin, end = float("inf"), 0.0
                     for event in events:
                         if event.get("cat") == "kernel":
                             kernels[event["name"]][0] += 1
                             kernels[event["name"]][1] += event["dur"]
+                            begin = min(begin, event["ts"])
+                            end = max(end, event["ts"] + event["dur"])
                     chunks = -(-batch * length // self.chunk)
                     ran = steps if stage == "decode" else min(steps, chunks)
-                    found[stage] = {"steps": ran, "kernels": kernels}
+                    found[stage] = {"steps": ran, "kernels": kernels, "span_us": end - begin}
                 time.sleep(0.5)
         return found
 

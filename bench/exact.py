@@ -8,7 +8,6 @@ One row of a CSV per dtype, number of experts, K and kind of logits.
 from __future__ import annotations
 
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_turbo import report
+from bench.provenance import provenance
 from tests.router_inputs import KINDS, bits_differ, logits
 
 WIDTHS = (0.1, 1.0, 10.0)
@@ -44,11 +43,7 @@ def main(
     construct = getattr(construct, "__wrapped__", construct)
     generator = torch.Generator("cuda").manual_seed(2026)
     cases = [(d, e, k) for d in LOGIT_DTYPES for e in (64, 128, 256) for k in (1, 4, 8)]
-    base = {
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": report.device(),
-        **report.versions(),
-    }
+    base = provenance()
     found = []
     for dtype, experts, topk in track(cases, description="router"):
         scale = (torch.randn(experts, device="cuda", generator=generator) * 2).to(dtype)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -32,8 +31,8 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.kernel_cases import CASES, Call, Case  # noqa: E402
+from bench.provenance import provenance  # noqa: E402
 from bench.timing import Timer, readings  # noqa: E402
-from gemma4_turbo import report  # noqa: E402
 
 ALL, COPY = "all", "copy"
 COUNTS = ("tokens", "fused_launches", "stock_launches", "bytes")
@@ -158,9 +157,7 @@ def main(
         choices = ", ".join([*CASES, ALL])
         raise typer.BadParameter(f"{kernel!r}: choose from {choices}", param_hint="kernel")
     base: dict[str, Any] = {
-        "timestamp": datetime.now(UTC).isoformat(timespec="seconds"),
-        "gpu": report.device(),
-        **report.versions(),
+        **provenance(),
         # Decides which RMSNorm stock runs; a library that is only on PYTHONPATH counts too.
         "norms": "cute" if find_spec("cutlass") else "cuda",
     }

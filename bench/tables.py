@@ -17,6 +17,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gemma4_turbo.catalogue import BITWISE, by_name
+from gemma4_turbo.geometry import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -161,11 +162,14 @@ def decode_engine() -> str | None:
     if not rows:
         return None
     header = ["model", "GPU", "patches", *(f"decode, batch {size}, ms" for size in BATCHES)]
-    header += ["launches per layer", "prefill ratio", "tokens differing", "logprobs differing"]
-    table = markdown([*header, "rounds"], rows)
+    header += ["launches per layer", "prefill, ms", "tokens differing", "logprobs differing"]
+    table = markdown([*header, "KL divergence, nats", "rounds"], rows)
     return (
         f"{table}\n\nStock -> patched (ratio), medians of alternating rounds of one run each; "
-        f"random weights; tokens and logprobs of stock against patched. {origins(pd.concat(frames))}."
+        "random weights; tokens and logprobs of stock against patched. KL divergence of the next-token "
+        "distributions of 12 prompts of up to 6000 tokens, stock against patched; in brackets stock "
+        "against itself with other batches or chunks. "
+        f"{origins(pd.concat(frames))}."
     )
 
 
@@ -188,17 +192,25 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
     steps = [pair("decode step", size) for size in BATCHES]
     launches = pair("launches per layer", first["layers"])
     prefill = [
-        f"{row['patched'] / row['stock']:.3f}"
-        for (quantity, _), row in medians.iterrows()
+        f"{size} x {quantity.split()[-1]}: {change(row['stock'], row['patched'], 0)}"
+        for (quantity, size), row in medians.iterrows()
         if quantity.startswith("prefill")
     ]
+    far = frame[frame["quantity"] == "KL divergence"].set_index("variant")["value"]
+    divergence = "-"
+    if "stock vs patched" in far:
+        own = [f"{value:.1e}" for name, value in far.items() if name != "stock vs patched"]
+        divergence = f"{far['stock vs patched']:.1e} ({', '.join(own)})"
     gpu = first["gpu"].removeprefix("NVIDIA ")
     if first.get("tp", 1) > 1:
         gpu = f"{first['tp']} x {gpu}"
     if "norms" in frame:  # older runs do not say which RMSNorm stock had
         gpu += f", {first['norms']} norms"
+    model = first["model"]
+    if first["layers"] != GEOMETRIES[model].layers:
+        model += f", {first['layers']} layers"
     return [
-        first["model"],
+        model,
         gpu,
         chosen(first["patches"]),
         *("-" if step is None else change(*step, 2) for step in steps),
@@ -206,6 +218,7 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
         ", ".join(prefill) or "-",
         differing("token"),
         differing("logprob"),
+        divergence,
         str(timed["round"].nunique()),
     ]
 
@@ -241,6 +254,70 @@ def decode_kernels() -> str | None:
     )
 
 
+def newest(pattern: str) -> pd.DataFrame | None:
+    """The newest run among these CSV files."""
+    frames = [pd.read_csv(path) for path in RESULTS.glob(pattern)]
+    if not frames:
+        return None
+    frame = pd.concat(frames)
+    return frame[frame["timestamp"] == frame["timestamp"].max()]
+
+
+def extend_attention() -> str | None:
+    """Stock's kernel and ours, a row per shape."""
+    frame = newest("extend-attention-*.csv")
+    if frame is None:
+        return None
+    rows = [
+        [row["shape"], change(row["stock_us"], row["ours_us"], 0), f"{row['ours_tflops']:.0f}"]
+        for _, row in frame.iterrows()
+    ]
+    table = markdown(["shape", "us", "TFLOP/s"], rows)
+    return (
+        f"{table}\n\nStock -> ours (ratio), `python bench/attention.py`, where the shapes are. The cached "
+        f"prefix lies in random order; L2 cache emptied before each call. {origin(frame)}."
+    )
+
+
+def decode_attention() -> str | None:
+    """Stock's two kernels and ours, a row per kind of layer and batch, a column per length."""
+    frame = newest("decode-attention-*.csv")
+    if frame is None:
+        return None
+    lengths = sorted(frame["length"].unique())
+    rows = []
+    for (shape, batch), points in frame.groupby(["shape", "batch"], sort=False):
+        us = points.set_index("length")[["stock_us", "us"]]
+        rows.append([shape, str(batch), *(change(*us.loc[length], 1) for length in lengths)])
+    header = ["layer", "batch", *(f"{length} tokens, us" for length in lengths)]
+    return (
+        f"{markdown(header, rows)}\n\nStock -> ours (ratio), in a CUDA graph, keys and values outside "
+        f"the L2 cache: `python bench/decode_attention.py`. {origin(frame)}."
+    )
+
+
+def moe() -> str | None:
+    """Both projections with stock's blocks and with the tuned ones, a row per number of tokens."""
+    frame = newest("moe-*.csv")
+    if frame is None:
+        return None
+    keys = ["tokens", "width"]
+    stock, ours = (
+        frame[frame[name] == 1].groupby(keys)["us"].sum() for name in ("stock", "chosen")
+    )
+    widths = sorted(frame["width"].unique(), reverse=True)
+    rows = [
+        [str(tokens), *(change(stock[tokens, width], ours[tokens, width], 0) for width in widths)]
+        for tokens in sorted(frame["tokens"].unique())
+    ]
+    header = ["tokens", *(f"N = {width}, us" for width in widths)]
+    return (
+        f"{markdown(header, rows)}\n\nStock -> tuned (ratio), up and down projection of 128 experts, "
+        "top-8, half of the routings near uniform, half skewed: `python bench/tune_moe.py`. "
+        f"{origin(frame)}."
+    )
+
+
 def decimal(count: float) -> str:
     """A number of bytes in decimal units."""
     for unit in ("B", "kB"):
@@ -257,6 +334,9 @@ TABLES = {
     "exact": exact,
     "kernels": kernels,
     "decode-kernels": decode_kernels,
+    "extend-attention": extend_attention,
+    "decode-attention": decode_attention,
+    "moe": moe,
 }
 
 

@@ -34,8 +34,9 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
+from bench.provenance import provenance  # noqa: E402
 from bench.timing import Timer, readings  # noqa: E402
-from gemma4_turbo import moe_tables, report  # noqa: E402
+from gemma4_turbo import moe_tables  # noqa: E402
 
 HIDDEN, EXPERTS, TOPK = 2816, 128, 8
 UP, DOWN = "up", "down"
@@ -456,7 +457,7 @@ def main(
             for path in moe_tables.save(key, pair, folder):
                 console.print(f"wrote {path}")
             frame = pd.DataFrame(rows)
-            for name, text in {**report.versions(), "gpu": report.device()}.items():
+            for name, text in provenance().items():
                 frame[name] = text
             frame.to_csv(out, index=False)
             torch.cuda.empty_cache()

@@ -26,8 +26,9 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
+from bench.provenance import provenance  # noqa: E402
 from bench.timing import L2_BYTES, Call, Timer, readings  # noqa: E402
-from gemma4_turbo import geometry, report  # noqa: E402
+from gemma4_turbo import geometry  # noqa: E402
 from gemma4_turbo.kernels.skinny_gemm import (  # noqa: E402
     Config,
     Epilogue,
@@ -141,7 +142,7 @@ def main(
         for shape in track(list(wanted.values()), "timing", console=console, transient=True):
             results += tune(shape, counts, processors)
     frame = pd.DataFrame(results)
-    for name, value in {**report.versions(), "gpu": report.device()}.items():
+    for name, value in provenance().items():
         frame[name] = value
     frame.to_csv(out, index=False)
     best = frame.loc[frame.groupby(["role", "n", "k", "rows"]).us.idxmin()]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -28,7 +27,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import gemma4_turbo
-from gemma4_turbo import report
+from bench.provenance import provenance
 from gemma4_turbo.commands import small_moe
 
 PATCHES = [
@@ -124,8 +123,7 @@ def main(
     calls = [
         items[at : at + (per_call or images_)] for at in range(0, images_, per_call or images_)
     ]
-    base = {**report.versions(), "gpu": report.device(), "images": images_, "patches": patches}
-    base |= {"per_call": per_call, "timestamp": datetime.now(UTC).isoformat(timespec="seconds")}
+    base = {**provenance(), "images": images_, "patches": patches, "per_call": per_call}
     rows, expected = [], None
     for round_ in range(-1, rounds):  # the first one compiles and is not kept
         for variant, names in VARIANTS.items():

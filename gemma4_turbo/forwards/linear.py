@@ -36,11 +36,17 @@ class Plan(steps.Plan):
         if self.skinny_gemm is UNPROVEN:  # a quantised layer may have no weight at all
             weight = module.weight
             key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
-            self.config = kernel.choose(weight.shape, epilogue, _processors(weight.device))
+            cut = weight.shape, epilogue, _processors(weight.device)
+            self.few = kernel.choose(*cut)
+            self.many = kernel.choose(*cut, rows=kernel.MAX_ROWS)
         super().__init__(key, None)
         # Zeros that a launch leaves as zeros; one of its own for each layer, as layers of two
         # streams may run at the same time. Never made while a CUDA graph is captured.
         self.arrived: torch.Tensor | None = None
+
+    def config(self, rows: int) -> kernel.Config:
+        """How so many rows are cut."""
+        return self.few if rows <= kernel.FEW_ROWS else self.many
 
 
 def _processors(device: torch.device) -> int:
@@ -104,7 +110,7 @@ def _run(
     reason = kernel.decline_reason(x, weight, epilogue, extra)
     if plan.arrived is None and not capturing():
         plan.arrived = torch.zeros(
-            kernel.tiles(weight, epilogue, plan.config), dtype=torch.int32, device=weight.device
+            kernel.tiles(weight, epilogue, plan.few), dtype=torch.int32, device=weight.device
         )
     if reason is None and plan.arrived is None:
         reason = "a linear layer was not run before the capture"
@@ -112,7 +118,8 @@ def _run(
         plan, NAME, reason, lambda: _compare(module, plan, x, epilogue, extra)
     ):
         return None
-    return kernel.launch_skinny_gemm(x, weight, plan.config, epilogue, extra, plan.arrived)
+    config = plan.config(x.shape[0])
+    return kernel.launch_skinny_gemm(x, weight, config, epilogue, extra, plan.arrived)
 
 
 def _compare(
@@ -121,13 +128,15 @@ def _compare(
     """Elements farther from stock's than two roundings of the largest in their row."""
     if not like.is_cuda:
         return 0
-    rows = 16
-    x = steps.samples(rows, like)
-    factor = None if extra is None else steps.samples(rows, extra)
     assert plan.arrived is not None
-    ours = kernel.launch_skinny_gemm(
-        x, module.weight, plan.config, epilogue, factor, plan.arrived
-    ).float()
-    stock = kernel.reference_skinny_gemm(x, module.weight, epilogue, factor).float()
-    bound = stock.abs().amax(-1, keepdim=True) * 2.0**-6
-    return int(((ours - stock).abs() > bound).sum()) + int((~ours.isfinite()).sum())
+    found = 0
+    for rows in (kernel.FEW_ROWS, kernel.MAX_ROWS):
+        x = steps.samples(rows, like)
+        factor = None if extra is None else steps.samples(rows, extra)
+        ours = kernel.launch_skinny_gemm(
+            x, module.weight, plan.config(rows), epilogue, factor, plan.arrived
+        ).float()
+        stock = kernel.reference_skinny_gemm(x, module.weight, epilogue, factor).float()
+        bound = stock.abs().amax(-1, keepdim=True) * 2.0**-6
+        found += int(((ours - stock).abs() > bound).sum()) + int((~ours.isfinite()).sum())
+    return found

@@ -1,6 +1,6 @@
 """Norm, rotation and KV store between the QKV projection and attention, with the bits of stock's calls.
 
-One program per (token, head). With ``x`` one head of one token, D = head_dim, h = D / 2, c and s the
+One program per (token, head), with many tokens per (token, up to four heads). With ``x`` one head of one token, D = head_dim, h = D / 2, c and s the
 rows of the cosine/sine cache at the token's position::
 
     n        = round(x * rsqrt(mean(x * x) + eps) * weight)          # V: without weight
@@ -53,7 +53,7 @@ def _rotate(x, other, c, s, first, PTX: tl.constexpr):
 
 
 @triton.jit
-def _head(
+def _heads(
     x_ptr,
     weight_ptr,
     out_ptr,
@@ -69,50 +69,64 @@ def _head(
     stride_v_out,
     stride_v_cache,
     token,
-    head,
+    block,
     eps,
     D: tl.constexpr,
+    PER: tl.constexpr,
     WEIGHT: tl.constexpr,
     ROPE: tl.constexpr,
     STORE: tl.constexpr,
     ALSO_V: tl.constexpr,
     PTX: tl.constexpr,
 ):
+    """Heads ``block * PER`` to ``block * PER + PER - 1`` of a token."""
     column = tl.arange(0, D)
     HALF: tl.constexpr = D // 2
-    raw = tl.load(x_ptr + token * stride + head * D + column)
-    dtype: tl.constexpr = raw.dtype
-    x = raw.to(tl.float32)
-    rrms = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
-    n = x * rrms
+    partner = (column + HALF) % D
+    # All loads first: with many tokens what counts is how much of them is in flight.
+    row = x_ptr + token * stride + block * (PER * D)
+    raws = ()
+    others = ()
+    for i in tl.static_range(PER):
+        raws = raws + (tl.load(row + i * D + column),)
+        if ROPE:
+            others = others + (tl.load(row + i * D + partner),)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
     if WEIGHT:
-        n = n * tl.load(weight_ptr + column).to(tl.float32)
-    n = rounded(n, dtype, PTX)
+        weight = tl.load(weight_ptr + column).to(tl.float32)
     if ROPE:
-        partner = (column + HALF) % D
-        other = tl.load(x_ptr + token * stride + head * D + partner).to(tl.float32)
-        w = tl.load(weight_ptr + partner).to(tl.float32)
-        other = rounded(other * rrms * w, dtype, PTX)
+        partner_weight = tl.load(weight_ptr + partner).to(tl.float32)
         position = tl.load(positions_ptr + token).to(tl.int64)
         angle = column % HALF
         c = tl.load(cos_sin_ptr + position * D + angle)
         s = tl.load(cos_sin_ptr + position * D + HALF + angle)
-        n = _rotate(n, other, c, s, column < HALF, PTX)
         # Every lane has read a neighbour's element of what may be overwritten below.
         tl.debug_barrier()
-    y = round_to(n, dtype, PTX)
     if STORE:
         location = tl.load(locations_ptr + token).to(tl.int64)
-        tl.store(cache_ptr + location * stride_cache + head * D + column, y)
-    else:
-        tl.store(out_ptr + token * stride_out + head * D + column, y)
-    if ALSO_V:
-        v = round_to(x * rrms, dtype, PTX)
+    for i in tl.static_range(PER):
+        x = raws[i].to(tl.float32)
+        rrms = tl.rsqrt(tl.sum(x * x, axis=0) / D + eps)
+        n = x * rrms
+        if WEIGHT:
+            n = n * weight
+        n = rounded(n, dtype, PTX)
+        if ROPE:
+            other = others[i].to(tl.float32)
+            other = rounded(other * rrms * partner_weight, dtype, PTX)
+            n = _rotate(n, other, c, s, column < HALF, PTX)
+        y = round_to(n, dtype, PTX)
+        at = (block * PER + i) * D + column
         if STORE:
-            location = tl.load(locations_ptr + token).to(tl.int64)
-            tl.store(v_cache_ptr + location * stride_v_cache + head * D + column, v)
+            tl.store(cache_ptr + location * stride_cache + at, y)
         else:
-            tl.store(v_out_ptr + token * stride_v_out + head * D + column, v)
+            tl.store(out_ptr + token * stride_out + at, y)
+        if ALSO_V:
+            v = round_to(x * rrms, dtype, PTX)
+            if STORE:
+                tl.store(v_cache_ptr + location * stride_v_cache + at, v)
+            else:
+                tl.store(v_out_ptr + token * stride_v_out + at, v)
 
 
 @triton.jit
@@ -135,8 +149,10 @@ def _qkv_kernel(
     stride_k_cache,
     stride_v_cache,
     eps,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
+    Q_BLOCKS: tl.constexpr,
+    KV_BLOCKS: tl.constexpr,
+    Q_PER: tl.constexpr,
+    KV_PER: tl.constexpr,
     D: tl.constexpr,
     MODE: tl.constexpr,
     ROPE: tl.constexpr,
@@ -149,27 +165,36 @@ def _qkv_kernel(
     # Each branch forms its own addresses: a pointer chosen by a branch loses its alignment, and with
     # it the order in which Triton adds.
     token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    if head < Q_HEADS:
-        _head(
+    block = tl.program_id(1)
+    if block < Q_BLOCKS:
+        _heads(
             q_ptr, q_weight_ptr, q_ptr, q_ptr, q_ptr, q_ptr, positions_ptr, cos_sin_ptr,
-            locations_ptr, stride_q, stride_q, 0, 0, 0, token, head, eps,
-            D, True, ROPE, False, False, PTX,
+            locations_ptr, stride_q, stride_q, 0, 0, 0, token, block, eps,
+            D, Q_PER, True, ROPE, False, False, PTX,
         )  # fmt: skip
-    elif head < Q_HEADS + KV_HEADS:
-        _head(
+    elif block < Q_BLOCKS + KV_BLOCKS:
+        _heads(
             k_ptr, k_weight_ptr, k_ptr, k_cache_ptr, v_out_ptr, v_cache_ptr, positions_ptr,
             cos_sin_ptr, locations_ptr, stride_k, stride_k, stride_k_cache, stride_v_out,
-            stride_v_cache, token, head - Q_HEADS, eps,
-            D, True, ROPE, STORE, MODE == 1, PTX,
+            stride_v_cache, token, block - Q_BLOCKS, eps,
+            D, KV_PER, True, ROPE, STORE, MODE == 1, PTX,
         )  # fmt: skip
     else:
-        _head(
+        _heads(
             v_ptr, k_weight_ptr, v_ptr, v_cache_ptr, v_ptr, v_cache_ptr, positions_ptr,
             cos_sin_ptr, locations_ptr, stride_v, stride_v, stride_v_cache, 0, 0, token,
-            head - Q_HEADS - KV_HEADS, eps,
-            D, False, False, STORE, False, PTX,
+            block - Q_BLOCKS - KV_BLOCKS, eps,
+            D, KV_PER, False, False, STORE, False, PTX,
         )  # fmt: skip
+
+
+MANY_PROGRAMS = 8192
+"""Of one head each: from so many on, a program takes several."""
+
+
+def heads_of_a_program(heads: int, programs: int) -> int:
+    """1, 2 or 4 heads, a divisor of ``heads``."""
+    return 1 if programs < MANY_PROGRAMS or heads == 0 else min(4, heads & -heads)
 
 
 class Rope(NamedTuple):
@@ -306,7 +331,10 @@ def launch_qkv(
         some_k = q if k is None else k
         some_v = some_k if v is None else v
         some_v_out = some_v if v_out is None else v_out
-        _qkv_kernel[(rows, q_heads + mode * kv_heads)](
+        programs = rows * (q_heads + mode * kv_heads)
+        q_per, kv_per = (heads_of_a_program(heads, programs) for heads in (q_heads, kv_heads))
+        q_blocks, kv_blocks = q_heads // q_per, kv_heads // kv_per
+        _qkv_kernel[(rows, q_blocks + mode * kv_blocks)](
             q,
             some_k,
             some_v,
@@ -325,8 +353,10 @@ def launch_qkv(
             0 if store is None else store.k_cache.stride(0),
             0 if store is None else store.v_cache.stride(0),
             eps,
-            Q_HEADS=q_heads,
-            KV_HEADS=kv_heads,
+            Q_BLOCKS=q_blocks,
+            KV_BLOCKS=kv_blocks,
+            Q_PER=q_per,
+            KV_PER=kv_per,
             D=head_dim,
             MODE=int(mode),
             ROPE=rope is not None,

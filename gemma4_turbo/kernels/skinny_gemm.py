@@ -200,18 +200,31 @@ def tiles(weight: torch.Tensor, epilogue: Epilogue, config: Config) -> int:
     return triton.cdiv(width, config.block_n)
 
 
-def choose(shape: tuple[int, ...], epilogue: Epilogue, processors: int) -> Config:
+FEW_ROWS = 16
+"""`choose` distinguishes up to so many rows from more."""
+
+
+def choose(
+    shape: tuple[int, ...], epilogue: Epilogue, processors: int, rows: int = FEW_ROWS
+) -> Config:
     """A cut for a weight of this shape ``(N, K)``: what was best over the models' layers, as a rule.
 
     Args:
+        shape: of the weight.
+        epilogue: what happens to the sums.
         processors: of the GPU.
+        rows: M. The number of `tiles` does not depend on it.
     """
     width = shape[0] // (2 if epilogue == Epilogue.GELU_AND_MUL else 1)
     depth = shape[1]
     block_k = 128 if depth % 128 == 0 else 64
     block_n = 16 if width < 1024 else 32 if depth <= 256 else 64
     split = round(0.8 * processors / triton.cdiv(width, block_n))
-    stages = 3 if epilogue == Epilogue.GELU_AND_MUL else 6
+    stages = 6
+    if epilogue == Epilogue.GELU_AND_MUL:
+        stages = 3
+        if rows > FEW_ROWS:  # more rows of x need shared memory, of which the weight has two tiles
+            block_k, stages = 64, 4
     return Config(block_n, block_k, max(1, min(split, depth // block_k)), stages)
 
 

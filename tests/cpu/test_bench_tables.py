@@ -54,7 +54,14 @@ def engine_csv(path: Path, timestamp: str = NEW, scale: float = 1.0, **base: Any
         rows.append(("stock vs stock again", f"{name}_diffs", 64, 0, 77.0, "count"))
         rows.append(("stock vs stock again", f"{name}s", 64, 0, 4096.0, "count"))
     frame = pd.DataFrame(rows, columns=["variant", "quantity", "x", "round", "value", "unit"])
-    base = {"gpu": "NVIDIA H9", **VERSIONS, "model": "e9b", "layers": 30, "patches": MOST, **base}
+    base = {
+        "gpu": "NVIDIA H9",
+        **VERSIONS,
+        "model": "26b-a4b",
+        "layers": 30,
+        "patches": MOST,
+        **base,
+    }
     for name, value in {"timestamp": timestamp, **base}.items():
         frame[name] = value
     frame.to_csv(path, mode="a", header=not path.exists(), index=False)
@@ -68,23 +75,69 @@ def test_an_engine_table(results):
     assert table is not None
     step = "8.50 -> 4.50 (0.529)"
     (line,) = cells(table)
-    assert line[:6] == ["e9b", "H9", LABEL, step, step, step]
-    assert line[6:] == ["35.3 -> 20.3", "0.500", "3 of 4,096", "5 of 4,096", "3"]
+    assert line[:6] == ["26b-a4b", "H9", LABEL, step, step, step]
+    prefill = "8 x 4096: 800 -> 400 (0.500)"
+    assert line[6:] == ["35.3 -> 20.3", prefill, "3 of 4,096", "5 of 4,096", "-", "3"]
     assert table.endswith("NVIDIA H9, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-02.")
 
 
 def test_engines_of_several_files(results):
     engine_csv(results / "decode-a-engine.csv")
-    engine_csv(results / "decode-b-engine.csv", OLD, patches="router+moe_align", tp=2, norms="cute")
+    changed: dict[str, Any] = {"patches": "router+moe_align", "tp": 2, "norms": "cute", "layers": 6}
+    engine_csv(results / "decode-b-engine.csv", OLD, **changed)
     engine_csv(results / "router-engine.csv")
     table = tables.decode_engine()
     assert table is not None
     found = [line[:3] for line in cells(table)]
     assert found == [
-        ["e9b", "H9", LABEL],
-        ["e9b", "2 x H9, cute norms", "`router`, `moe_align`"],
+        ["26b-a4b", "H9", LABEL],
+        ["26b-a4b, 6 layers", "2 x H9, cute norms", "`router`, `moe_align`"],
     ]
     assert "2026-01-01; NVIDIA H9" in table
+
+
+def test_the_divergence_and_what_stock_has_of_its_own(results):
+    path = results / "decode-e9b-engine.csv"
+    engine_csv(path)
+    frame = pd.read_csv(path)
+    for variant, value in (("stock vs patched", 2e-9), ("stock vs stock, one at a time", 3e-9)):
+        row = {**frame.iloc[0], "variant": variant, "quantity": "KL divergence", "x": 12}
+        frame.loc[len(frame)] = row | {"value": value, "unit": "nats"}
+    frame.to_csv(path, index=False)
+    table = tables.decode_engine()
+    assert table is not None
+    assert cells(table)[0][-2:] == ["2.0e-09 (3.0e-09)", "3"]
+
+
+def test_attention_and_experts(results):
+    assert tables.extend_attention() is tables.decode_attention() is tables.moe() is None
+    base = {"timestamp": NEW, "gpu": "NVIDIA H9", **VERSIONS}
+
+    def save(name: str, *rows: dict[str, Any]) -> None:
+        pd.DataFrame([base | row for row in rows]).to_csv(results / name, index=False)
+
+    row = {"shape": "full", "stock_us": 100.0, "ours_us": 25.0, "ours_tflops": 300.4}
+    save("extend-attention-h9.csv", row, row | {"timestamp": OLD})
+    table = tables.extend_attention()
+    assert table is not None
+    assert cells(table) == [["full", "100 -> 25 (0.250)", "300"]]
+
+    point = {"shape": "a/full", "batch": 8, "stock_us": 10.0, "us": 5.0}
+    save("decode-attention-h9.csv", point | {"length": 512}, point | {"length": 64, "us": 20.0})
+    table = tables.decode_attention()
+    assert table is not None
+    assert cells(table) == [["a/full", "8", "10.0 -> 20.0 (2.000)", "10.0 -> 5.0 (0.500)"]]
+
+    tile = {"width": 704, "tokens": 8, "us": 6.0, "chosen": 0, "stock": 0}
+    save(
+        "moe-h9.csv",
+        tile | {"projection": "up", "stock": 1},
+        tile | {"projection": "down", "stock": 1, "chosen": 1},
+        tile | {"projection": "up", "chosen": 1, "us": 3.0},
+    )
+    table = tables.moe()
+    assert table is not None
+    assert cells(table) == [["8", "12 -> 9 (0.750)"]]
 
 
 def test_an_engine_that_measured_little(results):
@@ -95,7 +148,7 @@ def test_an_engine_that_measured_little(results):
     table = tables.decode_engine()
     assert table is not None
     step = "8.50 -> 4.50 (0.529)"
-    assert cells(table)[0][3:] == ["-", step, "-", "-", "-", "-", "-", "3"]
+    assert cells(table)[0][3:] == ["-", step, "-", "-", "-", "-", "-", "-", "3"]
 
 
 @pytest.mark.parametrize(
@@ -189,7 +242,8 @@ def test_what_is_not_measured_leaves_its_markers_empty(results, monkeypatch):
     engine_csv(results / "decode-e9b-engine.csv")
     kernel_csv(results / "decode-kernels-h9.csv", NEW, ["layer_norms"])
     full = tables.render(text)
-    assert full.count("| e9b") == 4
+    assert full.count("| e9b") == 3
+    assert full.count("| 26b-a4b |") == 1
     assert full.endswith("<!-- end -->\nc\n")
     assert tables.render(full) == full
 

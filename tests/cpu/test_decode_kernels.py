@@ -253,6 +253,43 @@ def test_qkv(dtype, rows, head_dim, mode, turned, stored):
             assert not bool((cache[~empty] == POISON).any())
 
 
+@pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 4), (4, 2), (6, 1), (16, 2)])
+@pytest.mark.parametrize("mode", list(qkv.Mode), ids=lambda mode: mode.name)
+@pytest.mark.parametrize("stored", [False, True], ids=["returned", "stored"])
+def test_several_heads_of_a_program_have_the_bits_of_one(
+    q_heads, kv_heads, mode, stored, monkeypatch
+):
+    if stored and mode == qkv.Mode.Q:
+        pytest.skip("nothing to store")
+    dim, rows = 128, 3
+    dtype = torch.bfloat16
+    qw, kw = weight(dim, 3, dtype), weight(dim, 4, dtype)
+    rope = rope_of(rows, dim, torch.int64)
+    outcomes = []
+    for many in (1, 1 << 40):
+        monkeypatch.setattr(qkv, "MANY_PROGRAMS", many)
+        whole = activations(rows, (q_heads + 2 * kv_heads) * dim, 5, dtype)
+        q, k, v = whole.split([q_heads * dim, kv_heads * dim, kv_heads * dim], -1)
+        cut: Any = (q, None, None) if mode == qkv.Mode.Q else (q, k, None if mode == 1 else v)
+        store = None
+        if stored:
+            caches = [torch.full((SLOTS, kv_heads, dim), POISON, dtype=dtype) for _ in range(2)]
+            store = qkv.Store(torch.tensor([4, 0, 9]), *caches)
+        found = [*qkv.qkv(*cut, qw, kw, EPS, dim, rope, store), *(store or ())]
+        outcomes.append([x.view(torch.int16) for x in found if x is not None and x.dtype == dtype])
+    several, one = outcomes
+    assert len(several) == len(one) > 0
+    assert all(torch.equal(a, b) for a, b in zip(several, one, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("heads", "programs", "expected"),
+    [(16, 1 << 20, 4), (2, 1 << 20, 2), (6, 1 << 20, 2), (1, 1 << 20, 1), (0, 1 << 20, 1), (16, 99, 1)],
+)  # fmt: skip
+def test_heads_of_a_program(heads, programs, expected):
+    assert qkv.heads_of_a_program(heads, programs) == expected
+
+
 def test_qkv_in_place_keys_are_the_views_given():
     """Without a store, K and V come back in the projection's own buffer."""
     q, k, v = heads(3, 128, torch.bfloat16)

@@ -57,14 +57,17 @@ def test_the_order_of_addition_is_that_of_k(monkeypatch):
     [(20480, 2560), (2560, 10240), (256, 2560), (2560, 256), (128, 2816), (2816, 2112), (1536, 64)],
 )
 @pytest.mark.parametrize("epilogue", list(Epilogue), ids=lambda epilogue: epilogue.name)
-def test_every_layer_gets_a_cut_that_the_kernel_takes(n, k, epilogue, processors):
-    config = kernel.choose((n, k), epilogue, processors)
+@pytest.mark.parametrize("rows", [1, 16, 17, 64])
+def test_every_layer_gets_a_cut_that_the_kernel_takes(n, k, epilogue, rows, processors):
+    config = kernel.choose((n, k), epilogue, processors, rows)
     assert k % config.block_k == 0
     assert 1 <= config.split <= k // config.block_k
     halves = 2 if epilogue == Epilogue.GELU_AND_MUL else 1
     held = config.stages * (config.block_n * halves + kernel.MAX_ROWS) * config.block_k * 2
     assert held <= 227 * 1024  # shared memory of a program on Hopper
     weight = torch.empty(n, k, device="meta")
+    few = kernel.choose((n, k), epilogue, processors)
+    assert kernel.tiles(weight, epilogue, config) == kernel.tiles(weight, epilogue, few)
     if config.split > 1:
         assert kernel.tiles(weight, epilogue, config) * config.split <= 1.5 * processors
 

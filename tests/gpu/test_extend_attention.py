@@ -236,7 +236,7 @@ TILES: list[dict[str, Any]] = [
     {"dense": config.Dense(64, 32, 8, 1, 1, 4, 2, 3)},
     {"dense": config.Dense(64, 32, 1, 2, 2, 4, 2, 2)},
     {"dense": config.Dense(128, 32, 8, 2, 2, 8, 3, 3, True)},
-    {"dense": config.Dense(128, 64, 8, 2, 2, 8, 1, 2)},
+    {"dense": config.Dense(64, 64, 8, 1, 1, 8, 1, 1)},
     {"dense": config.Dense(128, 32, 8, 2, 1, 8, 2, 3)},
     {"split": config.Split(16, 32, 16, 4, 2, 1, 64)},
     {"split": config.Split(32, 32, 16, 8, 2, 2, 8)},

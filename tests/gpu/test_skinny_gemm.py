@@ -36,7 +36,7 @@ def test_no_farther_from_fp64_than_cublas(n, k, epilogue, rows, dtype):
         x = randn(rows, k + 64).to(dtype)[:, :k]
         extra = randn(rows, n).to(dtype) if epilogue == Epilogue.GELU_TIMES else None
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        config = kernel.choose(weight.shape, epilogue, processors)
+        config = kernel.choose(weight.shape, epilogue, processors, rows)
         arrived = torch.zeros(
             kernel.tiles(weight, epilogue, config), dtype=torch.int32, device="cuda"
         )
