@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 BITWISE = "bitwise"  # stock's bits on every input it accepts
 TOLERANCE = "tolerance"  # bounded distance from stock; the bounds are in the kernel's docstring
-BEHAVIOUR = "behaviour"  # no arithmetic
+BEHAVIOUR = "behaviour"  # no arithmetic of its own: defaults, fixes, graphs
 
 
 class Alias(NamedTuple):
@@ -38,6 +38,8 @@ class Patch(NamedTuple):
     origin: str = ""
     aliases: tuple[Alias, ...] = ()
     requires: tuple[str, ...] = ()  # patches that it stands on: off when one of them is
+    # It mends a defect and looks for it by itself, whatever the release; no fingerprint decides.
+    finds_defect: bool = False
     # Modules of relies_on that SGLang imports only when it builds the model: not waited for, their
     # source is read from disk.
     lazy: tuple[str, ...] = ()
@@ -100,6 +102,8 @@ _VISION_BACKENDS = (
     "sglang.srt.layers.attention.vision:VisionTritonAttention.forward",
     "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward",
 )
+
+_MTP_WORKER = "sglang.srt.speculative.frozen_kv_mtp_worker:FrozenKVMTPWorker"
 
 CATALOGUE: tuple[Patch, ...] = (
     Patch(
@@ -543,6 +547,206 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=False,
         default=False,
         origin="sgl-project/sglang#26588",
+    ),
+    Patch(
+        name="mtp_merge_batch",
+        summary="MTP: a batch whose requests all finished in one step can be merged with a new one",
+        targets=("sglang.srt.managers.schedule_batch:ScheduleBatch.merge_batch",),
+        relies_on=(
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPVerifyInput",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftExtendInput",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.create_idle_input",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=(
+            "sglang.srt.speculative.frozen_kv_mtp_worker"
+            ":FrozenKVMTPWorker.forward_batch_generation",
+            "_draft_preprocess_idle",
+        ),
+        superseded_since="0.5.13",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="pyc96/sglang#22; upstream sgl-project/sglang#26859",
+    ),
+    Patch(
+        name="frozen_kv_views",
+        summary="MTP: the draft's attention backend follows the KV pool that is swapped in",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_utils:frozen_kv_target_view",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size",
+        ),
+        relies_on=(),
+        written_for=(),  # no release has the defect, a development tree between two had it
+        superseded_when=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend",
+            "token_to_kv_pool_allocator",
+        ),
+        superseded_since="0.5.12",
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="pyc96/sglang#6; upstream sgl-project/sglang#26966",
+        finds_defect=True,
+    ),
+    Patch(
+        name="kv_scales",
+        summary="8-bit KV cache: who reads another layer's cache uses the scales it was written with",
+        targets=(
+            "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context",
+            "sglang.srt.layers.quantization.kv_cache"
+            ":BaseKVCacheMethod.process_weights_after_loading",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.models.gemma4_mtp:_resolve_target_text_model",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.bind_frozen_kv_context",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.create_weights",
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="vllm-project/vllm#55559, #48666",
+    ),
+    Patch(
+        name="mtp_launch",
+        summary="MTP: an assistant without pipeline group or number of experts can be loaded",
+        targets=(
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.__init__",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.load_weights",
+        ),
+        relies_on=("sglang.srt.models.gemma4_causal:Gemma4ForCausalLM.load_weights",),
+        written_for=(),  # no release has the defects, a development tree between two had them
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="sgl-project/sglang#26026",
+        finds_defect=True,
+    ),
+    Patch(
+        name="mtp_moe_runner",
+        summary="Unquantised Gemma 4 MoE never gets a FlashInfer runner that was not asked for",
+        targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
+        relies_on=(),
+        written_for=(),  # as for mtp_launch
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=True,
+        origin="sgl-project/sglang#26026",
+        finds_defect=True,
+    ),
+    Patch(
+        name="mtp_chain",
+        summary="MTP: a chain of drafts takes the largest logit; no softmax, no search in a tree",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+        ),
+        relies_on=(
+            f"{_MTP_WORKER}.draft_forward",
+            f"{_MTP_WORKER}._capture_for_decode",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata",
+            f"{_MTP_WORKER}.draft",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.replay",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:capture_for_decode",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+            "sglang.srt.speculative.spec_utils:_select_top_k_tokens_first",
+            "sglang.srt.speculative.spec_utils:_select_top_k_tokens_later",
+            "sglang.srt.speculative.eagle_utils:organize_draft_results",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        # The token is stock's but where a softmax rounds two logits to one probability.
+        numerics=TOLERANCE,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#18",
+        lazy=(_MTP_WORKER.partition(":")[0],),
+    ),
+    Patch(
+        name="mtp_seed_graph",
+        summary="MTP: the seed step of the draft, which stock runs eagerly, in CUDA graphs",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size",
+        ),
+        relies_on=(
+            f"{_MTP_WORKER}._run_assistant_seed_step",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata_replay_cuda_graph",
+            f"{_MTP_WORKER}.forward_draft_extend",
+            f"{_MTP_WORKER}.forward_draft_extend_after_decode",
+            f"{_MTP_WORKER}.draft",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.replay",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPInputBuffers",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#18",
+        lazy=(_MTP_WORKER.partition(":")[0],),
+    ),
+    Patch(
+        name="swa_window",
+        summary="Sliding layers attend to as many tokens as the model was trained with, not one more",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",),
+        relies_on=("sglang.srt.models.gemma4_causal:get_attention_sliding_window_size",),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1", "0.5.13", "0.5.13.post1"),
+        superseded_when=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "get_attention_sliding_window_size",
+        ),
+        superseded_since="0.5.14",
+        numerics=BEHAVIOUR,  # a fix, and the one that changes what stock computes
+        traced=False,
+        default=False,
+        origin="upstream sgl-project/sglang#26147",
+    ),
+    Patch(
+        name="trtllm_debug",
+        summary="Traps before the TRT-LLM attention kernel and behind the sliding-window allocator",
+        targets=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_decode",
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.trtllm_mha_backend"
+            ":TRTLLMHAAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc_extend",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc_decode",
+        ),
+        relies_on=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMMHAMetadata",
+            "sglang.srt.layers.attention.trtllm_mha_backend"
+            ":TRTLLMHAAttnBackend._get_layer_page_table",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.__init__",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#3",
+        aliases=(Alias("SGLANG_TRTLLM_MHA_DEBUG", disables=False),),
     ),
 )
 

@@ -194,13 +194,19 @@ def judge(patch: Patch, release: str | None, source_of: SourceOf) -> Verdict:
     if any(all(found[t] == known.get(t) for t in found) for known in candidates):
         return Verdict(states.ACTIVE, f"written for the source that {label} has")
     if patch.superseded_when is not None and definitions.uses(*patch.superseded_when):
+        target, name = patch.superseded_when
+        if patch.finds_defect:
+            return Verdict(
+                states.UPSTREAMED,
+                f"{label} does not have the defect: {target.partition(':')[2]} uses {name}",
+            )
         since = f" (since {patch.superseded_since})" if patch.superseded_since else ""
-        return Verdict(
-            states.UPSTREAMED, f"{label} has it itself: {patch.superseded_when[1]}{since}"
-        )
+        return Verdict(states.UPSTREAMED, f"{label} has it itself: {name}{since}")
     missing = [target for target, value in found.items() if value is None]
     if missing:
         return Verdict(states.UNSUPPORTED, f"{label} has no {', '.join(missing)}")
+    if patch.finds_defect:
+        return Verdict(states.ACTIVE, "looks for the defect in the source at hand")
     if any(all(found[t] == known.get(t) for t in found) for known in table.values()):
         return Verdict(
             states.UNSUPPORTED, f"written for {', '.join(patch.written_for)}, not for {label}"

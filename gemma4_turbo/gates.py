@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from gemma4_turbo import states
+from gemma4_turbo import advice, states
 from gemma4_turbo.swap import Swap
 
 if TYPE_CHECKING:
@@ -89,6 +89,9 @@ def _before_launch(engine: Engine) -> Any:
                 "or not allowed by SGLANG_PLUGINS, and no sitecustomize on PYTHONPATH calls it"
             )
             logger.warning("gemma4_turbo: %s", refusals[-1])
+        for argument in (*args, *kwargs.values()):
+            for sentence in advice.on_launch(argument):  # what is no ServerArgs has nothing to say
+                logger.warning("gemma4_turbo: %s", sentence)
         if strict and refusals:
             raise StrictModeError("GEMMA4_TURBO_STRICT=1: " + "; ".join(refusals))
         return wrapped(*args, **kwargs)

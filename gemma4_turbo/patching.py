@@ -25,6 +25,7 @@ from gemma4_turbo.switches import SELECTION, Selection, Switches, read
 if TYPE_CHECKING:
     from gemma4_turbo.checks import Check
     from gemma4_turbo.counters import Counters, Ledger
+    from gemma4_turbo.fingerprints import Definitions
     from gemma4_turbo.swap import Swap
 
 logger = logging.getLogger("gemma4_turbo")
@@ -95,6 +96,19 @@ class PatchRun:
         if not self._decline_reason:
             return self.reason
         return f"{self.reason}; some calls take stock's path: {self._decline_reason}"
+
+    def definitions(self) -> Definitions:
+        """What the imported modules' sources define, for a patch that looks for a defect."""
+        from gemma4_turbo import fingerprints
+
+        return fingerprints.Definitions(_imported_source)
+
+    def stand_aside(self, state: str, reason: str) -> None:
+        """Put stock back at run time, so that what is not needed costs nothing from here on."""
+        for swap in reversed(self.swaps):
+            swap.restore()
+        self.swaps = []
+        self.set(state, reason)
 
     def forget(self) -> None:
         """Back to waiting, as before `install`."""
@@ -246,6 +260,9 @@ class Engine:
         except NotStockError as error:
             self._abandon(run, done)
             run.set(states.CONFLICT, str(error))
+        except states.NotNeededError as reason:
+            self._abandon(run, done)
+            run.set(states.UPSTREAMED, str(reason))
         except Exception as error:
             self._abandon(run, done)
             run.set(states.FAILED, f"{type(error).__name__}: {error}")

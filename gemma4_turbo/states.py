@@ -17,6 +17,10 @@ STATES = SEVERITY = (WAITING, OFF, ACTIVE, UPSTREAMED, UNSUPPORTED, DRIFTED, CON
 REFUSED_WHEN_STRICT = (DRIFTED, CONFLICT, FAILED)
 
 
+class NotNeededError(Exception):
+    """Raised by a patch's ``build``: this SGLang does not have the defect that the patch mends."""
+
+
 class PatchStatus(NamedTuple):
     """One patch as it stands.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gemma4_turbo import report, states
+from gemma4_turbo import advice, report, states
 from gemma4_turbo.commands.modules import import_targets
 from gemma4_turbo.counters import live_processes
 from gemma4_turbo.patching import ENGINE
@@ -17,8 +17,9 @@ from gemma4_turbo.patching import ENGINE
 def examine() -> dict[str, Any]:
     """Apply the patches to the installed SGLang in this process and report.
 
-    Keys: ``versions``, ``device``, ``patches``, ``problems`` (of the environment), ``bootstrap``
-    (by which ways spawned processes get the patches), ``servers`` (running patched processes).
+    Keys: ``versions``, ``device``, ``patches``, ``problems`` (of the environment), ``notes`` (on the
+    installation), ``bootstrap`` (by which ways spawned processes get the patches), ``servers``
+    (running patched processes).
     """
     ENGINE.bootstrap()
     unimportable = import_targets()
@@ -34,6 +35,7 @@ def examine() -> dict[str, Any]:
         "device": report.device(),
         "patches": report.as_records(rows),
         "problems": list(switches.problems),
+        "notes": advice.on_installation(),
         "bootstrap": bootstrap_routes(),
         "servers": [
             {"pid": other.pid, "command": other.command, "patches": other.patches}
@@ -67,6 +69,8 @@ def run(as_json: bool) -> int:
     for server in found["servers"]:
         title = f"Running: pid {server['pid']}: {server['command']}"
         console.print(report.table(server["patches"], title))
+    for note in found["notes"]:
+        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
     for problem in found["problems"]:
         console.print(f"[red]error:[/red] {problem}", highlight=False)
     return exit_code(found)

@@ -17,6 +17,7 @@ import torch
 
 from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
+from gemma4_turbo.forwards import extend
 from gemma4_turbo.kernels import extend_attention as kernel
 from gemma4_turbo.kernels import window_indices
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 BACKEND = "sglang.srt.layers.attention.triton_backend"
 STOCK_KERNEL = "sglang.srt.layers.attention.triton_ops.extend_attention"
-FORWARD = f"{BACKEND}:TritonAttnBackend.forward_extend"
 WINDOW = f"{BACKEND}:update_sliding_window_buffer"
 WINDOW_GRAPH = f"{BACKEND}:update_sliding_window_buffer_cuda_graph"
 
@@ -33,14 +33,15 @@ WINDOW_GRAPH = f"{BACKEND}:update_sliding_window_buffer_cuda_graph"
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The kernels where they fit, else stock."""
     return {
-        FORWARD: _forward(run, stock[FORWARD]),
+        **extend.enable(run.patch.name, functools.partial(_forward, run), stock[extend.TARGET]),
         WINDOW: _window(run, stock[WINDOW]),
         WINDOW_GRAPH: _window_graph(run, stock[WINDOW_GRAPH]),
     }
 
 
 def undo(run: PatchRun) -> None:
-    """Nothing: no object keeps the functions."""
+    """Leave the extend path, where another patch may stay."""
+    extend.disable(run.patch.name)
 
 
 # -- the attention ------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from gemma4_turbo import patching, states
+from gemma4_turbo.catalogue import Patch
 from tests.cpu.synthetic import World, clean_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -37,6 +38,14 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     made.close()
     patching.ledger().close()
     patching.ledger.cache_clear()
+
+
+def state_by_default(patch: Patch) -> str:
+    """What the baseline's status says of a patch when no switch is set."""
+    if not patch.default:
+        return states.OFF
+    # None of the defects that patches look for by themselves is in the baseline.
+    return states.UPSTREAMED if patch.finds_defect else states.ACTIVE
 
 
 @contextlib.contextmanager

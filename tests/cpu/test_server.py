@@ -24,7 +24,7 @@ from pathlib import Path
 import pytest
 
 from gemma4_turbo.catalogue import CATALOGUE
-from tests.cpu.conftest import REPOSITORY
+from tests.cpu.conftest import REPOSITORY, state_by_default
 
 pytestmark = pytest.mark.server
 
@@ -183,9 +183,10 @@ def test_installed_in_the_scheduler_and_healthy(launch: Launch) -> None:
     """Stock's own start line, nothing set: the entry point does it, and the server serves."""
     port = free_port()
     server = launch(port)
-    every = ", ".join(patch.name for patch in CATALOGUE if patch.default)
+    every = ", ".join(patch.name for patch in CATALOGUE if state_by_default(patch) == "active")
     assert re.search(
-        rf"gemma4_turbo \S+: installed: {every}(;|$)", server.line(r"gemma4_turbo \S+: inst")
+        rf"gemma4_turbo \S+: installed: {every}; standing aside: ",
+        server.line(r"gemma4_turbo \S+: inst"),
     )
     assert SPAWNED in server.output
     server.until(lambda: healthy(port), "healthy")
@@ -208,7 +209,8 @@ def test_a_bad_value_without_strict_is_told(launch: Launch) -> None:
     server = launch(GEMMA4_TURBO_ROUTER="maybe")
     server.line("Using KV cache dtype")  # load_model came back and its caller went on
     assert BAD_VALUE in server.output
-    others = ", ".join(p.name for p in CATALOGUE if p.default and p.name != "router")
+    active = [patch.name for patch in CATALOGUE if state_by_default(patch) == "active"]
+    others = ", ".join(name for name in active if name != "router")
     assert f"installed: {others}; standing aside: router off ({BAD_VALUE})" in server.output
     assert "StrictModeError" not in server.output
 

@@ -1,0 +1,264 @@
+"""The scales of attention that reads another layer's cache, on SGLang's real models."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo import states
+from gemma4_turbo.patches import kv_scales as patch
+from gemma4_turbo.patching import ENGINE
+from tests.cpu import small_mtp
+from tests.cpu.conftest import patched_sglang
+
+NAME = "kv_scales"
+FP8 = torch.float8_e4m3fn
+SLIDING_OWNER, FULL_OWNER, SLIDING_READER, FULL_READER = 2, 3, 4, 5
+SCALES = {SLIDING_OWNER: (0.5, 0.25), FULL_OWNER: (2.0, 1.0), SLIDING_READER: (8.0, 8.0)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """SGLang imported with the patch applied; reverted at the end."""
+    with patched_sglang(tmp_path_factory, only=[NAME]):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def stock_first() -> Iterator[None]:
+    """Each test starts with stock; `turn_on` puts the patch in."""
+    ENGINE.revert()
+    yield
+    ENGINE.revert()
+
+
+def turn_on() -> None:
+    ENGINE.apply(only=[NAME])
+    run = ENGINE.runs[NAME]
+    assert run.state == states.ACTIVE, run.reason
+
+
+def engaged() -> int:
+    return ENGINE.runs[NAME].counters.engaged
+
+
+def configured(model: Any, cache: str = "fp8_e4m3") -> Any:
+    """What a stock ``ModelRunner`` does after it has loaded ``model``."""
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    runner = object.__new__(ModelRunner)
+    runner.server_args = SimpleNamespace(kv_cache_dtype=cache)
+    runner.dtype, runner.model = torch.bfloat16, model
+    runner.configure_kv_cache_dtype()
+    return model
+
+
+def loaded(scales: dict[int, tuple[float, float]] | None = None, cache: str = "fp8_e4m3") -> Any:
+    model = small_mtp.target(small_mtp.quantised_kv())
+    small_mtp.load_scales(model, SCALES if scales is None else scales)
+    return configured(model, cache)
+
+
+def scales_of(model: Any) -> list[tuple[float, float]]:
+    """As the Triton backend's decode hands them to its kernel, by layer."""
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    found = []
+    backend = object.__new__(TritonAttnBackend)
+    backend.use_mla = backend.use_pdl = False
+    backend.max_kv_splits, backend.swa_v_head_dim = 8, 16
+    names = ["window_kv_indptr", "window_kv_indices", "kv_indptr", "kv_indices", "attn_logits"]
+    names += ["swa_attn_logits", "attn_lse", "num_kv_splits"]
+    backend.forward_metadata = SimpleNamespace(**dict.fromkeys(names))
+    # q, keys, values, output, two indices, logits, lse, splits twice, scaling, then the two
+    backend.decode_attention_fwd = lambda *args, **kwargs: found.append(args[11:13])
+    pool = SimpleNamespace(get_key_buffer=lambda i: None, get_value_buffer=lambda i: None)
+    for attention in small_mtp.attentions(model):
+        q = torch.zeros(1, attention.tp_q_head_num * attention.head_dim)
+        batch = SimpleNamespace(token_to_kv_pool=pool)
+        backend.forward_decode(q, None, None, attention, batch, save_kv_cache=False)
+    return found
+
+
+def draft_of(model: Any, quantised: bool, dtype: torch.dtype = FP8) -> Any:
+    """An assistant bound to ``model`` as the worker does it."""
+    draft = small_mtp.assistant(small_mtp.quantised_kv() if quantised else None)
+    if quantised:
+        small_mtp.load_scales(draft, {})
+    pool = SimpleNamespace(dtype=dtype)
+    draft.bind_frozen_kv_context(draft.build_frozen_kv_mtp_context(model, pool))
+    return draft
+
+
+def test_shared_layers_of_stock_have_scales_of_their_own() -> None:
+    """1, or what a checkpoint gives them, though they read what others wrote; patched: theirs."""
+    stock = scales_of(loaded())
+    assert stock[SLIDING_OWNER] == (0.5, 0.25)
+    assert stock[SLIDING_READER] == (8.0, 8.0)
+    assert stock[FULL_READER] == (1.0, 1.0)
+    turn_on()
+    before = engaged()
+    model = loaded()
+    patched = scales_of(model)
+    assert patched[:4] == stock[:4]
+    assert patched[SLIDING_READER] == patched[SLIDING_OWNER] == (0.5, 0.25)
+    assert patched[FULL_READER] == patched[FULL_OWNER] == (2.0, 1.0)
+    assert engaged() == before + 2
+    for attention in small_mtp.attentions(model)[4:]:  # the tensors agree with the floats
+        assert (float(attention.k_scale), float(attention.v_scale)) == (
+            attention.k_scale_float,
+            attention.v_scale_float,
+        )
+        assert isinstance(attention.k_scale, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize("quantised", [False, True], ids=["plain draft", "quantised draft"])
+def test_the_draft_has_the_scales_of_the_layers_that_it_reads(quantised: bool) -> None:
+    """Also a draft without any quantisation, whose attention has no scales at all."""
+    assert scales_of(draft_of(loaded(), quantised)) == [(1.0, 1.0), (1.0, 1.0)]
+    turn_on()
+    draft = draft_of(loaded(), quantised)
+    assert scales_of(draft) == [(0.5, 0.25), (2.0, 1.0)]
+    names = {name for name, _ in draft.named_parameters()}
+    assert any("k_scale" in name for name in names) == quantised  # nothing new to load
+
+
+def test_a_later_loading_of_weights_is_followed() -> None:
+    """Target and draft, whichever of the two is loaded again."""
+    turn_on()
+    model = loaded()
+    draft = draft_of(model, True)
+    small_mtp.load_scales(model, {SLIDING_OWNER: (4.0, 3.0), FULL_OWNER: (1.0, 1.0)})
+    assert scales_of(model)[4:] == [(4.0, 3.0), (1.0, 1.0)]
+    assert scales_of(draft) == [(4.0, 3.0), (1.0, 1.0)]
+    small_mtp.load_scales(draft, {})
+    assert scales_of(draft) == [(4.0, 3.0), (1.0, 1.0)]
+
+
+@pytest.mark.parametrize("cache", ["bf16", "auto"])
+def test_a_cache_that_is_not_scaled_is_left_alone(cache: str) -> None:
+    """Stock divides by the scales only when it stores in fewer bits."""
+    turn_on()
+    before = engaged()
+    model = loaded(cache=cache)
+    assert scales_of(model)[SLIDING_READER] == (8.0, 8.0)
+    assert scales_of(draft_of(model, False, torch.bfloat16)) == [(1.0, 1.0)] * 2
+    assert engaged() == before
+
+
+def test_scales_of_one_are_left_alone() -> None:
+    """No tensor is written, nothing is counted, nothing is multiplied in an extend step."""
+    turn_on()
+    before = engaged()
+    model = loaded({})
+    draft = draft_of(model, False)
+    assert [a.k_scale for a in small_mtp.attentions(draft)] == [None, None]
+    assert engaged() == before
+    assert not patch._scaled
+
+
+def test_revert_gives_live_models_stocks_scales_back() -> None:
+    turn_on()
+    model = loaded()
+    draft = draft_of(model, False)
+    ENGINE.revert()
+    assert scales_of(model)[4:] == [(8.0, 8.0), (1.0, 1.0)]
+    assert float(small_mtp.attentions(model)[SLIDING_READER].k_scale) == 8.0
+    assert [a.k_scale for a in small_mtp.attentions(draft)] == [None, None]
+    small_mtp.load_scales(model, SCALES)
+    assert scales_of(model)[4:] == [(8.0, 8.0), (1.0, 1.0)]
+
+
+def test_a_model_that_is_gone_is_forgotten() -> None:
+    turn_on()
+    model = loaded()
+    assert len(patch._links) == 2
+    del model
+    gc.collect()
+    assert len(patch._links) == 0
+
+
+def test_a_model_of_another_kind_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception of ours: stock's path, and the report says so."""
+    turn_on()
+    monkeypatch.setattr(patch, "link", lambda *args: 1 / 0)
+    model = loaded()
+    assert scales_of(model)[FULL_READER] == (1.0, 1.0)
+    run = ENGINE.runs[NAME]
+    assert run.state == states.FAILED
+    assert "ZeroDivisionError" in run.reason
+
+
+def extend_step(model: Any, index: int) -> torch.Tensor:
+    """K that the Triton backend hands to its kernel for the tokens of an extend step.
+
+    The owner's K is 1, 2, 3, ... and is written as stock writes it, by stock's own pool.
+    """
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    pool = SWAKVPool(
+        size=16,
+        size_swa=16,
+        page_size=1,
+        dtype=FP8,
+        head_num=1,
+        head_dim=16,
+        swa_attention_layer_ids=[0, 2],
+        full_attention_layer_ids=[1, 3],
+        enable_kvcache_transpose=False,
+        device="cpu",
+    )
+    pool.register_mapping(torch.arange(17).flip(0))
+    owner = small_mtp.attentions(model)[index - 2]
+    reader = small_mtp.attentions(model)[index]
+    written = torch.arange(1.0, 5).view(4, 1, 1).expand(4, 1, 16).bfloat16()
+    slots = torch.tensor([3, 4, 5, 6])
+    pool.set_kv_buffer(owner, slots, written.clone(), written.clone(), owner.k_scale, owner.v_scale)
+    handed = []
+    backend = object.__new__(TritonAttnBackend)
+    backend.enable_deterministic = False
+    backend.allow_bidirectional_attention_in_extend = False
+    names = ("window_kv_indptr", "window_kv_indices", "window_kv_offsets", "kv_indptr")
+    names += ("kv_indices", "qo_indptr", "custom_mask", "mask_indptr", "max_extend_len")
+    backend.forward_metadata = SimpleNamespace(**dict.fromkeys(names))
+    backend.extend_attention_fwd = lambda *args, **kwargs: handed.append(args[1:3])
+    batch = SimpleNamespace(token_to_kv_pool=pool, out_cache_loc=slots)
+    q = torch.zeros(4, 32).bfloat16()
+    cached = [cache.float() for cache in pool.get_kv_buffer(owner.layer_id)]
+    backend.forward_extend(q, None, None, reader, batch, save_kv_cache=False)
+    ((k, v),) = handed
+    after = [cache.float() for cache in pool.get_kv_buffer(owner.layer_id)]
+    assert all(map(torch.equal, cached, after))  # a reader writes nothing
+    return torch.stack([k.float()[:, 0, 0], v.float()[:, 0, 0]])
+
+
+@pytest.mark.parametrize("reader", [SLIDING_READER, FULL_READER], ids=["sliding", "full"])
+def test_an_extend_step_sees_unscaled_keys_and_values(reader: int) -> None:
+    """Stock hands the 8-bit numbers over as they are; patched, they are what the owner computed."""
+    true = torch.tensor([[1.0, 2, 3, 4]] * 2)
+    k_scale, v_scale = SCALES[reader - 2]
+    stock = extend_step(loaded(), reader)
+    assert torch.equal(stock, true / torch.tensor([[k_scale], [v_scale]]))
+    turn_on()
+    assert torch.equal(extend_step(loaded(), reader), true)
+
+
+def test_extend_steps_of_other_layers_are_stocks() -> None:
+    """Scales of 1: the very tensor of the cache's dtype, as in stock."""
+    turn_on()
+    layer = SimpleNamespace()
+    passed = []
+
+    def extend(self: Any, *args: Any) -> None:
+        passed.append(args)
+
+    forward = patch._extend(ENGINE.runs[NAME], extend)
+    attention = small_mtp.attentions(loaded({}))[FULL_READER]
+    forward(layer, "q", None, None, attention, "batch", True, "sinks")
+    assert passed == [("q", None, None, attention, "batch", True, "sinks")]
