@@ -569,7 +569,7 @@ CATALOGUE: tuple[Patch, ...] = (
         superseded_since="0.5.13",
         numerics=BEHAVIOUR,
         traced=False,
-        default=True,
+        default=False,
         origin="pyc96/sglang#22; upstream sgl-project/sglang#26859",
     ),
     Patch(
@@ -617,7 +617,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=BEHAVIOUR,
         traced=False,
-        default=True,
+        default=False,
         origin="vllm-project/vllm#55559, #48666",
     ),
     Patch(
