@@ -5,7 +5,8 @@
 Starts ``sglang.launch_server`` on a generated multimodal folder (language model at a Gemma 4
 geometry, vision encoder at full size) and sends PNG images over HTTP. Per variant: time to first
 token of one prompt alone and of all prompts at once, prompts per second, and greedy tokens with
-their logprobs from prompts sent one at a time, compared between the variants and with stock again.
+their logprobs from prompts sent one at a time, compared between the variants, with stock again, and
+with stock given other images, which shows what the comparison can see.
 The patched server gets the package through ``sitecustomize_example``. One row of a CSV per
 measurement, as in ``engine.py``.
 """
@@ -46,7 +47,8 @@ from bench.engine import PATCHED, STOCK, Results, differences  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
 from gemma4_turbo.counters import descendants  # noqa: E402
 
-AGAIN = "stock again"
+AGAIN, OTHER_IMAGES = "stock again", "stock, other images"
+CALLS = ("engaged", "captured", "declined")
 START_LIMIT_S = 480
 WORDS = 40  # of a prompt, beside its images
 console = Console(width=150)
@@ -295,7 +297,7 @@ def main(
 
     def bodies(round_: int) -> list[dict[str, Any]]:
         """New images every round: SGLang keeps the embeddings of those it has seen."""
-        return [prompt(images, side, (round_ + 2) * 10_000 + i) for i in range(prompts)]
+        return [prompt(images, side, (round_ + 3) * 10_000 + i) for i in range(prompts)]
 
     same = bodies(-2)
     answers: dict[str, list[dict[str, Any]]] = {}
@@ -303,7 +305,7 @@ def main(
     def measure(server: Server, round_: int, keep: bool = True) -> None:
         """One prompt alone, then all at once."""
         sent = bodies(round_)
-        alone = server.first_token(prompt(images, side, (round_ + 2) * 10_000 + 9_999), 2)
+        alone = server.first_token(prompt(images, side, (round_ + 3) * 10_000 + 9_999), 2)
         started = time.perf_counter()
         with ThreadPoolExecutor(prompts) as pool:
             firsts = list(pool.map(lambda body: server.first_token(body, new_tokens), sent))
@@ -324,17 +326,30 @@ def main(
         answers[server.variant] = [server.tokens(body, new_tokens) for body in same]
         if server.variant == STOCK:
             answers[AGAIN] = [server.tokens(body, new_tokens) for body in same]
+            if images:  # what the comparison can see of the images at all
+                answers[OTHER_IMAGES] = [
+                    server.tokens({**body, "image_data": other["image_data"]}, new_tokens)
+                    for body, other in zip(same, bodies(-3), strict=True)
+                ]
         console.print(f"{server.variant}: chat with an image: {server.chat(side)}")
 
     def reports() -> None:
+        """What the patches did, over all processes of the patched server."""
+        rows: dict[str, dict[str, Any]] = {}
         for process in descendants():
             for row in process.patches:
-                for quantity in ("engaged", "declined"):
-                    if row["state"] == "active":
-                        name = f"{quantity}: {row['name']}"
-                        results.add(PATCHED, name, process.pid, 0, row[quantity], "calls")
-            rows = [row for row in process.patches if not chosen or row["name"] in chosen]
-            console.print(report.table(rows, f"pid {process.pid}: {process.command[:80]}"))
+                if row["state"] == "active":
+                    sums = rows.setdefault(row["name"], {**row, **dict.fromkeys(CALLS, 0)})
+                    sums |= {calls: sums[calls] + row[calls] for calls in CALLS}
+                    sums["reason"] = max(sums["reason"], row["reason"], key=len)
+        for name, row in rows.items():
+            for calls in CALLS:
+                results.add(PATCHED, f"{name} {calls}", prompts, 0, row[calls], "calls")
+        if rows:
+            console.print(report.table(list(rows.values()), "Patches, all processes of the server"))
+        silent = [name for name, row in rows.items() if not row["engaged"]]
+        if silent:
+            console.print(f"installed but never engaged: {', '.join(silent)}", style="red")
 
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("starting servers", total=2 * (rounds + 1))
@@ -362,9 +377,10 @@ def show(results: Results, answers: dict[str, list[dict[str, Any]]]) -> None:
     lengths = sorted({answer["prompt"] for answer in stock})
     console.print(
         f"{len(stock)} prompts of {lengths[0]} to {lengths[-1]} tokens, "
-        f"{len({tuple(answer['ids']) for answer in stock})} different outputs"
+        f"{len({tuple(answer['ids']) for answer in stock})} different outputs, "
+        f"{len({tuple(answer['output']) for answer in stock})} by their logprobs"
     )
-    for other in (AGAIN, PATCHED):
+    for other in (name for name in (AGAIN, OTHER_IMAGES, PATCHED) if name in answers):
         found: dict[str, float] = dict(differences(stock, answers[other]))
         found["largest_distance"] = farthest(stock, answers[other])
         console.print(f"{STOCK} against {other}: {found}")
