@@ -164,6 +164,8 @@ class Server:
                     if b'"error"' in line:
                         raise RuntimeError(line.decode())
                     first = first or time.perf_counter() - started
+        if not first:
+            raise RuntimeError(f"the {self.variant} server sent no token: {self.log}")
         return first
 
     def tokens(self, body: dict[str, Any], new: int) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """For benchmark engines: a wider range of random weights, the same in stock and patched processes.
 
 SGLang's ``load_format="dummy"`` draws from +-1e-3, which sends nearly all tokens to few experts and
-flatters decoding. ``BENCH_WEIGHT_RANGE`` is used instead. It also draws the bounds of the vision
-encoder's activations, all the same number, which would make every image the same: they are infinite
-here. ``BENCH_PATCHED=1`` also registers the patches; without it nothing of gemma4_turbo is imported
-here.
+flatters decoding. ``BENCH_WEIGHT_RANGE`` is used instead. ``BENCH_PATCHED=1`` also registers the
+patches; without it nothing of gemma4_turbo is imported here.
+
+In a model that takes pictures dummy weights would hide them: the bounds of activations are drawn
+too, upper and lower the same number, and norms near zero damp what comes from the images.
 """
 
 import os
@@ -18,12 +19,21 @@ def _widen(loader):
 
     def initialize_dummy_weights(model):
         draw(model, low=-bound, high=bound)
-        for module in model.modules():
-            if type(module).__name__.startswith("Clippable"):
-                for name, buffer in module.named_buffers(recurse=False):
-                    buffer.fill_(float("-inf" if name.endswith("_min") else "inf"))
+        if hasattr(model, "vision_tower"):
+            for name, tensor in model.state_dict().items():
+                _let_images_through(name, tensor)
 
     loader.initialize_dummy_weights = initialize_dummy_weights
+
+
+def _let_images_through(name, tensor):
+    """Infinite bounds; norms and scales around one; attention's logits of ordinary size."""
+    if name.endswith(("put_min", "put_max")):
+        tensor.fill_(float("-inf" if name.endswith("min") else "inf"))
+    elif "q_norm" in name or "k_norm" in name:
+        tensor.add_(tensor.numel() ** -0.25)
+    elif "norm" in name or name.endswith(("layer_scalar", "std_scale")):
+        tensor.add_(1)
 
 
 if "BENCH_PATCHED" in os.environ:
