@@ -14,6 +14,7 @@ runner's positions are put back.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -30,8 +31,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gemma4_turbo")
 
 TARGET = "sglang.srt.server_args:ServerArgs._handle_piecewise_cuda_graph"
-# Replaced as soon as it is imported, which is long after the server's arguments were read.
+# Replaced when the first of these has been imported, which is long after the server's arguments were
+# read. Those that are half imported as we come are missed: never all of them.
 ROUTINE = "sglang.srt.managers.mm_utils:general_mm_embed_routine"
+OCCASIONS = (
+    "sglang.srt.managers.mm_utils",
+    "sglang.srt.models.gemma4_mm",
+    "sglang.srt.model_executor.model_runner",
+)
 ARCHITECTURE = "Gemma4ForConditionalGeneration"
 LANGUAGE_MODEL = "Gemma4TextModel"
 Function = Callable[..., Any]
@@ -49,8 +56,12 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     import wrapt
 
     decide = stock[TARGET]
+    module = sys.modules.get(OCCASIONS[0])
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
+        _replace_routine(run)
+    for name in OCCASIONS:  # at once for those that are there, also by half: nothing to do then
+        wrapt.register_post_import_hook(_on_import, name)
     _Late.run = run
-    wrapt.register_post_import_hook(_replace_routine, ROUTINE.partition(":")[0])
 
     def _handle_piecewise_cuda_graph(self: Any) -> None:
         if self.enforce_piecewise_cuda_graph or self.disable_piecewise_cuda_graph:
@@ -180,23 +191,26 @@ def routine(run: PatchRun, stock: Function) -> Function:
     return general_mm_embed_routine
 
 
-def _replace_routine(module: Any) -> None:
-    """Called by wrapt once the module is there, and again for every `build`."""
+def _replace_routine(run: PatchRun) -> None:
+    """Put `routine` in. `NotStockError` if somebody else's is there."""
     from gemma4_turbo import fingerprints
     from gemma4_turbo.swap import Swap
 
-    run = _Late.run
-    if run is None or _Late.swap is not None:
+    swap = Swap(ROUTINE)
+    node: Any = fingerprints.Definitions(fingerprints.installed_source).node(ROUTINE)
+    swap.require_stock(node.lineno)
+    swap.install(routine(run, swap.function))
+    _Late.swap = swap
+
+
+def _on_import(module: Any) -> None:
+    """Called by wrapt for each of `OCCASIONS`, and again for every `build`."""
+    if _Late.run is None or _Late.swap is not None:
         return
     try:
-        swap = Swap(ROUTINE)
-        node: Any = fingerprints.Definitions(fingerprints.installed_source).node(ROUTINE)
-        swap.require_stock(node.lineno)
-        swap.install(routine(run, swap.function))
+        _replace_routine(_Late.run)
     except Exception as error:  # never into SGLang's import
-        run.set(states.CONFLICT, f"{ROUTINE}: {error}")
-        return
-    _Late.swap = swap
+        _Late.run.set(states.CONFLICT, str(error))
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:
