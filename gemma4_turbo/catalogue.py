@@ -532,6 +532,8 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=False,
         default=False,
         origin="pyc96/sglang#2, #18",
+        # The server's arguments are read before it is imported.
+        lazy=("sglang.srt.model_executor.pool_configurator",),
     ),
     Patch(
         name="decode_attention",
