@@ -281,6 +281,7 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-images.csv"),
 ) -> None:
     """Stock against patched, prompts with images, the real server."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout` leaves no servers
     chosen = [name for name in patches.split(",") if name]
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
