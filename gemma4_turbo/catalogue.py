@@ -105,6 +105,23 @@ _VISION_BACKENDS = (
 
 _MTP_WORKER = "sglang.srt.speculative.frozen_kv_mtp_worker:FrozenKVMTPWorker"
 
+# From the server's arguments to the input buffers of a piecewise graph.
+_RUNNER = "sglang.srt.model_executor.piecewise_cuda_graph_runner:PiecewiseCudaGraphRunner"
+_MM_GRAPH = (
+    "sglang.srt.managers.mm_utils:general_mm_embed_routine",
+    "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward",
+    "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.prepare_attn_masks",
+    "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
+    "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs",
+    f"{_RUNNER}.warmup_compile",
+    f"{_RUNNER}.capture_one_batch_size",
+    f"{_RUNNER}.can_run",
+    f"{_RUNNER}.replay_prepare",
+    f"{_RUNNER}.replay",
+    "sglang.srt.compilation.compile:install_torch_compiled",
+    "sglang.srt.layers.radix_attention:unified_attention_with_output",
+)
+
 CATALOGUE: tuple[Patch, ...] = (
     Patch(
         name="router",
@@ -453,6 +470,20 @@ CATALOGUE: tuple[Patch, ...] = (
         origin="pyc96/sglang#18; upstream sgl-project/sglang#26515",
     ),
     Patch(
+        name="mm_prefill_graph",
+        summary="Piecewise CUDA graphs for the language model of 26B-A4B with its vision encoder",
+        targets=("sglang.srt.server_args:ServerArgs._handle_piecewise_cuda_graph",),
+        relies_on=_MM_GRAPH,
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        origin="pyc96/sglang#18",
+        aliases=(Alias("SGLANG_ENABLE_PIECEWISE_CUDA_GRAPH_FOR_MM", disables=False),),
+        # The server's arguments are read before any of it is imported.
+        lazy=tuple(source.partition(":")[0] for source in _MM_GRAPH),
+    ),
+    Patch(
         name="yoco",
         summary="Prefill gives layers that share KV (E2B, E4B) only the rows whose logits are wanted",
         targets=(
@@ -505,6 +536,8 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=False,
         default=False,
         origin="pyc96/sglang#2, #18",
+        # The server's arguments are read before it is imported.
+        lazy=("sglang.srt.model_executor.pool_configurator",),
     ),
     Patch(
         name="decode_attention",

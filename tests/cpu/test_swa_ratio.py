@@ -12,7 +12,7 @@ import pytest
 
 from gemma4_turbo.patches import swa_ratio as patch
 from gemma4_turbo.patching import ENGINE
-from tests.cpu.conftest import only_patch, patched_sglang
+from tests.cpu.conftest import REPOSITORY, only_patch, patched_sglang
 
 NAME = "swa_ratio"
 
@@ -178,3 +178,17 @@ def test_pools_of_the_default(tmp_path: Path):
     assert sliding == int(full * 0.15)
     assert stock_sliding == int(stock_full * 0.8)
     assert full > 2.5 * stock_full
+
+
+def test_it_is_in_before_the_servers_command_line_is_read(python: Any, tmp_path: Path):
+    """``launch_server`` imports the arguments first and everything else later."""
+    done = python(
+        "import gemma4_turbo\n"
+        f"gemma4_turbo.apply(only=['{NAME}'])\n"
+        "from sglang.srt.server_args import prepare_server_args\n"
+        f"model = {folder(tmp_path)!r}\n"
+        "arguments = prepare_server_args(['--model-path', model, '--device', 'cpu'])\n"
+        "print(arguments.swa_full_tokens_ratio)\n",
+        PYTHONPATH=str(REPOSITORY),
+    )
+    assert done.stdout.split()[-1:] == [str(patch.RATIO)], done.stdout + done.stderr

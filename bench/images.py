@@ -1,0 +1,403 @@
+"""Prompts with pictures through SGLang's real server: stock against patched, random weights.
+
+    python bench/images.py --model 26b-a4b --layers 6 --patches vision_batch,vision_rope --together
+
+Starts ``sglang.launch_server`` on a generated multimodal folder (language model at a Gemma 4
+geometry, vision encoder at full size) and sends PNG images over HTTP. Per variant: time to first
+token of one prompt alone and of all prompts at once, prompts per second, and greedy tokens with
+their logprobs from prompts sent one at a time, compared between the variants, with stock again, and
+with stock given other images, which shows what the comparison can see.
+The patched server gets the package through ``sitecustomize_example``. One row of a CSV per
+measurement, as in ``engine.py``.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import random
+import shlex
+import signal
+import socket
+import string
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
+sys.path.insert(0, str(HERE.parent))
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+
+from bench.engine import PATCHED, STOCK, Results, differences  # noqa: E402
+from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
+from gemma4_turbo.counters import descendants  # noqa: E402
+
+AGAIN, OTHER_IMAGES = "stock again", "stock, other images"
+CALLS = ("engaged", "captured", "declined")
+START_LIMIT_S = 480
+WORDS = 40  # of a prompt, beside its images
+console = Console(width=150)
+
+
+# -- prompts ------------------------------------------------------------------------------------
+
+
+def picture(side: int, seed: int) -> str:
+    """A PNG of coloured blocks as a data URL."""
+    from PIL import Image
+
+    source = random.Random(seed)
+    blocks = Image.frombytes("RGB", (12, 12), source.randbytes(12 * 12 * 3))
+    file = io.BytesIO()
+    blocks.resize((side, side), Image.Resampling.NEAREST).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def prompt(images: int, side: int, seed: int) -> dict[str, Any]:
+    """The body of a request: words, images between them, words."""
+    source = random.Random(seed)
+    words = [
+        "".join(source.choices(string.ascii_lowercase, k=source.randrange(2, 9)))
+        for _ in range(WORDS)
+    ]
+    text = (
+        " ".join(words[:-8]) + f"\n{geometry_mm.IMAGE_TOKEN}" * images + " " + " ".join(words[-8:])
+    )
+    body: dict[str, Any] = {"text": f"<bos><|turn>user\n{text}<turn|>\n<|turn>model\n"}
+    if images:
+        body["image_data"] = [picture(side, seed * 1000 + i) for i in range(images)]
+    return body
+
+
+def sampling(new: int) -> dict[str, Any]:
+    """Greedy, exactly ``new`` tokens."""
+    return {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
+
+
+# -- the server ---------------------------------------------------------------------------------
+
+
+class Server:
+    """One ``sglang.launch_server`` in a process group of its own."""
+
+    def __init__(self, variant: str, patches: list[str], arguments: list[str], log: Path) -> None:
+        self.variant, self.log, self.port = variant, log, free_port()
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
+        }
+        # sitecustomize_example runs the sitecustomize that it shadows: that of bench/site.
+        path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        environment |= {"BENCH_PATCHED": "0", "HF_HUB_OFFLINE": "1"}
+        if variant == PATCHED:
+            path.insert(0, str(HERE.parent / "sitecustomize_example"))
+            environment["GEMMA4_TURBO_STRICT"] = "1"
+            if patches:
+                environment["GEMMA4_TURBO_SELECTION"] = f"only={','.join(patches)};skip="
+        else:
+            environment["GEMMA4_TURBO"] = "0"
+        environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+        command = [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port)]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*command, *arguments],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.started = time.perf_counter()
+
+    def wait_ready(self) -> float:
+        """Seconds until the server, warmed up with an image by SGLang itself, answered."""
+        while time.perf_counter() - self.started < START_LIMIT_S:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                address = f"http://127.0.0.1:{self.port}/health_generate"
+                with urllib.request.urlopen(address, timeout=10) as answer:
+                    if answer.status == 200:
+                        return time.perf_counter() - self.started
+            time.sleep(0.5)
+        tail = [text for text in self.log.read_text(errors="replace").splitlines() if text]
+        self.stop()
+        sys.exit(
+            f"images.py: the {self.variant} server did not start ({self.log}):\n"
+            + "\n".join(tail[-20:])
+        )
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The open answer to a request."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            return urllib.request.urlopen(request, timeout=300)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{path}: {error.code}, {error.read()[:500]!r}") from None
+
+    def first_token(self, body: dict[str, Any], new: int) -> float:
+        """Seconds to the first of ``new`` tokens; returns when the last is there."""
+        started = time.perf_counter()
+        first = 0.0
+        with self.post(
+            "/generate", {**body, "sampling_params": sampling(new), "stream": True}
+        ) as answer:
+            for line in answer:
+                if line.startswith(b"data:") and b"[DONE]" not in line:
+                    if b'"error"' in line:
+                        raise RuntimeError(line.decode())
+                    first = first or time.perf_counter() - started
+        if not first:
+            raise RuntimeError(f"the {self.variant} server sent no token: {self.log}")
+        return first
+
+    def tokens(self, body: dict[str, Any], new: int) -> dict[str, Any]:
+        """Greedy tokens with their logprobs as float32 bits."""
+        options = {"return_logprob": True, "top_logprobs_num": 5}
+        with self.post(
+            "/generate", {**body, "sampling_params": sampling(new), **options}
+        ) as answer:
+            found = json.loads(answer.read())
+        meta = found["meta_info"]
+        return {
+            "ids": found["output_ids"],
+            "prompt": meta["prompt_tokens"],
+            "input": [],
+            "output": [float(item[0]).hex() for item in meta["output_token_logprobs"]],
+            "top": [
+                [[float(value).hex(), token] for value, token, *_ in step]
+                for step in meta["output_top_logprobs"]
+            ],
+        }
+
+    def chat(self, side: int) -> str:
+        """An image through the chat endpoint and the chat template; what came back."""
+        content = [
+            {"type": "image_url", "image_url": {"url": picture(side, 1)}},
+            {"type": "text", "text": "what is this?"},
+        ]
+        body = {"model": "default", "messages": [{"role": "user", "content": content}]}
+        with self.post(
+            "/v1/chat/completions", {**body, "max_tokens": 4, "temperature": 0}
+        ) as answer:
+            found = json.loads(answer.read())
+        usage = found["usage"]
+        return f"{usage['prompt_tokens']} tokens of prompt, {usage['completion_tokens']} back"
+
+    def stop(self) -> None:
+        """End the whole process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):  # also what the main process left behind
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def free_port() -> int:
+    """SGLang derives other ports from this one: not a high one."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    sys.exit("images.py: no free port between 20000 and 30000")
+
+
+@contextlib.contextmanager
+def servers(make: Any, variants: list[str]) -> Iterator[dict[str, Server]]:
+    """Several servers at once, started one after another, stopped at the end."""
+    live: dict[str, Server] = {}
+    try:
+        for variant in variants:  # each measures what memory is free while it starts
+            live[variant] = make(variant)
+            console.print(f"{variant}: ready after {live[variant].wait_ready():.0f} s")
+        yield live
+    finally:
+        for server in live.values():
+            server.stop()
+
+
+# -- measuring ----------------------------------------------------------------------------------
+
+
+def farthest(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
+    """The largest distance of two logprobs, up to the first token that differs."""
+    largest = 0.0
+    for one, other in zip(a, b, strict=True):
+        for x, y, id_x, id_y in zip(
+            one["output"], other["output"], one["ids"], other["ids"], strict=True
+        ):
+            if id_x != id_y:
+                break
+            largest = max(largest, abs(float.fromhex(x) - float.fromhex(y)))
+    return largest
+
+
+def main(
+    model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "26b-a4b",
+    layers: Annotated[int, typer.Option(help="Of the language model; 0: all")] = 6,
+    patches: Annotated[
+        str, typer.Option(help="Comma list; empty: all that are on by default")
+    ] = "",
+    prompts: Annotated[int, typer.Option(min=1)] = 16,
+    images: Annotated[int, typer.Option(min=0, help="Of a prompt; 0: text alone")] = 6,
+    side: Annotated[int, typer.Option(help="Pixels of an image's side")] = 480,
+    soft_tokens: Annotated[
+        int, typer.Option(help="Most tokens of an image: 70, 140, 280, 560, 1120")
+    ] = 280,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 16,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    together: Annotated[bool, typer.Option(help="Both servers alive at once")] = False,
+    max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 65536,
+    mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.8,
+    chunk: Annotated[int, typer.Option(help="SGLang's chunked_prefill_size")] = 8192,
+    weight_range: Annotated[
+        float, typer.Option(help="Random weights are uniform in +-this")
+    ] = 3e-2,
+    unproven: Annotated[
+        bool, typer.Option(help="mm_prefill_graph also where it refuses the model")
+    ] = False,
+    server_arguments: Annotated[
+        str, typer.Option(help="More for launch_server, for both, in one string")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-images.csv"),
+) -> None:
+    """Stock against patched, prompts with images, the real server."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout` leaves no servers
+    chosen = [name for name in patches.split(",") if name]
+    results = Results(model, layers or None, chosen)
+    os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
+    os.environ["BENCH_UNPROVEN"] = "1" if unproven else "0"
+    scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
+    folder = geometry_mm.write_model(scratch / "model", model, layers or None, soft_tokens)
+    arguments = [
+        *("--model-path", str(folder), "--load-format", "dummy"),
+        *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
+        *("--grammar-backend", "none", "--disable-radix-cache"),
+        *("--cuda-graph-max-bs", str(max(8, prompts))),
+        *("--max-total-tokens", str(max_total_tokens)),
+        *("--mem-fraction-static", str(mem_fraction)),
+        *("--chunked-prefill-size", str(chunk)),
+        *shlex.split(server_arguments),
+    ]
+
+    def make(variant: str) -> Server:
+        return Server(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
+
+    def bodies(round_: int) -> list[dict[str, Any]]:
+        """New images every round: SGLang keeps the embeddings of those it has seen."""
+        return [prompt(images, side, (round_ + 3) * 10_000 + i) for i in range(prompts)]
+
+    same = bodies(-2)
+    answers: dict[str, list[dict[str, Any]]] = {}
+
+    def measure(server: Server, round_: int, keep: bool = True) -> None:
+        """One prompt alone, then all at once."""
+        sent = bodies(round_)
+        alone = server.first_token(prompt(images, side, (round_ + 3) * 10_000 + 9_999), 2)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(prompts) as pool:
+            firsts = list(pool.map(lambda body: server.first_token(body, new_tokens), sent))
+        elapsed = time.perf_counter() - started
+        if keep:
+            for quantity, count, value, unit in (
+                ("first token, alone", 1, alone * 1e3, "ms"),
+                ("first token, median", prompts, median(firsts) * 1e3, "ms"),
+                ("first token, last", prompts, max(firsts) * 1e3, "ms"),
+                ("all prompts", prompts, elapsed * 1e3, "ms"),
+                ("throughput", prompts, prompts / elapsed, "prompts/s"),
+            ):
+                results.add(server.variant, quantity, count, round_, value, unit)
+
+    def once(server: Server) -> None:
+        """Compiles what is compiled on first use, then the tokens, one prompt at a time."""
+        measure(server, -1, keep=False)
+        answers[server.variant] = [server.tokens(body, new_tokens) for body in same]
+        if server.variant == STOCK:
+            answers[AGAIN] = [server.tokens(body, new_tokens) for body in same]
+            if images:  # what the comparison can see of the images at all
+                answers[OTHER_IMAGES] = [
+                    server.tokens({**body, "image_data": other["image_data"]}, new_tokens)
+                    for body, other in zip(same, bodies(-3), strict=True)
+                ]
+        console.print(f"{server.variant}: chat with an image: {server.chat(side)}")
+
+    def reports() -> None:
+        """What the patches did, over all processes of the patched server."""
+        rows: dict[str, dict[str, Any]] = {}
+        for process in descendants():
+            for row in process.patches:
+                if row["state"] == "active":
+                    sums = rows.setdefault(row["name"], {**row, **dict.fromkeys(CALLS, 0)})
+                    sums |= {calls: sums[calls] + row[calls] for calls in CALLS}
+                    sums["reason"] = max(sums["reason"], row["reason"], key=len)
+        for name, row in rows.items():
+            for calls in CALLS:
+                results.add(PATCHED, f"{name} {calls}", prompts, 0, row[calls], "calls")
+        if rows:
+            console.print(report.table(list(rows.values()), "Patches, all processes of the server"))
+        silent = [name for name, row in rows.items() if not row["engaged"]]
+        if silent:
+            console.print(f"installed but never engaged: {', '.join(silent)}", style="red")
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("starting servers", total=2 * (rounds + 1))
+        for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
+            with servers(make, group) as live:
+                for server in live.values():
+                    progress.update(task, description=f"warm-up: {server.variant}")
+                    once(server)
+                    progress.advance(task)
+                for round_ in range(rounds):
+                    order = list(live.values())
+                    for server in order if round_ % 2 == 0 else order[::-1]:
+                        progress.update(task, description=f"round {round_}: {server.variant}")
+                        measure(server, round_)
+                        progress.advance(task)
+                reports()
+
+    show(results, answers)
+    results.save(out)
+
+
+def show(results: Results, answers: dict[str, list[dict[str, Any]]]) -> None:
+    """The comparison for the terminal and as rows, then the medians."""
+    stock = answers[STOCK]
+    lengths = sorted({answer["prompt"] for answer in stock})
+    console.print(
+        f"{len(stock)} prompts of {lengths[0]} to {lengths[-1]} tokens, "
+        f"{len({tuple(answer['ids']) for answer in stock})} different outputs, "
+        f"{len({tuple(answer['output']) for answer in stock})} by their logprobs"
+    )
+    for other in (name for name in (AGAIN, OTHER_IMAGES, PATCHED) if name in answers):
+        found: dict[str, float] = dict(differences(stock, answers[other]))
+        found["largest_distance"] = farthest(stock, answers[other])
+        console.print(f"{STOCK} against {other}: {found}")
+        for name in ("token_diffs", "logprob_diffs", "tokens", "logprobs", "largest_distance"):
+            results.add(f"{STOCK} vs {other}", name, len(stock), 0, found[name], "count")
+    summary = results.summary()
+    timed = summary[summary["unit"].isin(["ms", "prompts/s"])]
+    columns = [c for c in ("quantity", "x", "unit", STOCK, PATCHED, "ratio") if c in timed]
+    console.print(timed[columns].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
+
+
+if __name__ == "__main__":
+    typer.run(main)

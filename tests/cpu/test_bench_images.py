@@ -1,0 +1,68 @@
+"""What the bench of pictures sends, compares, and does to random weights."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+import runpy
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo import geometry_mm
+from tests.cpu.conftest import REPOSITORY
+
+images = pytest.importorskip("bench.images", reason="the bench's own packages are not installed")
+
+
+def test_a_picture_is_a_png_of_its_own():
+    from PIL import Image
+
+    urls = [images.picture(96, seed) for seed in range(3)]
+    assert len(set(urls)) == 3
+    assert images.picture(96, 1) == urls[1]
+    header, _, data = urls[0].partition(",")
+    assert header == "data:image/png;base64"
+    decoded = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (decoded.format, decoded.mode, decoded.size) == ("PNG", "RGB", (96, 96))
+
+
+@pytest.mark.parametrize("count", [0, 1, 6])
+def test_a_prompt_has_a_placeholder_for_each_of_its_images(count: int):
+    body = images.prompt(count, 48, 7)
+    assert body["text"].count(geometry_mm.IMAGE_TOKEN) == count
+    assert len(set(body.get("image_data", []))) == count
+    assert body == images.prompt(count, 48, 7)
+    assert body["text"] != images.prompt(count, 48, 8)["text"]
+
+
+def answer(ids: list[int], logprobs: list[float]) -> dict[str, Any]:
+    return {"ids": ids, "output": [value.hex() for value in logprobs]}
+
+
+def test_distances_end_at_the_first_other_token():
+    stock = [answer([1, 2, 3], [-1.0, -2.0, -3.0])]
+    assert images.farthest(stock, stock) == 0.0
+    assert images.farthest(stock, [answer([1, 2, 3], [-1.5, -2.0, -3.25])]) == 0.5
+    assert images.farthest(stock, [answer([1, 9, 3], [-1.25, -9.0, -9.0])]) == 0.25
+
+
+def test_random_weights_let_images_through(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("BENCH_PATCHED", raising=False)
+    site = runpy.run_path(str(REPOSITORY / "bench" / "site" / "sitecustomize.py"))
+    expected = {
+        "vision_tower.encoder.layers.0.mlp.gate_up.input_min": -math.inf,
+        "vision_tower.encoder.layers.0.self_attn.qkv.q_output_max": math.inf,
+        "language_model.layers.0.self_attn.q_norm.weight": 0.5 + 256**-0.25,
+        "language_model.layers.0.input_layernorm.weight": 1.5,
+        "language_model.layers.0.layer_scalar": 1.5,
+        "vision_tower.std_scale": 1.5,
+        "vision_tower.std_bias": 0.5,
+        "language_model.layers.0.mlp.down_proj.weight": 0.5,
+    }
+    for name, value in expected.items():
+        tensor = torch.full((256,), 0.5)
+        site["_let_images_through"](name, tensor)
+        assert torch.equal(tensor, torch.full((256,), value)), name

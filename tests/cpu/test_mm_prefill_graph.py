@@ -1,0 +1,421 @@
+"""Piecewise graphs for a model that takes pictures: who gets them, and what a graph would read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo import catalogue, geometry_mm, states, switches
+from gemma4_turbo.patches import mm_prefill_graph as patch
+from gemma4_turbo.patching import ENGINE
+from tests.cpu import vision
+from tests.cpu.conftest import REPOSITORY, only_patch, patched_sglang
+
+NAME = "mm_prefill_graph"
+ALIAS = "SGLANG_ENABLE_PIECEWISE_CUDA_GRAPH_FOR_MM"
+TOKENS, PADDED, MOST = 7, 12, 32
+LAYERS, PER_LAYER = 3, 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with patched_sglang(tmp_path_factory, only=[NAME]):
+        import sglang.srt.managers.mm_utils  # noqa: F401
+
+        yield
+
+
+@pytest.fixture(autouse=True)
+def patched() -> Iterator[None]:
+    with only_patch(NAME):
+        yield
+
+
+# -- the decision ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The four models as multimodal folders of a config alone, and a text-only one."""
+    root = tmp_path_factory.mktemp("models")
+    made = {name: root / name for name in geometry_mm.VISION}
+    for name, folder in made.items():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(geometry_mm.config(name)))
+    from gemma4_turbo import geometry
+
+    made["text"] = geometry.write_model(root / "text", "26b-a4b")
+    return made
+
+
+def disabled(model: Path, **given: Any) -> bool:
+    """Whether SGLang's own arguments, read for this model, leave piecewise graphs out."""
+    from sglang.srt.server_args import ServerArgs
+
+    # On a CPU SGLang would choose another attention backend before it comes to the graphs.
+    given = {"attention_backend": "triton", **given}
+    arguments = ServerArgs(model_path=str(model), device="cpu", load_format="dummy", **given)
+    assert arguments.get_model_config().is_multimodal == (model.name != "text")
+    return bool(arguments.disable_piecewise_cuda_graph)
+
+
+def test_stock_leaves_them_out_of_every_multimodal_model(models: dict[str, Path]):
+    ENGINE.revert()
+    assert all(disabled(folder) for name, folder in models.items() if name != "text")
+    assert not disabled(models["text"])
+
+
+def test_26b_a4b_gets_them(models: dict[str, Path]):
+    before = ENGINE.runs[NAME].counters.engaged
+    assert not disabled(models["26b-a4b"])
+    assert ENGINE.runs[NAME].counters.engaged == before + 1
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "reason"),
+    [
+        ("31b", {}, "dense models"),
+        ("e4b", {}, "E2B and E4B"),
+        ("e2b", {}, "E2B and E4B"),
+        ("26b-a4b", {"disable_piecewise_cuda_graph": True}, "on the command line"),
+        ("26b-a4b", {"enable_mixed_chunk": True}, "mixed chunks"),
+        ("26b-a4b", {"enable_breakable_cuda_graph": True}, "breakable"),
+        ("26b-a4b", {"attention_backend": "torch_native"}, "attention backend torch_native"),
+        ("26b-a4b", {"enable_lora": True}, "another of SGLang's rules"),
+        ("26b-a4b", {"debug_cuda_graph": True}, "another of SGLang's rules"),
+    ],
+)
+def test_stocks_rule_stays(models: dict[str, Path], name: str, given: dict[str, Any], reason: str):
+    before = ENGINE.runs[NAME].counters.engaged
+    assert disabled(models[name], **given)
+    assert reason in ENGINE.runs[NAME].full_reason()
+    assert ENGINE.runs[NAME].counters.engaged == before
+
+
+def test_other_models_are_stocks(models: dict[str, Path]):
+    assert not disabled(models["text"])
+    assert "the model is Gemma4ForCausalLM" in ENGINE.runs[NAME].full_reason()
+
+
+def test_stocks_own_flag_still_forces_them(models: dict[str, Path]):
+    assert not disabled(models["31b"], enforce_piecewise_cuda_graph=True)
+
+
+def test_speculative_decoding_is_refused(models: dict[str, Path]):
+    arguments = SimpleNamespace(
+        get_model_config=lambda: SimpleNamespace(
+            hf_config=SimpleNamespace(architectures=[patch.ARCHITECTURE]), is_multimodal=True
+        ),
+        enable_breakable_cuda_graph=False,
+        enable_mixed_chunk=False,
+        speculative_algorithm="FROZEN_KV_MTP",
+    )
+    assert "speculative" in str(patch.refusal(arguments))
+
+
+def test_a_failure_leaves_the_decision_to_stock(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(patch, "unproven", lambda text: 1 / 0)
+    assert disabled(models["26b-a4b"])
+    assert "ZeroDivisionError" in ENGINE.runs[NAME].full_reason()
+
+
+@pytest.mark.parametrize(
+    ("value", "on"), [("1", True), ("true", True), ("0", False), (None, False)]
+)
+def test_it_is_asked_for_by_its_forerunners_variable(value: str | None, on: bool):
+    environ = {} if value is None else {ALIAS: value}
+    assert switches.read(environ).decisions[NAME].on is on
+    assert not catalogue.by_name(NAME).default
+
+
+# -- what a graph reads ----------------------------------------------------------------------------
+
+
+class Runner:
+    """The buffers of SGLang's runner, filled for a step as its ``replay_prepare`` fills them."""
+
+    def __init__(self, width: int) -> None:
+        self.input_ids = torch.zeros(MOST, dtype=torch.int64)
+        self.positions = torch.zeros(MOST, dtype=torch.int64)
+        self.input_embeds = torch.zeros(MOST, width, dtype=torch.bfloat16)
+
+    def batch(self, padded: int, ids: torch.Tensor, first: int, images: Any = None) -> Any:
+        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+        for buffer in (self.input_ids, self.positions, self.input_embeds):
+            buffer[:padded].zero_()
+        tokens = len(ids)
+        self.input_ids[:tokens] = ids
+        self.positions[:tokens] = torch.arange(first, first + tokens)
+        return ForwardBatch(
+            forward_mode=ForwardMode.EXTEND,
+            batch_size=1,
+            input_ids=self.input_ids[:padded],
+            positions=self.positions[:padded],
+            input_embeds=self.input_embeds[:padded],
+            req_pool_indices=torch.zeros(1, dtype=torch.int64),
+            seq_lens=torch.tensor([first + tokens]),
+            out_cache_loc=torch.zeros(padded, dtype=torch.int64),
+            seq_lens_sum=first + tokens,
+            extend_seq_lens=torch.tensor([tokens]),
+            extend_prefix_lens=torch.tensor([first]),
+            extend_seq_lens_cpu=[tokens],
+            extend_prefix_lens_cpu=[first],
+            mm_inputs=[images],
+            attn_backend=SimpleNamespace(),
+        )
+
+
+class Step:
+    """What the language model was called with, as a graph would read it: by address."""
+
+    def __init__(self, language_model: Any) -> None:
+        self.seen: list[dict[str, tuple[int, torch.Tensor]]] = []
+        self.language_model = language_model
+
+    def forward(self, input_ids: Any, forward_batch: Any, input_embeds: Any, **inputs: Any) -> Any:
+        assert input_ids is None
+        inputs["input_embeds"] = input_embeds
+        self.seen.append(
+            {
+                name: (value.data_ptr(), value.clone())
+                for name, value in inputs.items()
+                if value is not None
+            }
+        )
+        return input_embeds
+
+
+@pytest.fixture
+def stage(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's multimodal class; its language model only keeps what it is given."""
+    from sglang.srt import server_args
+
+    model = vision.model("sdpa")
+    step = Step(model.language_model)
+    monkeypatch.setattr(model.language_model, "forward", step.forward)
+    # Per-layer inputs as E2B's: new memory at every step.
+    monkeypatch.setattr(
+        model.language_model,
+        "get_per_layer_inputs",
+        lambda ids: ids[:, None, None].expand(-1, LAYERS, PER_LAYER).bfloat16(),
+    )
+    monkeypatch.setattr(model.logits_processor, "forward", lambda ids, hidden, *rest: hidden)
+    monkeypatch.setattr(
+        server_args.get_global_server_args(), "piecewise_cuda_graph_tokens", [4, PADDED, MOST]
+    )
+    monkeypatch.setattr(patch, "_inputs", type(patch._inputs)())
+    return SimpleNamespace(model=model, step=step, runner=Runner(vision.WIDTH))
+
+
+def run(stage: Any, batch: Any, graphs: bool = True) -> torch.Tensor:
+    from sglang.srt.compilation.piecewise_context_manager import enable_piecewise_cuda_graph
+
+    if not graphs:
+        return stage.model.forward(batch.input_ids, batch.positions, batch)
+    with enable_piecewise_cuda_graph():
+        return stage.model.forward(batch.input_ids, batch.positions, batch)
+
+
+def test_stock_changes_the_runners_positions(stage: Any):
+    """The defect: each pass over the runner's buffer leaves it one higher."""
+    ENGINE.revert()
+    batch = stage.runner.batch(PADDED, torch.arange(TOKENS), 5)
+    for _ in range(3):
+        run(stage, batch)
+    assert stage.runner.positions[:TOKENS].tolist() == list(range(8, 8 + TOKENS))
+
+
+def test_the_graph_reads_one_place_and_the_runners_buffer_stays(stage: Any):
+    """Warm-up, capture and replays of several sizes: one address each, positions from one."""
+    before = ENGINE.runs[NAME].counters.engaged
+    steps = [(4, 4, 0), (MOST, MOST, 0), (PADDED, TOKENS, 5), (PADDED, PADDED, 0), (4, 2, 9)]
+    for padded, tokens, first in steps:
+        batch = stage.runner.batch(padded, torch.arange(tokens) + first, first)
+        for _ in range(2):
+            kept = stage.runner.positions.clone()
+            run(stage, batch)
+            assert torch.equal(stage.runner.positions, kept)
+            expected = torch.zeros(padded, dtype=torch.int64)
+            expected[:tokens] = torch.arange(first, first + tokens)
+            seen = stage.step.seen[-1]
+            assert torch.equal(seen["positions"][1], expected + 1)
+            assert torch.equal(seen["per_layer_inputs"][1][:, 0, 0].long(), batch.input_ids)
+    for name in ("positions", "per_layer_inputs", "input_embeds"):
+        assert len({seen[name][0] for seen in stage.step.seen}) == 1, name
+    assert stage.step.seen[0]["positions"][0] != stage.runner.positions.data_ptr()
+    assert ENGINE.runs[NAME].counters.engaged == before + 2 * len(steps)
+
+
+def test_outside_a_graph_stock_runs(stage: Any):
+    before = ENGINE.runs[NAME].counters.engaged
+    batch = stage.runner.batch(PADDED, torch.arange(TOKENS), 5)
+    run(stage, batch, graphs=False)
+    assert stage.step.seen[0]["positions"][0] == stage.runner.positions.data_ptr()
+    assert ENGINE.runs[NAME].counters.engaged == before
+
+
+def test_images_are_encoded_eagerly_into_the_runners_buffer(
+    stage: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """The vision encoder itself runs, outside what would be recorded; the values are stock's."""
+    from sglang.srt.managers.schedule_batch import Modality, MultimodalDataItem, MultimodalInputs
+    from sglang.srt.utils import common
+
+    monkeypatch.setattr(common, "is_pin_memory_available", lambda *args: False)
+    model = stage.model
+    feature, places = vision.pixels(4, 4, seed=3)
+    tokens = len(places) // vision.POOL**2
+    marker = 50
+
+    def images() -> Any:
+        item = MultimodalDataItem(
+            modality=Modality.IMAGE, feature=feature.clone(), offsets=[(2, 1 + tokens)]
+        )
+        item.image_position_ids = places
+        item.set_pad_value()
+        item.pad_value = marker
+        return MultimodalInputs(mm_items=[item])
+
+    ids = torch.tensor([3, 4, *[marker] * tokens, 5])
+    calls: list[int] = []
+    encode = type(model).get_image_feature
+
+    def counted(self: Any, items: Any) -> torch.Tensor:
+        calls.append(len(items))
+        return encode(self, items)
+
+    monkeypatch.setattr(type(model), "get_image_feature", counted)
+    from sglang.srt.managers import mm_utils
+
+    def embedded(graphs: bool) -> torch.Tensor:
+        monkeypatch.setattr(mm_utils, "embedding_cache", None)
+        mm_utils.init_mm_embedding_cache(1 << 20)
+        batch = stage.runner.batch(PADDED, ids, 0, images())
+        run(stage, batch, graphs)
+        return stage.step.seen[-1]["input_embeds"][1]
+
+    graphed = embedded(True)
+    assert stage.step.seen[-1]["input_embeds"][0] == stage.runner.input_embeds.data_ptr()
+    ENGINE.revert()
+    stock = embedded(False)
+    assert calls == [1, 1]
+    assert torch.equal(graphed, stock)
+    features = encode(model, images().mm_items)
+    assert torch.equal(stock[2 : 2 + tokens], features.to(stock.dtype))
+
+
+def test_more_tokens_than_a_graph_has_are_an_error():
+    inputs = patch.Inputs()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(patch, "most_tokens", lambda: 4)
+        inputs.keep("positions", torch.arange(4))
+        with pytest.raises(ValueError, match="5 tokens do not fit"):
+            inputs.keep("positions", torch.arange(5))
+
+
+def test_the_buffers_serve_inference_mode_and_others(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patch, "most_tokens", lambda: 4)
+    inputs = patch.Inputs()
+    with torch.inference_mode():
+        first = inputs.keep("positions", torch.arange(3))
+    second = inputs.keep("positions", torch.arange(1, 4))
+    assert first.data_ptr() == second.data_ptr()
+    assert second.tolist() == [1, 2, 3]
+
+
+def test_other_language_models_are_stocks(stage: Any):
+    """Their forward has changed nothing that would have to be put back."""
+    from sglang.srt.managers import mm_utils
+
+    positions = torch.arange(3)
+    given: dict[str, Any] = {}
+
+    class Other:
+        def get_input_embeddings(self) -> Any:
+            return torch.nn.Embedding(8, 4)
+
+        def __call__(self, **inputs: Any) -> None:
+            given.update(inputs)
+
+    batch = stage.runner.batch(4, torch.arange(3), 0)
+    batch.input_embeds = None
+    from sglang.srt.compilation.piecewise_context_manager import enable_piecewise_cuda_graph
+
+    with enable_piecewise_cuda_graph():
+        mm_utils.general_mm_embed_routine(
+            input_ids=torch.arange(3),
+            forward_batch=batch,
+            language_model=Other(),
+            positions=positions,
+        )
+    assert given["positions"] is positions
+    assert positions.tolist() == [0, 1, 2]
+
+
+# -- the late replacement --------------------------------------------------------------------------
+
+
+def test_it_is_in_both_modules_and_out_again():
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.models import gemma4_mm
+
+    ours = mm_utils.general_mm_embed_routine
+    assert gemma4_mm.general_mm_embed_routine is ours
+    ENGINE.revert()
+    stock = mm_utils.general_mm_embed_routine
+    assert stock is not ours
+    assert gemma4_mm.general_mm_embed_routine is stock
+    assert stock.__code__.co_filename == mm_utils.__file__
+    ENGINE.apply(only=[NAME])
+    assert mm_utils.general_mm_embed_routine is not stock
+
+
+def test_somebody_elses_routine_is_a_conflict(monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt.managers import mm_utils
+
+    ENGINE.revert()
+    other = lambda *args, **kwargs: None  # noqa: E731
+    monkeypatch.setattr(mm_utils, "general_mm_embed_routine", other)
+    ENGINE.apply(only=[NAME])
+    assert ENGINE.runs[NAME].state == states.CONFLICT
+    assert "was replaced before us" in ENGINE.runs[NAME].reason
+    assert mm_utils.general_mm_embed_routine is other
+    ENGINE.revert()
+
+
+def test_it_is_in_before_the_command_line_is_read(python: Any):
+    """As the server's main process starts: the arguments first, everything else later."""
+    done = python(
+        "import gemma4_turbo, sys\n"
+        f"gemma4_turbo.apply(only=['{NAME}'])\n"
+        "import sglang.srt.server_args\n"
+        f"row = next(r for r in gemma4_turbo.status() if r.name == '{NAME}')\n"
+        "print(row.state, 'sglang.srt.managers.mm_utils' in sys.modules)\n"
+        "import sglang.srt.managers.mm_utils as late\n"
+        "print(late.general_mm_embed_routine.__module__)\n",
+        PYTHONPATH=str(REPOSITORY),
+    )
+    assert done.stdout.split() == ["active", "False", patch.__name__], done.stdout + done.stderr
+
+
+def test_a_half_imported_module_is_not_missed(python: Any):
+    """Whoever imports the routine's module first imports the server's arguments through it."""
+    done = python(
+        "import gemma4_turbo, sys\n"
+        f"gemma4_turbo.apply(only=['{NAME}'])\n"
+        "import sglang.srt.managers.mm_utils as late\n"
+        "import sglang.srt.models.gemma4_mm as model\n"
+        "print(late.general_mm_embed_routine.__module__)\n"
+        "print(model.general_mm_embed_routine is late.general_mm_embed_routine)\n",
+        PYTHONPATH=str(REPOSITORY),
+    )
+    assert done.stdout.split() == [patch.__name__, "True"], done.stdout + done.stderr
