@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from gemma4_turbo import advice, report, states
+from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.commands.modules import import_targets
 from gemma4_turbo.counters import live_processes
 from gemma4_turbo.patching import ENGINE
@@ -22,7 +23,10 @@ def examine() -> dict[str, Any]:
     (running patched processes).
     """
     ENGINE.bootstrap()
-    unimportable = import_targets()
+    # SGLang takes long to import, and an off patch is off whatever it says.
+    unimportable = import_targets(
+        by_name(row.name) for row in ENGINE.status(below=False) if row.state != states.OFF
+    )
     rows = [
         row._replace(reason="; ".join(unimportable)) if row.state == states.WAITING else row
         for row in ENGINE.status()
