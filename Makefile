@@ -14,7 +14,7 @@ demo: $(READY)
 	@$(BIN)/python -m gemma4_turbo demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -202,6 +202,18 @@ def heads(rows: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, .
     return activations(rows, sum(sizes), 7, dtype).split(sizes, dim=-1)
 
 
+each_mode = pytest.mark.parametrize(
+    ("mode", "stored"),
+    [
+        (mode, stored)
+        for mode in qkv.Mode
+        for stored in (False, True)
+        if mode != qkv.Mode.Q or not stored  # no K, nothing to store
+    ],
+    ids=lambda value: value.name if isinstance(value, qkv.Mode) else ("returned", "stored")[value],
+)
+
+
 def rope_of(rows: int, head_dim: int, integers: torch.dtype) -> qkv.Rope:
     positions = (torch.arange(rows) * 11 + 3) % POSITIONS
     return qkv.Rope(positions.to(integers), angles(head_dim))
@@ -216,12 +228,9 @@ def store_of(rows: int, head_dim: int, dtype: torch.dtype, integers: torch.dtype
 @each_dtype
 @each_count
 @pytest.mark.parametrize("head_dim", [128, 256, 512])
-@pytest.mark.parametrize("mode", list(qkv.Mode), ids=lambda mode: mode.name)
 @pytest.mark.parametrize("turned", [False, True], ids=["norms", "rope"])
-@pytest.mark.parametrize("stored", [False, True], ids=["returned", "stored"])
+@each_mode
 def test_qkv(dtype, rows, head_dim, mode, turned, stored):
-    if stored and mode == qkv.Mode.Q:
-        pytest.skip("nothing to store")
     integers = torch.int32 if head_dim == 256 else torch.int64
     q, k, v = heads(rows, head_dim, dtype)
     q0, k0, v0 = (x.clone() for x in (q, k, v))
@@ -254,13 +263,10 @@ def test_qkv(dtype, rows, head_dim, mode, turned, stored):
 
 
 @pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 4), (4, 2), (6, 1), (16, 2)])
-@pytest.mark.parametrize("mode", list(qkv.Mode), ids=lambda mode: mode.name)
-@pytest.mark.parametrize("stored", [False, True], ids=["returned", "stored"])
+@each_mode
 def test_several_heads_of_a_program_have_the_bits_of_one(
     q_heads, kv_heads, mode, stored, monkeypatch
 ):
-    if stored and mode == qkv.Mode.Q:
-        pytest.skip("nothing to store")
     dim, rows = 128, 3
     dtype = torch.bfloat16
     qw, kw = weight(dim, 3, dtype), weight(dim, 4, dtype)
