@@ -708,7 +708,6 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         traced=False,
         default=False,
-        origin="pyc96/sglang#18",
         lazy=(_MTP_WORKER.partition(":")[0],),
     ),
     Patch(
@@ -737,7 +736,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=BEHAVIOUR,
         traced=False,
         default=False,
-        origin="pyc96/sglang#18",
+        origin="upstream sgl-project/sglang#25539",
         lazy=(_MTP_WORKER.partition(":")[0],),
     ),
     Patch(
