@@ -22,6 +22,9 @@ Numerics: fp32 accumulators and softmax, probabilities rounded to the dtype of v
 multiplied with it, as there; the order of the keys differs. Against fp64 the relative error
 (Frobenius norm) is that of SGLang's kernel.
 
+A custom mask whose rows are intervals that begin at the first key, as the causal mask with pictures
+that see themselves both ways, is found out on the device and then costs what a causal one does.
+
 Method: online softmax (Milakov and Gimelshein, arXiv:1805.02867; Dao, arXiv:2205.14135), split over
 keys for few queries (flash-decoding), query heads of a KV head packed into one tile.
 """
@@ -35,7 +38,12 @@ import torch
 import triton
 
 from gemma4_turbo.kernels import extend_config as config
-from gemma4_turbo.kernels.extend_kernels import _combine_kernel, _dense_kernel, _split_kernel
+from gemma4_turbo.kernels.extend_kernels import (
+    _combine_kernel,
+    _dense_kernel,
+    _intervals_kernel,
+    _split_kernel,
+)
 
 HEAD_DIMS = (128, 256, 512)
 INTERPRETED = not isinstance(_dense_kernel, triton.JITFunction)
@@ -284,8 +292,52 @@ def launch_extend(
             split or config.SPLIT[head_dim], q, k, v, out, pointers, shared, batch, max_extend_len
         )
         return out
-    tile = dense or config.DENSE[head_dim, custom]
-    pack = _pack(group, min(tile.pack, tile.block_m))
+    unused = qo_indptr, qo_indptr
+    if not custom or shared["CUSTOM_PREFIX"]:
+        tile = dense or config.DENSE[head_dim, custom]
+        _launch_dense(tile, q, k, v, out, (*pointers, *unused), shared, batch, prefix, 0)
+        return out
+    # Each query of a prompt with pictures sees the keys up to itself or to its picture's end. Whether
+    # the mask is of this kind is known on the device only: one of two launches has nothing to do.
+    found = torch.zeros(tokens + 1, dtype=torch.int32, device=q.device)
+    high, others = found[:tokens], found[tokens:]
+    _intervals_kernel[(tokens + batch,)](
+        pointers[5],
+        pointers[6],
+        qo_indptr,
+        kv_indptr,
+        pointers[7],
+        high,
+        others,
+        batch,
+        WINDOW=window,
+        PREFIX=prefix,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    pointers = *pointers, high, others
+    intervals = shared | {"CUSTOM": False}
+    tile = dense or config.DENSE[head_dim, False]
+    _launch_dense(tile, q, k, v, out, pointers, intervals, batch, prefix, 1)
+    tile = dense or config.DENSE[head_dim, True]
+    _launch_dense(tile, q, k, v, out, pointers, shared, batch, prefix, 2)
+    return out
+
+
+def _launch_dense(
+    tile: config.Dense,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    pointers: tuple[torch.Tensor, ...],
+    shared: dict[str, float],
+    batch: int,
+    prefix: bool,
+    intervals: int,
+) -> None:
+    tokens, heads = q.shape[:2]
+    pack = _pack(heads // k.shape[1], min(tile.pack, tile.block_m))
     tiles = tokens // (tile.block_m // pack) + batch
     _dense_kernel[(tiles * (heads // pack) * tile.value_blocks,)](
         q,
@@ -297,6 +349,7 @@ def launch_extend(
         tiles,
         **shared,
         PREFIX=prefix,
+        INTERVALS=intervals,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         PACK=pack,
@@ -307,7 +360,6 @@ def launch_extend(
         PREFIX_STAGES=tile.prefix_stages,
         num_warps=tile.num_warps,
     )
-    return out
 
 
 def _launch_split(

@@ -168,6 +168,44 @@ def _dense_blocks(
     return acc, row_max, row_sum
 
 
+@triton.jit(do_not_specialize=["batch"])
+def _intervals_kernel(
+    mask_ptr,
+    mask_indptr_ptr,
+    qo_indptr_ptr,
+    kv_indptr_ptr,
+    window_kv_offsets_ptr,
+    high_ptr,  # int32, a row of q each
+    others_ptr,  # int32, 0 before: becomes 1 if a row of the mask is no interval
+    batch,
+    WINDOW: tl.constexpr,
+    PREFIX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows of a custom mask as intervals: new keys 0..high-1 of each query, if they are one."""
+    tile = tl.program_id(0)
+    sequence = _sequence_of(tile, qo_indptr_ptr, batch, 1)
+    q_first, new, _, cached = _sizes(sequence, qo_indptr_ptr, kv_indptr_ptr, PREFIX)
+    token = tile - (q_first + sequence)
+    if token >= new:
+        return
+    offset = 0
+    if WINDOW > 0:
+        offset = tl.load(window_kv_offsets_ptr + sequence).to(tl.int32)
+    width = (offset + cached + new).to(tl.int64)
+    mask_ptr += tl.load(mask_indptr_ptr + sequence).to(tl.int64) + token * width + offset + cached
+    high = 0
+    count = 0
+    for start in range(0, new, BLOCK):
+        key = start + tl.arange(0, BLOCK)
+        seen = tl.load(mask_ptr + key, mask=key < new, other=0) != 0
+        high = tl.maximum(high, tl.max(tl.where(seen, key + 1, 0), 0))
+        count += tl.sum(seen.to(tl.int32), 0)
+    tl.store(high_ptr + q_first + token, high)
+    if count != high:
+        tl.store(others_ptr, 1)
+
+
 @triton.jit(do_not_specialize=["batch", "tiles", "scale"])
 def _dense_kernel(
     q_ptr,
@@ -182,6 +220,8 @@ def _dense_kernel(
     mask_ptr,
     mask_indptr_ptr,
     window_kv_offsets_ptr,
+    high_ptr,  # of `_intervals_kernel`, as the next one
+    others_ptr,
     batch,
     tiles,
     scale,  # of the softmax, times log2(e)
@@ -206,6 +246,7 @@ def _dense_kernel(
     CUSTOM_PREFIX: tl.constexpr,
     CUT: tl.constexpr,
     PREFIX: tl.constexpr,
+    INTERVALS: tl.constexpr,  # 1: only if the custom mask's rows are, 2: only if not, 0: not asked
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PACK: tl.constexpr,
@@ -216,6 +257,9 @@ def _dense_kernel(
     PREFIX_STAGES: tl.constexpr,
 ):
     """One program per tile of queries, block of PACK heads and block of the value dimension."""
+    if INTERVALS > 0:  # noqa: SIM102  # the compiler decides this one, the device the next
+        if tl.load(others_ptr) != INTERVALS - 1:
+            return
     TOKENS: tl.constexpr = BLOCK_M // PACK
     DV: tl.constexpr = D // VALUE_BLOCKS
     INNER: tl.constexpr = HEADS // PACK * VALUE_BLOCKS
@@ -271,8 +315,14 @@ def _dense_kernel(
     # The new tokens: blocks begin at the first key that the tile sees.
     k_rows = k_ptr + q_first.to(tl.int64) * k_stride + kv_head * k_head_stride
     v_rows = v_ptr + q_first.to(tl.int64) * v_stride + kv_head * v_head_stride + value_first
-    high = _high(token, new, CAUSAL, CUSTOM, CUT)
-    end = _high(token_last, new, CAUSAL, CUSTOM, CUT)
+    if INTERVALS == 1:
+        high = tl.load(high_ptr + q_row, mask=used, other=0)
+        if CUT > 0:
+            high = tl.minimum(high, (token // CUT + 1) * CUT)
+        end = tl.max(high, 0)
+    else:
+        high = _high(token, new, CAUSAL, CUSTOM, CUT)
+        end = _high(token_last, new, CAUSAL, CUSTOM, CUT)
     start = 0
     seen_by_all = 0
     low = tl.zeros([BLOCK_M], tl.int32)
@@ -286,7 +336,11 @@ def _dense_kernel(
         masked_before = blocks
         unmasked = 0
     else:
-        all_end = _high(token_first, new, CAUSAL, CUSTOM, CUT)
+        if INTERVALS == 1:
+            blocks = tl.maximum(blocks, 1)  # a tile may see no new key
+            all_end = tl.min(tl.where(used, high, end), 0)
+        else:
+            all_end = _high(token_first, new, CAUSAL, CUSTOM, CUT)
         masked_before = tl.minimum(tl.cdiv(seen_by_all - start, BLOCK_N), blocks)
         unmasked = tl.maximum(all_end - start, 0) // BLOCK_N - masked_before
         # At least one block is left to the masked loop, which the compiler may then enter unasked.

@@ -121,6 +121,55 @@ def test_verification(group, tokens):
         check(make(generator, [tokens] * 3, [0, 17, 90], **shape), split=FEW)
 
 
+BY_INTERVALS, BY_BYTES = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("mask", "works"),
+    [("image", BY_INTERVALS), ("random", BY_BYTES), ("one row", BY_BYTES), ("nothing", BY_INTERVALS)],
+)  # fmt: skip
+@pytest.mark.parametrize(("window", "cut"), [(-1, 0), (-1, 16), (20, 0), (20, 8)])
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_masks_intervals(mask, works, window, cut, graph, monkeypatch):
+    """One launch does all of the work, the other one nothing."""
+    generator = torch.Generator().manual_seed(9)
+    kind = mask if mask in ("image", "random") else "image"
+    shape = {"heads": 4, "kv_heads": 2, "window": window, "mask": kind, "cut": cut, "graph": graph}
+    batch = make(generator, [40, 0, 1, 33], [7, 3, 20, 0], **shape)
+    bytes_, starts = batch.keywords["custom_mask"], batch.keywords["mask_indptr"]
+    if mask == "one row":
+        bytes_[int(starts[4]) - 2] = False  # of the last query: a hole before its last key
+    if mask == "nothing":
+        bytes_[int(starts[3]) :] = False  # the last sequence sees no new key
+    launch = kernel._launch_dense
+    ran: list[int] = []
+
+    def only(wanted):
+        def launch_dense(*arguments):
+            ran.append(arguments[-1])
+            if arguments[-1] == wanted:
+                launch(*arguments)
+
+        monkeypatch.setattr(kernel, "_launch_dense", launch_dense)
+
+    only(works)
+    check(batch, dense=SMALL)
+    assert ran == [BY_INTERVALS, BY_BYTES]
+    only(BY_INTERVALS + BY_BYTES - works)
+    with pytest.raises(AssertionError):  # still poisoned
+        check(batch, dense=SMALL)
+
+
+def test_a_mask_over_the_prefix_is_read_byte_by_byte(monkeypatch):
+    launch, ran = kernel._launch_dense, []
+    monkeypatch.setattr(
+        kernel, "_launch_dense", lambda *args: (ran.append(args[-1]), launch(*args))
+    )
+    generator = torch.Generator().manual_seed(9)
+    check(make(generator, [40], [7], mask="image", skip_prefix=False), dense=SMALL)
+    assert ran == [0]
+
+
 def test_one_sequence_is_split_much():
     """Most splits of the short sequence are empty, and not read."""
     generator = torch.Generator().manual_seed(5)
