@@ -14,22 +14,16 @@ measurement, as in ``engine.py``.
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import os
 import random
 import shlex
 import signal
-import socket
 import string
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
@@ -40,18 +34,16 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
 sys.path.insert(0, str(HERE.parent))
 
 import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 from bench.engine import PATCHED, STOCK, Results, differences  # noqa: E402
+from bench.servers import Server, console, servers  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
 from gemma4_turbo.counters import descendants  # noqa: E402
 
 AGAIN, OTHER_IMAGES = "stock again", "stock, other images"
 CALLS = ("engaged", "captured", "declined")
-START_LIMIT_S = 480
 WORDS = 40  # of a prompt, beside its images
-console = Console(width=150)
 
 
 # -- prompts ------------------------------------------------------------------------------------
@@ -92,65 +84,8 @@ def sampling(new: int) -> dict[str, Any]:
 # -- the server ---------------------------------------------------------------------------------
 
 
-class Server:
-    """One ``sglang.launch_server`` in a process group of its own."""
-
-    def __init__(self, variant: str, patches: list[str], arguments: list[str], log: Path) -> None:
-        self.variant, self.log, self.port = variant, log, free_port()
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
-        }
-        # sitecustomize_example runs the sitecustomize that it shadows: that of bench/site.
-        path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        environment |= {"BENCH_PATCHED": "0", "HF_HUB_OFFLINE": "1"}
-        if variant == PATCHED:
-            path.insert(0, str(HERE.parent / "sitecustomize_example"))
-            environment["GEMMA4_TURBO_STRICT"] = "1"
-            if patches:
-                environment["GEMMA4_TURBO_SELECTION"] = f"only={','.join(patches)};skip="
-        else:
-            environment["GEMMA4_TURBO"] = "0"
-        environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
-        command = [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port)]
-        with log.open("ab") as output:
-            self.process = subprocess.Popen(
-                [*command, *arguments],
-                env=environment,
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
-        self.started = time.perf_counter()
-
-    def wait_ready(self) -> float:
-        """Seconds until the server, warmed up with an image by SGLang itself, answered."""
-        while time.perf_counter() - self.started < START_LIMIT_S:
-            if self.process.poll() is not None:
-                break
-            with contextlib.suppress(urllib.error.URLError, OSError):
-                address = f"http://127.0.0.1:{self.port}/health_generate"
-                with urllib.request.urlopen(address, timeout=10) as answer:
-                    if answer.status == 200:
-                        return time.perf_counter() - self.started
-            time.sleep(0.5)
-        tail = [text for text in self.log.read_text(errors="replace").splitlines() if text]
-        self.stop()
-        sys.exit(
-            f"images.py: the {self.variant} server did not start ({self.log}):\n"
-            + "\n".join(tail[-20:])
-        )
-
-    def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The open answer to a request."""
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}{path}",
-            data=json.dumps(body).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        try:
-            return urllib.request.urlopen(request, timeout=300)
-        except urllib.error.HTTPError as error:
-            raise RuntimeError(f"{path}: {error.code}, {error.read()[:500]!r}") from None
+class ImageServer(Server):
+    """With the requests of this benchmark."""
 
     def first_token(self, body: dict[str, Any], new: int) -> float:
         """Seconds to the first of ``new`` tokens; returns when the last is there."""
@@ -200,39 +135,6 @@ class Server:
             found = json.loads(answer.read())
         usage = found["usage"]
         return f"{usage['prompt_tokens']} tokens of prompt, {usage['completion_tokens']} back"
-
-    def stop(self) -> None:
-        """End the whole process group."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-        with contextlib.suppress(ProcessLookupError):  # also what the main process left behind
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def free_port() -> int:
-    """SGLang derives other ports from this one: not a high one."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    sys.exit("images.py: no free port between 20000 and 30000")
-
-
-@contextlib.contextmanager
-def servers(make: Any, variants: list[str]) -> Iterator[dict[str, Server]]:
-    """Several servers at once, started one after another, stopped at the end."""
-    live: dict[str, Server] = {}
-    try:
-        for variant in variants:  # each measures what memory is free while it starts
-            live[variant] = make(variant)
-            console.print(f"{variant}: ready after {live[variant].wait_ready():.0f} s")
-        yield live
-    finally:
-        for server in live.values():
-            server.stop()
 
 
 # -- measuring ----------------------------------------------------------------------------------
@@ -300,7 +202,7 @@ def main(
     ]
 
     def make(variant: str) -> Server:
-        return Server(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
+        return ImageServer(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
 
     def bodies(round_: int) -> list[dict[str, Any]]:
         """New images every round: SGLang keeps the embeddings of those it has seen."""
@@ -309,7 +211,7 @@ def main(
     same = bodies(-2)
     answers: dict[str, list[dict[str, Any]]] = {}
 
-    def measure(server: Server, round_: int, keep: bool = True) -> None:
+    def measure(server: ImageServer, round_: int, keep: bool = True) -> None:
         """One prompt alone, then all at once."""
         sent = bodies(round_)
         alone = server.first_token(prompt(images, side, (round_ + 3) * 10_000 + 9_999), 2)
@@ -327,7 +229,7 @@ def main(
             ):
                 results.add(server.variant, quantity, count, round_, value, unit)
 
-    def once(server: Server) -> None:
+    def once(server: ImageServer) -> None:
         """Compiles what is compiled on first use, then the tokens, one prompt at a time."""
         measure(server, -1, keep=False)
         answers[server.variant] = [server.tokens(body, new_tokens) for body in same]

@@ -1,0 +1,118 @@
+"""SGLang's real server, stock or patched, for the benchmarks that talk to it over HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from bench.engine import PATCHED
+
+HERE = Path(__file__).resolve().parent
+START_LIMIT_S = 480
+console = Console(width=150)
+
+
+class Server:
+    """One ``sglang.launch_server`` in a process group of its own."""
+
+    def __init__(self, variant: str, patches: list[str], arguments: list[str], log: Path) -> None:
+        self.variant, self.log, self.port = variant, log, free_port()
+        environment = {
+            name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
+        }
+        # sitecustomize_example runs the sitecustomize that it shadows: that of bench/site.
+        path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        environment |= {"BENCH_PATCHED": "0", "HF_HUB_OFFLINE": "1"}
+        if variant == PATCHED:
+            path.insert(0, str(HERE.parent / "sitecustomize_example"))
+            environment["GEMMA4_TURBO_STRICT"] = "1"
+            if patches:
+                environment["GEMMA4_TURBO_SELECTION"] = f"only={','.join(patches)};skip="
+        else:
+            environment["GEMMA4_TURBO"] = "0"
+        environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+        command = [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port)]
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [*command, *arguments],
+                env=environment,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.started = time.perf_counter()
+
+    def wait_ready(self) -> float:
+        """Seconds until the server, warmed up by SGLang itself, answered."""
+        while time.perf_counter() - self.started < START_LIMIT_S:
+            if self.process.poll() is not None:
+                break
+            with contextlib.suppress(urllib.error.URLError, OSError):
+                address = f"http://127.0.0.1:{self.port}/health_generate"
+                with urllib.request.urlopen(address, timeout=10) as answer:
+                    if answer.status == 200:
+                        return time.perf_counter() - self.started
+            time.sleep(0.5)
+        tail = [text for text in self.log.read_text(errors="replace").splitlines() if text]
+        self.stop()
+        sys.exit(f"the {self.variant} server did not start ({self.log}):\n" + "\n".join(tail[-20:]))
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The open answer to a request."""
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}",
+            data=json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            return urllib.request.urlopen(request, timeout=300)
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(f"{path}: {error.code}, {error.read()[:500]!r}") from None
+
+    def stop(self) -> None:
+        """End the whole process group."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):  # also what the main process left behind
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def free_port() -> int:
+    """SGLang derives other ports from this one: not a high one."""
+    for port in random.sample(range(20_000, 30_000), 100):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)):
+                return port
+    sys.exit("no free port between 20000 and 30000")
+
+
+@contextlib.contextmanager
+def servers(make: Any, variants: list[str]) -> Iterator[dict[str, Server]]:
+    """Several servers at once, stopped at the end."""
+    live: dict[str, Server] = {}
+    try:
+        for variant in variants:
+            live[variant] = make(variant)
+        for variant, server in live.items():
+            console.print(f"{variant}: ready after {server.wait_ready():.0f} s")
+        yield live
+    finally:
+        for server in live.values():
+            server.stop()

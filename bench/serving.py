@@ -1,0 +1,175 @@
+"""``sglang.bench_serving`` against SGLang's real server: stock and patched, random weights.
+
+    python bench/serving.py --together
+
+Both servers hold a generated multimodal model folder, as Gemma 4's published checkpoints are. The
+requests are SGLang's own ``random-ids`` workload: 80 prompts of 1024 tokens, 256 new tokens each, 8 a
+second, at most 64 at once. Rounds alternate between the variants; one row of a CSV per measurement.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
+sys.path.insert(0, str(HERE.parent))
+
+import typer  # noqa: E402
+from rich.progress import Progress  # noqa: E402
+
+from bench.engine import PATCHED, STOCK, Results  # noqa: E402
+from bench.servers import Server, console, servers  # noqa: E402
+from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
+from gemma4_turbo.counters import descendants  # noqa: E402
+
+# Of bench_serving's output: its name, ours, the unit.
+MEASURED = (
+    ("median_ttft_ms", "time to first token, median", "ms"),
+    ("p99_ttft_ms", "time to first token, 99th percentile", "ms"),
+    ("median_tpot_ms", "time per output token, median", "ms"),
+    ("median_e2e_latency_ms", "whole request, median", "ms"),
+    ("output_throughput", "output throughput", "tokens/s"),
+    ("total_throughput", "total throughput", "tokens/s"),
+    ("duration", "all requests", "s"),
+)
+
+
+def command(port: int, tokenizer: Path, requests: dict[str, Any], out: Path) -> list[str]:
+    """One run of ``sglang.bench_serving``; ``requests`` are its options."""
+    options = {
+        "backend": "sglang",
+        "host": "127.0.0.1",
+        "port": port,
+        "model": tokenizer,
+        "tokenizer": tokenizer,
+        "dataset-name": "random-ids",
+        "random-range-ratio": 1.0,
+        "output-file": out,
+        **requests,
+    }
+    flags = ["--tokenize-prompt", "--disable-tqdm"]
+    pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    return [sys.executable, "-m", "sglang.bench_serving", *pairs, *flags]
+
+
+def environment(scratch: Path) -> dict[str, str]:
+    """For bench_serving, which imports the package of data sets that this workload does not use."""
+    found = dict(os.environ)
+    if importlib.util.find_spec("datasets") is None:
+        stand_in = scratch / "stand_in"
+        stand_in.mkdir(exist_ok=True)
+        (stand_in / "datasets.py").write_text("load_dataset = None\n")
+        found["PYTHONPATH"] = os.pathsep.join([str(stand_in), found.get("PYTHONPATH", "")])
+    return found
+
+
+def measured(line: str, prompts: int) -> list[tuple[str, float, str]]:
+    """Name, value and unit of what one line of bench_serving's output file says.
+
+    Raises:
+        ValueError: if a request failed, or a figure is missing.
+    """
+    found = json.loads(line)
+    if found.get("completed") != prompts:
+        raise ValueError(f"{found.get('completed')} of {prompts} requests were completed")
+    missing = [name for name, _, _ in MEASURED if name not in found]
+    if missing:
+        raise ValueError(f"bench_serving does not tell {', '.join(missing)}")
+    return [(label, float(found[name]), unit) for name, label, unit in MEASURED]
+
+
+def main(
+    model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "26b-a4b",
+    layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
+    patches: Annotated[
+        str, typer.Option(help="Comma list; empty: all that are on by default")
+    ] = "",
+    prompts: Annotated[int, typer.Option(min=1)] = 80,
+    input_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    rate: Annotated[float, typer.Option(help="Requests a second")] = 8.0,
+    concurrency: Annotated[int, typer.Option(help="At most so many at once")] = 64,
+    rounds: Annotated[int, typer.Option(min=1)] = 2,
+    together: Annotated[bool, typer.Option(help="Both servers alive at once")] = False,
+    max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 131072,
+    mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
+    server_arguments: Annotated[
+        str, typer.Option(help="More for launch_server, for both, in one string")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-serving.csv"),
+) -> None:
+    """Stock against patched under load."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout` leaves no servers
+    chosen = [name for name in patches.split(",") if name]
+    results = Results(model, layers or None, chosen)
+    os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")
+    scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
+    folder = geometry_mm.write_model(scratch / "model", model, layers or None)
+    arguments = [
+        *("--model-path", str(folder), "--load-format", "dummy"),
+        *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
+        *("--grammar-backend", "none", "--disable-radix-cache"),
+        *("--cuda-graph-max-bs", str(concurrency)),
+        *("--max-total-tokens", str(max_total_tokens)),
+        *("--mem-fraction-static", str(mem_fraction)),
+        *shlex.split(server_arguments),
+    ]
+    requests = {
+        "num-prompts": prompts,
+        "random-input-len": input_tokens,
+        "random-output-len": output_tokens,
+        "request-rate": rate,
+        "max-concurrency": concurrency,
+    }
+
+    def make(variant: str) -> Server:
+        return Server(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
+
+    def measure(server: Server, round_: int) -> None:
+        """One run; round -1 only compiles what is compiled on first use."""
+        told = scratch / f"{server.variant}-{round_}.jsonl"
+        ran = subprocess.run(
+            command(server.port, folder, requests, told),
+            env=environment(scratch),
+            capture_output=True,
+            text=True,
+        )
+        if ran.returncode or not told.is_file():
+            sys.exit(f"serving.py: bench_serving failed:\n{ran.stdout[-1500:]}{ran.stderr[-1500:]}")
+        for name, value, unit in measured(told.read_text().splitlines()[-1], prompts):
+            if round_ >= 0:
+                results.add(server.variant, name, prompts, round_, value, unit)
+
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("starting servers", total=2 * (rounds + 1))
+        for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
+            with servers(make, group) as live:
+                for round_ in range(-1, rounds):
+                    order = list(live.values())
+                    for server in order if round_ % 2 == 0 else order[::-1]:
+                        progress.update(task, description=f"round {round_}: {server.variant}")
+                        measure(server, round_)
+                        progress.advance(task)
+                for process in descendants():
+                    rows = [row for row in process.patches if row["state"] == "active"]
+                    if any(row["engaged"] for row in rows):
+                        console.print(report.table(rows, f"pid {process.pid}"))
+
+    summary = results.summary()
+    columns = [c for c in ("quantity", "x", "unit", STOCK, PATCHED, "ratio") if c in summary]
+    console.print(summary[columns].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
+    results.save(out)
+
+
+if __name__ == "__main__":
+    typer.run(main)
