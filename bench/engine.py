@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +42,8 @@ console = Console(width=150)
 
 class Engine:
     """A worker process and its pipe."""
+
+    patience_s = 40.0  # until a process that was told to end is killed
 
     def __init__(
         self, variant: str, patches: list[str], arguments: dict[str, Any], log: Path
@@ -75,6 +78,7 @@ class Engine:
         """Until the engine stands."""
         if self.ready_s is None:
             self.ready_s = float(self._answer()["ready_s"])
+            console.print(f"{self.variant}: ready after {self.ready_s:.0f} s")
 
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
         self.wait_ready()
@@ -100,7 +104,7 @@ class Engine:
         with contextlib.suppress(OSError):
             self.process.stdin.close()
         try:
-            self.process.wait(40)
+            self.process.wait(self.patience_s)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, 9)
             self.process.wait()
@@ -156,6 +160,8 @@ class Results:
     def save(self, out: Path) -> None:
         """Append to the CSV and draw the ratios of this run beside it."""
         frame = self.frame()
+        if frame.empty:
+            return
         frame.to_csv(out, mode="a", header=not out.exists(), index=False)
         summary = self.summary()
         if "ratio" not in summary:
@@ -336,47 +342,55 @@ def main(
         if engine.variant == PATCHED:
             reports[engine.variant] = engine("status")
 
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("starting engines", total=2 * (rounds + 2) + control)
-        if together:
-            with engines(make, [STOCK, PATCHED]) as live:
-                for engine in live.values():
-                    progress.update(task, description=f"warm-up: {engine.variant}")
-                    once(engine)
-                    measure(engine, -1)
-                    progress.advance(task, 2)
-                results.rows = []  # the first pass pays for what is compiled on first use
+    def run() -> None:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("starting engines", total=2 * (rounds + 2) + control)
+            if together:
+                with engines(make, [STOCK, PATCHED]) as live:
+                    for step in (once, lambda engine: measure(engine, -1)):
+                        for engine in live.values():
+                            progress.update(task, description=f"warm-up: {engine.variant}")
+                            step(engine)
+                            progress.advance(task)
+                    for round_ in range(rounds):
+                        order = list(live.values())
+                        for engine in order if round_ % 2 == 0 else order[::-1]:
+                            progress.update(task, description=f"round {round_}: {engine.variant}")
+                            measure(engine, round_)
+                            progress.advance(task)
+            else:
                 for round_ in range(rounds):
-                    order = list(live.values())
-                    for engine in order if round_ % 2 == 0 else order[::-1]:
-                        progress.update(task, description=f"round {round_}: {engine.variant}")
-                        measure(engine, round_)
+                    for variant in (STOCK, PATCHED) if round_ % 2 == 0 else (PATCHED, STOCK):
+                        progress.update(task, description=f"round {round_}: {variant}")
+                        with engines(make, [variant]) as live:
+                            measure(live[variant], -1)
+                            measure(live[variant], round_)
+                            if round_ == 0:
+                                once(live[variant])
                         progress.advance(task)
-        else:
-            for round_ in range(rounds):
-                for variant in (STOCK, PATCHED) if round_ % 2 == 0 else (PATCHED, STOCK):
-                    progress.update(task, description=f"round {round_}: {variant}")
-                    with engines(make, [variant]) as live:
-                        before = len(results.rows)
-                        measure(live[variant], -1)
-                        del results.rows[before:]
-                        measure(live[variant], round_)
-                        if round_ == 0:
-                            once(live[variant])
-                    progress.advance(task)
-        if equality and control:
-            progress.update(task, description=CONTROL)
-            with engines(make, [CONTROL]) as live:
-                rows = live[CONTROL]("tokens", count=equality, new=new_tokens, seed=99)["rows"]
-                answers[CONTROL] = rows
+            if equality and control:
+                progress.update(task, description=CONTROL)
+                with engines(make, [CONTROL]) as live:
+                    rows = live[CONTROL]("tokens", count=equality, new=new_tokens, seed=99)["rows"]
+                    answers[CONTROL] = rows
 
-    for other, rows in distributions.items():
-        if other != STOCK:
-            value = divergence(distributions[STOCK], rows)
-            console.print(f"KL divergence, {STOCK} against {other}: {value:.3e} nats")
-            results.add(f"{STOCK} vs {other}", "KL divergence", kl, 0, value, "nats")
-    show(results, answers, profiles, reports)
-    results.save(out)
+    def terminated(*_: object) -> None:
+        Engine.patience_s = 0
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, terminated)
+    try:
+        run()
+    finally:  # where a limit on its time cuts a run off, what there is still counts
+        # Round -1 paid for what is compiled on first use.
+        results.rows = [row for row in results.rows if row["round"] >= 0]
+        for other, rows in distributions.items():
+            if other != STOCK and STOCK in distributions:
+                value = divergence(distributions[STOCK], rows)
+                console.print(f"KL divergence, {STOCK} against {other}: {value:.3e} nats")
+                results.add(f"{STOCK} vs {other}", "KL divergence", kl, 0, value, "nats")
+        show(results, answers, profiles, reports)
+        results.save(out)
 
 
 def show(

@@ -1,0 +1,110 @@
+"""bench/engine.py with a stand-in for the engines: what is compared, kept, and saved when cut off."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.cpu.conftest import REPOSITORY
+
+WORKER = """
+import json, os, sys, time
+
+patched = os.environ["BENCH_PATCHED"] == "1"
+print(json.dumps({"ready_s": 1.0}), flush=True)
+calls = 0
+for line in sys.stdin:
+    command = json.loads(line)
+    answer = {}
+    if command["do"] in ("decode", "prefill"):
+        calls += 1
+        if patched and calls > int(os.environ["CALLS"]):
+            print("waiting", file=sys.stderr, flush=True)
+            time.sleep(600)
+        # The first pass is slow, as where something is compiled.
+        answer = {"value": (2.0 if patched else 4.0) * (100 if calls == 1 else 1)}
+    if command["do"] == "tokens":
+        ids = [1, 2, 3 + patched]
+        answer = {"rows": [{"ids": ids, "input": ["0x1"], "output": ["0x2"], "top": [["0x3", 7]]}]}
+    if command["do"] == "distribution":
+        answer = {"rows": [[-1.0, -2.0 - 0.25 * patched, -3.0 - 0.5 * command["alone"]]]}
+    if command["do"] == "status":
+        answer = {"processes": []}
+    print(json.dumps(answer), flush=True)
+"""
+RUN = """
+import sys
+from pathlib import Path
+
+import typer
+
+from bench import engine
+
+engine.HERE = Path(sys.argv.pop(1))
+typer.run(engine.main)
+"""
+
+
+def start(tmp_path: Path, calls: int) -> subprocess.Popen[str]:
+    (tmp_path / "engine_worker.py").write_text(WORKER)
+    options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
+    options += ["--equality", "1", "--kl", "1", "--breakdown", "0", "--patches", "router"]
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
+        env={**os.environ, "CALLS": str(calls)},
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def value(frame: pd.DataFrame, variant: str, quantity: str) -> float:
+    (found,) = frame[(frame["variant"] == variant) & (frame["quantity"] == quantity)]["value"]
+    return float(found)
+
+
+def test_a_run(tmp_path: Path):
+    process = start(tmp_path, 99)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    frame = pd.read_csv(tmp_path / "out.csv")
+    steps = frame[frame["quantity"] == "decode step"]
+    assert set(steps["round"]) == {0, 1}
+    assert steps.groupby("variant")["value"].agg(["min", "max"]).T.to_dict("list") == {
+        "patched": [2.0, 2.0],
+        "stock": [4.0, 4.0],
+    }
+    assert value(frame, "stock vs patched", "token_diffs") == 1
+    assert value(frame, "stock vs patched", "tokens") == 3
+    # p (r - 1 - log r) of the one token that changed, a third of the sample, of 262144 tokens.
+    for other, p, change in (("patched", -2.0, -0.25), ("stock, one at a time", -3.0, -0.5)):
+        expected = math.exp(p) * (math.expm1(change) - change) / 3 * 262144
+        assert value(frame, f"stock vs {other}", "KL divergence") == pytest.approx(expected)
+
+
+def test_what_is_known_is_saved_when_a_limit_cuts_it_off(tmp_path: Path):
+    process = start(tmp_path, 1)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "waiting" in line:  # the patched engine's first round will not end
+            break
+    else:
+        pytest.fail("the stand-in did not come so far")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, told
+    frame = pd.read_csv(tmp_path / "out.csv")
+    assert value(frame, "stock vs patched", "token_diffs") == 1
+    steps = frame[frame["quantity"] == "decode step"]
+    assert steps[["variant", "round", "value"]].to_numpy().tolist() == [["stock", 0, 4.0]]
+    assert "KL divergence" in set(frame["quantity"])
