@@ -10,6 +10,7 @@ import torch
 from gemma4_turbo import states
 from gemma4_turbo.custom_ops import capturing
 from gemma4_turbo.forwards import norm_kinds
+from gemma4_turbo.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -19,7 +20,7 @@ Compare = Callable[[], int]
 
 NOT_COMPARED = norm_kinds.Kinds(reason=UNPROVEN, traced_reason=UNPROVEN)
 
-_verdicts: dict[tuple[Any, ...], str | None] = {}
+_verdicts = Verdicts()
 
 
 class Plan:
@@ -82,14 +83,11 @@ class Step:
 
 
 def _prove(run: PatchRun, key: tuple[Any, ...], compare: Compare) -> str | None:
-    if key not in _verdicts:
-        with torch.no_grad():
-            wrong = compare()
-        _verdicts[key] = None
-        if wrong:
-            _verdicts[key] = f"self-check: {wrong} values differ from stock for {key}"
-            run.set(states.FAILED, str(_verdicts[key]))
-    return _verdicts[key]
+    def compared() -> str | None:
+        wrong = compare()
+        return f"self-check: {wrong} values differ from stock for {key}" if wrong else None
+
+    return _verdicts.why_not(run, key, None, compared)
 
 
 def forget(patch: str) -> None:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import custom_ops, states
+from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
 from gemma4_turbo.kernels import decode_attention as kernel
+from gemma4_turbo.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -26,7 +27,7 @@ TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_d
 MAX_PAIRS = 16384  # of a sequence and a KV head
 ARRIVED = "_gemma4_turbo_arrived"
 
-_verdicts: dict[tuple[Any, ...], str | None] = {}  # of _compare
+_verdicts = Verdicts()
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -149,21 +150,17 @@ def _layer_reason(backend: Any, layer: Any, sinks: Any) -> str | None:
 
 
 def _unproven(run: PatchRun, call: _Call, capturing: bool) -> str | None:
-    """Why this kernel may not run here, or None. A look-up but for the first time.
+    """Why this kernel may not run here, or None.
 
-    SGLang runs a batch before it captures it into a CUDA graph, so the comparison comes then.
     Without a GPU nothing is compared: the interpreter's results are the tests' business.
     """
     kv_heads = call.k_buffer.shape[1]
     heads, dim = call.q.shape[1:]
     key = (call.q.device, call.q.dtype, heads, kv_heads, dim, call.indices.dtype, call.config)
-    if key not in _verdicts:
-        if capturing:  # a comparison needs a synchronisation, which a capture forbids
-            return f"a batch of {call.q.shape[0]} was not run before the capture"
-        _verdicts[key] = _compare(key) if call.q.is_cuda else None
-        if _verdicts[key] is not None:
-            run.set(states.FAILED, str(_verdicts[key]))
-    return _verdicts[key]
+    waiting = None
+    if capturing:
+        waiting = f"a batch of {call.q.shape[0]} was not run before the capture"
+    return _verdicts.why_not(run, key, waiting, lambda: _compare(key) if call.q.is_cuda else None)
 
 
 def _compare(key: tuple[Any, ...]) -> str | None:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import custom_ops, states
+from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
 from gemma4_turbo.kernels import moe_align as kernel
+from gemma4_turbo.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 TARGET = "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size:moe_align_block_size"
 Align = Callable[[torch.Tensor, int, int], kernel.Alignment]
 
-_verdicts: dict[tuple[Any, ...], str | None] = {}  # of _compare, per device and compiled kernel
+_verdicts = Verdicts()  # per device and compiled kernel
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -60,19 +61,14 @@ def _unproven(
     num_experts: int,
     capturing: bool,
 ) -> str | None:
-    """Why this compiled kernel may not run here, or None. A look-up but for the first time.
-
-    SGLang runs a batch before it captures it into a CUDA graph, so the comparison comes then.
-    Without a GPU there is no stock to compare with.
-    """
+    """Why this compiled kernel may not run here, or None. Without a GPU there is no stock."""
     key = (topk_ids.device, kernel.variant(topk_ids), block_size, num_experts)
-    if key not in _verdicts:
-        if capturing:  # a comparison needs a synchronisation, which a capture forbids
-            return f"{topk_ids.numel()} slots were not compared with stock before the capture"
-        _verdicts[key] = _compare(align, *key) if topk_ids.is_cuda else None
-        if _verdicts[key] is not None:
-            run.set(states.FAILED, str(_verdicts[key]))
-    return _verdicts[key]
+    waiting = None
+    if capturing:
+        waiting = f"{topk_ids.numel()} slots were not compared with stock before the capture"
+    return _verdicts.why_not(
+        run, key, waiting, lambda: _compare(align, *key) if topk_ids.is_cuda else None
+    )
 
 
 def _compare(

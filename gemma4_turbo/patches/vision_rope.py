@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import custom_ops, states
+from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
 from gemma4_turbo.kernels import vision_rope as kernel
+from gemma4_turbo.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 TARGET = "sglang.srt.models.gemma4_vision:_apply_multidimensional_rope"
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
-_verdicts: dict[tuple[Any, ...], str | None] = {}  # of _compare
+_verdicts = Verdicts()
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -53,17 +54,15 @@ def undo(run: PatchRun) -> None:
 
 
 def _unproven(run: PatchRun, rotate: Rotate, x: torch.Tensor, captured: bool) -> str | None:
-    """Why the kernel may not run for this type and head size, or None. Mostly a look-up."""
+    """Why the kernel may not run for this type and head size, or None."""
     key = (x.device, x.dtype, x.shape[1], x.shape[2])
-    if key not in _verdicts:
-        if captured:  # a comparison needs a synchronisation, which a capture forbids
-            return "not compared with stock before the capture"
+
+    def compare() -> str | None:
         wrong = differing(rotate, *key)
-        _verdicts[key] = None
-        if wrong:
-            _verdicts[key] = f"self-check: {wrong} numbers differ from stock for {key}"
-            run.set(states.FAILED, str(_verdicts[key]))
-    return _verdicts[key]
+        return f"self-check: {wrong} numbers differ from stock for {key}" if wrong else None
+
+    waiting = "not compared with stock before the capture" if captured else None
+    return _verdicts.why_not(run, key, waiting, compare)
 
 
 def differing(

@@ -13,6 +13,7 @@ from gemma4_turbo import states
 from gemma4_turbo.kernels import moe_align as kernel
 from gemma4_turbo.patches import moe_align as patch
 from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.verdicts import Verdicts
 from tests.cpu.conftest import patched_sglang
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")
@@ -39,7 +40,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts with the patch on and nothing proven."""
-    monkeypatch.setattr(patch, "_verdicts", {})
+    monkeypatch.setattr(patch, "_verdicts", Verdicts())
     ENGINE.apply(only=("moe_align",))
     assert ENGINE.runs["moe_align"].state == states.ACTIVE
     yield
@@ -166,7 +167,7 @@ def test_a_failed_check_keeps_stock(monkeypatch: pytest.MonkeyPatch, stock_calls
     """A GPU on which one slot is elsewhere: stock's path, state failed."""
     run = ENGINE.runs["moe_align"]
     key = (torch.device("cpu"), 32, 16, 128)
-    monkeypatch.setattr(patch, "_verdicts", {key: "self-check: an expert's slots differ"})
+    monkeypatch.setattr(patch, "_verdicts", Verdicts({key: "self-check: an expert's slots differ"}))
     before = run.counters.engaged
     held()[MODULE](ids(2), 16, 128)
     assert len(stock_calls) == 1

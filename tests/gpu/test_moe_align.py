@@ -17,6 +17,7 @@ from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.kernels import moe_align as kernel
 from gemma4_turbo.patches import moe_align as patch
 from gemma4_turbo.patching import PatchRun
+from gemma4_turbo.verdicts import Verdicts
 
 # The package exports functions under the names of its modules.
 TRITON_UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
@@ -132,7 +133,7 @@ def replacement(run: PatchRun):
 @pytest.fixture
 def proven_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been compared with stock yet."""
-    monkeypatch.setattr(patch, "_verdicts", {})
+    monkeypatch.setattr(patch, "_verdicts", Verdicts())
 
 
 def test_replay_of_a_cuda_graph(proven_anew, generator):
