@@ -192,9 +192,9 @@ MANY_PROGRAMS = 8192
 """Of one head each: from so many on, a program takes several."""
 
 
-def heads_of_a_program(heads: int, programs: int) -> int:
+def heads_of_a_program(heads: int, several: bool) -> int:
     """1, 2 or 4 heads, a divisor of ``heads``."""
-    return 1 if programs < MANY_PROGRAMS or heads == 0 else min(4, heads & -heads)
+    return min(4, heads & -heads) if several and heads else 1
 
 
 class Rope(NamedTuple):
@@ -318,8 +318,9 @@ def launch_qkv(
     head_dim: int,
     rope: Rope | None,
     store: Store | None,
+    several: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """`qkv` without its checks."""
+    """`qkv` without its checks. ``several`` heads a program: None decides by how many there are."""
     mode = Mode.Q if k is None else Mode.QK if v is None else Mode.QKV
     rows = q.shape[0]
     q_heads = q.shape[1] // head_dim
@@ -331,8 +332,9 @@ def launch_qkv(
         some_k = q if k is None else k
         some_v = some_k if v is None else v
         some_v_out = some_v if v_out is None else v_out
-        programs = rows * (q_heads + mode * kv_heads)
-        q_per, kv_per = (heads_of_a_program(heads, programs) for heads in (q_heads, kv_heads))
+        if several is None:
+            several = rows * (q_heads + mode * kv_heads) >= MANY_PROGRAMS
+        q_per, kv_per = heads_of_a_program(q_heads, several), heads_of_a_program(kv_heads, several)
         q_blocks, kv_blocks = q_heads // q_per, kv_heads // kv_per
         _qkv_kernel[(rows, q_blocks + mode * kv_blocks)](
             q,

@@ -289,11 +289,11 @@ def test_several_heads_of_a_program_have_the_bits_of_one(
 
 
 @pytest.mark.parametrize(
-    ("heads", "programs", "expected"),
-    [(16, 1 << 20, 4), (2, 1 << 20, 2), (6, 1 << 20, 2), (1, 1 << 20, 1), (0, 1 << 20, 1), (16, 99, 1)],
-)  # fmt: skip
-def test_heads_of_a_program(heads, programs, expected):
-    assert qkv.heads_of_a_program(heads, programs) == expected
+    ("heads", "several", "expected"),
+    [(16, True, 4), (2, True, 2), (6, True, 2), (1, True, 1), (0, True, 1), (16, False, 1)],
+)
+def test_heads_of_a_program(heads, several, expected):
+    assert qkv.heads_of_a_program(heads, several) == expected
 
 
 def test_qkv_in_place_keys_are_the_views_given():
