@@ -214,6 +214,12 @@ def divergence(a: list[list[float]], b: list[list[float]]) -> float:
     return float(np.concatenate(terms).mean()) * VOCABULARY
 
 
+def in_turn(live: dict[str, Any], round_: int) -> list[Any]:
+    """The variants of a round, in the other order every other round."""
+    order = list(live.values())
+    return order if round_ % 2 == 0 else order[::-1]
+
+
 @contextlib.contextmanager
 def engines(make: Any, variants: list[str]) -> Iterator[dict[str, Engine]]:
     """Several engines at once, stopped at the end."""
@@ -353,8 +359,7 @@ def main(
                             step(engine)
                             progress.advance(task)
                     for round_ in range(rounds):
-                        order = list(live.values())
-                        for engine in order if round_ % 2 == 0 else order[::-1]:
+                        for engine in in_turn(live, round_):
                             progress.update(task, description=f"round {round_}: {engine.variant}")
                             measure(engine, round_)
                             progress.advance(task)

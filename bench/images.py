@@ -18,7 +18,6 @@ import io
 import json
 import os
 import random
-import shlex
 import signal
 import string
 import sys
@@ -36,8 +35,8 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench.engine import PATCHED, STOCK, Results, differences  # noqa: E402
-from bench.servers import Server, console, servers  # noqa: E402
+from bench.engine import PATCHED, STOCK, Results, differences, in_turn  # noqa: E402
+from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
 from gemma4_turbo.counters import descendants  # noqa: E402
 
@@ -190,16 +189,13 @@ def main(
     os.environ["BENCH_UNPROVEN"] = "1" if unproven else "0"
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     folder = geometry_mm.write_model(scratch / "model", model, layers or None, soft_tokens)
-    arguments = [
-        *("--model-path", str(folder), "--load-format", "dummy"),
-        *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
-        *("--grammar-backend", "none", "--disable-radix-cache"),
-        *("--cuda-graph-max-bs", str(max(8, prompts))),
-        *("--max-total-tokens", str(max_total_tokens)),
-        *("--mem-fraction-static", str(mem_fraction)),
-        *("--chunked-prefill-size", str(chunk)),
-        *shlex.split(server_arguments),
-    ]
+    arguments = launch_arguments(
+        folder,
+        max(8, prompts),
+        max_total_tokens,
+        mem_fraction,
+        f"--chunked-prefill-size {chunk} {server_arguments}",
+    )
 
     def make(variant: str) -> Server:
         return ImageServer(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
@@ -269,8 +265,7 @@ def main(
                     once(server)
                     progress.advance(task)
                 for round_ in range(rounds):
-                    order = list(live.values())
-                    for server in order if round_ % 2 == 0 else order[::-1]:
+                    for server in in_turn(live, round_):
                         progress.update(task, description=f"round {round_}: {server.variant}")
                         measure(server, round_)
                         progress.advance(task)

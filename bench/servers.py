@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -92,6 +93,21 @@ class Server:
         with contextlib.suppress(ProcessLookupError):  # also what the main process left behind
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+def launch_arguments(
+    folder: Path, largest_batch: int, max_total_tokens: int, mem_fraction: float, more: str
+) -> list[str]:
+    """For ``sglang.launch_server`` on a generated model folder; ``more`` is split as a shell does."""
+    return [
+        *("--model-path", str(folder), "--load-format", "dummy"),
+        *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
+        *("--grammar-backend", "none", "--disable-radix-cache"),
+        *("--cuda-graph-max-bs", str(largest_batch)),
+        *("--max-total-tokens", str(max_total_tokens)),
+        *("--mem-fraction-static", str(mem_fraction)),
+        *shlex.split(more),
+    ]
 
 
 def free_port() -> int:

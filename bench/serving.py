@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -27,8 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench.engine import PATCHED, STOCK, Results  # noqa: E402
-from bench.servers import Server, console, servers  # noqa: E402
+from bench.engine import PATCHED, STOCK, Results, in_turn  # noqa: E402
+from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
 from gemma4_turbo.counters import descendants  # noqa: E402
 
@@ -115,15 +114,9 @@ def main(
     os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     folder = geometry_mm.write_model(scratch / "model", model, layers or None)
-    arguments = [
-        *("--model-path", str(folder), "--load-format", "dummy"),
-        *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
-        *("--grammar-backend", "none", "--disable-radix-cache"),
-        *("--cuda-graph-max-bs", str(concurrency)),
-        *("--max-total-tokens", str(max_total_tokens)),
-        *("--mem-fraction-static", str(mem_fraction)),
-        *shlex.split(server_arguments),
-    ]
+    arguments = launch_arguments(
+        folder, concurrency, max_total_tokens, mem_fraction, server_arguments
+    )
     requests = {
         "num-prompts": prompts,
         "random-input-len": input_tokens,
@@ -155,8 +148,7 @@ def main(
         for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
             with servers(make, group) as live:
                 for round_ in range(-1, rounds):
-                    order = list(live.values())
-                    for server in order if round_ % 2 == 0 else order[::-1]:
+                    for server in in_turn(live, round_):
                         progress.update(task, description=f"round {round_}: {server.variant}")
                         measure(server, round_)
                         progress.advance(task)

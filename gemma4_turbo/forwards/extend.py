@@ -36,6 +36,14 @@ def disable(patch: str) -> None:
         _compose()
 
 
+def new_slots(layer: Any, forward_batch: Any) -> Any:
+    """Where the step's own tokens lie in the buffers of this ``RadixAttention``'s pool."""
+    pool, slots = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
+    if hasattr(pool, "layers_mapping") and pool.layers_mapping[layer.layer_id][1]:
+        return pool.translate_loc_from_full_to_swa(slots)  # a sliding layer has a pool of its own
+    return slots
+
+
 def _compose() -> None:
     whole = _functions["stock"]
     for name in sorted(_wraps, key=ORDER.index):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {
         **extend.enable(run.patch.name, functools.partial(_forward, run), stock[extend.TARGET]),
         WINDOW: _window(run, stock[WINDOW]),
-        WINDOW_GRAPH: _window_graph(run, stock[WINDOW_GRAPH]),
+        WINDOW_GRAPH: _window(run, stock[WINDOW_GRAPH]),
     }
 
 
@@ -113,7 +114,8 @@ class _Call:
         self.k_buffer = pool.get_key_buffer(layer.layer_id)
         self.v_buffer = pool.get_value_buffer(layer.layer_id)
         if k is None:  # the layer shares the KV of an earlier one
-            k, v = self._cached(pool)
+            slots = extend.new_slots(layer, forward_batch)
+            k, v = self.k_buffer[slots], self.v_buffer[slots]
         self.q = q.view(-1, heads, dim)
         self.k, self.v = k, v
         self.qo_indptr = metadata.qo_indptr
@@ -132,12 +134,6 @@ class _Call:
             "window_kv_offsets": metadata.window_kv_offsets if sliding else None,
         }
         self.causal = _causal(backend, layer)
-
-    def _cached(self, pool: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        locations = self.batch.out_cache_loc
-        if hasattr(pool, "layers_mapping") and pool.layers_mapping[self.layer.layer_id][1]:
-            locations = pool.translate_loc_from_full_to_swa(locations)
-        return self.k_buffer[locations], self.v_buffer[locations]
 
     def reason(self) -> str | None:
         """Why the kernel does not take it, or None."""
@@ -206,92 +202,36 @@ def _mapping(allocator: Any) -> tuple[torch.Tensor | None, str | None]:
 
 
 def _window(run: PatchRun, stock: Callable[..., Any]) -> Callable[..., Any]:
+    """Either of stock's two functions; that of the CUDA graphs also brings the indices' buffer."""
+    names = tuple(inspect.signature(stock).parameters)
+
     @functools.wraps(stock)
-    def update_sliding_window_buffer(
-        window_kv_indptr: torch.Tensor,
-        req_to_token: torch.Tensor,
-        sliding_window_size: int,
-        seq_lens: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        bs: int,
-        device: Any,
-        token_to_kv_pool_allocator: Any = None,
-    ) -> window_indices.Window:
-        found = _gather(
-            run,
-            (window_kv_indptr, req_to_token, sliding_window_size, seq_lens, req_pool_indices),
-            bs,
-            token_to_kv_pool_allocator,
-            None,
-        )
-        if found is not None:
-            return found
-        return stock(  # type: ignore[no-any-return]
-            window_kv_indptr,
-            req_to_token,
-            sliding_window_size,
-            seq_lens,
-            req_pool_indices,
-            bs,
-            device,
-            token_to_kv_pool_allocator,
-        )
+    def window(*args: Any, **kwargs: Any) -> Any:
+        found = _gather(run, {**dict(zip(names, args, strict=False)), **kwargs})
+        return stock(*args, **kwargs) if found is None else found
 
-    return update_sliding_window_buffer
+    return window
 
 
-def _window_graph(run: PatchRun, stock: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(stock)
-    def update_sliding_window_buffer_cuda_graph(
-        window_kv_indptr: torch.Tensor,
-        window_kv_indices: torch.Tensor,
-        req_to_token: torch.Tensor,
-        sliding_window_size: int,
-        seq_lens: torch.Tensor,
-        req_pool_indices: torch.Tensor,
-        bs: int,
-        token_to_kv_pool_allocator: Any = None,
-    ) -> window_indices.Window:
-        found = _gather(
-            run,
-            (window_kv_indptr, req_to_token, sliding_window_size, seq_lens, req_pool_indices),
-            bs,
-            token_to_kv_pool_allocator,
-            window_kv_indices,
-        )
-        if found is not None:
-            return found
-        return stock(  # type: ignore[no-any-return]
-            window_kv_indptr,
-            window_kv_indices,
-            req_to_token,
-            sliding_window_size,
-            seq_lens,
-            req_pool_indices,
-            bs,
-            token_to_kv_pool_allocator,
-        )
-
-    return update_sliding_window_buffer_cuda_graph
-
-
-def _gather(
-    run: PatchRun,
-    arguments: tuple[torch.Tensor, torch.Tensor, int, torch.Tensor, torch.Tensor],
-    bs: int,
-    allocator: Any,
-    indices: torch.Tensor | None,
-) -> window_indices.Window | None:
+def _gather(run: PatchRun, given: dict[str, Any]) -> window_indices.Window | None:
     """The window's slots, or None if stock must find them. Not counted: no layer's arithmetic."""
-    mapping, reason = _mapping(allocator)
-    if reason is None and arguments[3].shape[0] != bs:
-        reason = f"{arguments[3].shape[0]} lengths for {bs} sequences"
+    lengths, bs = given["seq_lens"], given["bs"]
+    arguments = (
+        given["window_kv_indptr"],
+        given["req_to_token"],
+        given["sliding_window_size"],
+        lengths,
+        given["req_pool_indices"],
+    )
+    mapping, reason = _mapping(given.get("token_to_kv_pool_allocator"))
+    if reason is None and lengths.shape[0] != bs:
+        reason = f"{lengths.shape[0]} lengths for {bs} sequences"
     if reason is None:
         reason = window_indices.decline_reason(*arguments, mapping)
     if reason is not None:
         run.declined(reason)
         return None
-    return window_indices.launch_window(*arguments, mapping, indices)
+    return window_indices.launch_window(*arguments, mapping, given.get("window_kv_indices"))
 
 
 # -- verify -------------------------------------------------------------------------------------

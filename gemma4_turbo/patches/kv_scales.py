@@ -213,12 +213,8 @@ def new_keys_and_values(
         forward_batch: the step; its ``out_cache_loc`` are slots of the full pool.
         dtype: of the result.
     """
-    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-
-    pool, slots = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
-    if isinstance(pool, SWAKVPool) and pool.layers_mapping[layer.layer_id][1]:
-        slots = pool.translate_loc_from_full_to_swa(slots)
-    keys, values = pool.get_kv_buffer(layer.layer_id)
+    slots = extend.new_slots(layer, forward_batch)
+    keys, values = forward_batch.token_to_kv_pool.get_kv_buffer(layer.layer_id)
     k, v = keys[slots].to(dtype), values[slots].to(dtype)
     return k.mul_(layer.k_scale_float), v.mul_(layer.v_scale_float)
 

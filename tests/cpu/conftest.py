@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -78,6 +80,50 @@ def only_patch(name: str) -> Iterator[patching.PatchRun]:
         patch.setattr(run, "_decline_reason", "")
         yield run
         patching.ENGINE.revert()
+
+
+def turn_on(name: str) -> None:
+    """This patch on and no other; it must be active."""
+    patching.ENGINE.apply(only=[name])
+    run = patching.ENGINE.runs[name]
+    assert run.state == states.ACTIVE, run.reason
+
+
+@pytest.fixture(scope="module")
+def patch_imported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
+    """SGLang imported with the patch that the test's module calls NAME; reverted at the end."""
+    with patched_sglang(tmp_path_factory, only=[request.module.NAME]):
+        yield
+
+
+@pytest.fixture
+def stock_first(patch_imported: None) -> Iterator[None]:
+    """A test starts with stock; `turn_on` puts the patch in."""
+    patching.ENGINE.revert()
+    yield
+    patching.ENGINE.revert()
+
+
+def run_scenario(module: str, environment: dict[str, str], folder: Path, timeout: float) -> Any:
+    """What ``python -m module folder`` printed last, as JSON: a process of its own for SGLang."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, str(folder)],
+        env={
+            **environment,
+            "PYTHONPATH": str(REPOSITORY),
+            "TRITON_INTERPRET": "1",
+            "GEMMA4_TURBO_STATE_DIR": str(folder / "state"),
+        },
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ Both stock's kernels and ours run in Triton's interpreter.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -297,7 +298,12 @@ def test_window_without_host_reads(world, monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(window_indices, "_window_kernel", Launches())
     world.allocator._kvcache.full_to_swa_index_mapping = torch.empty(401, dtype=torch.int64)
-    got = patch._window(run(), None)(
+
+    @functools.wraps(sys.modules[patch.BACKEND].update_sliding_window_buffer)
+    def never(*args: Any) -> None:
+        pytest.fail("stock's function reads on the host")
+
+    got = patch._window(run(), never)(
         torch.zeros(9, dtype=torch.int32, device="meta"),
         world.table.to("meta"),
         WINDOW - 1,

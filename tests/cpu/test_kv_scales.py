@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,33 +13,14 @@ from gemma4_turbo import states
 from gemma4_turbo.patches import kv_scales as patch
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import small_mtp
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import turn_on
+
+pytestmark = pytest.mark.usefixtures("stock_first")
 
 NAME = "kv_scales"
 FP8 = torch.float8_e4m3fn
 SLIDING_OWNER, FULL_OWNER, SLIDING_READER, FULL_READER = 2, 3, 4, 5
 SCALES = {SLIDING_OWNER: (0.5, 0.25), FULL_OWNER: (2.0, 1.0), SLIDING_READER: (8.0, 8.0)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SGLang imported with the patch applied; reverted at the end."""
-    with patched_sglang(tmp_path_factory, only=[NAME]):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def stock_first() -> Iterator[None]:
-    """Each test starts with stock; `turn_on` puts the patch in."""
-    ENGINE.revert()
-    yield
-    ENGINE.revert()
-
-
-def turn_on() -> None:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
 
 
 def engaged() -> int:
@@ -101,7 +81,7 @@ def test_shared_layers_of_stock_have_scales_of_their_own() -> None:
     assert stock[SLIDING_OWNER] == (0.5, 0.25)
     assert stock[SLIDING_READER] == (8.0, 8.0)
     assert stock[FULL_READER] == (1.0, 1.0)
-    turn_on()
+    turn_on(NAME)
     before = engaged()
     model = loaded()
     patched = scales_of(model)
@@ -121,7 +101,7 @@ def test_shared_layers_of_stock_have_scales_of_their_own() -> None:
 def test_the_draft_has_the_scales_of_the_layers_that_it_reads(quantised: bool) -> None:
     """Also a draft without any quantisation, whose attention has no scales at all."""
     assert scales_of(draft_of(loaded(), quantised)) == [(1.0, 1.0), (1.0, 1.0)]
-    turn_on()
+    turn_on(NAME)
     draft = draft_of(loaded(), quantised)
     assert scales_of(draft) == [(0.5, 0.25), (2.0, 1.0)]
     names = {name for name, _ in draft.named_parameters()}
@@ -130,7 +110,7 @@ def test_the_draft_has_the_scales_of_the_layers_that_it_reads(quantised: bool) -
 
 def test_a_later_loading_of_weights_is_followed() -> None:
     """Target and draft, whichever of the two is loaded again."""
-    turn_on()
+    turn_on(NAME)
     model = loaded()
     draft = draft_of(model, True)
     small_mtp.load_scales(model, {SLIDING_OWNER: (4.0, 3.0), FULL_OWNER: (1.0, 1.0)})
@@ -143,7 +123,7 @@ def test_a_later_loading_of_weights_is_followed() -> None:
 @pytest.mark.parametrize("cache", ["bf16", "auto"])
 def test_a_cache_that_is_not_scaled_is_left_alone(cache: str) -> None:
     """Stock divides by the scales only when it stores in fewer bits."""
-    turn_on()
+    turn_on(NAME)
     before = engaged()
     model = loaded(cache=cache)
     assert scales_of(model)[SLIDING_READER] == (8.0, 8.0)
@@ -153,7 +133,7 @@ def test_a_cache_that_is_not_scaled_is_left_alone(cache: str) -> None:
 
 def test_scales_of_one_are_left_alone() -> None:
     """No tensor is written, nothing is counted, nothing is multiplied in an extend step."""
-    turn_on()
+    turn_on(NAME)
     before = engaged()
     model = loaded({})
     draft = draft_of(model, False)
@@ -163,7 +143,7 @@ def test_scales_of_one_are_left_alone() -> None:
 
 
 def test_revert_gives_live_models_stocks_scales_back() -> None:
-    turn_on()
+    turn_on(NAME)
     model = loaded()
     draft = draft_of(model, False)
     ENGINE.revert()
@@ -175,7 +155,7 @@ def test_revert_gives_live_models_stocks_scales_back() -> None:
 
 
 def test_a_model_that_is_gone_is_forgotten() -> None:
-    turn_on()
+    turn_on(NAME)
     model = loaded()
     assert len(patch._links) == 2
     del model
@@ -185,7 +165,7 @@ def test_a_model_that_is_gone_is_forgotten() -> None:
 
 def test_a_model_of_another_kind_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception of ours: stock's path, and the report says so."""
-    turn_on()
+    turn_on(NAME)
     monkeypatch.setattr(patch, "link", lambda *args: 1 / 0)
     model = loaded()
     assert scales_of(model)[FULL_READER] == (1.0, 1.0)
@@ -245,13 +225,13 @@ def test_an_extend_step_sees_unscaled_keys_and_values(reader: int) -> None:
     k_scale, v_scale = SCALES[reader - 2]
     stock = extend_step(loaded(), reader)
     assert torch.equal(stock, true / torch.tensor([[k_scale], [v_scale]]))
-    turn_on()
+    turn_on(NAME)
     assert torch.equal(extend_step(loaded(), reader), true)
 
 
 def test_extend_steps_of_other_layers_are_stocks() -> None:
     """Scales of 1: the very tensor of the cache's dtype, as in stock."""
-    turn_on()
+    turn_on(NAME)
     layer = SimpleNamespace()
     passed = []
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +13,7 @@ import torch
 from gemma4_turbo import states
 from gemma4_turbo.patches import mtp_chain, mtp_seed_graph
 from gemma4_turbo.patching import ENGINE
-from tests.cpu.conftest import REPOSITORY, patched_sglang
+from tests.cpu.conftest import patched_sglang, run_scenario
 
 PATCHES = ("mtp_chain", "mtp_seed_graph")
 STEPS = ("seed of two", "seed of one", "seed of two later", "draft of three", "seed after decode")
@@ -33,22 +30,8 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def found(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `mtp_draft_scenario` printed."""
     folder: Path = tmp_path_factory.mktemp("drafts")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cpu.mtp_draft_scenario", str(folder)],
-        env={
-            **environment,
-            "PYTHONPATH": str(REPOSITORY),
-            "TRITON_INTERPRET": "1",
-            "GEMMA4_TURBO_STATE_DIR": str(folder / "state"),
-        },
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    module = "tests.cpu.mtp_draft_scenario"
+    return run_scenario(module, environment, folder, 400)  # type: ignore[no-any-return]
 
 
 def test_active() -> None:

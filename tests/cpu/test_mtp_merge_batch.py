@@ -2,43 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gemma4_turbo import states
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import mtp_batches as made
-from tests.cpu.conftest import REPOSITORY, patched_sglang
+from tests.cpu.conftest import run_scenario, turn_on
+
+pytestmark = pytest.mark.usefixtures("stock_first")
 
 NAME = "mtp_merge_batch"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SGLang imported with the patch applied; reverted at the end."""
-    with patched_sglang(tmp_path_factory, only=[NAME]):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def stock_first() -> Iterator[None]:
-    """Each test starts with stock; `turn_on` puts the patch in."""
-    ENGINE.revert()
-    yield
-    ENGINE.revert()
-
-
-def turn_on() -> None:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
 
 
 def engaged() -> int:
@@ -66,7 +42,7 @@ def test_stock_fails_and_the_patch_merges(left_over: str, side: str) -> None:
     """The scheduler merges the prefill into the finished batch; mixed batches the other way."""
     with pytest.raises(AttributeError, match=r"merge_batch|topk_index"):
         merge(left_over, side)
-    turn_on()
+    turn_on(NAME)
     before = engaged()
     merged = merge(left_over, side)
     assert engaged() == before + 1
@@ -81,7 +57,7 @@ def test_stock_fails_and_the_patch_merges(left_over: str, side: str) -> None:
 
 def test_two_finished_batches() -> None:
     """Nothing seeded on either side: an empty draft input, which a later merge fills."""
-    turn_on()
+    turn_on(NAME)
     first, second = made.batch("a"), made.batch("b", first_slot=1)
     for each in (first, second):
         made.finish(each)
@@ -97,7 +73,7 @@ def test_two_finished_batches() -> None:
 
 def test_a_batch_that_goes_on_is_left_to_stock() -> None:
     """A request that still decodes needs draft tokens; an empty input would drop it silently."""
-    turn_on()
+    turn_on(NAME)
     before = engaged()
     running, fresh = made.batch("a", "b"), made.batch("c", first_slot=2)
     running.spec_info = made.verify_input(running)
@@ -114,7 +90,7 @@ def test_ordinary_merges_are_stocks() -> None:
     results = []
     for patched in (False, True):
         if patched:
-            turn_on()
+            turn_on(NAME)
         before = ENGINE.runs[NAME].engaged_count()
         left, right = made.batch("a"), made.batch("b", first_slot=1)
         left.spec_info, right.spec_info = made.draft_input(1, 2), made.draft_input(1, 3)
@@ -136,23 +112,8 @@ def worker_runs(
 ) -> dict[str, dict[str, Any]]:
     """What `mtp_worker_scenario` printed: steps of the real worker, stock and patched."""
     folder: Path = tmp_path_factory.mktemp("worker")
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.cpu.mtp_worker_scenario", str(folder)],
-        env={
-            **environment,
-            "PYTHONPATH": str(REPOSITORY),
-            "TRITON_INTERPRET": "1",
-            "GEMMA4_TURBO_STATE_DIR": str(folder / "state"),
-        },
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    module = "tests.cpu.mtp_worker_scenario"
+    return run_scenario(module, environment, folder, 240)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("attention", ["plain", "data parallel"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,32 +12,15 @@ from gemma4_turbo import states
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import small_mtp
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import turn_on
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.usefixtures("stock_first"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
+]
 
 NAME = "swa_window"
 TOKENS = 24
-
-
-@pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SGLang imported with the patch applied; reverted at the end."""
-    with patched_sglang(tmp_path_factory, only=[NAME]):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def stock_first() -> Iterator[None]:
-    ENGINE.revert()
-    yield
-    ENGINE.revert()
-
-
-def turn_on() -> None:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
 
 
 def windows(model: Any) -> list[int]:
@@ -51,7 +33,7 @@ def test_sliding_layers_have_the_window_of_the_metadata(build: Any) -> None:
     stock = build()
     metadata = stock.get_attention_sliding_window_size()
     assert windows(stock)[:2] == [metadata + 1, -1]
-    turn_on()
+    turn_on(NAME)
     before = ENGINE.runs[NAME].counters.engaged
     patched = build()
     assert windows(patched) == [metadata, -1] * (len(windows(patched)) // 2)
@@ -112,13 +94,13 @@ def test_the_models_own_mask_is_the_patched_one() -> None:
     ]
     stock = attended(windows(small_mtp.target())[0])
     assert stock != model
-    turn_on()
+    turn_on(NAME)
     assert attended(windows(small_mtp.target())[0]) == model == [1, 16, 16, 16]
     assert stock == [1, 16, 17, 17]
 
 
 def test_revert_gives_live_layers_stocks_window_back() -> None:
-    turn_on()
+    turn_on(NAME)
     model = small_mtp.target()
     ENGINE.revert()
     assert windows(model) == [small_mtp.WINDOW, -1] * 3
@@ -144,7 +126,7 @@ def test_a_layer_with_another_window_is_left_alone(monkeypatch: pytest.MonkeyPat
         self.sliding_window = 15
         self.attn = SimpleNamespace(sliding_window_size=15)
 
-    turn_on()
+    turn_on(NAME)
     run = ENGINE.runs[NAME]
     layer = SimpleNamespace()
     patch.build(run, {patch.TARGET: construct})[patch.TARGET](layer)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states, switches
+from gemma4_turbo import switches
 from gemma4_turbo.patches import trtllm_debug as patch
 from gemma4_turbo.patching import ENGINE
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.conftest import turn_on
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")
 
@@ -23,25 +22,9 @@ SIZE, SIZE_SWA, PAGE = 64, 32, 4
 SLIDING, FULL = 0, 1  # layers
 
 
-@pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SGLang imported with the patch applied; reverted at the end."""
-    with patched_sglang(tmp_path_factory, only=[NAME]):
-        yield
-
-
 @pytest.fixture(autouse=True)
-def stock_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_state(stock_first: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path))
-    ENGINE.revert()
-    yield
-    ENGINE.revert()
-
-
-def turn_on() -> None:
-    ENGINE.apply(only=[NAME])
-    run = ENGINE.runs[NAME]
-    assert run.state == states.ACTIVE, run.reason
 
 
 def engaged() -> int:
@@ -87,7 +70,7 @@ def test_stock_hands_out_what_does_not_exist_and_the_trap_catches_it() -> None:
     stock.swa_attn_allocator.free_pages[2] = 10**6
     given = stock.alloc(4)
     assert stock.full_to_swa_index_mapping[given].max() == 10**6
-    turn_on()
+    turn_on(NAME)
     broken = allocator(1)
     broken.swa_attn_allocator.free_pages[2] = 10**6
     with pytest.raises(patch.TrapError, match=r"alloc: of 4 slots: 1 sliding-window") as error:
@@ -99,7 +82,7 @@ def test_stock_hands_out_what_does_not_exist_and_the_trap_catches_it() -> None:
 
 
 def test_a_slot_that_is_given_twice() -> None:
-    turn_on()
+    turn_on(NAME)
     broken = allocator(1)
     broken.swa_attn_allocator.free_pages[2] = 1
     with pytest.raises(patch.TrapError, match="1 sliding-window slots given twice"):
@@ -108,7 +91,7 @@ def test_a_slot_that_is_given_twice() -> None:
 
 def test_all_slots_of_a_whole_pool_pass() -> None:
     """The last slot of the smaller pool, and None when there is none left."""
-    turn_on()
+    turn_on(NAME)
     before = engaged()
     sound = allocator(1)
     slots = sound.alloc(SIZE_SWA)
@@ -128,7 +111,7 @@ def decode(made: Any, last: Any) -> Any:
 
 def test_paged_allocations() -> None:
     """Extend and decode with pages; a page beyond the pool is caught in either."""
-    turn_on()
+    turn_on(NAME)
     before = engaged()
     sound = allocator(PAGE)
     slots = extend(sound)
@@ -247,7 +230,7 @@ def test_stock_calls_the_kernel_and_the_trap_does_not(
     """What would be an illegal address is an exception, with tables and lengths in the file."""
     attend(backend(pages, sliding, lengths), way, layer)
     assert len(kernel_calls) == 1
-    turn_on()
+    turn_on(NAME)
     with pytest.raises(patch.TrapError, match=message) as error:
         attend(backend(pages, sliding, lengths), way, layer)
     assert len(kernel_calls) == 1
@@ -265,7 +248,7 @@ def test_sound_tables_reach_the_kernel_untouched(
     kernel_calls: list[Any], way: str, layer: int
 ) -> None:
     """The last page, a sequence of the full length; what lies behind a sequence is not looked at."""
-    turn_on()
+    turn_on(NAME)
     before = engaged()
     made = backend([[1, LAST], [2, 999]], [[1, LAST_SWA], [2, -7]], [8, 4])
     output = attend(made, way, layer)
@@ -280,7 +263,7 @@ def test_sound_tables_reach_the_kernel_untouched(
 def test_a_capture_is_not_looked_at(
     kernel_calls: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turn_on()
+    turn_on(NAME)
     monkeypatch.setattr(patch.custom_ops, "capturing", lambda: True)
     before = engaged()
     attend(backend([[999]] * 2, [[999]] * 2, [4, 4]), "forward_decode", FULL)
@@ -317,7 +300,7 @@ def test_the_replay_of_a_graph(part: str, monkeypatch: pytest.MonkeyPatch) -> No
     )
     first = SIZE + 8 if part == "full" else PAGE
     replay(first)
-    turn_on()
+    turn_on(NAME)
     with pytest.raises(patch.TrapError, match=f"CUDA graph of 1 requests, {part} layers"):
         replay(first)
     offset = 0
@@ -328,7 +311,7 @@ def test_the_replay_of_a_graph(part: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
     """The trap springs all the same, and says that it could not keep the numbers."""
-    turn_on()
+    turn_on(NAME)
     monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", "/proc/nowhere")
     broken = allocator(1)
     broken.swa_attn_allocator.free_pages[0] = -5
