@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from gemma4_turbo import geometry, report  # noqa: E402
 
 VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
+PIECEWISE = "stock, piecewise"
 console = Console(width=150)
 
 
@@ -108,6 +110,19 @@ class Engine:
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, 9)
             self.process.wait()
+
+
+def fate(engine: Engine) -> str:
+    """Whether an engine starts, or the error that its log ends with."""
+    try:
+        engine.wait_ready()
+        return "starts"
+    except SystemExit:
+        lines = engine.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines if re.match(r"(\[.*\] )?\w*Error: ", line)]
+        return f"does not start: {errors[-1] if errors else lines[-1:]}"
+    finally:
+        engine.stop()
 
 
 class Results:
@@ -214,6 +229,14 @@ def divergence(a: list[list[float]], b: list[list[float]]) -> float:
     return float(np.concatenate(terms).mean()) * VOCABULARY
 
 
+def parse_prefill(text: str) -> tuple[int, int, int]:
+    """Prompts, their length and the tokens to generate, of ``BATCHxLENGTH[+TOKENS]``."""
+    found = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+))?", text)
+    if not found:
+        raise typer.BadParameter(f"--prefill must be BATCHxLENGTH[+TOKENS], got {text!r}")
+    return int(found[1]), int(found[2]), int(found[3] or 1)
+
+
 def in_turn(live: dict[str, Any], round_: int) -> list[Any]:
     """The variants of a round, in the other order every other round."""
     order = list(live.values())
@@ -240,7 +263,9 @@ def main(
     ] = "",
     layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
     batches: Annotated[str, typer.Option(help="Decode batch sizes; empty: none")] = "1,8,32,64",
-    prefill: Annotated[str, typer.Option(help="BATCHxLENGTH; empty: none")] = "8x4096",
+    prefill: Annotated[
+        str, typer.Option(help="BATCHxLENGTH, or BATCHxLENGTH+TOKENS; empty: none")
+    ] = "8x4096",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     equality: Annotated[
         int, typer.Option(help="Prompts of the bit-for-bit comparison; 0: none")
@@ -258,8 +283,19 @@ def main(
     kl: Annotated[
         int, typer.Option(help="Prompts of the KL divergence, and of stock's own; 0: none")
     ] = 0,
+    prompt_logprobs: Annotated[
+        bool,
+        typer.Option(help="Compare logprobs of the prompts' ends as well; `yoco` declines these"),
+    ] = True,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
+    patched_piecewise: Annotated[
+        bool,
+        typer.Option(
+            help="E2B, E4B: piecewise CUDA graphs in the patched engine (optional_kv); also shows "
+            "how stock fails with them"
+        ),
+    ] = False,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     tp: Annotated[int, typer.Option(min=1, help="Tensor parallel size")] = 1,
@@ -271,6 +307,7 @@ def main(
     """Stock against patched, whole engine."""
     chosen = [name for name in patches.split(",") if name]
     sizes = [int(size) for size in batches.split(",") if size]
+    prefill_sizes = parse_prefill(prefill) if prefill else (0, 0, 0)
     results = Results(model, layers or None, chosen, tp)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
@@ -297,10 +334,14 @@ def main(
         arguments["disable_piecewise_cuda_graph"] = True
 
     def make(variant: str) -> Engine:
-        return Engine(
-            variant, chosen, arguments, out.with_name(f"{out.stem}-{variant.split()[-1]}.log")
-        )
+        log = out.with_name(f"{out.stem}-{variant.split()[-1]}.log")
+        if patched_piecewise and variant in (PATCHED, PIECEWISE):
+            piecewise = {**arguments, "disable_piecewise_cuda_graph": False}
+            return Engine(variant, chosen, piecewise, log)
+        return Engine(variant, chosen, arguments, log)
 
+    compared = {"count": equality, "new": new_tokens, "seed": 99}
+    compared["tail"] = 16 if prompt_logprobs else 0
     answers: dict[str, list[dict[str, Any]]] = {}
     profiles: dict[str, dict[str, Any]] = {}
     distributions: dict[str, list[list[float]]] = {}
@@ -312,18 +353,17 @@ def main(
             value = engine("decode", batch=size, length=length, seed=round_)["value"]
             results.add(engine.variant, "decode step", size, round_, value, "ms")
         if prefill:
-            count, length = map(int, prefill.split("x"))
-            value = engine("prefill", batch=count, length=length, seed=round_)["value"]
-            results.add(engine.variant, f"prefill of {length}", count, round_, value, "ms")
+            count, length, new = prefill_sizes
+            value = engine("prefill", batch=count, length=length, seed=round_, new=new)["value"]
+            name = f"prefill of {length}" + (f" and {new} tokens" if new > 1 else "")
+            results.add(engine.variant, name, count, round_, value, "ms")
 
     def once(engine: Engine) -> None:
         """What needs no repetition."""
         if equality:
-            answers[engine.variant] = engine("tokens", count=equality, new=new_tokens, seed=99)[
-                "rows"
-            ]
+            answers[engine.variant] = engine("tokens", **compared)["rows"]
         if kl:
-            asked = {"count": kl, "sample": 1024, "seed": 97}
+            asked = {"count": kl, "sample": 1024, "seed": 97, "tail": 8 if prompt_logprobs else 0}
             name = engine.variant
             distributions[name] = engine("distribution", alone=False, **asked)["rows"]
             if name == STOCK:
@@ -376,8 +416,11 @@ def main(
             if equality and control:
                 progress.update(task, description=CONTROL)
                 with engines(make, [CONTROL]) as live:
-                    rows = live[CONTROL]("tokens", count=equality, new=new_tokens, seed=99)["rows"]
+                    rows = live[CONTROL]("tokens", **compared)["rows"]
                     answers[CONTROL] = rows
+            if patched_piecewise:
+                progress.update(task, description=PIECEWISE)
+                console.print(f"{PIECEWISE}: {fate(make(PIECEWISE))}")
 
     def terminated(*_: object) -> None:
         Engine.patience_s = 0

@@ -6,6 +6,7 @@ SGLang prints goes to the log file.
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import glob
 import gzip
@@ -28,6 +29,30 @@ def mixed_prompts(count: int, seed: int) -> list[list[int]]:
     """Prompts of 4 to 700 tokens."""
     source = random.Random(seed)
     return [prompts(1, source.randrange(4, 700), seed + i)[0] for i in range(count)]
+
+
+def soak_requests(
+    count: int, shortest: int, longest: int, new: int, seed: int
+) -> list[dict[str, Any]]:
+    """Prompts of many lengths, four at a time with the same beginning; every eighth is aborted.
+
+    ``leave`` is the piece of the answer after which the request is aborted, 0: never.
+    """
+    source = random.Random(seed)
+    requests = []
+    for index in range(count):
+        length = source.randrange(shortest, longest + 1)
+        shared = prompts(1, shortest // 2, seed + index // 4)[0]
+        requests.append(
+            {
+                "ids": shared + prompts(1, length - len(shared), seed + 1000 + index)[0],
+                "new": source.randrange(new // 2, new + 1),
+                "after": source.random() * 2,
+                "leave": source.randrange(1, new // 2) if index % 8 == 7 else 0,
+                "rid": f"{seed}-{index}-{source.getrandbits(32):x}",
+            }
+        )
+    return requests
 
 
 class Worker:
@@ -56,19 +81,19 @@ class Worker:
         short, long = self.timed(ids, 8), self.timed(ids, 136)
         return {"value": (long - short) / 128 * 1e3}
 
-    def prefill(self, batch: int, length: int, seed: int) -> dict[str, float]:
-        """ms for the first token of all prompts."""
-        return {"value": self.timed(prompts(batch, length, seed), 1) * 1e3}
+    def prefill(self, batch: int, length: int, seed: int, new: int) -> dict[str, float]:
+        """ms for the first ``new`` tokens of all prompts."""
+        return {"value": self.timed(prompts(batch, length, seed), new) * 1e3}
 
-    def tokens(self, count: int, new: int, seed: int) -> dict[str, Any]:
-        """Greedy tokens with every logprob, as float32 bits: prompt tail, output, five best."""
+    def tokens(self, count: int, new: int, seed: int, tail: int = 16) -> dict[str, Any]:
+        """Greedy tokens with every logprob, as float32 bits: ``tail`` of the prompt, output, five best."""
         ids = mixed_prompts(count, seed)
         answers = self.generate(
             ids,
             new,
             return_logprob=True,
             top_logprobs_num=5,
-            logprob_start_len=[max(0, len(p) - 16) for p in ids],
+            logprob_start_len=[max(0, len(p) - tail) if tail else -1 for p in ids],
         )
         rows = []
         for answer in answers:
@@ -77,7 +102,7 @@ class Worker:
                 {
                     "ids": answer["output_ids"],
                     "output": [exact(item[0]) for item in meta["output_token_logprobs"]],
-                    "input": [exact(item[0]) for item in meta["input_token_logprobs"]],
+                    "input": [exact(item[0]) for item in meta["input_token_logprobs"] or []],
                     "top": [
                         [[exact(value), token] for value, token, *_ in step]
                         for step in meta["output_top_logprobs"]
@@ -87,9 +112,11 @@ class Worker:
         return {"rows": rows}
 
     def distribution(
-        self, count: int, sample: int, seed: int, alone: bool
+        self, count: int, sample: int, seed: int, alone: bool, tail: int = 8
     ) -> dict[str, list[list[float]]]:
-        """Logprobs of ``sample`` random tokens after the last 8 positions of prompts up to 6000 long.
+        """Logprobs of ``sample`` random tokens at the end of prompts up to 6000 long.
+
+        After the last ``tail`` positions, or where that is 0 of the first generated token only.
 
         Together the prompts are cut into other chunks than ``alone``, one prompt at a time.
         """
@@ -103,14 +130,57 @@ class Worker:
                 1,
                 return_logprob=True,
                 token_ids_logprob=[wanted] * len(batch),
-                logprob_start_len=[len(one) - 8 for one in batch],
+                logprob_start_len=[len(one) - tail if tail else -1 for one in batch],
             )
         rows = []
         for answer in answers:
             meta = answer["meta_info"]
-            steps = [*meta["input_token_ids_logprobs"], *meta["output_token_ids_logprobs"]]
+            before = meta.get("input_token_ids_logprobs") or []
+            steps = [*before, *meta["output_token_ids_logprobs"]]
             # A prompt's first position has no distribution before it.
             rows.append([value for step in steps if step for value, *_ in step])
+        return {"rows": rows}
+
+    def soak(self, **asked: int) -> dict[str, Any]:
+        """Requests that come and leave at odd times; see ``soak_requests``."""
+        requests = soak_requests(**asked)
+
+        async def one(request: dict[str, Any]) -> dict[str, Any]:
+            await asyncio.sleep(request["after"])
+            sampling = {"temperature": 0, "max_new_tokens": request["new"], "ignore_eos": True}
+            stream = await self.engine.async_generate(
+                input_ids=request["ids"],
+                sampling_params=sampling,
+                return_logprob=True,
+                stream=True,
+                rid=request["rid"],
+            )
+            answer: dict[str, Any] = {}
+            pieces = 0
+            async for piece in stream:
+                answer, pieces = piece, pieces + 1
+                if pieces == request["leave"]:
+                    self.engine.tokenizer_manager.abort_request(rid=request["rid"])
+            meta = answer["meta_info"]
+            output = [exact(item[0]) for item in meta["output_token_logprobs"]]
+            left = (meta.get("finish_reason") or {}).get("type") == "abort"
+            return {"ids": answer["output_ids"], "output": output, "left": left}
+
+        async def every() -> list[dict[str, Any]]:
+            return await asyncio.gather(*(one(request) for request in requests))
+
+        started = time.perf_counter()
+        rows = self.engine.loop.run_until_complete(every())
+        return {"rows": rows, "seconds": time.perf_counter() - started}
+
+    def soak_alone(self, only: int, **asked: int) -> dict[str, Any]:
+        """The first ``only`` of those requests that are not aborted, one at a time."""
+        stay = [(i, r) for i, r in enumerate(soak_requests(**asked)) if not r["leave"]]
+        rows = {}
+        for index, request in stay[:only]:
+            (answer,) = self.generate([request["ids"]], request["new"], return_logprob=True)
+            output = [exact(item[0]) for item in answer["meta_info"]["output_token_logprobs"]]
+            rows[str(index)] = {"ids": answer["output_ids"], "output": output, "left": False}
         return {"rows": rows}
 
     def update(self, suffix: str, size: int, layers: int, seed: int) -> dict[str, Any]:

@@ -42,7 +42,7 @@ VARIANTS = {"stock": [], **{name: [name] for name in PATCHES}, "all": PATCHES}
 console = Console(width=150)
 
 
-def build(device: str, small: bool) -> Any:
+def build(device: str, small: bool, attention: str) -> Any:
     """The multimodal class: the whole vision encoder, a language model of two layers."""
     from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
     from sglang.srt.server_args import get_global_server_args
@@ -77,7 +77,8 @@ def build(device: str, small: bool) -> Any:
         import sglang.srt.layers.rotary_embedding.base as rotary
 
         rotary._is_cpu = True
-        get_global_server_args().mm_attention_backend = "triton_attn"
+    if device == "cpu" or attention:
+        get_global_server_args().mm_attention_backend = attention or "triton_attn"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = Gemma4ForConditionalGeneration(config).eval()
@@ -112,6 +113,9 @@ def main(
     per_call: Annotated[
         int, typer.Option(help="Images of a call (of a prompt); 0: all in one")
     ] = 6,
+    attention: Annotated[
+        str, typer.Option(help="SGLang's mm_attention_backend; empty: its own choice")
+    ] = "",
     small: Annotated[bool, typer.Option(help="A toy encoder, for a machine without GPU")] = False,
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-vision.csv"),
 ) -> None:
@@ -119,11 +123,12 @@ def main(
     cuda = torch.cuda.is_available()
     device = "cuda" if cuda else "cpu"
     gemma4_turbo.apply(only=[])
-    model, items = build(device, small), images(images_, patches, device)
+    model, items = build(device, small, attention), images(images_, patches, device)
     calls = [
         items[at : at + (per_call or images_)] for at in range(0, images_, per_call or images_)
     ]
     base = {**provenance(), "images": images_, "patches": patches, "per_call": per_call}
+    base["attention"] = attention or "auto"
     rows, expected = [], None
     for round_ in range(-1, rounds):  # the first one compiles and is not kept
         for variant, names in VARIANTS.items():
