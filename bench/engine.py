@@ -34,11 +34,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from bench.provenance import provenance  # noqa: E402
+from bench.turns import turn  # noqa: E402
 from gemma4_turbo import geometry, report  # noqa: E402
 
 VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
 PIECEWISE = "stock, piecewise"
+CHUNKS = "stock, other chunks"
 console = Console(width=150)
 
 
@@ -85,9 +87,10 @@ class Engine:
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
         self.wait_ready()
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
+        with turn():
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+            return self._answer()
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None
@@ -287,6 +290,9 @@ def main(
         bool,
         typer.Option(help="Compare logprobs of the prompts' ends as well; `yoco` declines these"),
     ] = True,
+    kl_chunk: Annotated[
+        int, typer.Option(help="Also the divergence of stock with chunks of so many tokens; 0: not")
+    ] = 0,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
     patched_piecewise: Annotated[
@@ -338,10 +344,13 @@ def main(
         if patched_piecewise and variant in (PATCHED, PIECEWISE):
             piecewise = {**arguments, "disable_piecewise_cuda_graph": False}
             return Engine(variant, chosen, piecewise, log)
+        if variant == CHUNKS:
+            return Engine(variant, chosen, {**arguments, "chunked_prefill_size": kl_chunk}, log)
         return Engine(variant, chosen, arguments, log)
 
     compared = {"count": equality, "new": new_tokens, "seed": 99}
     compared["tail"] = 16 if prompt_logprobs else 0
+    asked = {"count": kl, "sample": 1024, "seed": 97, "tail": 8 if prompt_logprobs else 0}
     answers: dict[str, list[dict[str, Any]]] = {}
     profiles: dict[str, dict[str, Any]] = {}
     distributions: dict[str, list[list[float]]] = {}
@@ -363,7 +372,6 @@ def main(
         if equality:
             answers[engine.variant] = engine("tokens", **compared)["rows"]
         if kl:
-            asked = {"count": kl, "sample": 1024, "seed": 97, "tail": 8 if prompt_logprobs else 0}
             name = engine.variant
             distributions[name] = engine("distribution", alone=False, **asked)["rows"]
             if name == STOCK:
@@ -418,6 +426,11 @@ def main(
                 with engines(make, [CONTROL]) as live:
                     rows = live[CONTROL]("tokens", **compared)["rows"]
                     answers[CONTROL] = rows
+            if kl and kl_chunk:
+                progress.update(task, description=CHUNKS)
+                with engines(make, [CHUNKS]) as live:
+                    rows = live[CHUNKS]("distribution", alone=False, **asked)["rows"]
+                    distributions[CHUNKS] = rows
             if patched_piecewise:
                 progress.update(task, description=PIECEWISE)
                 console.print(f"{PIECEWISE}: {fate(make(PIECEWISE))}")

@@ -37,6 +37,7 @@ from rich.progress import Progress  # noqa: E402
 
 from bench.engine import PATCHED, STOCK, Results, differences, in_turn  # noqa: E402
 from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
+from bench.turns import turn  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
 from gemma4_turbo.counters import descendants  # noqa: E402
 
@@ -164,6 +165,9 @@ def main(
     soft_tokens: Annotated[
         int, typer.Option(help="Most tokens of an image: 70, 140, 280, 560, 1120")
     ] = 280,
+    compared: Annotated[
+        int, typer.Option(min=1, help="Prompts whose tokens are compared, one at a time")
+    ] = 8,
     new_tokens: Annotated[int, typer.Option(min=2)] = 16,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     together: Annotated[bool, typer.Option(help="Both servers alive at once")] = False,
@@ -204,7 +208,7 @@ def main(
         """New images every round: SGLang keeps the embeddings of those it has seen."""
         return [prompt(images, side, (round_ + 3) * 10_000 + i) for i in range(prompts)]
 
-    same = bodies(-2)
+    same = bodies(-2)[:compared]
     answers: dict[str, list[dict[str, Any]]] = {}
 
     def measure(server: ImageServer, round_: int, keep: bool = True) -> None:
@@ -234,7 +238,7 @@ def main(
             if images:  # what the comparison can see of the images at all
                 answers[OTHER_IMAGES] = [
                     server.tokens({**body, "image_data": other["image_data"]}, new_tokens)
-                    for body, other in zip(same, bodies(-3), strict=True)
+                    for body, other in zip(same, bodies(-3), strict=False)
                 ]
         console.print(f"{server.variant}: chat with an image: {server.chat(side)}")
 
@@ -262,12 +266,14 @@ def main(
             with servers(make, group) as live:
                 for server in live.values():
                     progress.update(task, description=f"warm-up: {server.variant}")
-                    once(server)
+                    with turn():
+                        once(server)
                     progress.advance(task)
                 for round_ in range(rounds):
                     for server in in_turn(live, round_):
                         progress.update(task, description=f"round {round_}: {server.variant}")
-                        measure(server, round_)
+                        with turn():
+                            measure(server, round_)
                         progress.advance(task)
                 reports()
 

@@ -1,6 +1,6 @@
 """A KV pool filled to the brim: stock against patched, in SGLang's own engine.
 
-    python bench/pools.py --model e2b --patches shared_kv_pool --mem-fraction 0.08 --spread
+    python bench/pools.py --model e2b --patches shared_kv_pool --gib 3 --together
 
 Long prompts with common beginnings, more of them than the pool holds, some aborted on the way: the
 pool fills, its radix cache evicts, requests are retracted. SGLang itself checks for lost KV memory
@@ -103,8 +103,8 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=4)] = 96,
     alone: Annotated[int, typer.Option(help="Requests that stock also answers alone")] = 24,
     rounds: Annotated[int, typer.Option(min=1, help="Soaks, on the same engine")] = 2,
-    mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.08,
-    spread: Annotated[bool, typer.Option(help="Both at once, each on a GPU of its own")] = False,
+    gib: Annotated[float, typer.Option(help="Memory for KV")] = 3.0,
+    together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     weight_range: Annotated[
         float, typer.Option(help="Random weights are uniform in +-this")
     ] = 3e-2,
@@ -113,10 +113,16 @@ def main(
     """Stock against patched with a full KV pool."""
     if longest < shortest:
         raise typer.BadParameter(f"--longest must be at least --shortest, got {longest}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def terminated(*_: object) -> None:
+        Engine.patience_s = 0
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, terminated)
     chosen = [name for name in patches.split(",") if name]
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
+    os.environ["BENCH_POOL_GIB"] = str(gib)
     folder = geometry.write_model(
         Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-")) / "model", model, layers or None
     )
@@ -128,7 +134,6 @@ def main(
         "sampling_backend": "pytorch",
         "grammar_backend": "none",
         "chunked_prefill_size": 4096,
-        "mem_fraction_static": mem_fraction,
         "cuda_graph_max_bs": 32,
         "max_running_requests": 64,
         "decode_log_interval": 4,
@@ -142,13 +147,12 @@ def main(
     soak = {"count": requests, "shortest": shortest, "longest": longest, "new": new_tokens}
 
     def make(variant: str) -> Engine:
-        where = {"base_gpu_id": 1} if spread and variant == PATCHED else {}
-        return Engine(variant, chosen, {**arguments, **where}, logs[variant])
+        return Engine(variant, chosen, arguments, logs[variant])
 
     expected: list[dict[str, dict[str, Any]]] = []
     comparisons: dict[str, list[dict[str, float]]] = {}
     try:
-        for group in [[STOCK, PATCHED]] if spread else [[STOCK], [PATCHED]]:
+        for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
             with engines(make, group) as live:
                 for variant, engine in live.items():
                     for round_ in range(rounds):

@@ -28,6 +28,7 @@ from rich.progress import Progress  # noqa: E402
 
 from bench.engine import PATCHED, STOCK, Results, in_turn  # noqa: E402
 from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
+from bench.turns import turn  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
 from gemma4_turbo.counters import descendants  # noqa: E402
 
@@ -150,7 +151,8 @@ def main(
                 for round_ in range(-1, rounds):
                     for server in in_turn(live, round_):
                         progress.update(task, description=f"round {round_}: {server.variant}")
-                        measure(server, round_)
+                        with turn():
+                            measure(server, round_)
                         progress.advance(task)
                 for process in descendants():
                     rows = [row for row in process.patches if row["state"] == "active"]

@@ -4,6 +4,8 @@ SGLang's ``load_format="dummy"`` draws from +-1e-3, which sends nearly all token
 flatters decoding. ``BENCH_WEIGHT_RANGE`` is used instead. ``BENCH_PATCHED=1`` also registers the
 patches; without it nothing of gemma4_turbo is imported here.
 
+``BENCH_POOL_GIB`` is the memory for KV, whatever else lies on the GPU: pools of one size, run after run.
+
 ``BENCH_UNPROVEN=1`` lets `mm_prefill_graph` take every model, to find out which come out right.
 
 In a model that takes pictures dummy weights would hide them: the bounds of activations are drawn
@@ -38,12 +40,20 @@ def _let_images_through(name, tensor):
         tensor.add_(1)
 
 
+def _size_pools(module):
+    size = int(float(os.environ["BENCH_POOL_GIB"]) * 2**30)
+    module.ModelRunnerKVCacheMixin._profile_available_bytes = lambda self, before: size
+
+
 def _take_every_model(patch):
     patch.unproven = lambda text: None
 
 
 if "BENCH_PATCHED" in os.environ:
     wrapt.register_post_import_hook(_widen, "sglang.srt.model_loader.loader")
+    if os.environ.get("BENCH_POOL_GIB"):
+        mixin = "sglang.srt.model_executor.model_runner_kv_cache_mixin"
+        wrapt.register_post_import_hook(_size_pools, mixin)
     if os.environ.get("BENCH_UNPROVEN") == "1":
         wrapt.register_post_import_hook(_take_every_model, "gemma4_turbo.patches.mm_prefill_graph")
     if os.environ["BENCH_PATCHED"] == "1":

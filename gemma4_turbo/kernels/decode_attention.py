@@ -366,10 +366,12 @@ def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
     if head_dim == 256:
         # A sequence and a KV head a program, once these fill the GPU: splits would leave a tail.
         target = 10 if pairs >= 128 else 20
-        config = Config(32, 4, 3, target, 64, False, True)
-    else:
+        config = Config(32, 4, 3, target, 64 if pairs < 32 else 128, False, True)
+    elif pairs < 32:
         # Few sequences of few KV heads: short splits, so that a short sequence gets enough of them.
-        config = Config(16, 4, 2, 30, 32 if pairs < 32 else 128, False, True)
+        config = Config(16, 4, 3, 30, 64, False, True)
+    else:
+        config = Config(32, 4, 2, 30, 128, False, True)
     splits = max(1, config.target * 13 // pairs)
     # 32 thousand numbers: 128 KiB, which one program adds in about 2 microseconds.
     return config._replace(fused=splits * group * head_dim <= 32768)

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import typer
 
+from bench import engine
 from tests.cpu.conftest import REPOSITORY
 
 WORKER = """
@@ -108,3 +110,35 @@ def test_what_is_known_is_saved_when_a_limit_cuts_it_off(tmp_path: Path):
     steps = frame[frame["quantity"] == "decode step"]
     assert steps[["variant", "round", "value"]].to_numpy().tolist() == [["stock", 0, 4.0]]
     assert "KL divergence" in set(frame["quantity"])
+
+
+def test_prompts_length_and_tokens():
+    assert engine.parse_prefill("8x4096") == (8, 4096, 1)
+    assert engine.parse_prefill("30x7000+10") == (30, 7000, 10)
+    for text in ("8", "8x", "x8", "8x4096+", "8x4096 "):
+        with pytest.raises(typer.BadParameter, match="--prefill must be"):
+            engine.parse_prefill(text)
+
+
+def test_an_engine_that_does_not_start(tmp_path, monkeypatch):
+    (tmp_path / "engine_worker.py").write_text(
+        "import sys; open(sys.argv[1], 'w').write('[1] TypeError: no KV\\nbye\\n')"
+    )
+    monkeypatch.setattr(engine, "HERE", tmp_path)
+    failing = engine.Engine(engine.PIECEWISE, [], {}, tmp_path / "log")
+    assert engine.fate(failing) == "does not start: [1] TypeError: no KV"
+
+
+def test_processes_take_turns(tmp_path, monkeypatch):
+    """A second process waits until the first has left."""
+    told = tmp_path / "told"
+    body = (
+        "import sys, time; from bench.turns import turn\n"
+        f"with turn():\n    f = open({str(told)!r}, 'a'); f.write('in '); f.flush()\n"
+        "    time.sleep(0.5); f.write('out '); f.flush()\n"
+    )
+    lock = {**os.environ, "BENCH_LOCK": str(tmp_path / "lock")}
+    command = [sys.executable, "-c", body]
+    running = [subprocess.Popen(command, env=lock, cwd=REPOSITORY) for _ in range(3)]
+    assert [process.wait(60) for process in running] == [0, 0, 0]
+    assert told.read_text() == "in out " * 3
