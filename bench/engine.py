@@ -44,6 +44,7 @@ class Engine:
     """A worker process and its pipe."""
 
     patience_s = 40.0  # until a process that was told to end is killed
+    script = "engine_worker.py"
 
     def __init__(
         self, variant: str, patches: list[str], arguments: dict[str, Any], log: Path
@@ -65,7 +66,7 @@ class Engine:
         else:
             environment |= {"BENCH_PATCHED": "0", "GEMMA4_TURBO": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "engine_worker.py"), str(log), json.dumps(arguments)],
+            [sys.executable, str(HERE / self.script), str(log), json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
