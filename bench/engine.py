@@ -48,6 +48,7 @@ class Engine:
     """A worker process and its pipe."""
 
     patience_s = 40.0  # until a process that was told to end is killed
+    script = "engine_worker.py"
 
     def __init__(
         self, variant: str, patches: list[str], arguments: dict[str, Any], log: Path
@@ -69,7 +70,7 @@ class Engine:
         else:
             environment |= {"BENCH_PATCHED": "0", "GEMMA4_TURBO": "0"}
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "engine_worker.py"), str(log), json.dumps(arguments)],
+            [sys.executable, str(HERE / self.script), str(log), json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -308,6 +309,9 @@ def main(
     weight_range: Annotated[
         float, typer.Option(help="Random weights are uniform in +-this")
     ] = 3e-2,
+    unit_norms: Annotated[
+        bool, typer.Option(help="Norms around one: what attention reads decides about tokens")
+    ] = False,
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-engine.csv"),
 ) -> None:
     """Stock against patched, whole engine."""
@@ -316,6 +320,8 @@ def main(
     prefill_sizes = parse_prefill(prefill) if prefill else (0, 0, 0)
     results = Results(model, layers or None, chosen, tp)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
+    os.environ["BENCH_UNIT_NORMS"] = str(int(unit_norms))
+    results.base["norm_weights"] = "around one" if unit_norms else "around zero"
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     folder = geometry.write_model(scratch / "model", model, layers or None)
     arguments: dict[str, Any] = {

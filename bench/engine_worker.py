@@ -254,14 +254,14 @@ def exact(value: float | None) -> str | None:
     return None if value is None else float(value).hex()
 
 
-def main() -> None:
+def main(kind: type[Worker] = Worker) -> None:
     """Serve commands until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     log = os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     started = time.perf_counter()
-    worker = Worker(json.loads(sys.argv[2]))
+    worker = kind(json.loads(sys.argv[2]))
     answers.write(json.dumps({"ready_s": time.perf_counter() - started}) + "\n")
     for line in sys.stdin:
         command = json.loads(line)

@@ -123,6 +123,7 @@ def main(
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     os.environ["BENCH_POOL_GIB"] = str(gib)
+    os.environ["BENCH_UNIT_NORMS"] = "1"  # or what attention reads would hardly show
     folder = geometry.write_model(
         Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-")) / "model", model, layers or None
     )

@@ -10,6 +10,11 @@ patches; without it nothing of gemma4_turbo is imported here.
 
 In a model that takes pictures dummy weights would hide them: the bounds of activations are drawn
 too, upper and lower the same number, and norms near zero damp what comes from the images.
+
+``BENCH_UNIT_NORMS=1`` gives every model such norms, so that what attention reads decides about tokens.
+
+For ``mtp.py``: ``BENCH_AGREEING=FRACTION:SEED:WIDTH`` makes target and assistant agree as
+`bench.agreeing` says. ``BENCH_RANGES=1`` names the parts of a speculative step in traces.
 """
 
 import os
@@ -23,9 +28,13 @@ def _widen(loader):
 
     def initialize_dummy_weights(model):
         draw(model, low=-bound, high=bound)
-        if hasattr(model, "vision_tower"):
+        if hasattr(model, "vision_tower") or os.environ.get("BENCH_UNIT_NORMS") == "1":
             for name, tensor in model.state_dict().items():
                 _let_images_through(name, tensor)
+        if getattr(model, "token_ordering", None) is not None:
+            _order_tokens(model.token_ordering)
+        if os.environ.get("BENCH_AGREEING"):
+            _agree(model, *os.environ["BENCH_AGREEING"].split(":"))
 
     loader.initialize_dummy_weights = initialize_dummy_weights
 
@@ -45,6 +54,47 @@ def _size_pools(module):
     module.ModelRunnerKVCacheMixin._profile_available_bytes = lambda self, before: size
 
 
+def _order_tokens(ordering):
+    """Each token once: whole numbers are not drawn."""
+    import torch
+
+    drawn = torch.randperm(len(ordering), generator=torch.Generator().manual_seed(0))
+    ordering.copy_(drawn)
+
+
+def _agree(model, fraction, seed, seen_width):
+    from bench import agreeing
+
+    agreement = agreeing.Agreement(model.config.vocab_size, float(fraction), int(seed))
+    if hasattr(model, "backbone_hidden_size"):
+        agreeing.fill_assistant(model, agreement)
+    else:
+        agreeing.fill_target(model, agreement, int(seen_width))
+
+
+def _name_parts(module):
+    """Draft, verification and seed step as ranges in a profiler's trace."""
+    import functools
+
+    import torch
+
+    def named(method, name):
+        @functools.wraps(method)
+        def call(*args, **kwargs):
+            with torch.profiler.record_function(name):
+                return method(*args, **kwargs)
+
+        return call
+
+    worker = module.FrozenKVMTPWorker
+    for method, name in (
+        ("draft", "mtp draft"),
+        ("verify", "mtp verify"),
+        ("forward_draft_extend_after_decode", "mtp seed"),
+    ):
+        setattr(worker, method, named(getattr(worker, method), name))
+
+
 def _take_every_model(patch):
     patch.unproven = lambda text: None
 
@@ -54,6 +104,8 @@ if "BENCH_PATCHED" in os.environ:
     if os.environ.get("BENCH_POOL_GIB"):
         mixin = "sglang.srt.model_executor.model_runner_kv_cache_mixin"
         wrapt.register_post_import_hook(_size_pools, mixin)
+    if os.environ.get("BENCH_RANGES") == "1":
+        wrapt.register_post_import_hook(_name_parts, "sglang.srt.speculative.frozen_kv_mtp_worker")
     if os.environ.get("BENCH_UNPROVEN") == "1":
         wrapt.register_post_import_hook(_take_every_model, "gemma4_turbo.patches.mm_prefill_graph")
     if os.environ["BENCH_PATCHED"] == "1":

@@ -1,0 +1,350 @@
+"""bench/mtp.py: its agreeing pair on SGLang's model classes, its sums, and a run with stand-ins."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from bench import assistant, mtp, mtp_worker
+from bench.agreeing import Agreement, fill_assistant, fill_target
+from gemma4_turbo import geometry
+from tests.cpu import small_mtp
+from tests.cpu.conftest import REPOSITORY
+
+# -- folders --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", geometry.GEOMETRIES)
+def test_an_assistant_reads_the_targets_kv(name: str, tmp_path: Path):
+    target, draft = assistant.write_pair(tmp_path, name, None)
+    one = json.loads((target / "config.json").read_text())
+    other = json.loads((draft / "config.json").read_text())
+    text = other["text_config"]
+    assert other["backbone_hidden_size"] == one["hidden_size"]
+    assert text["sliding_window"] == one["sliding_window"]
+    # A generated target stands renamed as SGLang does it; an assistant is renamed by SGLang.
+    assert text["num_global_key_value_heads"] == one["num_key_value_heads"]
+    assert text["num_key_value_heads"] == one["swa_num_key_value_heads"]
+    assert text["num_attention_heads"] % text["num_key_value_heads"] == 0
+    assert text["num_attention_heads"] % text["num_global_key_value_heads"] == 0
+    assert set(text["layer_types"]) == set(one["layer_types"][-2:])
+
+
+def test_sglang_reads_the_folders(tmp_path: Path, environment: dict[str, str]):
+    pytest.importorskip("transformers.models.gemma4_assistant", reason="needs transformers 5.8")
+    target, draft = assistant.write_pair(tmp_path, "e4b", 6, centroids=True, agreeing=True)
+    code = """
+import sys
+from sglang.srt.configs.model_config import ModelConfig
+target, draft = ModelConfig(sys.argv[1]), ModelConfig(sys.argv[2], is_draft_model=True)
+text = draft.hf_text_config
+print(target.hf_text_config.tie_word_embeddings, draft.hf_config.use_ordered_embeddings)
+print(draft.head_dim, draft.swa_head_dim, text.num_key_value_heads, text.swa_num_key_value_heads)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(target), str(draft)],
+        env={**environment, "PYTHONPATH": os.environ.get("PYTHONPATH", "")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-2:] == ["False True", "512 256 2 2"]
+
+
+# -- the agreeing pair ----------------------------------------------------------------------------
+
+VOCAB, HIDDEN, WIDTH = 128, 192, 256
+
+
+def blind(model: Any) -> Any:
+    """Attention sees random values: an agreeing pair does not listen to it."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.rotary_emb = lambda positions, q, k: (q, k)
+        attention.attn.forward = lambda q, *_, **__: torch.randn_like(q.flatten(1))
+    return model.bfloat16()
+
+
+@pytest.fixture(scope="module")
+def agreement() -> Agreement:
+    return Agreement(VOCAB, 0.7, 3)
+
+
+@pytest.fixture(scope="module", params=[0, 16], ids=["plain", "per-layer inputs"])
+def target(request: pytest.FixtureRequest, agreement: Agreement) -> Any:
+    """A stock target of random weights, made to agree."""
+    torch.manual_seed(0)
+    model = blind(
+        small_mtp.target(
+            vocab_size=VOCAB,
+            vocab_size_per_layer_input=VOCAB,
+            hidden_size=HIDDEN,
+            hidden_size_per_layer_input=request.param,
+            tie_word_embeddings=False,
+        )
+    )
+    for tensor in model.state_dict().values():
+        tensor.uniform_(-0.03, 0.03)
+    fill_target(model, agreement, WIDTH // 2)
+    return model
+
+
+@pytest.fixture(scope="module")
+def draft(agreement: Agreement) -> Any:
+    """A stock assistant, made to agree."""
+    from sglang.srt.models.gemma4_mtp import Gemma4AssistantForCausalLM
+
+    torch.manual_seed(1)
+    config = SimpleNamespace(
+        text_config=small_mtp.text_config(
+            2, 0, vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=WIDTH
+        ),
+        backbone_hidden_size=HIDDEN,
+        use_ordered_embeddings=False,
+    )
+    with small_mtp.ready():
+        model = blind(Gemma4AssistantForCausalLM(config))
+    for tensor in model.state_dict().values():
+        tensor.uniform_(-0.03, 0.03)
+    fill_assistant(model, agreement)
+    model.logits_processor.forward = lambda ids, hidden, head, batch, hidden_states_before_norm: (
+        hidden.float() @ head.weight.float().T,
+        hidden_states_before_norm,
+    )
+    return model
+
+
+def targets_turn(target: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Next tokens and hidden states."""
+    ids = torch.tensor(tokens)
+    with torch.no_grad():
+        hidden = target.model(ids, torch.arange(len(ids)), None)
+    logits = hidden @ target.lm_head.weight[:VOCAB].T
+    return logits.argmax(-1), hidden
+
+
+def drafts_turn(
+    draft: Any, tokens: torch.Tensor, state: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch = SimpleNamespace(spec_info=SimpleNamespace(hidden_states=state))
+    logits, hidden = draft(tokens, torch.zeros(len(tokens), dtype=torch.long), batch)
+    return logits.argmax(-1), hidden
+
+
+def test_the_target_says_the_word_that_follows(target: Any, agreement: Agreement):
+    words = list(range(0, VOCAB, 2))
+    said, _ = targets_turn(target, words)
+    assert said.tolist() == [agreement.tokens(word, 1)[0] for word in words]
+    assert len(set(agreement.tokens(0, VOCAB // 2))) == VOCAB // 2  # one cycle
+
+
+def test_the_assistant_agrees_where_it_shall(target: Any, draft: Any, agreement: Agreement):
+    """Three proposals from each word; each is right as long as all words before it agree."""
+    draft.set_embed_and_head(*target.get_embed_and_head())
+    before = torch.arange(0, VOCAB, 2)
+    last, state = targets_turn(target, before.tolist())
+    token, right = last, torch.ones(len(last), dtype=torch.bool)
+    for step in range(mtp.DRAFT_STEPS):
+        proposed, state = drafts_turn(draft, token, state)
+        truth = torch.tensor([agreement.tokens(word, step + 1)[-1] for word in last.tolist()])
+        right &= agreement.agrees[token // 2]
+        assert torch.equal((proposed == truth)[right], torch.ones(int(right.sum()), dtype=bool))
+        if step == 0:
+            wrong = ~agreement.agrees[token // 2]
+            assert torch.equal(proposed[wrong], token[wrong] + 1)  # the decoy
+        token = torch.where(right, proposed, truth)
+    assert 0.1 < float(right.float().mean()) < 0.7
+
+
+def test_a_wrong_hidden_state_shows(target: Any, draft: Any, agreement: Agreement):
+    """Another request's: the decoys win."""
+    draft.set_embed_and_head(*target.get_embed_and_head())
+    last, state = targets_turn(target, list(range(0, VOCAB, 2)))
+    proposed, _ = drafts_turn(draft, last, state.roll(1, 0))
+    assert float((proposed % 2 == 1).float().mean()) > 0.95
+
+
+def test_verify_steps_that_are_expected():
+    """Against acceptance played through token by token."""
+    agreement = Agreement(64, 0.6, 1)
+    for last in range(0, 64, 2):
+        for new in (1, 2, 9, 40):
+            truth = [last, *agreement.tokens(last, new + 8)]
+            at, count = 1, 0  # the prompt's first token is there
+            while at < new:
+                accepted = 0
+                while accepted < 3 and agreement.agrees[truth[at + accepted] // 2]:
+                    accepted += 1
+                at, count = at + accepted + 1, count + 1
+            assert agreement.verifications(last, new, 3) == count
+    assert Agreement(64, 1.0, 1).verifications(0, 41, 3) == 10
+    assert Agreement(64, 0.0, 1).verifications(0, 41, 3) == 40
+
+
+# -- sums -----------------------------------------------------------------------------------------
+
+
+def test_tokens_that_differ():
+    truth = [
+        {"ids": [1, 2, 3], "margins": [5.0, 0.25, 4.0], "seconds": [8, 9, 8], "verified": 0},
+        {"ids": [4, 5, 6], "margins": [5.0, 5.0, 5.0], "seconds": [8, 8, 8], "verified": 0},
+    ]
+    other = [{"ids": [1, 9, 7], "verified": 2}, {"ids": [4, 5, 6], "verified": 1}]
+    found = mtp.compare(truth, other)
+    assert (found["token_diffs"], found["tokens"]) == (2, 6)
+    first = {"sequence": 0, "position": 1, "margin": 0.25, "second best": True}
+    assert found["first"] == [first]
+    assert "first at 1; margins there up to 0.2500 nats; the second best in 1" in mtp.told(found)
+    assert "margins" not in mtp.told(mtp.compare(other, truth))
+    assert mtp.accept_length(truth) is None
+    assert mtp.accept_length(other) == 4 / 3
+
+
+def test_a_trace_by_part():
+    def event(cat: str, ts: float, dur: float, name: str = "k", correlation: int = 0) -> Any:
+        args = {"correlation": correlation}
+        return {"cat": cat, "ts": ts, "dur": dur, "name": name, "args": args}
+
+    events = [
+        event("user_annotation", 0, 10, "mtp draft"),
+        event("user_annotation", 20, 10, "mtp verify"),
+        event("user_annotation", 20, 10, "something else"),
+        event("gpu_user_annotation", 0, 90, "mtp draft"),
+        event("cuda_runtime", 5, 1, "cudaGraphLaunch", 1),
+        event("cuda_runtime", 25, 1, "cudaLaunchKernel", 2),
+        event("cuda_runtime", 26, 1, "cudaStreamSynchronize", 3),
+        event("cuda_driver", 50, 1, "cuLaunchKernelEx", 4),
+        event("kernel", 22, 7, correlation=1),  # runs while the host is in another part
+        event("kernel", 29, 2, correlation=1),
+        event("gpu_memcpy", 40, 3, correlation=2),
+        event("kernel", 60, 4, correlation=4),
+        {"ph": "M", "name": "process_name"},
+    ]
+    found = mtp_worker.parts(events)
+    assert found["mtp draft"] == {
+        "steps": 1,
+        "gpu_us": 9,
+        "kernels": 2,
+        "launches": 1,
+        "host_us": 10,
+    }
+    assert (found["mtp verify"]["gpu_us"], found["mtp verify"]["launches"]) == (3, 1)
+    assert (found["other"]["gpu_us"], found["other"]["kernels"]) == (4, 1)
+    assert found["mtp seed"]["steps"] == 0
+
+
+def test_cause_of_death(tmp_path: Path):
+    log = tmp_path / "log"
+    assert mtp.cause_of_death(log) == "no exception in the log"
+    log.write_text("start\nTraceback (most recent call last):\nAttributeError: no 'x'\nkilled\n")
+    assert mtp.cause_of_death(log) == "AttributeError: no 'x'"
+
+
+# -- a run ----------------------------------------------------------------------------------------
+
+WORKER = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1].rsplit("/", 1)[0])
+from bench.agreeing import Agreement
+
+patched = os.environ["BENCH_PATCHED"] == "1"
+arguments = json.loads(sys.argv[2])
+speculative = "speculative_algorithm" in arguments
+fraction, seed, width = os.environ["BENCH_AGREEING"].split(":")
+agreement = Agreement(262144, float(fraction), int(seed))
+print(json.dumps({"ready_s": 1.0}), flush=True)
+for line in sys.stdin:
+    command = json.loads(line)
+    answer = {}
+    if command["do"] == "step":
+        answer = {"seconds": 0.5 if patched else 1.0, "steps": 100, "tokens": 150}
+    if command["do"] == "greedy":
+        rows = []
+        for ids in command["ids"]:
+            new = command["new"]
+            row = {"ids": agreement.tokens(ids[-1], new), "verified": 0}
+            if speculative:
+                row["verified"] = agreement.verifications(ids[-1], new, 3)
+            if command["margins"]:
+                row |= {"margins": [1.0] * new, "seconds": [0] * new}
+            rows.append(row)
+        answer = {"rows": rows}
+    if command["do"] == "split":
+        part = {"steps": 4, "gpu_us": 4000, "kernels": 40, "launches": 8, "host_us": 4}
+        answer = {"parts": {"mtp verify": part, "other": part}}
+    if command["do"] == "stress":
+        if not patched:
+            log = open(sys.argv[1], "a")
+            log.write("AttributeError: no merge_batch\\n")
+            log.flush()
+            os._exit(1)
+        answer = {"ended": {"length": 30, "abort": 2}, "seconds": 1.0}
+    if command["do"] == "status":
+        answer = {"processes": []}
+    print(json.dumps(answer), flush=True)
+"""
+RUN = """
+import sys
+from pathlib import Path
+
+import typer
+
+from bench import engine, mtp
+
+engine.HERE = Path(sys.argv.pop(1))
+typer.run(mtp.main)
+"""
+
+
+def run(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    (tmp_path / "mtp_worker.py").write_text(WORKER)
+    return subprocess.run(
+        [sys.executable, "-c", RUN, str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"},
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_run(tmp_path: Path, together: bool):
+    options = ["--agreeing", "0.7", "--stress", "32", "--rounds", "2", "--equality", "8"]
+    done = run(tmp_path, *options, *(["--together"] if together else []))
+    assert done.returncode == 0, done.stdout
+    frame = pd.read_csv(tmp_path / "out.csv")
+
+    def value(variant: str, quantity: str, x: int | None = None) -> float:
+        chosen = frame[(frame["variant"] == variant) & (frame["quantity"] == quantity)]
+        if x is not None:
+            chosen = chosen[chosen["x"] == x]
+        return float(chosen["value"].median())
+
+    assert value("stock", "step", 1) == 10.0
+    assert value("patched", "step", 8) == 5.0
+    assert value("patched", "verify: GPU", 8) == 1.0
+    assert value("patched", "step without a kernel", 8) == 3.0
+    assert value("expected", "accept length") == value("stock", "accept length, alone") > 2
+    assert value("expected vs patched alone", "token_diffs") == 0
+    assert value("expected vs stock in batches of 8", "verify steps differ") == 0
+    assert value("no speculation alone vs patched alone", "token_diffs") == 0
+    assert (value("stock", "stress: died"), value("patched", "stress: died")) == (1, 0)
+    assert value("patched", "stress: abort") == 2
+    assert "died after 0 s: AttributeError: no merge_batch" in done.stdout
+
+
+def test_what_cannot_be(tmp_path: Path):
+    for options in (["--variants", "fast"], ["--agreeing", "0.5", "--centroids"]):
+        assert run(tmp_path, *options).returncode == 2
