@@ -329,7 +329,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=TOLERANCE,
         traced=True,
-        default=False,
+        default=True,
     ),
     Patch(
         name="pdl",
@@ -339,7 +339,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=BITWISE,
         traced=True,
-        default=False,
+        default=True,
     ),
     Patch(
         name="extend_attention",
@@ -366,7 +366,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         # torch.compile splits its graphs around attention; a trace that reaches it sees stock.
         traced=False,
-        default=False,
+        default=True,
         origin="sgl-project/sglang#26588",
         # It asks for the GPU's capability while it is imported: not before the device is chosen.
         lazy=("sglang.srt.layers.attention.triton_ops.extend_attention",),
@@ -558,7 +558,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         # A trace sees stock's function.
         traced=False,
-        default=False,
+        default=True,
     ),
     Patch(
         name="moe_configs",
@@ -578,7 +578,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         # It is called inside SGLang's opaque fused-experts operators; a trace sees stock's function.
         traced=False,
-        default=False,
+        default=True,
         origin="sgl-project/sglang#26588",
     ),
     Patch(
