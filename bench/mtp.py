@@ -40,7 +40,7 @@ from bench.engine import PATCHED, STOCK, Engine, Results, console, engines, in_t
 from gemma4_turbo import geometry, report  # noqa: E402
 
 PLAIN = "no speculation"
-PATCHES = "mtp_chain,mtp_seed_graph,mtp_merge_batch,frozen_kv_views,kv_scales"
+PATCHES = "mtp_chain,mtp_seed_graph,mtp_metadata,mtp_merge_batch,frozen_kv_views,kv_scales"
 DRAFT_STEPS = 3
 AGREEMENT_SEED = 11
 Rows = list[dict[str, Any]]
