@@ -24,6 +24,8 @@ import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,11 +38,11 @@ from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from bench import assistant  # noqa: E402
-from bench.engine import PATCHED, STOCK, Engine, Results, console, engines, in_turn  # noqa: E402
+from bench.engine import PATCHED, STOCK, Engine, Results, console, in_turn  # noqa: E402
 from gemma4_turbo import geometry, report  # noqa: E402
 
 PLAIN = "no speculation"
-PATCHES = "mtp_chain,mtp_seed_graph,mtp_merge_batch,frozen_kv_views,kv_scales"
+PATCHES = "mtp_chain,mtp_seed_graph,mtp_metadata,mtp_merge_batch,frozen_kv_views,kv_scales"
 DRAFT_STEPS = 3
 AGREEMENT_SEED = 11
 Rows = list[dict[str, Any]]
@@ -55,6 +57,34 @@ class MtpEngine(Engine):
         super().stop()
         with contextlib.suppress(ProcessLookupError):  # what a scheduler that died left
             os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def outlived(engine: Engine, do: Callable[[], None]) -> str | None:
+    """What an engine died of in ``do``; None if it did not."""
+    try:
+        do()
+    except (SystemExit, OSError) as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, int):
+            raise  # this process was told to end
+        return cause_of_death(engine.log)
+    return None
+
+
+@contextlib.contextmanager
+def started(make: Callable[[str], Engine], names: list[str]) -> Iterator[dict[str, Engine]]:
+    """Engines at once, without those that do not start; stopped at the end."""
+    made = {name: make(name) for name in names}
+    live = dict(made)
+    try:
+        for name, engine in made.items():
+            cause = outlived(engine, engine.wait_ready)
+            if cause is not None:
+                console.print(f"{name}: did not start: {cause} ({engine.log})")
+                live.pop(name).stop()
+        yield live
+    finally:
+        for engine in made.values():
+            engine.stop()
 
 
 def prompts_of(count: int, longest: int, seed: int, vocab: int, words: bool) -> list[list[int]]:
@@ -124,10 +154,17 @@ def expected(agreement: Any, ids: list[list[int]], new: int) -> Rows:
 
 
 def cause_of_death(log: Path) -> str:
-    """The last line of the log that names an exception."""
+    """What the log says of the exception: that of the scheduler, else the last one."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    named = [line for line in lines if re.match(r"^(\[.*\] )?\w+(\.\w+)*(Error|Exception)\b", line)]
-    return named[-1].strip()[:300] if named else "no exception in the log"
+    hit = [i for i, line in enumerate(lines) if "hit an exception" in line]
+    named = [
+        line.strip()[:300]
+        for line in lines[hit[-1] if hit else 0 :]
+        if re.match(r"^(\[.*\] )?\w+(\.\w+)*(Error|Exception)\b", line)
+    ]
+    if not named:
+        return "no exception in the log"
+    return named[0] if hit else named[-1]
 
 
 # -- the run --------------------------------------------------------------------------------------
@@ -158,14 +195,14 @@ class Session:
 
     def stressed(self, engine: Engine, count: int, limit_s: float, words: bool) -> None:
         """Many requests; an engine that dies of them is a result too."""
-        started = time.perf_counter()
-        try:
-            answer = engine("stress", count=count, limit_s=limit_s, seed=5, words=words)
-        except (SystemExit, OSError) as error:
-            if isinstance(error, SystemExit) and isinstance(error.code, int):
-                raise  # told to end
-            cause = cause_of_death(engine.log)
-            seconds = time.perf_counter() - started
+        begun, answer = time.perf_counter(), {}
+
+        def do() -> None:
+            answer.update(engine("stress", count=count, limit_s=limit_s, seed=5, words=words))
+
+        cause = outlived(engine, do)
+        if cause is not None:
+            seconds = time.perf_counter() - begun
             self.stress[engine.variant] = f"died after {seconds:.0f} s: {cause}"
             self.results.add(engine.variant, "stress: died", count, 0, 1, "count")
             return
@@ -302,7 +339,7 @@ def main(
     kv: Annotated[str, typer.Option(help="SGLang's kv_cache_dtype")] = "auto",
     together: Annotated[bool, typer.Option(help="All engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs")] = True,
-    max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 32768,
+    max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 16384,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     weight_range: Annotated[
         float, typer.Option(help="Random weights are uniform in +-this")
@@ -407,12 +444,15 @@ def main(
             def each(live: dict[str, Any], name: str, number: int, do: Any) -> None:
                 for engine in in_turn(live, number):
                     progress.update(task, description=f"{name}: {engine.variant}")
-                    do(engine)
+                    cause = outlived(engine, partial(do, engine))
+                    if cause is not None:  # the others go on
+                        console.print(f"{engine.variant}: died in {name}: {cause} ({engine.log})")
+                        del live[engine.variant]
                     progress.advance(task)
 
             groups = [names] if together else [[name] for name in names]
             for group in groups:
-                with engines(make, group) as live:
+                with started(make, group) as live:
                     each(live, "warm-up", 0, lambda engine: measure(engine, -1))
                     for number in range(rounds):
                         each(live, f"round {number}", number, lambda e, r=number: measure(e, r))

@@ -740,6 +740,39 @@ CATALOGUE: tuple[Patch, ...] = (
         lazy=(_MTP_WORKER.partition(":")[0],),
     ),
     Patch(
+        name="mtp_metadata",
+        summary="MTP: the draft attends with the metadata of the seed step before it",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.capture",
+        ),
+        relies_on=(
+            f"{_MTP_WORKER}.draft",
+            f"{_MTP_WORKER}.forward_draft_extend",
+            f"{_MTP_WORKER}.forward_draft_extend_after_decode",
+            f"{_MTP_WORKER}._run_assistant_seed_step",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata_replay_cuda_graph",
+            f"{_MTP_WORKER}._init_draft_attn_backend",
+            f"{_MTP_WORKER}._position_for_batch",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.replay",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:position_for_batch",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.speculative.eagle_info:EagleVerifyInput.verify",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=BEHAVIOUR,
+        traced=False,
+        default=False,
+        requires=("mtp_seed_graph",),
+        lazy=(_MTP_WORKER.partition(":")[0], "sglang.srt.layers.attention.triton_backend"),
+    ),
+    Patch(
         name="swa_window",
         summary="Sliding layers attend to as many tokens as the model was trained with, not one more",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",),

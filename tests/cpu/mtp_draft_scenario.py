@@ -20,6 +20,7 @@ import torch
 from tests.cpu.mtp_worker_scenario import load_driver_stub
 
 PATCHES = ("mtp_chain", "mtp_seed_graph")
+ALL = (*PATCHES, "mtp_metadata")
 SIZES = [1, 2, 4]  # batch sizes of the graphs
 
 
@@ -53,28 +54,33 @@ class Assistant:
         return SimpleNamespace(logits_output=output)
 
 
-class Attention:
-    """Shows the sum of a request's slots. In graphs through a buffer, as SGLang's backends."""
+class TritonAttnBackend:
+    """Stands in for it: shows the sum of a request's slots. One buffer for everything, as there."""
 
     def __init__(self, table: torch.Tensor) -> None:
         self.table = table
-        self.metadata = torch.zeros(0)
-        self.by_size: dict[int, torch.Tensor] = {}
+        self.buffer = torch.zeros(8, dtype=torch.float64)
+        self.metadata = self.buffer
         self.lengths: list[int] = []
+        self.filled = 0  # times that a graph's buffer was
 
     def _read(self, requests: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         columns = torch.arange(self.table.shape[1])
         rows = self.table[requests].double()
         return (rows * (columns < lengths[:, None])).sum(1) / 7
 
+    def _fill(self, requests: torch.Tensor, lengths: torch.Tensor) -> None:
+        self.metadata = self.buffer[: len(requests)]
+        self.metadata.copy_(self._read(requests, lengths))
+
     def init_forward_metadata(self, batch: Any) -> None:
         """Eager."""
         assert batch.spec_info is None
         assert batch.seq_lens_sum == int(batch.seq_lens.sum())
-        self.metadata = self._read(batch.req_pool_indices, batch.seq_lens)
+        self._fill(batch.req_pool_indices, batch.seq_lens)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing: every capture has tensors of its own."""
+        """Nothing: the buffer is there."""
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -82,8 +88,7 @@ class Attention:
     def init_forward_metadata_capture_cuda_graph(
         self, bs: int, tokens: int, requests: torch.Tensor, lengths: torch.Tensor, **_: Any
     ) -> None:
-        """A later capture of a size takes an earlier one's place; only the last is filled."""
-        self.metadata = self.by_size[bs] = self._read(requests, lengths)
+        self._fill(requests, lengths)
 
     def init_forward_metadata_replay_cuda_graph(
         self,
@@ -97,7 +102,8 @@ class Attention:
         assert total == int(lengths.sum()) == int(seq_lens_cpu.sum())
         assert len(requests) == len(lengths) == bs
         self.lengths = lengths.tolist()
-        self.by_size[bs].copy_(self._read(requests, lengths))
+        self.filled += 1
+        self._fill(requests, lengths)
 
 
 class Graph:
@@ -120,16 +126,18 @@ class Graph:
         self.assistant.replaying = False
 
 
+def capture_all(runner: Any) -> None:
+    """As ``CudaGraphRunner.capture``, which stock's runner calls."""
+    runner.stream = None
+    for size in reversed(runner.capture_bs):
+        captured = runner.capture_one_batch_size(size, None)
+        runner.graphs[size], runner.output_buffers[size] = captured
+
+
 def runner_class(stock: Any) -> Any:
     """Stock's graph runner, but for what is CUDA's."""
 
     class Runner(stock):
-        def capture(self) -> None:
-            self.stream = None
-            for size in reversed(self.capture_bs):
-                captured = self.capture_one_batch_size(size, None)
-                self.graphs[size], self.output_buffers[size] = captured
-
         def _create_graph(self) -> Graph:
             return Graph(self.model_runner.assistant)
 
@@ -155,7 +163,7 @@ def make_worker(graphs: bool, **changed: Any) -> Any:
 
     settings = {"topk": 1, "steps": made.STEPS, "draft_tokens": made.DRAFT_TOKENS, **changed}
     table = torch.arange(8 * 32, dtype=torch.int32).view(8, 32)
-    pool, attention = SimpleNamespace(), Attention(table)
+    pool, attention = SimpleNamespace(), TritonAttnBackend(table)
     arguments = SimpleNamespace(
         enable_torch_compile=False,
         disable_cuda_graph_padding=settings.get("disable_padding", False),
@@ -202,6 +210,7 @@ def make_worker(graphs: bool, **changed: Any) -> Any:
         kind = runner_class(runners.FrozenKVMTPCudaGraphRunner)
         with (
             mock.patch.object(runners, "FrozenKVMTPCudaGraphRunner", kind),
+            mock.patch.object(runners, "CudaGraphRunner", SimpleNamespace(capture=capture_all)),
             mock.patch.object(
                 runners, "get_batch_sizes_to_capture", return_value=(list(SIZES), [])
             ),
@@ -362,6 +371,94 @@ def limits() -> dict[str, Any]:
     return found
 
 
+def metadata() -> dict[str, Any]:
+    """Drafts after a seed step: how often each filled the buffers, and whether it is stock's."""
+    found: dict[str, Any] = {}
+
+    def told(
+        what: str, change: Callable[[Any, Any], Any] = lambda worker, running: running
+    ) -> None:
+        drafts, counts = [], []
+        for worker in (make_worker(graphs=True), make_worker(graphs=False)):
+            running = batch("a", "b", "c")
+            seed(worker, running)
+            running = change(worker, running)
+            before = worker.draft_attn_backend.filled
+            drafts.append(draft(worker, running))
+            counts.append(worker.draft_attn_backend.filled - before)
+        found[what] = [counts[0], drafts[0] == drafts[1]]
+
+    def longer(worker: Any, running: Any) -> Any:
+        running.seq_lens.add_(1)  # in place, as stock's verification does
+        running.seq_lens_cpu.add_(1)
+        return running
+
+    def after(*names: str, **kwargs: Any) -> Callable[[Any, Any], Any]:
+        def change(worker: Any, running: Any) -> Any:
+            seed(worker, batch(*names, **kwargs))
+            return running
+
+        return change
+
+    def others_slots(worker: Any, running: Any) -> Any:
+        later = batch("a", "b", "c", first_slot=4)
+        later.spec_info = running.spec_info
+        for request in later.reqs:
+            request.rid += "'"
+        return later
+
+    def merged(worker: Any, running: Any) -> Any:
+        later = batch("d", first_slot=5)
+        seed(worker, later)
+        running.merge_batch(later)
+        return running
+
+    told("same")
+    told("longer", longer)
+    told("another was seeded", after("x", "y", "z", first_slot=4))
+    told("another was seeded in another graph", after("x"))
+    told("another was seeded eagerly", after("v", "w", "x", "y", "z"))
+    told("other requests", others_slots)
+    told("merged", merged)
+    found["any order"] = any_order()
+    return found
+
+
+def any_order() -> list[int]:
+    """Seeds, drafts and longer requests at random: drafts that differ from stock's, and fills saved."""
+    from random import Random
+
+    source = Random(3)
+    ours, stock = make_worker(graphs=True), make_worker(graphs=False)
+    pairs = [
+        tuple(batch(*names, first_slot=slot) for _ in range(2))
+        for names, slot in ((("a", "b"), 0), (("c",), 3), (("d", "e", "f"), 4))
+    ]
+    for pair in pairs:
+        for worker, running in zip((ours, stock), pair, strict=True):
+            seed(worker, running)
+    wrong = drafts = 0
+    seeded = [True] * len(pairs)  # a draft takes its seed's hidden states away
+    filled = ours.draft_attn_backend.filled
+    for _ in range(240):
+        number = source.randrange(len(pairs))
+        pair = pairs[number]
+        what = source.choice(("seed", "draft", "draft", "longer"))
+        if what == "longer" and int(pair[0].seq_lens.max()) < 24:
+            for running in pair:
+                running.seq_lens.add_(1)
+                running.seq_lens_cpu.add_(1)
+        if "seed" in what:
+            filled, seeded[number] = filled + 1, True
+            for worker, running in zip((ours, stock), pair, strict=True):
+                seed(worker, running)
+        if "draft" in what and seeded[number]:
+            drafts, seeded[number] = drafts + 1, False
+            made = [draft(*one) for one in zip((ours, stock), pair, strict=True)]
+            wrong += made[0] != made[1]
+    return [wrong, drafts - (ours.draft_attn_backend.filled - filled), drafts]
+
+
 def main(folder: Path) -> None:
     """Stock eagerly and in graphs, each patch alone, both, and after a revert."""
     load_driver_stub(folder)
@@ -380,21 +477,23 @@ def main(folder: Path) -> None:
     frozen_kv_mtp_worker.FrozenKVMTPWorker.model_runner = property(lambda self: self._model_runner)
     found = {"eager": play(make_worker(graphs=False)), "stock": play(make_worker(graphs=True))}
     live = None
-    for name, patches in (*((patch, (patch,)) for patch in PATCHES), ("both", PATCHES)):
+    sets = (*((patch, (patch,)) for patch in PATCHES), ("both", PATCHES), ("all", ALL))
+    for name, patches in sets:
         rows = {row.name: row for row in gemma4_turbo.apply(only=patches)}
         assert {rows[patch].state for patch in patches} == {"active"}, rows
-        before = {patch: ENGINE.runs[patch].engaged_count() for patch in PATCHES}
+        before = {patch: ENGINE.runs[patch].engaged_count() for patch in ALL}
         live = make_worker(graphs=True)
         found[name] = play(live)
         found[name]["engaged"] = {
-            patch: ENGINE.runs[patch].engaged_count() - before[patch] for patch in PATCHES
+            patch: ENGINE.runs[patch].engaged_count() - before[patch] for patch in ALL
         }
         found[name]["scores"] = seed_scores(live)
     found["limits"] = limits()
+    found["metadata"] = metadata()
     gemma4_turbo.revert()
     found["reverted worker"] = play(live)
     found["own methods"] = [
-        name for name in vars(live) if "draft_forward" in name or "seed" in name
+        name for name, value in vars(live).items() if callable(value) or "seed" in name
     ]
     print(json.dumps(found))
 

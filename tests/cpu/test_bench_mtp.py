@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -248,6 +249,51 @@ def test_cause_of_death(tmp_path: Path):
     assert mtp.cause_of_death(log) == "no exception in the log"
     log.write_text("start\nTraceback (most recent call last):\nAttributeError: no 'x'\nkilled\n")
     assert mtp.cause_of_death(log) == "AttributeError: no 'x'"
+    with log.open("a") as file:
+        file.write("[now] Scheduler hit an exception: Traceback\n\nKeyError: 1\nOSError: later\n")
+    assert mtp.cause_of_death(log) == "KeyError: 1"
+
+
+class Crowd:
+    """Stands in for an engine whose requests end by themselves, by an abort, or never."""
+
+    def __init__(self, never: int = -1) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.tokenizer_manager = self
+        self.aborted: set[str] = set()
+        self.never, self.asked = never, []
+
+    def abort_request(self, name: str) -> None:
+        self.aborted.add(name)
+
+    async def async_generate(self, input_ids: Any, sampling_params: Any, rid: str, **_: Any) -> Any:
+        new = sampling_params["max_new_tokens"]
+        self.asked.append((len(input_ids), new))
+
+        async def chunks() -> Any:
+            for made in range(1, new + 1):
+                await asyncio.sleep(60 if rid.endswith(f"-{self.never}") else 0.001)
+                done = {"type": "length"} if made == new else None
+                if rid in self.aborted:
+                    done = {"type": "abort"}
+                yield {"meta_info": {"finish_reason": done, "completion_tokens": made}}
+                if done:
+                    return
+
+        return chunks()
+
+
+def test_a_stress_test():
+    worker = object.__new__(mtp_worker.MtpWorker)
+    worker.engine = Crowd()
+    answer = worker.stress(count=104, limit_s=20, seed=1, words=False)
+    assert answer["ended"] == {"length": 88, "abort": 16}
+    asked = worker.engine.asked
+    assert {length for length, _ in asked} == {3, 40, 200, 900}
+    assert {new for _, new in asked} == {*range(2, 9), 400}
+    worker.engine = Crowd(never=3)
+    answer = worker.stress(count=16, limit_s=1, seed=1, words=True)
+    assert answer["ended"] == {"length": 13, "abort": 2, "late": 1}
 
 
 # -- a run ----------------------------------------------------------------------------------------
@@ -262,10 +308,17 @@ arguments = json.loads(sys.argv[2])
 speculative = "speculative_algorithm" in arguments
 fraction, seed, width = os.environ["BENCH_AGREEING"].split(":")
 agreement = Agreement(262144, float(fraction), int(seed))
+dies = os.environ.get("DIES", "").split(",")
+if patched and "start" in dies:
+    open(sys.argv[1], "a").write("RuntimeError: no memory\\n")
+    os._exit(1)
 print(json.dumps({"ready_s": 1.0}), flush=True)
 for line in sys.stdin:
     command = json.loads(line)
     answer = {}
+    if patched and command["do"] in dies:
+        open(sys.argv[1], "a").write("KeyError: 7\\n")
+        os._exit(1)
     if command["do"] == "step":
         answer = {"seconds": 0.5 if patched else 1.0, "steps": 100, "tokens": 150}
     if command["do"] == "greedy":
@@ -306,11 +359,11 @@ typer.run(mtp.main)
 """
 
 
-def run(tmp_path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run(tmp_path: Path, *options: str, dies: str = "") -> subprocess.CompletedProcess[str]:
     (tmp_path / "mtp_worker.py").write_text(WORKER)
     return subprocess.run(
         [sys.executable, "-c", RUN, str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "DIES": dies},
         cwd=REPOSITORY,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -343,6 +396,26 @@ def test_a_run(tmp_path: Path, together: bool):
     assert (value("stock", "stress: died"), value("patched", "stress: died")) == (1, 0)
     assert value("patched", "stress: abort") == 2
     assert "died after 0 s: AttributeError: no merge_batch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("dies", "told"),
+    [
+        ("start", "patched: did not start: RuntimeError: no memory"),
+        ("greedy", "patched: died in tokens: KeyError: 7"),
+    ],
+)
+def test_an_engine_that_dies_leaves_the_others(tmp_path: Path, dies: str, told: str):
+    options = ["--agreeing", "0.7", "--rounds", "1", "--equality", "8", "--together"]
+    done = run(tmp_path, *options, dies=dies)
+    assert done.returncode == 0, done.stdout
+    assert told in done.stdout
+    frame = pd.read_csv(tmp_path / "out.csv")
+    found = frame[frame["quantity"] == "accept length, alone"]["variant"].tolist()
+    assert found == ["stock"]
+    assert ("patched" in frame[frame["quantity"] == "step"]["variant"].tolist()) == (
+        dies != "start"
+    )
 
 
 def test_what_cannot_be(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""`mtp_chain` and `mtp_seed_graph` on SGLang's real worker and graph runner, and on its functions."""
+"""`mtp_chain`, `mtp_seed_graph` and `mtp_metadata` on SGLang's real worker and graph runner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma4_turbo import states
-from gemma4_turbo.patches import mtp_chain, mtp_seed_graph
+from gemma4_turbo.patches import mtp_chain, mtp_metadata, mtp_seed_graph
 from gemma4_turbo.patching import ENGINE
 from tests.cpu.conftest import patched_sglang, run_scenario
 
@@ -40,7 +40,7 @@ def test_active() -> None:
 
 
 @pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("how", ["stock", *PATCHES, "both", "reverted worker"])
+@pytest.mark.parametrize("how", ["stock", *PATCHES, "both", "all", "reverted worker"])
 def test_seeds_and_drafts_are_stocks(found: dict[str, Any], how: str, step: str) -> None:
     """Whatever is in a graph, padded or not, and also when another batch was seeded meanwhile."""
     assert found[how][step] == found["eager"][step]
@@ -110,6 +110,76 @@ def test_a_revert_gives_live_workers_their_methods_back(found: dict[str, Any]) -
     """The seeds of the reverted worker are eager again."""
     assert found["own methods"] == []
     assert found["reverted worker"]["eager seeds"] == 4
+
+
+# -- the draft's metadata ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "filled"),
+    [
+        ("same", 0),
+        ("longer", 1),
+        ("another was seeded", 1),
+        ("another was seeded in another graph", 1),
+        ("another was seeded eagerly", 1),
+        ("other requests", 1),
+        ("merged", 1),
+    ],
+)
+def test_a_draft_fills_the_buffers_again_where_anything_changed(
+    found: dict[str, Any], what: str, filled: int
+) -> None:
+    """And proposes what stock proposes in any case."""
+    assert found["metadata"][what] == [filled, True]
+
+
+def test_seeds_and_drafts_in_any_order(found: dict[str, Any]) -> None:
+    """No draft differs from stock's; some were saved their metadata, others not."""
+    wrong, saved, drafts = found["metadata"]["any order"]
+    assert wrong == 0
+    assert 5 < saved < drafts - 5
+
+
+def test_who_fills_the_buffers_every_time() -> None:
+    """More candidates, other backends, methods of another's."""
+    backend = type("TritonAttnBackend", (), {})()
+    worker = SimpleNamespace(topk=1, draft_attn_backend=backend)
+    assert mtp_metadata.refusal(worker) is None
+    worker.draft = None
+    assert mtp_metadata.refusal(worker) == "the worker has methods of its own"
+    other = SimpleNamespace(topk=1, draft_attn_backend=SimpleNamespace())
+    assert mtp_metadata.refusal(other) == "the draft's attention backend is a SimpleNamespace"
+    assert mtp_metadata.refusal(SimpleNamespace(topk=2)) == "2 candidates per step"
+
+
+def test_a_steps_positions_are_computed_once() -> None:
+    """Where the batch came with them; a capture's buffer and a batch of another's are set."""
+
+    class Worker:
+        topk, draft_attn_backend = 1, type("TritonAttnBackend", (), {})()
+
+        def __init__(self) -> None:
+            self.set: list[Any] = []
+
+        def _set_positions(self, batch: Any) -> None:
+            self.set.append(batch.positions)
+
+        def draft(self, batch: Any) -> None:
+            for positions in (batch.made, batch.other):
+                made = SimpleNamespace(positions=batch.made)
+                self._set_positions(SimpleNamespace(positions=positions, spec_info=made))
+
+        forward_draft_extend = forward_draft_extend_after_decode = draft
+        _init_frozen_kv_metadata = _init_frozen_kv_metadata_replay_cuda_graph = draft
+
+    worker = Worker()
+    mtp_metadata.install(ENGINE.runs["mtp_metadata"], worker)
+    request = SimpleNamespace(rid="a", finished=lambda: False)
+    worker.draft(SimpleNamespace(reqs=[request], made="made", other="other"))
+    assert worker.set == ["other"]
+    Worker.draft(worker, SimpleNamespace(made="made", other="other"))  # in no step
+    assert worker.set == ["other", "made", "other"]
 
 
 # -- the choice of the token ----------------------------------------------------------------------
