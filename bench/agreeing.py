@@ -38,7 +38,9 @@ class Agreement:
         order = torch.randperm(self.words, generator=self._generator(0))
         self.following = torch.empty_like(order)
         self.following[order] = order.roll(-1)
-        self.agrees = torch.rand(self.words, generator=self._generator(1)) < fraction
+        # Models are made with another default dtype, which would draw other numbers.
+        drawn = torch.rand(self.words, generator=self._generator(1), dtype=torch.float32)
+        self.agrees = drawn < fraction
 
     def _generator(self, what: int) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed * 100 + what)
@@ -72,7 +74,7 @@ class Agreement:
 
     def seen(self, width: int) -> torch.Tensor:
         """A direction for each word: ``[words, width]``."""
-        drawn = torch.randn(self.words, width, generator=self._generator(2))
+        drawn = torch.randn(self.words, width, generator=self._generator(2), dtype=torch.float32)
         return drawn / drawn.norm(dim=1, keepdim=True)
 
     def previous(self, rows: torch.Tensor) -> torch.Tensor:
@@ -89,7 +91,8 @@ def fill_target(model: Any, agreement: Agreement, seen_width: int) -> None:
     hidden = embedding.shape[1]
     device = embedding.device
     generator = torch.Generator(device).manual_seed(agreement.seed)
-    rest = torch.randn(agreement.words, hidden - seen_width, generator=generator, device=device)
+    size = agreement.words, hidden - seen_width
+    rest = torch.randn(size, generator=generator, device=device, dtype=torch.float32)
     rest *= (1 - SHARE) ** 0.5 / rest.norm(dim=1, keepdim=True)
     seen = agreement.seen(seen_width).to(device) * SHARE**0.5
     words = torch.cat([seen, rest], dim=1).to(embedding.dtype)

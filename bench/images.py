@@ -247,10 +247,11 @@ def main(
         rows: dict[str, dict[str, Any]] = {}
         for process in descendants():
             for row in process.patches:
-                if row["state"] == "active":
+                if row["state"] in ("active", "failed"):
                     sums = rows.setdefault(row["name"], {**row, **dict.fromkeys(CALLS, 0)})
                     sums |= {calls: sums[calls] + row[calls] for calls in CALLS}
-                    sums["reason"] = max(sums["reason"], row["reason"], key=len)
+                    if row["state"] == "failed":  # in one process is enough
+                        sums |= {"state": "failed", "reason": row["reason"]}
         for name, row in rows.items():
             for calls in CALLS:
                 results.add(PATCHED, f"{name} {calls}", prompts, 0, row[calls], "calls")

@@ -329,7 +329,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=TOLERANCE,
         traced=True,
-        default=True,
+        default=False,
     ),
     Patch(
         name="pdl",
@@ -366,7 +366,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         # torch.compile splits its graphs around attention; a trace that reaches it sees stock.
         traced=False,
-        default=True,
+        default=False,
         origin="sgl-project/sglang#26588",
         # It asks for the GPU's capability while it is imported: not before the device is chosen.
         lazy=("sglang.srt.layers.attention.triton_ops.extend_attention",),
@@ -387,7 +387,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=_VISION_RELEASES,
         numerics=TOLERANCE,
         traced=False,
-        default=False,
+        default=True,
         origin="pyc96/sglang#18; upstream sgl-project/sglang#26606 (open)",
     ),
     Patch(
@@ -398,7 +398,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=_VISION_RELEASES,
         numerics=BITWISE,
         traced=False,
-        default=False,
+        default=True,
     ),
     Patch(
         name="vision_clamps",
@@ -437,7 +437,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=_VISION_RELEASES[:8],
         numerics=BITWISE,
         traced=False,
-        default=False,
+        default=True,
     ),
     Patch(
         name="vision_rope",
@@ -504,7 +504,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=TOLERANCE,
         traced=True,
-        default=False,
+        default=True,
         origin="pyc96/sglang#18; upstream sgl-project/sglang#27183 (open)",
         aliases=(Alias("SGLANG_GEMMA4_YOCO", disables=False),),
     ),
@@ -558,7 +558,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         # A trace sees stock's function.
         traced=False,
-        default=True,
+        default=False,
     ),
     Patch(
         name="moe_configs",

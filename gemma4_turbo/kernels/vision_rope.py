@@ -22,6 +22,8 @@ from gemma4_turbo.kernels.rounding import round_to, rounded
 INTERPRETED = norms.INTERPRETED
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK = 1024
+# LLVM makes bf16 operations of fp32 ones between roundings, and would join product and sum.
+OPTIONS = {"enable_fp_fusion": False}
 
 
 @triton.jit
@@ -48,7 +50,7 @@ def _vision_rope_kernel(
     other = tl.load(x_ptr + partner, mask=inside, other=0.0).to(tl.float32)
     cos = tl.load(cos_ptr + angle, mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + angle, mask=inside, other=0.0).to(tl.float32)
-    turned = rounded(tl.where(first, -other, other) * sin, dtype, PTX)
+    turned = rounded(other * tl.where(first, -1.0, 1.0) * sin, dtype, PTX)  # -x would be 0 - x
     y = round_to(rounded(x * cos, dtype, PTX) + turned, dtype, PTX)
     tl.store(out_ptr + at, y, mask=inside)
 
@@ -75,7 +77,7 @@ def launch_vision_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
     out = torch.empty_like(x)
     total = x.numel()
     _vision_rope_kernel[(triton.cdiv(total, BLOCK),)](
-        x, cos, sin, out, total, x.shape[1], x.shape[2], BLOCK, PTX=not INTERPRETED
+        x, cos, sin, out, total, x.shape[1], x.shape[2], BLOCK, PTX=not INTERPRETED, **OPTIONS
     )
     return out
 

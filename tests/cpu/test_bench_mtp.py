@@ -195,6 +195,19 @@ def test_verify_steps_that_are_expected():
 # -- sums -----------------------------------------------------------------------------------------
 
 
+def test_the_same_is_drawn_whatever_the_default_dtype():
+    """SGLang makes models with bfloat16 as the default."""
+    one = Agreement(64, 0.6, 1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        other = Agreement(64, 0.6, 1)
+        seen = other.seen(16)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(one.agrees, other.agrees)
+    assert torch.equal(one.seen(16), seen)
+
+
 def test_tokens_that_differ():
     truth = [
         {"ids": [1, 2, 3], "margins": [5.0, 0.25, 4.0], "seconds": [8, 9, 8], "verified": 0},
