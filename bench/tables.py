@@ -16,7 +16,8 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gemma4_turbo.catalogue import BITWISE, by_name
+from bench import tables_engines
+from bench.table_text import change, chosen, decimal, markdown, origin, origins
 from gemma4_turbo.geometry import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,26 +25,6 @@ RESULTS = ROOT / "bench" / "results"
 README = ROOT / "README.md"
 BATCHES = (1, 8, 32)
 KERNEL_ROWS = (1, 32, 4096)
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def origin(frame: pd.DataFrame) -> str:
-    """Device and versions of a run, which must be one."""
-    first = frame.iloc[0]
-    return (
-        f"{first['gpu']}, SGLang {first['sglang']}, torch {first['torch']}, "
-        f"Triton {first['triton']}, {first['timestamp'][:10]}"
-    )
-
-
-def origins(frame: pd.DataFrame) -> str:
-    """Devices and versions of several runs."""
-    return "; ".join(dict.fromkeys(origin(run) for _, run in frame.groupby("timestamp")))
 
 
 def engine() -> str:
@@ -132,23 +113,6 @@ def kernels() -> str:
             ]
     runs = "; ".join(origin(frame) for frame in frames)
     return f"{markdown(header, rows)}\n\n128 experts, top-8, bf16, kernel time by profiler. {runs}."
-
-
-def chosen(patches: str) -> str:
-    """The patches of a run of ``bench/engine.py``: how many `bitwise` ones, and the others by name."""
-    names = patches.split("+")
-    if names == ["all"]:
-        return "all"
-    others = [name for name in names if by_name(name).numerics != BITWISE]
-    bitwise = [name for name in names if name not in others]
-    if len(bitwise) < 4:
-        return ", ".join(f"`{name}`" for name in names)
-    return ", ".join([f"{len(bitwise)} `bitwise`", *(f"`{name}`" for name in others)])
-
-
-def change(stock: float, patched: float, digits: int) -> str:
-    """Stock, patched and their ratio."""
-    return f"{stock:.{digits}f} -> {patched:.{digits}f} ({patched / stock:.3f})"
 
 
 def decode_engine() -> str | None:
@@ -288,7 +252,8 @@ def decode_attention() -> str | None:
     rows = []
     for (shape, batch), points in frame.groupby(["shape", "batch"], sort=False):
         us = points.set_index("length")[["stock_us", "us"]]
-        rows.append([shape, str(batch), *(change(*us.loc[length], 1) for length in lengths)])
+        told = [change(*us.loc[one], 1) if one in us.index else "-" for one in lengths]
+        rows.append([shape, str(batch), *told])
     header = ["layer", "batch", *(f"{length} tokens, us" for length in lengths)]
     return (
         f"{markdown(header, rows)}\n\nStock -> ours (ratio), in a CUDA graph, keys and values outside "
@@ -318,15 +283,6 @@ def moe() -> str | None:
     )
 
 
-def decimal(count: float) -> str:
-    """A number of bytes in decimal units."""
-    for unit in ("B", "kB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} MB"
-
-
 TABLES = {
     "engine": engine,
     "decode-engine": decode_engine,
@@ -337,6 +293,11 @@ TABLES = {
     "extend-attention": extend_attention,
     "decode-attention": decode_attention,
     "moe": moe,
+    "yoco": lambda: tables_engines.yoco(RESULTS),
+    "vision": lambda: tables_engines.vision(RESULTS),
+    "images": lambda: tables_engines.images(RESULTS),
+    "pools": lambda: tables_engines.pools(RESULTS),
+    "mtp": lambda: tables_engines.mtp(RESULTS),
 }
 
 

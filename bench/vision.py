@@ -148,13 +148,15 @@ def main(
             scale = expected.float().abs().amax(dim=-1, keepdim=True)
             distance = float(((found.float() - expected.float()).abs() / scale).max())
             engaged = {row.name: (row.state, row.engaged) for row in gemma4_turbo.status()}
+            inactive: list[str] = []
             for name in names:
                 if engaged[name][0] != "active" or not engaged[name][1]:
                     console.print(f"{variant}: {name} is {engaged[name]}", style="red")
+                    inactive.append(name)
             if round_ >= 0:
                 rows.append(
                     {**base, "variant": variant, "round": round_, "ms": elapsed}
-                    | {"peak_mib": peak, "distance": distance}
+                    | {"peak_mib": peak, "distance": distance, "inactive": "+".join(inactive)}
                 )
     frame = pd.DataFrame(rows)
     frame.to_csv(out, mode="a", header=not out.exists(), index=False)

@@ -1,0 +1,53 @@
+"""What the tables of `tables` and `tables_engines` are written with."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from gemma4_turbo.catalogue import BITWISE, by_name
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def origin(frame: pd.DataFrame) -> str:
+    """Device and versions of a run, which must be one."""
+    first = frame.iloc[0]
+    return (
+        f"{first['gpu']}, SGLang {first['sglang']}, torch {first['torch']}, "
+        f"Triton {first['triton']}, {first['timestamp'][:10]}"
+    )
+
+
+def origins(frame: pd.DataFrame) -> str:
+    """Devices and versions of several runs."""
+    return "; ".join(dict.fromkeys(origin(run) for _, run in frame.groupby("timestamp")))
+
+
+def chosen(patches: str) -> str:
+    """The patches of a run of ``bench/engine.py``: how many `bitwise` ones, and the others by name."""
+    names = patches.split("+")
+    if names == ["all"]:
+        return "all"
+    others = [name for name in names if by_name(name).numerics != BITWISE]
+    bitwise = [name for name in names if name not in others]
+    if len(bitwise) < 4:
+        return ", ".join(f"`{name}`" for name in names)
+    return ", ".join([f"{len(bitwise)} `bitwise`", *(f"`{name}`" for name in others)])
+
+
+def change(stock: float, patched: float, digits: int) -> str:
+    """Stock, patched and their ratio."""
+    return f"{stock:.{digits}f} -> {patched:.{digits}f} ({patched / stock:.3f})"
+
+
+def decimal(count: float) -> str:
+    """A number of bytes in decimal units."""
+    for unit in ("B", "kB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} MB"

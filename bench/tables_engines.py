@@ -1,0 +1,204 @@
+"""README's tables of whole engines doing one thing: long prompts, pictures, full pools, speculation.
+
+Each function takes the folder with the CSV files, and returns None where nothing is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from bench.table_text import change, chosen, markdown, origins
+
+KEYS = ["model", "layers", "patches"]
+
+
+def read(path: Path) -> pd.DataFrame | None:
+    """A CSV file, if there is one."""
+    return pd.read_csv(path) if path.exists() else None
+
+
+def runs(frame: pd.DataFrame, *more: str) -> Iterator[tuple[list[str], pd.DataFrame]]:
+    """Model, patches and rows of each run, the newest one of a kind."""
+    for _, run in frame.groupby([*KEYS, *more], sort=False):
+        newest = run[run["timestamp"] == run["timestamp"].max()]
+        first = newest.iloc[0]
+        yield [f"{first['model']}, {first['layers']} layers", chosen(first["patches"])], newest
+
+
+def medians(run: pd.DataFrame) -> pd.DataFrame:
+    """Medians by quantity and size, a column per variant."""
+    return run.groupby(["quantity", "x", "variant"])["value"].median().unstack("variant")
+
+
+def yoco(results: Path) -> str | None:
+    """Long prompts and a few tokens, stock and patched."""
+    frame = read(results / "yoco-engine.csv")
+    if frame is None:
+        return None
+    rows = []
+    for names, run in runs(frame):
+        table = medians(run)
+        (timed,) = [key for key in table.index if key[0].startswith("prefill of")]
+        what = timed[0].removeprefix("prefill of ")
+        far = run[run["quantity"] == "KL divergence"].set_index("variant")["value"]
+        counts = run[run["variant"] == "stock vs patched"].set_index("quantity")["value"]
+        differing = "-"
+        if "tokens" in counts:
+            differing = f"{counts['token_diffs']:,.0f} of {counts['tokens']:,.0f}"
+        own = far.drop("stock vs patched").iloc[0]
+        rows.append(
+            [
+                *names,
+                f"{timed[1]} x {what}: {change(*table.loc[timed, ['stock', 'patched']], 0)}",
+                differing,
+                f"{far['stock vs patched']:.1e} ({own:.1e})",
+            ]
+        )
+    header = ["model", "patches", "ms", "tokens differing", "KL divergence, nats"]
+    return (
+        f"{markdown(header, rows)}\n\nStock -> patched (ratio), `python bench/engine.py --unit-norms "
+        "--no-prompt-logprobs`: random weights, norms around one. KL divergence of the first token of 12 "
+        f"prompts; in brackets stock against itself, one prompt at a time. {origins(frame)}."
+    )
+
+
+def vision(results: Path) -> str | None:
+    """The vision encoder alone, a row per variant."""
+    frame = read(results / "vision-h200.csv")
+    if frame is None:
+        return None
+    table = frame.groupby("variant", sort=False)[["ms", "peak_mib", "distance"]].median()
+    inactive = frame.groupby("variant")["inactive"].first().fillna("")
+    calls = frame.iloc[0]["images"] / frame.iloc[0]["per_call"]
+    rows = [
+        [
+            label(str(variant), inactive[variant]),
+            change(table.loc["stock", "ms"] / calls, row["ms"] / calls, 1),
+            f"{row['peak_mib']:.0f}",
+            f"{row['distance']:.1e}",
+        ]
+        for variant, row in table.iterrows()
+    ]
+    first = frame.iloc[0]
+    return (
+        f"{markdown(['patches', 'ms a call', 'peak, MiB', 'largest distance from stock'], rows)}\n\n"
+        f"Encoder and projection, {first['per_call']} images of {first['patches']} patches a call, "
+        f"attention by {first['attention']}: `python bench/vision.py`. Stock -> patched (ratio). "
+        f"{origins(frame)}."
+    )
+
+
+def label(variant: str, inactive: str) -> str:
+    """Name of a variant, and what of it ran stock's code."""
+    name = variant if variant in ("stock", "all") else f"`{variant}`"
+    return f"{name}, with stock's code for `{inactive}`" if inactive else name
+
+
+def images(results: Path) -> str | None:
+    """Prompts with pictures through the real server."""
+    frame = read(results / "images.csv")
+    if frame is None:
+        return None
+    rows = []
+    for names, run in runs(frame):
+        table = medians(run[run["unit"] == "ms"])
+        counts = run[run["variant"] == "stock vs patched"].set_index("quantity")["value"]
+        times = [
+            change(*table.loc[key, ["stock", "patched"]], 0)
+            for key in (("first token, alone", 1), ("first token, median", 16), ("all prompts", 16))
+        ]
+        differing = f"{counts['logprob_diffs']:.0f} of {counts['logprobs']:.0f}"
+        rows.append([*names, *times, differing])
+    header = ["model", "patches", "first token alone, ms", "median of 16, ms", "all 16, ms"]
+    return (
+        f"{markdown([*header, 'logprobs differing'], rows)}\n\n16 prompts with 6 images of 480 pixels "
+        "each, over HTTP: `python bench/images.py`. Stock -> patched (ratio), the processor's time on "
+        f"the CPU included. {origins(frame)}."
+    )
+
+
+def pools(results: Path) -> str | None:
+    """Sizes of the KV pools, and what comes out when they are full."""
+    frame = read(results / "pools.csv")
+    if frame is None:
+        return None
+    rows = []
+    for names, run in runs(frame):
+        table = medians(run)
+
+        def pair(quantity: str, size: int, table: pd.DataFrame = table) -> pd.Series:
+            return table.loc[(quantity, size), ["stock", "patched"]]
+
+        def sums(name: str, run: pd.DataFrame = run) -> str:
+            each = []
+            for variant in ("stock", "patched"):
+                own = run[run["variant"] == f"{variant} vs stock, one at a time"]
+                each.append(f"{own[own['quantity'] == name]['value'].sum():,.0f}")
+            return " -> ".join(each)
+
+        requests = int(run[run["quantity"] == "soak"]["x"].iloc[0])
+        total = run[(run["quantity"] == "tokens") & run["variant"].str.startswith("patched")]
+        cells = [change(*pair(f"pool of {kind} layers", 1), 0) for kind in ("full", "sliding")]
+        for kind in ("full", "sliding"):
+            cells.append("{:.2f} -> {:.2f}".format(*pair(f"pool of {kind} layers, fullest", 1)))
+        cells.append("{:.0f} -> {:.0f}".format(*pair("times requests were retracted", 1)))
+        cells.append(change(*pair("soak", requests), 0))
+        cells.append(f"{sums('common')} of {total['value'].sum():,.0f}")
+        rows.append([*names, *cells])
+    header = [
+        "model",
+        "patch",
+        "tokens, full layers",
+        "tokens, sliding",
+        "fullest, full",
+        "sliding",
+    ]
+    header += ["retractions logged", "96 requests, ms", "tokens as alone"]
+    return (
+        f"{markdown(header, rows)}\n\nStock -> patched (ratio), 3 GiB for KV, twice 96 prompts of 2000 to "
+        "7000 tokens, 12 of them aborted: `python bench/pools.py`. Tokens as alone: those before the "
+        "first that differs from stock with that prompt alone, of 24 requests a run; batches alone make "
+        f"stock differ too. {origins(frame)}."
+    )
+
+
+def mtp(results: Path) -> str | None:
+    """Speculation, stock and patched."""
+    frame = read(results / "mtp-engine.csv")
+    if frame is None:
+        return None
+    rows = []
+    for names, run in runs(frame, "weights"):
+        table = medians(run)
+        cells = [change(*table.loc[("step", size), ["stock", "patched"]], 2) for size in (1, 8)]
+        counts = run[run["quantity"].isin(["token_diffs", "tokens"])]
+        counts = counts.set_index(["variant", "quantity"])["value"]
+        for how in ("alone", "in batches of 8"):
+            name = f"stock {how} vs patched {how}"
+            told = "-"
+            if (name, "tokens") in counts:
+                told = f"{counts[name, 'token_diffs']:.0f} of {counts[name, 'tokens']:,.0f}"
+            cells.append(told)
+        lengths = table.loc[("accept length, alone", 16)]
+        known = [f"{lengths.get(v):.3f}" for v in ("stock", "patched") if lengths.notna().get(v)]
+        parts = [
+            " + ".join(f"{table.loc[(f'{part}: GPU', size), 'stock']:.2f}" for part in PARTS)
+            for size in (1, 8)
+        ]
+        rows.append([names[0], run.iloc[0]["weights"], *cells, ", ".join(known), "; ".join(parts)])
+    header = ["target", "weights", "a step, batch 1, ms", "batch 8, ms", "tokens differing, alone"]
+    header += [
+        "in batches of 8",
+        "accept length",
+        "stock on the GPU: draft, verification, seed, ms",
+    ]
+    return (
+        f"{markdown(header, rows)}\n\nStock's speculation -> patched (ratio), 3 steps, 4 draft tokens: "
+        f"`python bench/mtp.py` with {chosen(frame.iloc[0]['patches'])}. {origins(frame)}."
+    )
+
+
+PARTS = ("draft", "verify", "seed")

@@ -1,0 +1,105 @@
+"""bench/tables_engines.py on made-up measurements."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench import tables_engines as tables
+from tests.cpu.test_bench_tables import NEW, OLD, VERSIONS, cells
+
+PAIR, ALONE = "stock vs patched", "stock vs stock, one at a time"
+Row = tuple[str, str, int, float, str]
+
+
+def write(path: Path, rows: list[Row], timestamp: str = NEW, **base: Any) -> None:
+    """Appends a run."""
+    frame = pd.DataFrame(rows, columns=["variant", "quantity", "x", "value", "unit"])
+    base = {"model": "e2b", "layers": 35, "patches": "yoco", **base}
+    frame = frame.assign(timestamp=timestamp, gpu="NVIDIA H9", **VERSIONS, **base)
+    frame.to_csv(path, mode="a", header=not path.exists(), index=False)
+
+
+def timed(quantity: str, size: int, stock: float, patched: float, unit: str = "ms") -> list[Row]:
+    return [(v, quantity, size, x, unit) for v, x in (("stock", stock), ("patched", patched))]
+
+
+@pytest.mark.parametrize(
+    "make", [tables.yoco, tables.vision, tables.images, tables.pools, tables.mtp]
+)
+def test_nothing_is_measured(tmp_path: Path, make: Any):
+    assert make(tmp_path) is None
+
+
+def test_long_prompts_newest_run(tmp_path: Path):
+    what = "prefill of 7000 and 10 tokens"
+    far: list[Row] = [
+        (PAIR, "KL divergence", 12, 1e-5, "nats"),
+        (ALONE, "KL divergence", 12, 2e-5, "nats"),
+    ]
+    write(tmp_path / "yoco-engine.csv", timed(what, 30, 9, 9) + far, OLD)
+    counts: list[Row] = [(PAIR, "token_diffs", 64, 3, "count"), (PAIR, "tokens", 64, 4096, "count")]
+    write(tmp_path / "yoco-engine.csv", timed(what, 30, 400, 100) + far + counts)
+    assert cells(tables.yoco(tmp_path) or "") == [
+        [
+            "e2b, 35 layers",
+            "`yoco`",
+            "30 x 7000 and 10 tokens: 400 -> 100 (0.250)",
+            "3 of 4,096",
+            "1.0e-05 (2.0e-05)",
+        ]
+    ]
+
+
+def test_the_encoder_says_what_ran_stocks_code(tmp_path: Path):
+    rows = [
+        {"variant": variant, "ms": ms, "peak_mib": 10.0, "distance": 0.0, "inactive": inactive}
+        for variant, ms, inactive in (
+            ("stock", 80, ""),
+            ("vision_rope", 40, "vision_rope"),
+            ("all", 20, ""),
+        )
+    ]
+    base = {"images": 12, "patches": 900, "per_call": 6, "attention": "auto", "timestamp": NEW}
+    frame = pd.DataFrame(rows).assign(**base, gpu="NVIDIA H9", **VERSIONS)
+    frame.to_csv(tmp_path / "vision-h200.csv", index=False)
+    assert [line[:2] for line in cells(tables.vision(tmp_path) or "")] == [
+        ["stock", "40.0 -> 40.0 (1.000)"],
+        ["`vision_rope`, with stock's code for `vision_rope`", "40.0 -> 20.0 (0.500)"],
+        ["all", "40.0 -> 10.0 (0.250)"],
+    ]
+
+
+def test_full_pools(tmp_path: Path):
+    rows = timed("soak", 96, 1000, 900)
+    for kind, stock, patched in (("full", 100, 200), ("sliding", 80, 40)):
+        rows += timed(f"pool of {kind} layers", 1, stock, patched, "tokens")
+        rows += timed(f"pool of {kind} layers, fullest", 1, 0.5, 1.0, "share")
+    rows += timed("times requests were retracted", 1, 0, 7, "times")
+    for variant, common in (("stock", 60), ("patched", 55)):
+        name = f"{variant} vs stock, one at a time"
+        rows += 2 * [(name, "common", 96, common / 2, "count"), (name, "tokens", 96, 50, "count")]
+    write(tmp_path / "pools.csv", rows, patches="swa_ratio")
+    (line,) = cells(tables.pools(tmp_path) or "")
+    assert line == [
+        "e2b, 35 layers", "`swa_ratio`", "100 -> 200 (2.000)", "80 -> 40 (0.500)", "0.50 -> 1.00",
+        "0.50 -> 1.00", "0 -> 7", "1000 -> 900 (0.900)", "60 -> 55 of 100",
+    ]  # fmt: skip
+
+
+def test_speculation(tmp_path: Path):
+    rows = timed("step", 1, 10, 5) + timed("step", 8, 20, 15)
+    rows += timed("accept length, alone", 16, 2.5, 2.5, "tokens")
+    for part in ("draft", "verify", "seed"):
+        rows += [("stock", f"{part}: GPU", size, size / 4, "ms") for size in (1, 8)]
+    name = "stock alone vs patched alone"
+    rows += [(name, "token_diffs", 16, 4, "count"), (name, "tokens", 16, 1024, "count")]
+    write(tmp_path / "mtp-engine.csv", rows, weights="random", patches="mtp_chain")
+    (line,) = cells(tables.mtp(tmp_path) or "")
+    assert line == [
+        "e2b, 35 layers", "random", "10.00 -> 5.00 (0.500)", "20.00 -> 15.00 (0.750)", "4 of 1,024",
+        "-", "2.500, 2.500", "0.25 + 0.25 + 0.25; 2.00 + 2.00 + 2.00",
+    ]  # fmt: skip
