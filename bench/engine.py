@@ -217,20 +217,33 @@ def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, i
     return count
 
 
-def divergence(a: list[list[float]], b: list[list[float]]) -> float:
+def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, float]:
     """KL divergence of two engines' next-token distributions, estimated, mean over positions.
 
     ``sum(p (r - 1 - log r))``, r = q / p, over all tokens is the divergence: each of its terms is at
-    least 0, so a random sample of the tokens gives a steady estimate.
+    least 0, so a random sample of the tokens gives a steady estimate. Of the generated tokens only
+    those up to the first in which the engines differ have the same tokens before them; the first of
+    them ends the prefill, the others are decoding.
     """
-    terms = []
+    terms: dict[str, list[Any]] = {"KL divergence": [], "KL divergence, decode": []}
     for one, other in zip(a, b, strict=True):
-        p, q = np.array(one), np.array(other)
-        if p.shape != q.shape:
-            raise ValueError("the engines answered for different positions")
-        log_r = q - p
-        terms.append(np.exp(p) * (np.expm1(log_r) - log_r))
-    return float(np.concatenate(terms).mean()) * VOCABULARY
+        same = zip(one["ids"], other["ids"], strict=True)
+        valid = next((i + 1 for i, (x, y) in enumerate(same) if x != y), len(one["ids"]))
+        for name, p_steps, q_steps in (
+            (
+                "KL divergence",
+                one["before"] + one["after"][:1],
+                other["before"] + other["after"][:1],
+            ),
+            ("KL divergence, decode", one["after"][1:valid], other["after"][1:valid]),
+        ):
+            p, q = np.array(p_steps), np.array(q_steps)
+            if p.shape != q.shape:
+                raise ValueError("the engines answered for different positions")
+            log_r = q - p
+            terms[name].append((np.exp(p) * (np.expm1(log_r) - log_r)).ravel())
+    joined = {name: np.concatenate(parts) for name, parts in terms.items()}
+    return {name: float(x.mean()) * VOCABULARY for name, x in joined.items() if x.size}
 
 
 def parse_prefill(text: str) -> tuple[int, int, int]:
@@ -291,6 +304,7 @@ def main(
         bool,
         typer.Option(help="Compare logprobs of the prompts' ends as well; `yoco` declines these"),
     ] = True,
+    kl_new: Annotated[int, typer.Option(min=1, help="Tokens generated for it")] = 1,
     kl_chunk: Annotated[
         int, typer.Option(help="Also the divergence of stock with chunks of so many tokens; 0: not")
     ] = 0,
@@ -356,10 +370,11 @@ def main(
 
     compared = {"count": equality, "new": new_tokens, "seed": 99}
     compared["tail"] = 16 if prompt_logprobs else 0
-    asked = {"count": kl, "sample": 1024, "seed": 97, "tail": 8 if prompt_logprobs else 0}
+    asked = {"count": kl, "sample": 1024, "seed": 97, "new": kl_new}
+    asked["tail"] = 8 if prompt_logprobs else 0
     answers: dict[str, list[dict[str, Any]]] = {}
     profiles: dict[str, dict[str, Any]] = {}
-    distributions: dict[str, list[list[float]]] = {}
+    distributions: dict[str, list[dict[str, Any]]] = {}
     reports: dict[str, dict[str, Any]] = {}
 
     def measure(engine: Engine, round_: int) -> None:
@@ -453,9 +468,9 @@ def main(
         results.rows = [row for row in results.rows if row["round"] >= 0]
         for other, rows in distributions.items():
             if other != STOCK and STOCK in distributions:
-                value = divergence(distributions[STOCK], rows)
-                console.print(f"KL divergence, {STOCK} against {other}: {value:.3e} nats")
-                results.add(f"{STOCK} vs {other}", "KL divergence", kl, 0, value, "nats")
+                for name, value in divergence(distributions[STOCK], rows).items():
+                    console.print(f"{name}, {STOCK} against {other}: {value:.3e} nats")
+                    results.add(f"{STOCK} vs {other}", name, kl, 0, value, "nats")
         show(results, answers, profiles, reports)
         results.save(out)
 

@@ -112,13 +112,12 @@ class Worker:
         return {"rows": rows}
 
     def distribution(
-        self, count: int, sample: int, seed: int, alone: bool, tail: int = 8
-    ) -> dict[str, list[list[float]]]:
+        self, count: int, sample: int, seed: int, alone: bool, tail: int = 8, new: int = 1
+    ) -> dict[str, list[dict[str, Any]]]:
         """Logprobs of ``sample`` random tokens at the end of prompts up to 6000 long.
 
-        After the last ``tail`` positions, or where that is 0 of the first generated token only.
-
-        Together the prompts are cut into other chunks than ``alone``, one prompt at a time.
+        Per prompt: those after its last ``tail`` positions but one, of the ``new`` generated tokens, and
+        these tokens. Together the prompts are cut into other chunks than ``alone``, one at a time.
         """
         source = random.Random(seed)
         ids = [prompts(1, source.randrange(16, 6000), seed + i)[0] for i in range(count)]
@@ -127,7 +126,7 @@ class Worker:
         for batch in [[one] for one in ids] if alone else [ids]:
             answers += self.generate(
                 batch,
-                1,
+                new,
                 return_logprob=True,
                 token_ids_logprob=[wanted] * len(batch),
                 logprob_start_len=[len(one) - tail if tail else -1 for one in batch],
@@ -135,10 +134,12 @@ class Worker:
         rows = []
         for answer in answers:
             meta = answer["meta_info"]
-            before = meta.get("input_token_ids_logprobs") or []
-            steps = [*before, *meta["output_token_ids_logprobs"]]
             # A prompt's first position has no distribution before it.
-            rows.append([value for step in steps if step for value, *_ in step])
+            before = [step for step in meta.get("input_token_ids_logprobs") or [] if step]
+            row = {"ids": answer["output_ids"]}
+            for name, steps in (("before", before), ("after", meta["output_token_ids_logprobs"])):
+                row[name] = [[value for value, *_ in step] for step in steps]
+            rows.append(row)
         return {"rows": rows}
 
     def soak(self, **asked: int) -> dict[str, Any]:

@@ -297,7 +297,9 @@ class Session:
             console.print(f"stress, {variant}: {line}")
         summary = self.results.summary()
         if not summary.empty:
-            console.print(summary.to_string(index=False, float_format=lambda v: f"{v:.3f}"))
+            columns = [*summary.columns[:3], PLAIN, STOCK, PATCHED, "ratio"]
+            kept = summary[[c for c in columns if c in summary]].dropna(thresh=4)
+            console.print(kept.to_string(index=False, float_format=lambda v: f"{v:.3f}"))
 
     def _host(self) -> None:
         """What of a step, measured without a profiler, no kernel accounts for."""

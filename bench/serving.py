@@ -42,6 +42,7 @@ MEASURED = (
     ("total_throughput", "total throughput", "tokens/s"),
     ("duration", "all requests", "s"),
 )
+WARM_UP = 24  # prompts
 
 
 def command(port: int, tokenizer: Path, requests: dict[str, Any], out: Path) -> list[str]:
@@ -130,39 +131,48 @@ def main(
         return Server(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
 
     def measure(server: Server, round_: int) -> None:
-        """One run; round -1 only compiles what is compiled on first use."""
+        """One run; round -1, a short one, only compiles what is compiled on first use."""
+        sent = {**requests, "num-prompts": prompts if round_ >= 0 else min(prompts, WARM_UP)}
         told = scratch / f"{server.variant}-{round_}.jsonl"
         ran = subprocess.run(
-            command(server.port, folder, requests, told),
+            command(server.port, folder, sent, told),
             env=environment(scratch),
             capture_output=True,
             text=True,
         )
         if ran.returncode or not told.is_file():
             sys.exit(f"serving.py: bench_serving failed:\n{ran.stdout[-1500:]}{ran.stderr[-1500:]}")
-        for name, value, unit in measured(told.read_text().splitlines()[-1], prompts):
+        for name, value, unit in measured(told.read_text().splitlines()[-1], sent["num-prompts"]):
             if round_ >= 0:
                 results.add(server.variant, name, prompts, round_, value, unit)
 
-    with Progress(console=console, transient=True) as progress:
-        task = progress.add_task("starting servers", total=2 * (rounds + 1))
-        for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
-            with servers(make, group) as live:
-                for round_ in range(-1, rounds):
-                    for server in in_turn(live, round_):
-                        progress.update(task, description=f"round {round_}: {server.variant}")
-                        with turn():
-                            measure(server, round_)
-                        progress.advance(task)
-                for process in descendants():
-                    rows = [row for row in process.patches if row["state"] == "active"]
-                    if any(row["engaged"] for row in rows):
-                        console.print(report.table(rows, f"pid {process.pid}"))
+    def run() -> None:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("starting servers", total=2 * (rounds + 1))
+            for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
+                with servers(make, group) as live:
+                    for round_ in range(-1, rounds):
+                        for server in in_turn(live, round_):
+                            progress.update(task, description=f"round {round_}: {server.variant}")
+                            with turn():
+                                measure(server, round_)
+                            progress.advance(task)
+                    for process in descendants():
+                        rows = [row for row in process.patches if row["state"] == "active"]
+                        if any(row["engaged"] for row in rows):
+                            console.print(report.table(rows, f"pid {process.pid}"))
 
-    summary = results.summary()
-    columns = [c for c in ("quantity", "x", "unit", STOCK, PATCHED, "ratio") if c in summary]
-    console.print(summary[columns].to_string(index=False, float_format=lambda v: f"{v:.3f}"))
-    results.save(out)
+    try:
+        run()
+    finally:  # where a limit on its time cuts a run off, what there is still counts
+        summary = results.summary()
+        if not summary.empty:
+            columns = [
+                c for c in ("quantity", "x", "unit", STOCK, PATCHED, "ratio") if c in summary
+            ]
+            told = summary[columns].to_string(index=False, float_format=lambda v: f"{v:.3f}")
+            console.print(told)
+        results.save(out)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ for line in sys.stdin:
         ids = [1, 2, 3 + patched]
         answer = {"rows": [{"ids": ids, "input": ["0x1"], "output": ["0x2"], "top": [["0x3", 7]]}]}
     if command["do"] == "distribution":
-        answer = {"rows": [[-1.0, -2.0 - 0.25 * patched, -3.0 - 0.5 * command["alone"]]]}
+        step = [-1.0, -2.0 - 0.25 * patched, -3.0 - 0.5 * command["alone"]]
+        answer = {"rows": [{"ids": [1], "before": [], "after": [step]}]}
     if command["do"] == "status":
         answer = {"processes": []}
     print(json.dumps(answer), flush=True)
@@ -110,6 +111,17 @@ def test_what_is_known_is_saved_when_a_limit_cuts_it_off(tmp_path: Path):
     steps = frame[frame["quantity"] == "decode step"]
     assert steps[["variant", "round", "value"]].to_numpy().tolist() == [["stock", 0, 4.0]]
     assert "KL divergence" in set(frame["quantity"])
+
+
+def test_a_decoded_token_counts_while_what_is_before_it_is_the_same():
+    """Steps after the first token that differs have other tokens before them."""
+    one = {"ids": [1, 2, 3, 4], "before": [[-1.0]], "after": [[-1.0], [-1.0], [-1.0], [-1.0]]}
+    other = {"ids": [1, 2, 9, 4], "before": [[-1.0]], "after": [[-1.0], [-1.5], [-1.0], [-9.0]]}
+    found = engine.divergence([one], [other])
+    moved = math.exp(-1.0) * (math.expm1(-0.5) + 0.5) * engine.VOCABULARY
+    assert found == {"KL divergence": 0, "KL divergence, decode": pytest.approx(moved / 2)}
+    only_prefill = {"ids": [1], "before": [], "after": [[-1.0]]}
+    assert engine.divergence([only_prefill], [only_prefill]) == {"KL divergence": 0}
 
 
 def test_prompts_length_and_tokens():
