@@ -118,6 +118,26 @@ def test_the_rows_whose_logits_are_wanted_are_stocks(
     assert all(torch.equal(a, b) for a, b in zip(*caches, strict=True))
 
 
+def test_as_the_multimodal_class_calls_it(model: Any):
+    """Embeddings and per-layer inputs by name, and no token ids."""
+    found = []
+    for patched in (False, True):
+        ENGINE.revert()
+        batch = shared_kv.Memory().prefill({3: 20, 1: 9}, {})
+        given = {
+            "input_embeds": model.embed_tokens(batch.input_ids),
+            "per_layer_inputs": model.get_per_layer_inputs(batch.input_ids),
+        }
+        if patched:
+            ENGINE.apply(only=[NAME])
+            before = engaged()
+        found.append(model(input_ids=None, forward_batch=batch, positions=batch.positions, **given))
+    assert engaged() == before + 1
+    rows = last_rows(batch)
+    assert_near(found[1][rows], found[0][rows])
+    assert not found[1][0].any()
+
+
 @pytest.mark.parametrize("edge", [0, 1])
 def test_the_window_ends_at_stocks_very_token(model: Any, edge: int):
     """The oldest key that stock's last row sees, and the one before it, made huge in turn."""
