@@ -52,6 +52,8 @@ DTYPES = (torch.bfloat16, torch.float16)
 MAX_BATCH = 1024
 LOG2_E = 1.4426950408889634
 BLOCK_H = 16  # the narrow side of a tensor core's product
+PROCESSORS = 132  # of the GPU that cuts were measured on
+TOGETHER = 3 * PROCESSORS  # programs with heads of 256 that run at once there
 COMBINE_WIDTH = 128  # elements of a head in one program of the second launch
 COMBINE_SPLITS = 32  # splits that such a program loads at once
 
@@ -366,15 +368,30 @@ def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
     if head_dim == 256:
         # A sequence and a KV head a program, once these fill the GPU: splits would leave a tail.
         target = 10 if pairs >= 128 else 20
+        if pairs > TOGETHER:  # but not a second round for the few that did not fit
+            target = triton.cdiv(10 * pairs * rounds_least(pairs), PROCESSORS)
         config = Config(32, 4, 3, target, 64 if pairs < 32 else 128, False, True)
     elif pairs < 32:
         # Few sequences of few KV heads: short splits, so that a short sequence gets enough of them.
         config = Config(16, 4, 3, 30, 64, False, True)
     else:
         config = Config(32, 4, 2, 30, 128, False, True)
-    splits = max(1, config.target * 13 // pairs)
+    splits = max(1, config.target * PROCESSORS // (10 * pairs))
     # 32 thousand numbers: 128 KiB, which one program adds in about 2 microseconds.
     return config._replace(fused=splits * group * head_dim <= 32768)
+
+
+def rounds_least(pairs: int) -> int:
+    """Splits of each pair, up to three, with which the rounds of programs take the least time.
+
+    A round of programs takes 1 / splits of what one with whole pairs takes, and a tenth more for each
+    further split, which has to be added. That tenth is an assumption.
+    """
+
+    def time(splits: int) -> float:
+        return triton.cdiv(pairs * splits, TOGETHER) / splits * (1 + (splits - 1) / 10)
+
+    return min((1, 2, 3), key=time)
 
 
 def slots(

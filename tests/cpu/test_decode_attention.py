@@ -241,6 +241,19 @@ def test_no_lengths_need_more_programs_than_the_grid_has(monkeypatch, processors
             assert needed <= there <= batch + target
 
 
+@pytest.mark.parametrize(
+    ("pairs", "splits"),
+    # 512 whole pairs are two rounds of 396 programs; in thirds they are four, each a third as long.
+    [(256, 1), (396, 1), (400, 3), (512, 3), (700, 1), (792, 1), (1024, 1), (4096, 1)],
+)
+def test_no_round_for_a_few_programs(monkeypatch, pairs, splits):
+    monkeypatch.setattr(kernel, "_properties", {torch.device("cpu"): (9, 0, kernel.PROCESSORS)})
+    config = kernel.choose(pairs // 4, 4, 2, 256)
+    chunk = -(-pairs * 1024 // kernel.target_programs(config, torch.device("cpu")))
+    chunk = max(-(-chunk // config.block_n) * config.block_n, config.min_chunk)
+    assert max(1, -(-1024 // chunk)) == splits
+
+
 @pytest.mark.parametrize("dim", kernel.HEAD_DIMS)
 @pytest.mark.parametrize("group", kernel.GROUPS)
 @pytest.mark.parametrize("batch", [1, 2, 7, 8, 32, 64, 256])
