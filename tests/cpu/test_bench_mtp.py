@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,14 +43,15 @@ def test_an_assistant_reads_the_targets_kv(name: str, tmp_path: Path):
 
 
 def test_sglang_reads_the_folders(tmp_path: Path, environment: dict[str, str]):
-    pytest.importorskip("transformers.models.gemma4_assistant", reason="needs transformers 5.8")
+    """The assistant's only with a transformers that knows it; the release's own pin does not."""
     target, draft = assistant.write_pair(tmp_path, "e4b", 6, centroids=True, agreeing=True)
     code = """
 import sys
 from sglang.srt.configs.model_config import ModelConfig
-target, draft = ModelConfig(sys.argv[1]), ModelConfig(sys.argv[2], is_draft_model=True)
+print(ModelConfig(sys.argv[1]).hf_text_config.tie_word_embeddings)
+draft = ModelConfig(sys.argv[2], is_draft_model=True)
 text = draft.hf_text_config
-print(target.hf_text_config.tie_word_embeddings, draft.hf_config.use_ordered_embeddings)
+print(draft.hf_config.use_ordered_embeddings)
 print(draft.head_dim, draft.swa_head_dim, text.num_key_value_heads, text.swa_num_key_value_heads)
 """
     done = subprocess.run(
@@ -58,8 +61,15 @@ print(draft.head_dim, draft.swa_head_dim, text.num_key_value_heads, text.swa_num
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.splitlines()[-2:] == ["False True", "512 256 2 2"]
+    found = [
+        line for line in done.stdout.splitlines() if re.fullmatch(r"(True|False|[\d ]+)", line)
+    ]
+    if find_spec("transformers.models.gemma4_assistant"):
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert found == ["False", "True", "512 256 2 2"]
+    else:
+        assert found == ["False"]
+        assert "gemma4_assistant" in done.stderr
 
 
 # -- the agreeing pair ----------------------------------------------------------------------------
