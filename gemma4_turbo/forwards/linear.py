@@ -27,6 +27,9 @@ CLASSES = (
 )
 
 
+TOO_MANY_ROWS = f"x must have at most {kernel.MAX_ROWS} rows"
+
+
 class Plan(steps.Plan):
     """What one linear layer allows, looked at once."""
 
@@ -105,6 +108,9 @@ def _run(
         plan = module.__dict__["_gemma4_turbo_plan"] = Plan(module, epilogue)
     if plan.skinny_gemm is not None and plan.skinny_gemm is not UNPROVEN:
         SKINNY_GEMM.run.declined(plan.skinny_gemm)
+        return None
+    if plan.skinny_gemm is None and x.shape[0] > kernel.MAX_ROWS:
+        SKINNY_GEMM.run.declined(TOO_MANY_ROWS)  # every call of a prefill: no time for more
         return None
     weight = module.weight
     reason = kernel.decline_reason(x, weight, epilogue, extra)
