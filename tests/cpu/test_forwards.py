@@ -159,7 +159,6 @@ def test_skinny_gemm_takes_the_linear_layers_of_few_tokens(kind: str):
     assert 0 < difference < 0.06, float(difference)
     run(model, tokens=65)
     assert counters.engaged - before == 2 * 4
-    assert counters.declined >= 2 * 3
     assert "at most 64 rows" in ENGINE.runs["skinny_gemm"].full_reason()
     for layer in model.layers:
         assert int(layer.mlp.down_proj._gemma4_turbo_plan.arrived.sum()) == 0
