@@ -119,7 +119,9 @@ def forward(
         if pdl.supported(hidden_states.device):
             PDL.run.engaged(capturing())
         else:
-            PDL.run.declined("needs a GPU of compute capability 9.0 or later")
+            PDL.run.declined(
+                "needs a GPU of compute capability 9.0 or later, and a Triton that launches so"
+            )
     normed = kwargs.get("normed")
     following = kwargs.get("following")
     residual = hidden_states

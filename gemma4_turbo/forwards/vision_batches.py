@@ -15,6 +15,9 @@ import torch
 # Without the encoder's exclusive use of a GPU's free memory (tensor parallel ranks must cut alike,
 # or their all-reduces would not match; a CPU has no such figure).
 FIXED_BUDGET = 1 << 30
+# Longer GEMMs gain nothing, and kernels of quantised layers count their output's elements in 32 bits:
+# a batch this large has some 600 million.
+MOST_BUDGET = 4 << 30
 ONE_HOT_INDEX = 8  # bytes of an int64, the type of stock's one-hot positions
 
 
@@ -51,13 +54,21 @@ def entry_bytes(encoder: Encoder, patches: int) -> int:
     return patches * max(embedder, layer) + mask
 
 
+_least_idle: dict[torch.device, int] = {}
+
+
 def free_budget(device: torch.device, ranks: int) -> int:
-    """Bytes that a chunk may need: half of what is free now, at most a tenth of the GPU."""
+    """Bytes that a chunk may need: half of what is free now, at most a tenth of the GPU.
+
+    Of what the allocator holds idle only that counts which came since it was least: the pools of CUDA
+    graphs are idle too, and nobody else is given anything of them.
+    """
     if device.type != "cuda" or ranks > 1:
         return FIXED_BUDGET
     free, total = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(free // 2, total // 10)
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    least = _least_idle[device] = min(idle, _least_idle.get(device, idle))
+    return min((free + idle - least) // 2, total // 10, MOST_BUDGET)
 
 
 def plan(

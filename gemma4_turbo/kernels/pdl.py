@@ -52,11 +52,12 @@ _supported: dict[torch.device, bool] = {}
 
 
 def supported(device: torch.device) -> bool:
-    """Whether the GPU has it: compute capability 9.0."""
+    """Whether the GPU has it, compute capability 9.0, and Triton: the first ones do not."""
     if device not in _supported:
         _supported[device] = (
             device.type == "cuda"
             and torch.version.hip is None
+            and hasattr(tl.extra.cuda, "gdc_wait")
             and torch.cuda.get_device_capability(device) >= (9, 0)
         )
     return _supported[device]

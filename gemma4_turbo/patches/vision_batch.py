@@ -68,10 +68,12 @@ def _features(run: PatchRun, model: Any, items: list[Any], attribute: str) -> to
     if pixels:
         described = describe(tower)
         ranks = _ranks()
+        # To ask the allocator takes longer than a single entry's share of anything here.
+        budget = batches.free_budget(device, ranks) if len(pixels) > 1 else 0
         chunks = batches.plan(
             [entry.pixels.shape[1] for entry in pixels],
             lambda patches: batches.entry_bytes(described, patches),
-            batches.free_budget(device, ranks),
+            budget,
             1 if _one_at_a_time(tower) else None,
         )
         encoded = batches.encode(pixels, chunks, tower, device, dtype, halve=ranks == 1)

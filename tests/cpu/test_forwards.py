@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gemma4_turbo import states
+from gemma4_turbo.kernels import pdl
 from gemma4_turbo.patching import ENGINE
 from tests.cpu.conftest import patched_sglang
 
@@ -185,6 +186,19 @@ def test_dependent_launch_is_declined_off_hopper():
     run(model)
     assert ENGINE.runs["pdl"].counters.engaged == before
     assert "compute capability 9.0" in ENGINE.runs["pdl"].full_reason()
+
+
+def test_dependent_launch_needs_a_triton_that_has_it(monkeypatch: pytest.MonkeyPatch):
+    """An older one would refuse the launch option at the first kernel."""
+    hopper = torch.device("cuda", 7)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(pdl, "_supported", {})
+    monkeypatch.setattr(pdl, "wanted", True)
+    assert pdl.supported(hopper)
+    pdl._supported.clear()
+    monkeypatch.delattr(pdl.tl.extra.cuda, "gdc_wait")
+    assert not pdl.supported(hopper)
+    assert pdl.options(SimpleNamespace(device=hopper)) == {"PDL": False}
 
 
 def test_without_any_step_the_shared_forwards_make_stock_calls_only():

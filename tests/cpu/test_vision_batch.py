@@ -269,13 +269,52 @@ def test_ranks_cut_alike(ranks: int, device: str):
     assert batches.free_budget(torch.device(device), ranks) == batches.FIXED_BUDGET
 
 
-def test_the_budget_of_one_gpu(monkeypatch: pytest.MonkeyPatch):
-    """Half of what is free, the allocator's cache included; at most a tenth of the GPU."""
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3000)
+def gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int, idle: int) -> None:
+    """A GPU with so much free, and an allocator that holds so much idle."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 1000 + idle)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
-    for free, total, expected in ((4000, 100_000, 3000), (90_000, 100_000, 10_000)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, x=(free, total): x)
-        assert batches.free_budget(torch.device("cuda"), 1) == expected
+
+
+def budgets(monkeypatch: pytest.MonkeyPatch, *states: tuple[int, int, int]) -> list[int]:
+    """Of one process, one state of its GPU after the other."""
+    monkeypatch.setattr(batches, "_least_idle", {})
+    found = []
+    for state in states:
+        gpu(monkeypatch, *state)
+        found.append(batches.free_budget(torch.device("cuda"), 1))
+    return found
+
+
+def test_the_budget_of_one_gpu(monkeypatch: pytest.MonkeyPatch):
+    """Half of what is free; at most a tenth of the GPU, and no more than pays."""
+    most = batches.MOST_BUDGET
+    assert budgets(monkeypatch, (4000, 100_000, 0)) == [2000]
+    assert budgets(monkeypatch, (90_000, 100_000, 0)) == [10_000]
+    assert budgets(monkeypatch, (90 * most, 100 * most, 0)) == [most]
+
+
+def test_idle_pools_of_graphs_are_not_free(monkeypatch: pytest.MonkeyPatch):
+    """What was idle from the start never counts; what later chunks left behind does."""
+    at_first = (1000, 100_000, 2000)
+    a_chunk_is_cached = (500, 100_000, 2500)
+    nothing_but_cache = (0, 100_000, 3000)
+    found = budgets(monkeypatch, at_first, a_chunk_is_cached, nothing_but_cache)
+    assert found == [500, 500, 500]
+    # An emptied cache shows how much of the first was the graphs'.
+    assert budgets(monkeypatch, at_first, (1500, 100_000, 1500), at_first) == [500, 750, 750]
+
+
+def test_a_single_image_asks_nobody_for_memory(monkeypatch: pytest.MonkeyPatch):
+    """The allocator's figures take longer than all else here."""
+    model = vision.model("triton_attn")
+    asked: list[int] = []
+    budget = batches.free_budget
+    monkeypatch.setattr(batches, "free_budget", lambda *a: asked.append(1) or budget(*a))
+    model.get_image_feature([vision.given(2), vision.image(4, 4)])
+    assert not asked
+    model.get_image_feature([vision.image(4, 4), vision.image(4, 4)])
+    assert asked
 
 
 def test_out_of_memory_halves_the_chunk(monkeypatch: pytest.MonkeyPatch):
