@@ -93,6 +93,7 @@ def refusal(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, A
         or _rows_reason(model, batch, kwargs)
         or _layout_reason(batch, positions)
         or _backend_reason(batch.attn_backend)
+        or _cache_reason(model, batch.token_to_kv_pool)
     )
 
 
@@ -139,6 +140,8 @@ def _rows_reason(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
             return "logprobs of the prompt are wanted"
     if arguments.enable_lora or any(name is not None for name in batch.lora_ids or ()):
         return "LoRA"
+    if arguments.forward_hooks or arguments.debug_tensor_dump_output_folder is not None:
+        return "hooks see what the layers compute"
     return None
 
 
@@ -174,6 +177,17 @@ def _backend_reason(backend: Any) -> str | None:
         return "deterministic inference has an attention of its own"
     if backend.use_mla:
         return "multi-head latent attention"
+    return None
+
+
+def _cache_reason(model: Any, pool: Any) -> str | None:
+    """With an 8-bit cache stock's extend kernel does not compile for the shared layers.
+
+    It is to fail at the first prompt, not at the first one that is not cut.
+    """
+    computed = model.norm.weight.dtype
+    if pool.dtype != computed:
+        return f"the KV cache is {pool.dtype}, the model {computed}"
     return None
 
 
@@ -306,6 +320,9 @@ def _backend(
         window_splits = torch.empty((count,), dtype=torch.int32, device=device)
         backend.get_num_kv_splits(window_splits, keys)
     made = copy.copy(backend)
+    if found.sliding is not None:
+        # A decode kernel may take this for the most keys of a row; stock's extend step has two more.
+        made.sliding_window_size = max(found.windows)
     made.forward_metadata = ForwardMetadata(
         attn_logits=logits(backend.v_head_dim),
         attn_lse=torch.empty((count, heads, splits), dtype=torch.float32, device=device),

@@ -15,6 +15,7 @@ TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 HEAD = {"sliding_attention": 64, "full_attention": 128}
 SLOTS, CONTEXT, WINDOW = 256, 96, 7  # WINDOW: keys before a token's own, in its layer
 VOCAB = 64
+DTYPE = torch.float16  # of bf16 the interpreter multiplies the bits, in the kernels of SGLang
 
 
 def config(shared: int = SHARED_FROM, ple: bool = True) -> Any:
@@ -43,12 +44,12 @@ def config(shared: int = SHARED_FROM, ple: bool = True) -> Any:
 
 
 def build(shared: int = SHARED_FROM, ple: bool = True) -> Any:
-    """SGLang's text model in bf16 with random weights."""
+    """SGLang's text model with random weights."""
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
 
     small_moe.prepare_sglang()
     before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(DTYPE)
     try:
         with pytest.MonkeyPatch.context() as patch:
             # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
@@ -83,7 +84,7 @@ class Memory:
             [i for i, t in enumerate(TYPES) if t == "full_attention"],
             [i for i, t in enumerate(TYPES) if t == "sliding_attention"],
         )
-        common = {"page_size": 1, "dtype": torch.bfloat16, "device": "cpu"}
+        common = {"page_size": 1, "dtype": DTYPE, "device": "cpu"}
         self.kv = SWAKVPool(
             size=size,
             size_swa=size,

@@ -51,7 +51,7 @@ def last_rows(batch: Any) -> torch.Tensor:
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """A few bf16 roundings: the attention kernels add in another order, through three layers."""
+    """A few roundings: the attention kernels add in another order, through three layers."""
     difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
     assert difference < 0.02, float(difference)
 
@@ -136,6 +136,28 @@ def test_as_the_multimodal_class_calls_it(model: Any):
     rows = last_rows(batch)
     assert_near(found[1][rows], found[0][rows])
     assert not found[1][0].any()
+
+
+def test_a_picture_that_sees_itself_both_ways(model: Any):
+    """Stock's mask over a span up to the last token, behind a prefix longer than the window."""
+    found = []
+    for patched in (False, True):
+        ENGINE.revert()
+        memory = shared_kv.Memory()
+        forward(model, memory.prefill({2: 11}, {}))
+        batch = memory.prefill({2: 12, 1: 5}, {2: 11})
+        image = torch.ones(12, 23, dtype=torch.bool).tril(11)
+        image[4:, 15:] = True
+        text = torch.ones(5, 5, dtype=torch.bool).tril()
+        metadata = memory.backend.forward_metadata
+        metadata.custom_mask = torch.cat([image.flatten(), text.flatten()])
+        metadata.mask_indptr = torch.tensor([0, 12 * 23, 12 * 23 + 25], dtype=torch.int32)
+        if patched:
+            ENGINE.apply(only=[NAME])
+            before = engaged()
+        found.append(forward(model, batch)[last_rows(batch)])
+    assert engaged() == before + 1
+    assert_near(found[1], found[0])
 
 
 @pytest.mark.parametrize("edge", [0, 1])
@@ -259,6 +281,31 @@ def test_the_batch_is_told():
     assert vars(ForwardBatch)["init_new"] is swap.raw
 
 
+# -- a decode kernel that is told how many keys a row can have ------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", [{1: 70}, {2: 68, 1: 66, 4: 5}])
+def test_the_decode_kernel_is_given_every_key_of_the_window(
+    lengths: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """A row of the extend step has two keys more than the backend's window: here a split more."""
+    monkeypatch.setattr(shared_kv, "WINDOW", 64)
+    monkeypatch.setattr(
+        shared_kv, "HEAD", {"sliding_attention": 256, "full_attention": 512}
+    )  # those that the kernel takes
+    wide = shared_kv.build()
+    ENGINE.revert()
+    batch = shared_kv.Memory().prefill(lengths, {})
+    expected = forward(wide, batch)[last_rows(batch)]
+    ENGINE.apply(only=[NAME, "decode_attention"])
+    before = ENGINE.runs["decode_attention"].counters.engaged
+    memory = shared_kv.Memory()
+    found = forward(wide, memory.prefill(lengths, {}))[last_rows(batch)]
+    assert ENGINE.runs["decode_attention"].counters.engaged == before + 3
+    assert_near(found, expected)
+    assert memory.backend.sliding_window_size == 63
+
+
 # -- what is not cut -------------------------------------------------------------------------------------
 
 
@@ -290,6 +337,7 @@ def refusals() -> list[tuple[str, dict[str, Any]]]:
         ("two-batch", {"tbo_split_seq_index": 1}),
         ("context parallelism", {"attn_cp_metadata": object()}),
         ("sparse", {"hisparse_coordinator": object()}),
+        ("the KV cache is", {"token_to_kv_pool": SimpleNamespace(dtype=torch.float8_e4m3fn)}),
         ("not on the host", {"seq_lens_cpu": None}),
         ("positions are not", {"positions": torch.arange(12)}),
         ("positions are not", {"positions": torch.arange(33).view(3, 11)}),
@@ -306,7 +354,7 @@ def prefilled(changes: dict[str, Any]) -> Any:
     return batch
 
 
-@pytest.mark.parametrize("case", range(25))
+@pytest.mark.parametrize("case", range(26))
 def test_every_gate(model: Any, case: int):
     reason, changes = refusals()[case]
     batch = prefilled(changes)
@@ -319,7 +367,7 @@ def test_every_gate(model: Any, case: int):
 
 
 def test_there_is_a_case_for_every_refusal():
-    assert len(refusals()) == 25
+    assert len(refusals()) == 26
 
 
 @pytest.mark.parametrize(
@@ -379,9 +427,14 @@ def test_gates_of_model_and_server(model: Any, monkeypatch: pytest.MonkeyPatch):
     with monkeypatch.context() as m:
         m.setattr(model, "layers_to_capture", [1])
         assert "captured" in reason()
-    for name, word in (("enable_lora", "LoRA"), ("is_embedding", "embeddings")):
+    for name, value, word in (
+        ("enable_lora", True, "LoRA"),
+        ("is_embedding", True, "embeddings"),
+        ("forward_hooks", [{"name": "steering"}], "hooks"),
+        ("debug_tensor_dump_output_folder", "/tmp/dump", "hooks"),
+    ):
         with monkeypatch.context() as m:
-            m.setattr(get_global_server_args(), name, True)
+            m.setattr(get_global_server_args(), name, value)
             assert word in reason()
     with monkeypatch.context() as m:
         m.setattr(fast_prefill.custom_ops, "capturing", lambda: True)
