@@ -5,11 +5,12 @@ between the two. With `mtp_seed_graph` both are CUDA graphs of one attention bac
 same buffers: pointers, slots and splits, of all tokens and of the sliding window. Stock's way is to
 fill them again. Here the draft leaves them as they are, if nothing can have changed:
 
-* they were filled last by a seed step, no other step having come between;
+* they were filled last by the seed step of a verification, no other step having come between;
 * for the same requests in the same order, of the same lengths, in a graph of the same size.
 
-A seed step always fills them. A request whose slots change has been prefilled anew, and seeded
-after that, so its old slots are never taken for its new ones.
+A seed step always fills them. That of a prefill counts for nothing: after it the radix cache gives
+a request the slots of another one with the same prompt, and frees its own. From a verification to
+the next draft nobody's slots change; who is retracted is prefilled and verified again before that.
 
 The draft's positions, which stock computes twice from the same lengths, are computed once. Together
 that is 15 launches and two blocking reads by the host less in each verify step. The verification
@@ -45,11 +46,14 @@ METHODS = (
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have our methods
 
 
+Requests = tuple[tuple[str, Any], ...]  # id and row of the table of slots: users choose ids
+
+
 class Filled(NamedTuple):
     """What the buffers of the backend hold."""
 
     size: int  # of the graph
-    requests: tuple[str, ...]
+    requests: Requests
     lengths: tuple[int, ...]  # those of the graph's padding too
 
 
@@ -58,13 +62,14 @@ class Memory:
 
     def __init__(self) -> None:
         self.seeded: Filled | None = None  # None: no seed step filled them last
-        self.requests: tuple[str, ...] | None = None  # of the step; None outside of one
+        self.requests: Requests | None = None  # of the step; None outside of one
         self.drafting = False
 
     @contextlib.contextmanager
     def step(self, requests: Any, drafting: bool) -> Iterator[None]:
         """A draft or a seed step of these requests."""
-        self.requests, self.drafting = tuple(request.rid for request in requests), drafting
+        self.requests = tuple((request.rid, request.req_pool_idx) for request in requests)
+        self.drafting = drafting
         try:
             yield
         finally:
@@ -111,6 +116,7 @@ def install(run: PatchRun, worker: Any) -> None:
     def forward_draft_extend(batch: Any, *args: Any, **kwargs: Any) -> None:
         with memory.step(batch.reqs, False):
             kind.forward_draft_extend(worker, batch, *args, **kwargs)
+        memory.seeded = None  # the radix cache may now exchange slots
 
     def forward_draft_extend_after_decode(batch: Any) -> None:
         with memory.step([r for r in batch.reqs if not r.finished()], False):

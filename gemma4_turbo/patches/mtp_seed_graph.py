@@ -63,16 +63,30 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def capture_one_batch_size(
         self: Any, num_seqs: int, forward: Any, stream_idx: int = 0
     ) -> tuple[Any, Any]:
-        captured: tuple[Any, Any] = capture(self, num_seqs, forward, stream_idx)
+        captured: tuple[Any, Any] | None = None
+        try:
+            captured = capture(self, num_seqs, forward, stream_idx)
+        except torch.OutOfMemoryError:
+            if self.frozen_kv_mtp_worker not in _workers or self.tp_size > 1:
+                raise
+        if captured is None:  # the server is to start wherever it starts without our graphs
+            _release(self.frozen_kv_mtp_worker)
+            run.set(states.FAILED, "out of memory: the draft's graphs took the seeds' place")
+            torch.cuda.empty_cache()
+            captured = capture(self, num_seqs, forward, stream_idx)
         reason = runner_refusal(self)
         if reason is not None:
             run.declined(reason)
         elif run.state != states.FAILED:
+            failure = ""
             try:
                 _capture_seed(run, self, num_seqs)
-            except Exception as error:  # stock seeds eagerly
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"
+            failure = _any_rank(self, failure)
+            if failure:  # stock seeds eagerly
                 _release(self.frozen_kv_mtp_worker)
-                run.set(states.FAILED, f"{type(error).__name__}: {error}")
+                run.set(states.FAILED, failure)
         return captured
 
     return {CAPTURE: capture_one_batch_size}
@@ -92,6 +106,17 @@ def runner_refusal(runner: Any) -> str | None:
     if METHOD in vars(worker) and worker not in _workers:
         return "the worker has a seed step of its own"
     return None
+
+
+def _any_rank(runner: Any, failure: str) -> str:
+    """The failure of this rank or of another: all have a graph, or none.
+
+    A rank that seeds eagerly reduces fewer rows than one whose graph pads them.
+    """
+    if runner.tp_size == 1:
+        return failure
+    ranks = runner.model_runner.tp_group.all_gather_object(failure)
+    return failure or next((f"on rank {i}: {f}" for i, f in enumerate(ranks) if f), "")
 
 
 # -- capture --------------------------------------------------------------------------------------

@@ -180,7 +180,8 @@ def make_worker(graphs: bool, **changed: Any) -> Any:
         forward=assistant.forward,
         model=SimpleNamespace(backbone_hidden_size=made.HIDDEN),
         server_args=arguments,
-        tp_size=1,
+        tp_size=2 if "tp_group" in settings else 1,
+        tp_group=settings.get("tp_group"),
         dp_size=1,
         device="cpu",
         dtype=torch.float64,
@@ -227,6 +228,8 @@ def batch(*names: str, first_slot: int = 0, longer: int = 0) -> Any:
     built = made.batch(*names, first_slot=first_slot)
     built.seq_lens = built.seq_lens + torch.arange(len(names)) + longer
     built.seq_lens_cpu = built.seq_lens.clone()
+    for row, request in enumerate(built.reqs, first_slot):
+        request.req_pool_idx = row
     built.out_cache_loc = None
     built.tree_cache = SimpleNamespace(supports_swa=lambda: False)
     return built
@@ -301,6 +304,26 @@ def after_decode(worker: Any, running: Any) -> None:
     assert running.req_pool_indices is whole[1]
 
 
+def verified(worker: Any, running: Any) -> None:
+    """The seed step after a verification: every request goes on with a token, of the same length."""
+    from sglang.srt.speculative.frozen_kv_mtp_info import FrozenKVMTPDraftExtendInput
+
+    from tests.cpu import mtp_batches as made
+
+    rows = len(running.reqs)
+    hidden = torch.cos(torch.arange(rows * made.HIDDEN).double() + int(running.seq_lens.sum()))
+    running.spec_info = FrozenKVMTPDraftExtendInput(
+        hidden_states=hidden.view(rows, -1),
+        input_ids=torch.arange(rows) + 3,
+        seq_lens=running.seq_lens,
+        seq_lens_cpu=running.seq_lens_cpu,
+        req_pool_indices=running.req_pool_indices,
+        num_accept_tokens=torch.ones(rows, dtype=torch.int64),
+        num_correct_drafts=torch.zeros(rows, dtype=torch.int64),
+    )
+    worker.forward_draft_extend_after_decode(running)
+
+
 def play(worker: Any) -> dict[str, Any]:
     """Two requests are seeded, two others, and a third; three draft; two are seeded again."""
     assistant = worker.draft_model_runner.assistant
@@ -359,10 +382,25 @@ def limits() -> dict[str, Any]:
     found["idle"] = [idle.spec_info.topk_index.tolist(), type(idle.spec_info).__name__]
 
     state = run.state
+    told_us = mock.Mock(side_effect=lambda failure: [failure, "RuntimeError: no memory"])
+    pair = make_worker(graphs=True, tp_group=SimpleNamespace(all_gather_object=told_us))
+    seed(pair, batch("a"))
+    found["failed on another rank"] = [
+        *(run.state, run.reason, "_run_assistant_seed_step" in vars(pair), told_us.call_count)
+    ]
+    run.state = state
     with mock.patch.object(Graph, "pool", side_effect=RuntimeError("no memory")) as failing:
         failing.side_effect = [None, RuntimeError("no memory")] + [None] * 9
         broken = make_worker(graphs=True)
     found["failed capture"] = [run.state, run.reason, "_run_assistant_seed_step" in vars(broken)]
+    run.state = state
+    with mock.patch.object(Graph, "pool") as full:
+        full.side_effect = [None, None, torch.OutOfMemoryError("no memory")] + [None] * 9
+        crowded = make_worker(graphs=True)
+    found["no memory for the draft"] = [
+        *(run.state, run.reason, "_run_assistant_seed_step" in vars(crowded)),
+        sorted(crowded.cuda_graph_runner.graphs),
+    ]
     run.state = state
     chain = ENGINE.runs["mtp_chain"]
     chain._decline_reason = ""
@@ -381,7 +419,7 @@ def metadata() -> dict[str, Any]:
         drafts, counts = [], []
         for worker in (make_worker(graphs=True), make_worker(graphs=False)):
             running = batch("a", "b", "c")
-            seed(worker, running)
+            verified(worker, running)
             running = change(worker, running)
             before = worker.draft_attn_backend.filled
             drafts.append(draft(worker, running))
@@ -399,6 +437,19 @@ def metadata() -> dict[str, Any]:
             return running
 
         return change
+
+    def prefilled(worker: Any, running: Any) -> Any:
+        seed(worker, running)
+        return running
+
+    def slots_exchanged(worker: Any, running: Any) -> Any:
+        seed(worker, running)
+        worker.draft_attn_backend.table[1, :4] += 100  # the radix cache had this prompt already
+        return running
+
+    def namesakes(worker: Any, running: Any) -> Any:
+        verified(worker, batch("a", "b", "c", first_slot=4))
+        return running
 
     def others_slots(worker: Any, running: Any) -> Any:
         later = batch("a", "b", "c", first_slot=4)
@@ -420,6 +471,9 @@ def metadata() -> dict[str, Any]:
     told("another was seeded eagerly", after("v", "w", "x", "y", "z"))
     told("other requests", others_slots)
     told("merged", merged)
+    told("prefilled", prefilled)
+    told("slots exchanged after the prefill", slots_exchanged)
+    told("others of the same names", namesakes)
     found["any order"] = any_order()
     return found
 
@@ -436,22 +490,22 @@ def any_order() -> list[int]:
     ]
     for pair in pairs:
         for worker, running in zip((ours, stock), pair, strict=True):
-            seed(worker, running)
+            verified(worker, running)
     wrong = drafts = 0
     seeded = [True] * len(pairs)  # a draft takes its seed's hidden states away
     filled = ours.draft_attn_backend.filled
     for _ in range(240):
         number = source.randrange(len(pairs))
         pair = pairs[number]
-        what = source.choice(("seed", "draft", "draft", "longer"))
+        what = source.choice(("seed", "prefill", "draft", "draft", "longer"))
         if what == "longer" and int(pair[0].seq_lens.max()) < 24:
             for running in pair:
                 running.seq_lens.add_(1)
                 running.seq_lens_cpu.add_(1)
-        if "seed" in what:
+        if what in ("seed", "prefill"):
             filled, seeded[number] = filled + 1, True
             for worker, running in zip((ours, stock), pair, strict=True):
-                seed(worker, running)
+                (verified if what == "seed" else seed)(worker, running)
         if "draft" in what and seeded[number]:
             drafts, seeded[number] = drafts + 1, False
             made = [draft(*one) for one in zip((ours, stock), pair, strict=True)]

@@ -106,6 +106,20 @@ def test_workers_that_keep_stocks_steps(found: dict[str, Any]) -> None:
     assert limits["failed capture"] == ["failed", "RuntimeError: no memory", False]
 
 
+def test_a_failure_on_another_rank(found: dict[str, Any]) -> None:
+    """No rank seeds with a graph whose sums another would have to join; nothing more is tried."""
+    state, reason, ours, asked = found["limits"]["failed on another rank"]
+    assert (state, reason) == ("failed", "on rank 1: RuntimeError: no memory")
+    assert (ours, asked) == (False, 1)
+
+
+def test_the_drafts_graphs_come_first(found: dict[str, Any]) -> None:
+    """Where memory is short for a graph of stock's, those of the seeds make room."""
+    state, reason, ours, graphs = found["limits"]["no memory for the draft"]
+    assert (state, reason.partition(":")[0], ours) == ("failed", "out of memory", False)
+    assert graphs == [1, 2, 4]
+
+
 def test_a_revert_gives_live_workers_their_methods_back(found: dict[str, Any]) -> None:
     """The seeds of the reverted worker are eager again."""
     assert found["own methods"] == []
@@ -125,6 +139,9 @@ def test_a_revert_gives_live_workers_their_methods_back(found: dict[str, Any]) -
         ("another was seeded eagerly", 1),
         ("other requests", 1),
         ("merged", 1),
+        ("prefilled", 1),
+        ("slots exchanged after the prefill", 1),
+        ("others of the same names", 1),
     ],
 )
 def test_a_draft_fills_the_buffers_again_where_anything_changed(
@@ -175,7 +192,7 @@ def test_a_steps_positions_are_computed_once() -> None:
 
     worker = Worker()
     mtp_metadata.install(ENGINE.runs["mtp_metadata"], worker)
-    request = SimpleNamespace(rid="a", finished=lambda: False)
+    request = SimpleNamespace(rid="a", req_pool_idx=0, finished=lambda: False)
     worker.draft(SimpleNamespace(reqs=[request], made="made", other="other"))
     assert worker.set == ["other"]
     Worker.draft(worker, SimpleNamespace(made="made", other="other"))  # in no step
