@@ -119,12 +119,12 @@ class _Call:
         self.q = q.view(-1, heads, dim)
         self.k, self.v = k, v
         self.qo_indptr = metadata.qo_indptr
-        self.longest = metadata.max_extend_len
+        self.longest = int(metadata.max_extend_len)  # SGLang's host tensors too
         window = layer.sliding_window_size
         sliding = window is not None and window > -1
         self.kv_indptr = metadata.window_kv_indptr if sliding else metadata.kv_indptr
         self.kv_indices = metadata.window_kv_indices if sliding else metadata.kv_indices
-        if metadata.kv_indices.shape[0] == 0:
+        if metadata.kv_indices is not None and metadata.kv_indices.shape[0] == 0:
             self.kv_indices = metadata.kv_indices  # no prefix at all; the window's is a bound
         self.options = {
             "sm_scale": layer.scaling,
@@ -137,6 +137,8 @@ class _Call:
 
     def reason(self) -> str | None:
         """Why the kernel does not take it, or None."""
+        if self.kv_indptr is None or self.kv_indices is None:
+            return "the backend has no KV indices for the layer"
         return kernel.decline_reason(
             self.q, self.k, self.v, self.k_buffer, self.v_buffer, **self.options
         )

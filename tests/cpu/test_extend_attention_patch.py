@@ -421,6 +421,31 @@ def test_sinks_and_other_caches_reach_stock(world):
     assert "float8_e5m2" in run().full_reason()
 
 
+def test_a_layer_without_indices_reaches_stock(world):
+    """A draft extend builds none for sliding layers: what comes of it is stock's to say."""
+    calls: list[Any] = []
+    forward = patch._forward(run(), lambda *arguments: calls.append(arguments))
+    batch = world.extend([5], [7])
+    world.backend.forward_metadata.window_kv_indices = None
+    forward(world.backend, *world.inputs(SLIDING, batch), world.layers[SLIDING], batch)
+    assert len(calls) == 1
+    assert "no KV indices" in run().full_reason()
+
+
+@pytest.mark.parametrize("new", [[1, 1], [20, 3]], ids=["split", "dense"])
+def test_lengths_on_the_host_may_be_tensors(world, new):
+    """So SGLang hands them over where it turns a decode step into an extend of one token each."""
+    old = [20, 33]
+    batch = world.extend(new, old)
+    batch.extend_seq_lens_cpu = torch.tensor(new)
+    batch.extend_prefix_lens_cpu = torch.tensor(old)
+    world.backend.init_forward_metadata(batch)
+    assert isinstance(world.backend.forward_metadata.max_extend_len, torch.Tensor)
+    mine, stored, stock, stocks = world.both(FULL, batch, *world.inputs(FULL, batch))
+    assert relative_error(mine, stock) < 2e-3
+    assert torch.equal(stored, stocks)
+
+
 def test_stocks_query_block():
     """Read from stock's own table: on this machine the one of GPUs without a row."""
     assert patch._stock_query_block(128) == 64

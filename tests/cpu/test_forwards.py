@@ -165,6 +165,36 @@ def test_skinny_gemm_takes_the_linear_layers_of_few_tokens(kind: str):
         assert int(layer.mlp.down_proj._gemma4_turbo_plan.arrived.sum()) == 0
 
 
+def test_skinny_gemm_leaves_batch_invariant_mode_to_stock(monkeypatch):
+    """Its sums are cut by the number of rows, and above 64 rows they are stock's."""
+    from sglang.srt import batch_invariant_ops
+
+    monkeypatch.setattr(batch_invariant_ops, "is_batch_invariant_mode_enabled", lambda: True)
+    ENGINE.apply(only=["skinny_gemm", "qkv_norm"])
+    counters = ENGINE.runs["skinny_gemm"].counters
+    before = counters.engaged
+    ENGINE.runs["skinny_gemm"]._decline_reason = ""
+    run(build("dense"))
+    assert counters.engaged == before
+    assert "batch-invariant" in ENGINE.runs["skinny_gemm"].full_reason()
+
+
+@pytest.mark.parametrize("where", ["mlp", "act_fn"])
+def test_skinny_gemm_runs_the_hooks_of_the_dense_mlp(where: str):
+    """As SGLang's ``--forward-hooks`` registers them."""
+    ENGINE.apply(only=["skinny_gemm", "qkv_norm"])
+    ENGINE.runs["skinny_gemm"]._decline_reason = ""
+    model = build("dense")
+    called: list[Any] = []
+    mlp = model.layers[0].mlp
+    (mlp if where == "mlp" else mlp.act_fn).register_forward_hook(
+        lambda *arguments: called.append(arguments)
+    )
+    run(model)
+    assert len(called) == 1
+    assert "hooks" in ENGINE.runs["skinny_gemm"].full_reason()
+
+
 def test_skinny_gemm_takes_the_gate_of_the_per_layer_input():
     """With ple_tail: gate, activation and product in one launch, and the projection after it."""
     ENGINE.revert()

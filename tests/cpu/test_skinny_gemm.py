@@ -94,6 +94,25 @@ DECLINED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def test_a_gpu_with_less_shared_memory_is_declined(monkeypatch):
+    """Its launch would raise out of the first forward."""
+    x, weight, _ = operands(2, 64, 256)
+    monkeypatch.setattr(kernel, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    kernel.device_reason.cache_clear()
+    try:
+        told = kernel.device_reason(torch.device("cuda", 0))
+        assert "compute capability (8, 9)" in str(told)
+        assert "CUDA device" in str(kernel.decline_reason(x, weight, Epilogue.NONE))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        assert kernel.device_reason(torch.device("cuda", 1)) is None
+        monkeypatch.setattr(kernel, "device_reason", lambda device: told)
+        assert kernel.decline_reason(x, weight, Epilogue.NONE) == told
+    finally:
+        monkeypatch.undo()
+        kernel.device_reason.cache_clear()
+
+
 @pytest.mark.parametrize(("argument", "changed"), DECLINED)
 def test_value_error_names_the_argument(argument, changed):
     x, weight, _ = operands(2, 64, 256)
