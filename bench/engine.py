@@ -41,6 +41,15 @@ VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
 PIECEWISE = "stock, piecewise"
 CHUNKS = "stock, other chunks"
+ARGUMENTS = {  # of every engine on a generated model
+    "load_format": "dummy",
+    "skip_tokenizer_init": True,
+    "attention_backend": "triton",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "chunked_prefill_size": 4096,
+    "log_level": "info",
+}
 console = Console(width=150)
 
 
@@ -217,6 +226,21 @@ def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, i
     return count
 
 
+def distance(one: dict[str, Any], other: dict[str, Any], strict: bool = True) -> tuple[int, float]:
+    """Leading tokens in common, and the largest distance of logprobs over them.
+
+    ``strict``: the answers must be of one length, or ValueError.
+    """
+    common, largest = 0, 0.0
+    tokens = zip(one["output"], other["output"], one["ids"], other["ids"], strict=strict)
+    for x, y, id_x, id_y in tokens:
+        if id_x != id_y:
+            break
+        common += 1
+        largest = max(largest, abs(float.fromhex(x) - float.fromhex(y)))
+    return common, largest
+
+
 def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, float]:
     """KL divergence of two engines' next-token distributions, estimated, mean over positions.
 
@@ -252,6 +276,16 @@ def parse_prefill(text: str) -> tuple[int, int, int]:
     if not found:
         raise typer.BadParameter(f"--prefill must be BATCHxLENGTH[+TOKENS], got {text!r}")
     return int(found[1]), int(found[2]), int(found[3] or 1)
+
+
+def end_on_sigterm() -> None:
+    """`timeout` ends a run as an error would: what is known is saved, no engine or server stays."""
+
+    def terminated(*_: object) -> None:
+        Engine.patience_s = 0
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, terminated)
 
 
 def in_turn(live: dict[str, Any], round_: int) -> list[Any]:
@@ -340,18 +374,12 @@ def main(
     folder = geometry.write_model(scratch / "model", model, layers or None)
     arguments: dict[str, Any] = {
         "model_path": str(folder),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "attention_backend": "triton",
-        "sampling_backend": "pytorch",
-        "grammar_backend": "none",
+        **ARGUMENTS,
         "disable_radix_cache": True,
-        "chunked_prefill_size": 4096,
         "max_total_tokens": max_total_tokens,
         "mem_fraction_static": mem_fraction,
         "tp_size": tp,
         "cuda_graph_max_bs": max([*sizes, equality, 1]),
-        "log_level": "info",
     }
     if not graphs:
         arguments |= {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
@@ -456,11 +484,7 @@ def main(
                 progress.update(task, description=PIECEWISE)
                 console.print(f"{PIECEWISE}: {fate(make(PIECEWISE))}")
 
-    def terminated(*_: object) -> None:
-        Engine.patience_s = 0
-        sys.exit(143)
-
-    signal.signal(signal.SIGTERM, terminated)
+    end_on_sigterm()
     try:
         run()
     finally:  # where a limit on its time cuts a run off, what there is still counts

@@ -18,7 +18,6 @@ import io
 import json
 import os
 import random
-import signal
 import string
 import sys
 import tempfile
@@ -35,7 +34,15 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench.engine import PATCHED, STOCK, Results, differences, in_turn  # noqa: E402
+from bench.engine import (  # noqa: E402
+    PATCHED,
+    STOCK,
+    Results,
+    differences,
+    distance,
+    end_on_sigterm,
+    in_turn,
+)
 from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
 from bench.turns import turn  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
@@ -142,15 +149,7 @@ class ImageServer(Server):
 
 def farthest(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
     """The largest distance of two logprobs, up to the first token that differs."""
-    largest = 0.0
-    for one, other in zip(a, b, strict=True):
-        for x, y, id_x, id_y in zip(
-            one["output"], other["output"], one["ids"], other["ids"], strict=True
-        ):
-            if id_x != id_y:
-                break
-            largest = max(largest, abs(float.fromhex(x) - float.fromhex(y)))
-    return largest
+    return max((distance(one, other)[1] for one, other in zip(a, b, strict=True)), default=0.0)
 
 
 def main(
@@ -186,7 +185,7 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-images.csv"),
 ) -> None:
     """Stock against patched, prompts with images, the real server."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout` leaves no servers
+    end_on_sigterm()
     chosen = [name for name in patches.split(",") if name]
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)

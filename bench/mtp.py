@@ -38,7 +38,16 @@ from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from bench import assistant  # noqa: E402
-from bench.engine import PATCHED, STOCK, Engine, Results, console, in_turn  # noqa: E402
+from bench.engine import (  # noqa: E402
+    ARGUMENTS,
+    PATCHED,
+    STOCK,
+    Engine,
+    Results,
+    console,
+    end_on_sigterm,
+    in_turn,
+)
 from gemma4_turbo import geometry, report  # noqa: E402
 
 PLAIN = "no speculation"
@@ -376,13 +385,8 @@ def main(
         os.environ["BENCH_AGREEING"] = f"{agreeing}:{AGREEMENT_SEED}:{width}"
     arguments: dict[str, Any] = {
         "model_path": str(target),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "attention_backend": "triton",
-        "sampling_backend": "pytorch",
-        "grammar_backend": "none",
+        **ARGUMENTS,
         "disable_radix_cache": True,
-        "chunked_prefill_size": 4096,
         "context_length": 8192,
         "max_running_requests": largest,
         "max_total_tokens": max_total_tokens,
@@ -391,7 +395,6 @@ def main(
         "cuda_graph_max_bs": largest,
         "disable_cuda_graph": not graphs,
         "disable_piecewise_cuda_graph": True,
-        "log_level": "info",
     }
     speculation = {
         "speculative_algorithm": "FROZEN_KV_MTP",
@@ -462,11 +465,7 @@ def main(
                     # Patched first: stock's engine does not outlive its stress test.
                     each(live, "stress", 1, last)
 
-    def terminated(*_: object) -> None:
-        Engine.patience_s = 0
-        sys.exit(143)
-
-    signal.signal(signal.SIGTERM, terminated)
+    end_on_sigterm()
     try:
         run()
     finally:  # where a limit on its time cuts a run off, what there is still counts

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -25,7 +24,17 @@ sys.path.insert(0, str(HERE.parent))
 
 import typer  # noqa: E402
 
-from bench.engine import PATCHED, STOCK, Engine, Results, console, engines  # noqa: E402
+from bench.engine import (  # noqa: E402
+    ARGUMENTS,
+    PATCHED,
+    STOCK,
+    Engine,
+    Results,
+    console,
+    distance,
+    end_on_sigterm,
+    engines,
+)
 from gemma4_turbo import geometry, report  # noqa: E402
 
 ALONE = "stock, one at a time"
@@ -55,18 +64,6 @@ def fullest(log: str) -> dict[str, float]:
     return seen
 
 
-def distance(one: dict[str, Any], other: dict[str, Any]) -> tuple[int, float]:
-    """Leading tokens in common, and the largest distance of logprobs over them."""
-    common, largest = 0, 0.0
-    tokens = zip(one["output"], other["output"], one["ids"], other["ids"], strict=False)
-    for x, y, id_x, id_y in tokens:  # of different lengths where one was aborted
-        if id_x != id_y:
-            break
-        common += 1
-        largest = max(largest, abs(float.fromhex(x) - float.fromhex(y)))
-    return common, largest
-
-
 def compare(rows: list[dict[str, Any]], alone: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Over the requests that were also answered alone.
 
@@ -83,7 +80,7 @@ def compare(rows: list[dict[str, Any]], alone: dict[str, dict[str, Any]]) -> dic
     }
     for index, expected in alone.items():
         found = rows[int(index)]
-        common, largest = distance(expected, found)
+        common, largest = distance(expected, found, strict=False)  # too short is counted
         told["requests"] += 1
         told["tokens"] += len(expected["ids"])
         told["common"] += common
@@ -113,12 +110,7 @@ def main(
     """Stock against patched with a full KV pool."""
     if longest < shortest:
         raise typer.BadParameter(f"--longest must be at least --shortest, got {longest}")
-
-    def terminated(*_: object) -> None:
-        Engine.patience_s = 0
-        sys.exit(143)
-
-    signal.signal(signal.SIGTERM, terminated)
+    end_on_sigterm()
     chosen = [name for name in patches.split(",") if name]
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
@@ -129,17 +121,11 @@ def main(
     )
     arguments: dict[str, Any] = {
         "model_path": str(folder),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "attention_backend": "triton",
-        "sampling_backend": "pytorch",
-        "grammar_backend": "none",
-        "chunked_prefill_size": 4096,
+        **ARGUMENTS,
         "cuda_graph_max_bs": 32,
         "max_running_requests": 64,
         "decode_log_interval": 4,
         "disable_piecewise_cuda_graph": True,
-        "log_level": "info",
     }
     logs = {
         variant: out.with_name(f"{out.stem}-{variant}.log").absolute()

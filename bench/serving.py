@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench.engine import PATCHED, STOCK, Results, in_turn  # noqa: E402
+from bench.engine import PATCHED, STOCK, Results, end_on_sigterm, in_turn  # noqa: E402
 from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
 from bench.turns import turn  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
@@ -110,7 +109,7 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-serving.csv"),
 ) -> None:
     """Stock against patched under load."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that `timeout` leaves no servers
+    end_on_sigterm()
     chosen = [name for name in patches.split(",") if name]
     results = Results(model, layers or None, chosen)
     os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")

@@ -51,3 +51,15 @@ def decimal(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.1f} MB"
+
+
+def medians(run: pd.DataFrame) -> pd.DataFrame:
+    """Medians by quantity and size, a column per variant."""
+    return run.groupby(["quantity", "x", "variant"])["value"].median().unstack("variant")
+
+
+def differing(counts: pd.Series, what: str) -> str:
+    """How many of a comparison's tokens or logprobs differ; "-" where they were not compared."""
+    if f"{what}s" not in counts:
+        return "-"
+    return f"{counts[f'{what}_diffs']:,.0f} of {counts[f'{what}s']:,.0f}"

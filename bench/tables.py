@@ -17,7 +17,16 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import tables_engines
-from bench.table_text import change, chosen, decimal, markdown, origin, origins
+from bench.table_text import (
+    change,
+    chosen,
+    decimal,
+    differing,
+    markdown,
+    medians,
+    origin,
+    origins,
+)
 from gemma4_turbo.geometry import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,24 +149,19 @@ def decode_engine() -> str | None:
 def engine_row(frame: pd.DataFrame) -> list[str]:
     """One run of ``bench/engine.py``; "-" where it did not measure something."""
     timed = frame[frame["unit"].isin(["ms", "launches"])]
-    medians = timed.groupby(["quantity", "x", "variant"])["value"].median().unstack("variant")
+    table = medians(timed)
     counts = frame[frame["variant"] == "stock vs patched"].set_index("quantity")["value"]
 
     def pair(quantity: str, size: int) -> tuple[float, float] | None:
-        found = (quantity, size) in medians.index
-        return tuple(medians.loc[quantity, size][["stock", "patched"]]) if found else None
-
-    def differing(what: str) -> str:
-        if f"{what}s" not in counts:
-            return "-"
-        return f"{counts[f'{what}_diffs']:,.0f} of {counts[f'{what}s']:,.0f}"
+        found = (quantity, size) in table.index
+        return tuple(table.loc[quantity, size][["stock", "patched"]]) if found else None
 
     first = frame.iloc[0]
     steps = [pair("decode step", size) for size in BATCHES]
     launches = pair("launches per layer", first["layers"])
     prefill = [
         f"{size} x {quantity.split()[-1]}: {change(row['stock'], row['patched'], 0)}"
-        for (quantity, size), row in medians.iterrows()
+        for (quantity, size), row in table.iterrows()
         if quantity.startswith("prefill")
     ]
     far = frame[frame["quantity"] == "KL divergence"].set_index("variant")["value"]
@@ -180,8 +184,8 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
         *("-" if step is None else change(*step, 2) for step in steps),
         "-" if launches is None else f"{launches[0]:.1f} -> {launches[1]:.1f}",
         ", ".join(prefill) or "-",
-        differing("token"),
-        differing("logprob"),
+        differing(counts, "token"),
+        differing(counts, "logprob"),
         divergence,
         str(timed["round"].nunique()),
     ]

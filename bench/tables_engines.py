@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.table_text import change, chosen, markdown, origins
+from bench.table_text import change, chosen, differing, markdown, medians, origins
 
 KEYS = ["model", "layers", "patches"]
 
@@ -28,11 +28,6 @@ def runs(frame: pd.DataFrame, *more: str) -> Iterator[tuple[list[str], pd.DataFr
         yield [f"{first['model']}, {first['layers']} layers", chosen(first["patches"])], newest
 
 
-def medians(run: pd.DataFrame) -> pd.DataFrame:
-    """Medians by quantity and size, a column per variant."""
-    return run.groupby(["quantity", "x", "variant"])["value"].median().unstack("variant")
-
-
 def yoco(results: Path) -> str | None:
     """Long prompts and a few tokens, stock and patched."""
     frame = read(results / "yoco-engine.csv")
@@ -45,15 +40,12 @@ def yoco(results: Path) -> str | None:
         what = timed[0].removeprefix("prefill of ")
         far = run[run["quantity"] == "KL divergence"].set_index("variant")["value"]
         counts = run[run["variant"] == "stock vs patched"].set_index("quantity")["value"]
-        differing = "-"
-        if "tokens" in counts:
-            differing = f"{counts['token_diffs']:,.0f} of {counts['tokens']:,.0f}"
         own = far.drop("stock vs patched").iloc[0]
         rows.append(
             [
                 *names,
                 f"{timed[1]} x {what}: {change(*table.loc[timed, ['stock', 'patched']], 0)}",
-                differing,
+                differing(counts, "token"),
                 f"{far['stock vs patched']:.1e} ({own:.1e})",
             ]
         )
@@ -110,8 +102,7 @@ def images(results: Path) -> str | None:
             change(*table.loc[key, ["stock", "patched"]], 0)
             for key in (("first token, alone", 1), ("first token, median", 16), ("all prompts", 16))
         ]
-        differing = f"{counts['logprob_diffs']:.0f} of {counts['logprobs']:.0f}"
-        rows.append([*names, *times, differing])
+        rows.append([*names, *times, differing(counts, "logprob")])
     header = ["model", "patches", "first token alone, ms", "median of 16, ms", "all 16, ms"]
     return (
         f"{markdown([*header, 'logprobs differing'], rows)}\n\n16 prompts with 6 images of 480 pixels "
@@ -174,14 +165,9 @@ def mtp(results: Path) -> str | None:
     for names, run in runs(frame, "weights"):
         table = medians(run)
         cells = [change(*table.loc[("step", size), ["stock", "patched"]], 2) for size in (1, 8)]
-        counts = run[run["quantity"].isin(["token_diffs", "tokens"])]
-        counts = counts.set_index(["variant", "quantity"])["value"]
         for how in ("alone", "in batches of 8"):
-            name = f"stock {how} vs patched {how}"
-            told = "-"
-            if (name, "tokens") in counts:
-                told = f"{counts[name, 'token_diffs']:.0f} of {counts[name, 'tokens']:,.0f}"
-            cells.append(told)
+            pair = run[run["variant"] == f"stock {how} vs patched {how}"]
+            cells.append(differing(pair.set_index("quantity")["value"], "token"))
         lengths = table.loc[("accept length, alone", 16)]
         known = [f"{lengths.get(v):.3f}" for v in ("stock", "patched") if lengths.notna().get(v)]
         parts = [
