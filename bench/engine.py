@@ -41,6 +41,7 @@ VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
 PIECEWISE = "stock, piecewise"
 CHUNKS = "stock, other chunks"
+EXACT = "stock, attention in fp32"
 ARGUMENTS = {  # of every engine on a generated model
     "load_format": "dummy",
     "skip_tokenizer_init": True,
@@ -78,6 +79,8 @@ class Engine:
             }
         else:
             environment |= {"BENCH_PATCHED": "0", "GEMMA4_TURBO": "0"}
+        if variant == EXACT:
+            environment["BENCH_EXACT_ATTENTION"] = "1"
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / self.script), str(log), json.dumps(arguments)],
             stdin=subprocess.PIPE,
@@ -247,7 +250,7 @@ def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, fl
     ``sum(p (r - 1 - log r))``, r = q / p, over all tokens is the divergence: each of its terms is at
     least 0, so a random sample of the tokens gives a steady estimate. Of the generated tokens only
     those up to the first in which the engines differ have the same tokens before them; the first of
-    them ends the prefill, the others are decoding.
+    them ends the prefill, the others are decoding. With each its standard error, from the prompts.
     """
     terms: dict[str, list[Any]] = {"KL divergence": [], "KL divergence, decode": []}
     for one, other in zip(a, b, strict=True):
@@ -266,8 +269,15 @@ def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, fl
                 raise ValueError("the engines answered for different positions")
             log_r = q - p
             terms[name].append((np.exp(p) * (np.expm1(log_r) - log_r)).ravel())
-    joined = {name: np.concatenate(parts) for name, parts in terms.items()}
-    return {name: float(x.mean()) * VOCABULARY for name, x in joined.items() if x.size}
+    found = {}
+    for name, parts in terms.items():
+        means = [part.mean() for part in parts if part.size]
+        if means:
+            found[name] = float(np.concatenate(parts).mean()) * VOCABULARY
+        if len(means) > 1:
+            error = np.std(means, ddof=1) / len(means) ** 0.5
+            found[f"{name}, standard error"] = float(error) * VOCABULARY
+    return found
 
 
 def parse_prefill(text: str) -> tuple[int, int, int]:
@@ -342,6 +352,9 @@ def main(
     kl_chunk: Annotated[
         int, typer.Option(help="Also the divergence of stock with chunks of so many tokens; 0: not")
     ] = 0,
+    kl_exact: Annotated[
+        bool, typer.Option(help="Also how far stock and patched are from attention in fp32")
+    ] = False,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
     patched_piecewise: Annotated[
@@ -392,6 +405,9 @@ def main(
         if patched_piecewise and variant in (PATCHED, PIECEWISE):
             piecewise = {**arguments, "disable_piecewise_cuda_graph": False}
             return Engine(variant, chosen, piecewise, log)
+        if variant == EXACT:
+            eager = {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
+            return Engine(variant, chosen, {**arguments, **eager}, log)
         if variant == CHUNKS:
             return Engine(variant, chosen, {**arguments, "chunked_prefill_size": kl_chunk}, log)
         return Engine(variant, chosen, arguments, log)
@@ -475,11 +491,12 @@ def main(
                 with engines(make, [CONTROL]) as live:
                     rows = live[CONTROL]("tokens", **compared)["rows"]
                     answers[CONTROL] = rows
-            if kl and kl_chunk:
-                progress.update(task, description=CHUNKS)
-                with engines(make, [CHUNKS]) as live:
-                    rows = live[CHUNKS]("distribution", alone=False, **asked)["rows"]
-                    distributions[CHUNKS] = rows
+            for variant, wanted in ((CHUNKS, kl_chunk), (EXACT, kl_exact)):
+                if kl and wanted:
+                    progress.update(task, description=variant)
+                    with engines(make, [variant]) as live:
+                        rows = live[variant]("distribution", alone=False, **asked)["rows"]
+                        distributions[variant] = rows
             if patched_piecewise:
                 progress.update(task, description=PIECEWISE)
                 console.print(f"{PIECEWISE}: {fate(make(PIECEWISE))}")
@@ -490,11 +507,14 @@ def main(
     finally:  # where a limit on its time cuts a run off, what there is still counts
         # Round -1 paid for what is compiled on first use.
         results.rows = [row for row in results.rows if row["round"] >= 0]
-        for other, rows in distributions.items():
-            if other != STOCK and STOCK in distributions:
-                for name, value in divergence(distributions[STOCK], rows).items():
-                    console.print(f"{name}, {STOCK} against {other}: {value:.3e} nats")
-                    results.add(f"{STOCK} vs {other}", name, kl, 0, value, "nats")
+        pairs = [(STOCK, other) for other in distributions if other not in (STOCK, EXACT)]
+        pairs += [(EXACT, other) for other in distributions if other != EXACT]
+        for one, other in pairs:
+            if one in distributions and other in distributions:
+                found = divergence(distributions[one], distributions[other])
+                for name, value in found.items():
+                    console.print(f"{name}, {one} against {other}: {value:.3e} nats")
+                    results.add(f"{one} vs {other}", name, kl, 0, value, "nats")
         show(results, answers, profiles, reports)
         results.save(out)
 

@@ -8,10 +8,14 @@ patches; without it nothing of gemma4_turbo is imported here.
 
 ``BENCH_UNPROVEN=1`` lets `mm_prefill_graph` take every model, to find out which come out right.
 
+K and V share their weights where a checkpoint has one projection for both.
+
 In a model that takes pictures dummy weights would hide them: the bounds of activations are drawn
 too, upper and lower the same number, and norms near zero damp what comes from the images.
 
 ``BENCH_UNIT_NORMS=1`` gives every model such norms, so that what attention reads decides about tokens.
+
+``BENCH_EXACT_ATTENTION=1``: attention in fp32, see `bench.exact_attention`.
 
 For ``mtp.py``: ``BENCH_AGREEING=FRACTION:SEED:WIDTH`` makes target and assistant agree as
 `bench.agreeing` says. ``BENCH_RANGES=1`` names the parts of a speculative step in traces.
@@ -35,6 +39,8 @@ def _widen(loader):
             _order_tokens(model.token_ordering)
         if os.environ.get("BENCH_AGREEING"):
             _agree(model, *os.environ["BENCH_AGREEING"].split(":"))
+        for module in model.modules():
+            _tie_values_to_keys(module)
 
     loader.initialize_dummy_weights = initialize_dummy_weights
 
@@ -47,6 +53,15 @@ def _let_images_through(name, tensor):
         tensor.add_(tensor.numel() ** -0.25)
     elif "norm" in name or name.endswith(("layer_scalar", "std_scale")):
         tensor.add_(1)
+
+
+def _tie_values_to_keys(module):
+    """Where a checkpoint has one projection for both, SGLang's loader fills both with it."""
+    config = getattr(module, "config", None)
+    one = getattr(config, "attention_k_eq_v", False) and hasattr(module, "qkv_proj")
+    if one and module.sliding_window is None and not module.is_kv_shared_layer:
+        weight, first = module.qkv_proj.weight.data, module.q_size
+        weight[first + module.kv_size :] = weight[first : first + module.kv_size]
 
 
 def _size_pools(module):
@@ -95,6 +110,18 @@ def _name_parts(module):
         setattr(worker, method, named(getattr(worker, method), name))
 
 
+def _exact_extend(module):
+    from bench import exact_attention
+
+    exact_attention.install_extend(module)
+
+
+def _exact_decode(module):
+    from bench import exact_attention
+
+    exact_attention.install_decode(module)
+
+
 def _take_every_model(patch):
     patch.unproven = lambda text: None
 
@@ -106,6 +133,10 @@ if "BENCH_PATCHED" in os.environ:
         wrapt.register_post_import_hook(_size_pools, mixin)
     if os.environ.get("BENCH_RANGES") == "1":
         wrapt.register_post_import_hook(_name_parts, "sglang.srt.speculative.frozen_kv_mtp_worker")
+    if os.environ.get("BENCH_EXACT_ATTENTION") == "1":
+        kernels = "sglang.srt.layers.attention.triton_ops"
+        wrapt.register_post_import_hook(_exact_extend, f"{kernels}.extend_attention")
+        wrapt.register_post_import_hook(_exact_decode, f"{kernels}.decode_attention")
     if os.environ.get("BENCH_UNPROVEN") == "1":
         wrapt.register_post_import_hook(_take_every_model, "gemma4_turbo.patches.mm_prefill_graph")
     if os.environ["BENCH_PATCHED"] == "1":

@@ -37,7 +37,8 @@ for line in sys.stdin:
         ids = [1, 2, 3 + patched]
         answer = {"rows": [{"ids": ids, "input": ["0x1"], "output": ["0x2"], "top": [["0x3", 7]]}]}
     if command["do"] == "distribution":
-        step = [-1.0, -2.0 - 0.25 * patched, -3.0 - 0.5 * command["alone"]]
+        exact = os.environ.get("BENCH_EXACT_ATTENTION") == "1"
+        step = [-1.0 - exact, -2.0 - 0.25 * patched, -3.0 - 0.5 * command["alone"]]
         answer = {"rows": [{"ids": [1], "before": [], "after": [step]}]}
     if command["do"] == "status":
         answer = {"processes": []}
@@ -59,7 +60,17 @@ typer.run(engine.main)
 def start(tmp_path: Path, calls: int) -> subprocess.Popen[str]:
     (tmp_path / "engine_worker.py").write_text(WORKER)
     options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
-    options += ["--equality", "1", "--kl", "1", "--breakdown", "0", "--patches", "router"]
+    options += [
+        "--equality",
+        "1",
+        "--kl",
+        "1",
+        "--kl-exact",
+        "--breakdown",
+        "0",
+        "--patches",
+        "router",
+    ]
     return subprocess.Popen(
         [sys.executable, "-c", RUN, str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
         env={**os.environ, "CALLS": str(calls)},
@@ -92,6 +103,10 @@ def test_a_run(tmp_path: Path):
     for other, p, change in (("patched", -2.0, -0.25), ("stock, one at a time", -3.0, -0.5)):
         expected = math.exp(p) * (math.expm1(change) - change) / 3 * 262144
         assert value(frame, f"stock vs {other}", "KL divergence") == pytest.approx(expected)
+    moved = math.exp(-2.0) * (math.expm1(1.0) - 1.0) / 3 * 262144
+    exact = "stock, attention in fp32"
+    assert value(frame, f"{exact} vs stock", "KL divergence") == pytest.approx(moved)
+    assert value(frame, f"{exact} vs patched", "KL divergence") > moved
 
 
 def test_what_is_known_is_saved_when_a_limit_cuts_it_off(tmp_path: Path):
@@ -120,6 +135,10 @@ def test_a_decoded_token_counts_while_what_is_before_it_is_the_same():
     found = engine.divergence([one], [other])
     moved = math.exp(-1.0) * (math.expm1(-0.5) + 0.5) * engine.VOCABULARY
     assert found == {"KL divergence": 0, "KL divergence, decode": pytest.approx(moved / 2)}
+    three = engine.divergence([one, one, one], [other, one, one])
+    assert three["KL divergence, decode"] < found["KL divergence, decode"]
+    deviation = moved / 2 / 3  # of the mean of one moved / 2 and two zeros
+    assert three["KL divergence, decode, standard error"] == pytest.approx(deviation)
     only_prefill = {"ids": [1], "before": [], "after": [[-1.0]]}
     assert engine.divergence([only_prefill], [only_prefill]) == {"KL divergence": 0}
 
