@@ -122,7 +122,7 @@ def main(
     arguments: dict[str, Any] = {
         "model_path": str(folder),
         **ARGUMENTS,
-        "cuda_graph_max_bs": 32,
+        "cuda_graph_max_bs": 64,  # as many as run: larger batches decode without graphs
         "max_running_requests": 64,
         "decode_log_interval": 4,
         "disable_piecewise_cuda_graph": True,

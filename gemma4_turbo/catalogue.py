@@ -329,7 +329,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=TOLERANCE,
         traced=True,
-        default=False,
+        default=True,
     ),
     Patch(
         name="pdl",
@@ -366,7 +366,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         # torch.compile splits its graphs around attention; a trace that reaches it sees stock.
         traced=False,
-        default=False,
+        default=True,
         origin="sgl-project/sglang#26588",
         # It asks for the GPU's capability while it is imported: not before the device is chosen.
         lazy=("sglang.srt.layers.attention.triton_ops.extend_attention",),
@@ -414,7 +414,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=BITWISE,
         traced=False,
-        default=False,
+        default=True,
     ),
     Patch(
         name="vision_masks",
@@ -427,7 +427,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=_VISION_RELEASES[:8],
         numerics=BITWISE,
         traced=False,
-        default=False,
+        default=True,
     ),
     Patch(
         name="vision_syncs",
@@ -450,7 +450,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=_VISION_RELEASES,
         numerics=BITWISE,
         traced=False,
-        default=False,
+        default=True,
     ),
     Patch(
         name="optional_kv",
@@ -466,7 +466,7 @@ CATALOGUE: tuple[Patch, ...] = (
         superseded_since="0.5.13",
         numerics=BEHAVIOUR,
         traced=True,
-        default=False,
+        default=True,
         origin="pyc96/sglang#18; upstream sgl-project/sglang#26515",
     ),
     Patch(
@@ -558,7 +558,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         # A trace sees stock's function.
         traced=False,
-        default=False,
+        default=True,
     ),
     Patch(
         name="moe_configs",
@@ -602,7 +602,7 @@ CATALOGUE: tuple[Patch, ...] = (
         superseded_since="0.5.13",
         numerics=BEHAVIOUR,
         traced=False,
-        default=False,
+        default=True,
         origin="pyc96/sglang#22; upstream sgl-project/sglang#26859",
     ),
     Patch(
@@ -650,7 +650,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=BEHAVIOUR,
         traced=False,
-        default=False,
+        default=True,
         origin="vllm-project/vllm#55559, #48666",
     ),
     Patch(
@@ -707,7 +707,7 @@ CATALOGUE: tuple[Patch, ...] = (
         # The token is stock's but where a softmax rounds two logits to one probability.
         numerics=TOLERANCE,
         traced=False,
-        default=False,
+        default=True,
         lazy=(_MTP_WORKER.partition(":")[0],),
     ),
     Patch(
@@ -735,7 +735,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=BEHAVIOUR,
         traced=False,
-        default=False,
+        default=True,
         origin="upstream sgl-project/sglang#25539",
         lazy=(_MTP_WORKER.partition(":")[0],),
     ),
@@ -768,7 +768,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=BEHAVIOUR,
         traced=False,
-        default=False,
+        default=True,
         requires=("mtp_seed_graph",),
         lazy=(_MTP_WORKER.partition(":")[0], "sglang.srt.layers.attention.triton_backend"),
     ),
