@@ -134,7 +134,8 @@ class MtpWorker(Worker):
 def parts(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Sums of a trace by part: steps, GPU microseconds, kernels, host calls and microseconds.
 
-    What runs on the GPU belongs to the part in which the host started it.
+    What runs on the GPU belongs to the part in which the host started it. Where kernels overlap (with
+    programmatic dependent launch each waits for the one before it, already on the GPU) time counts once.
     """
     ranges = sorted(
         (event["ts"], event["ts"] + event["dur"], event["name"])
@@ -159,12 +160,24 @@ def parts(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             part = part_at(event["ts"])
             started[event.get("args", {}).get("correlation", -1)] = part
             found[part]["launches"] += any(word in event["name"] for word in LAUNCHES)
+    running: dict[str, list[tuple[float, float]]] = {part: [] for part in found}
     for event in events:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
             part = started.get(event.get("args", {}).get("correlation", -2), OTHER)
-            found[part]["gpu_us"] += event["dur"]
+            running[part].append((event["ts"], event["ts"] + event["dur"]))
             found[part]["kernels"] += 1
+    for part, intervals in running.items():
+        found[part]["gpu_us"] = covered(intervals)
     return found
+
+
+def covered(intervals: list[tuple[float, float]]) -> float:
+    """Length of the union."""
+    total, reached = 0.0, float("-inf")
+    for begin, end in sorted(intervals):
+        total += max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
+    return total
 
 
 if __name__ == "__main__":  # SGLang's spawned processes import this file again

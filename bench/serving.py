@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,7 +42,6 @@ MEASURED = (
     ("total_throughput", "total throughput", "tokens/s"),
     ("duration", "all requests", "s"),
 )
-WARM_UP = 24  # prompts
 
 
 def command(port: int, tokenizer: Path, requests: dict[str, Any], out: Path) -> list[str]:
@@ -130,18 +130,17 @@ def main(
         return Server(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
 
     def measure(server: Server, round_: int) -> None:
-        """One run; round -1, a short one, only compiles what is compiled on first use."""
-        sent = {**requests, "num-prompts": prompts if round_ >= 0 else min(prompts, WARM_UP)}
+        """One run; round -1 only compiles what is compiled on first use."""
         told = scratch / f"{server.variant}-{round_}.jsonl"
         ran = subprocess.run(
-            command(server.port, folder, sent, told),
+            command(server.port, folder, requests, told),
             env=environment(scratch),
             capture_output=True,
             text=True,
         )
         if ran.returncode or not told.is_file():
             sys.exit(f"serving.py: bench_serving failed:\n{ran.stdout[-1500:]}{ran.stderr[-1500:]}")
-        for name, value, unit in measured(told.read_text().splitlines()[-1], sent["num-prompts"]):
+        for name, value, unit in measured(told.read_text().splitlines()[-1], prompts):
             if round_ >= 0:
                 results.add(server.variant, name, prompts, round_, value, unit)
 
@@ -150,7 +149,12 @@ def main(
             task = progress.add_task("starting servers", total=2 * (rounds + 1))
             for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
                 with servers(make, group) as live:
-                    for round_ in range(-1, rounds):
+                    progress.update(task, description="warm-up")
+                    with turn(), ThreadPoolExecutor() as pool:
+                        # The same load, so that no shape is new to the measured rounds.
+                        list(pool.map(lambda server: measure(server, -1), live.values()))
+                    progress.advance(task, len(live))
+                    for round_ in range(rounds):
                         for server in in_turn(live, round_):
                             progress.update(task, description=f"round {round_}: {server.variant}")
                             with turn():

@@ -301,6 +301,7 @@ TABLES = {
     "vision": lambda: tables_engines.vision(RESULTS),
     "images": lambda: tables_engines.images(RESULTS),
     "pools": lambda: tables_engines.pools(RESULTS),
+    "divergence": lambda: tables_engines.divergence(RESULTS),
     "mtp": lambda: tables_engines.mtp(RESULTS),
 }
 

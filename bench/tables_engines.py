@@ -62,22 +62,25 @@ def vision(results: Path) -> str | None:
     frame = read(results / "vision-h200.csv")
     if frame is None:
         return None
-    table = frame.groupby("variant", sort=False)[["ms", "peak_mib", "distance"]].median()
-    inactive = frame.groupby("variant")["inactive"].first().fillna("")
-    calls = frame.iloc[0]["images"] / frame.iloc[0]["per_call"]
-    rows = [
-        [
-            label(str(variant), inactive[variant]),
-            change(table.loc["stock", "ms"] / calls, row["ms"] / calls, 1),
-            f"{row['peak_mib']:.0f}",
-            f"{row['distance']:.1e}",
+    rows = []
+    for per_call, run in frame.groupby("per_call", sort=False):
+        table = run.groupby("variant", sort=False)[["ms", "peak_mib", "distance"]].median()
+        inactive = run.groupby("variant")["inactive"].first().fillna("")
+        calls = run.iloc[0]["images"] / per_call
+        rows += [
+            [
+                str(per_call),
+                label(str(variant), inactive[variant]),
+                change(table.loc["stock", "ms"] / calls, row["ms"] / calls, 1),
+                f"{row['peak_mib']:.0f}",
+                f"{row['distance']:.1e}",
+            ]
+            for variant, row in table.iterrows()
         ]
-        for variant, row in table.iterrows()
-    ]
     first = frame.iloc[0]
+    header = ["images a call", "patches", "ms a call", "peak, MiB", "largest distance from stock"]
     return (
-        f"{markdown(['patches', 'ms a call', 'peak, MiB', 'largest distance from stock'], rows)}\n\n"
-        f"Encoder and projection, {first['per_call']} images of {first['patches']} patches a call, "
+        f"{markdown(header, rows)}\n\nEncoder and projection, images of {first['patches']} patches, "
         f"attention by {first['attention']}: `python bench/vision.py`. Stock -> patched (ratio). "
         f"{origins(frame)}."
     )
@@ -108,6 +111,40 @@ def images(results: Path) -> str | None:
         f"{markdown([*header, 'logprobs differing'], rows)}\n\n16 prompts with 6 images of 480 pixels "
         "each, over HTTP: `python bench/images.py`. Stock -> patched (ratio), the processor's time on "
         f"the CPU included. {origins(frame)}."
+    )
+
+
+def divergence(results: Path) -> str | None:
+    """Distances of next-token distributions: stock from itself, from patched, from fp32 attention."""
+    frame = read(results / "divergence.csv")
+    if frame is None:
+        return None
+    rows = []
+    for names, run in runs(frame):
+        value = run.set_index(["variant", "quantity"])["value"]
+
+        def far(pair: str, value: pd.Series = value) -> str:
+            found = []
+            for name in ("KL divergence", "KL divergence, decode"):
+                if (pair, name) not in value.index:
+                    return "-"
+                error = value.get((pair, f"{name}, standard error"))
+                more = "" if error is None else f" ± {error * 1e5:.2f}"
+                found.append(f"{value[(pair, name)] * 1e5:.2f}{more}")
+            return "; ".join(found)
+
+        exact = "stock, attention in fp32"
+        rows.append([*names, *(far(pair) for pair in (
+            "stock vs patched", "stock vs stock, one at a time", "stock vs stock, other chunks",
+            f"{exact} vs stock", f"{exact} vs patched",
+        ))])  # fmt: skip
+    header = ["model", "patches", "patched", "stock, one prompt at a time", "stock, chunks of 1024"]
+    header += ["attention in fp32 from stock", "from patched"]
+    return (
+        f"{markdown(header, rows)}\n\nKL divergence of next-token distributions, 1e-5 nats, the end of "
+        "the prompt; decoding. From stock but for the last two columns; with standard errors where "
+        "they were taken. `python bench/engine.py --unit-norms --kl 32 --kl-new 12 --kl-chunk 1024 "
+        f"--kl-exact`: random weights, norms around one, prompts of 16 to 6000 tokens. {origins(frame)}."
     )
 
 
@@ -164,26 +201,36 @@ def mtp(results: Path) -> str | None:
     rows = []
     for names, run in runs(frame, "weights"):
         table = medians(run)
-        cells = [change(*table.loc[("step", size), ["stock", "patched"]], 2) for size in (1, 8)]
+        cells = []
+        for size in (1, 8):
+            times = table.loc[("step", size), ["stock", "patched"]]
+            cells.append(change(*times, 2) if times.notna().all() else "-")
         for how in ("alone", "in batches of 8"):
             pair = run[run["variant"] == f"stock {how} vs patched {how}"]
             cells.append(differing(pair.set_index("quantity")["value"], "token"))
-        lengths = table.loc[("accept length, alone", 16)]
+        lengths = table.xs("accept length, alone", level="quantity").iloc[0]
         known = [f"{lengths.get(v):.3f}" for v in ("stock", "patched") if lengths.notna().get(v)]
-        parts = [
-            " + ".join(f"{table.loc[(f'{part}: GPU', size), 'stock']:.2f}" for part in PARTS)
-            for size in (1, 8)
-        ]
-        rows.append([names[0], run.iloc[0]["weights"], *cells, ", ".join(known), "; ".join(parts)])
-    header = ["target", "weights", "a step, batch 1, ms", "batch 8, ms", "tokens differing, alone"]
+        parts = "-"
+        if ("verify: GPU", 1) in table.index:
+            parts = "; ".join(
+                " + ".join(f"{table.loc[(f'{part}: GPU', size), 'stock']:.2f}" for part in PARTS)
+                for size in (1, 8)
+            )
+        died = run[run["quantity"] == "stress: died"].set_index("variant")["value"]
+        fates = [f"{v}: {'died' if died[v] else 'all answered'}" for v in died.index]
+        cells += [", ".join(known), ", ".join(fates) or "-", parts]
+        rows.append([names[0], names[1], run.iloc[0]["weights"], *cells])
+    header = ["target", "patches", "weights", "a step, batch 1, ms", "batch 8, ms"]
     header += [
+        "tokens differing, alone",
         "in batches of 8",
         "accept length",
+        "500 requests at once",
         "stock on the GPU: draft, verification, seed, ms",
     ]
     return (
         f"{markdown(header, rows)}\n\nStock's speculation -> patched (ratio), 3 steps, 4 draft tokens: "
-        f"`python bench/mtp.py` with {chosen(frame.iloc[0]['patches'])}. {origins(frame)}."
+        f"`python bench/mtp.py`. {origins(frame)}."
     )
 
 

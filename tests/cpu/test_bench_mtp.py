@@ -249,7 +249,7 @@ def test_a_trace_by_part():
         event("cuda_runtime", 26, 1, "cudaStreamSynchronize", 3),
         event("cuda_driver", 50, 1, "cuLaunchKernelEx", 4),
         event("kernel", 22, 7, correlation=1),  # runs while the host is in another part
-        event("kernel", 29, 2, correlation=1),
+        event("kernel", 27, 4, correlation=1),  # starts before the one before it has ended
         event("gpu_memcpy", 40, 3, correlation=2),
         event("kernel", 60, 4, correlation=4),
         {"ph": "M", "name": "process_name"},

@@ -28,7 +28,8 @@ def timed(quantity: str, size: int, stock: float, patched: float, unit: str = "m
 
 
 @pytest.mark.parametrize(
-    "make", [tables.yoco, tables.vision, tables.images, tables.pools, tables.mtp]
+    "make",
+    [tables.yoco, tables.vision, tables.images, tables.pools, tables.mtp, tables.divergence],
 )
 def test_nothing_is_measured(tmp_path: Path, make: Any):
     assert make(tmp_path) is None
@@ -63,14 +64,37 @@ def test_the_encoder_says_what_ran_stocks_code(tmp_path: Path):
             ("all", 20, ""),
         )
     ]
-    base = {"images": 12, "patches": 900, "per_call": 6, "attention": "auto", "timestamp": NEW}
+    base = {"images": 12, "patches": 900, "attention": "auto", "timestamp": NEW}
     frame = pd.DataFrame(rows).assign(**base, gpu="NVIDIA H9", **VERSIONS)
-    frame.to_csv(tmp_path / "vision-h200.csv", index=False)
-    assert [line[:2] for line in cells(tables.vision(tmp_path) or "")] == [
-        ["stock", "40.0 -> 40.0 (1.000)"],
-        ["`vision_rope`, with stock's code for `vision_rope`", "40.0 -> 20.0 (0.500)"],
-        ["all", "40.0 -> 10.0 (0.250)"],
+    both = pd.concat([frame.assign(per_call=6), frame.assign(per_call=1, inactive="")])
+    both.to_csv(tmp_path / "vision-h200.csv", index=False)
+    assert [line[:3] for line in cells(tables.vision(tmp_path) or "")] == [
+        ["6", "stock", "40.0 -> 40.0 (1.000)"],
+        ["6", "`vision_rope`, with stock's code for `vision_rope`", "40.0 -> 20.0 (0.500)"],
+        ["6", "all", "40.0 -> 10.0 (0.250)"],
+        ["1", "stock", "6.7 -> 6.7 (1.000)"],
+        ["1", "`vision_rope`", "6.7 -> 3.3 (0.500)"],
+        ["1", "all", "6.7 -> 1.7 (0.250)"],
     ]
+
+
+def test_divergence(tmp_path: Path):
+    exact = "stock, attention in fp32"
+    rows: list[Row] = []
+    for pair, prefill, error in (
+        (PAIR, 4e-5, 1e-6),
+        (ALONE, 2e-5, None),
+        (f"{exact} vs patched", 5e-5, 2e-6),
+    ):
+        for name, scale in (("KL divergence", 1), ("KL divergence, decode", 2)):
+            rows.append((pair, name, 32, prefill * scale, "nats"))
+            if error is not None:
+                rows.append((pair, f"{name}, standard error", 32, error * scale, "nats"))
+    write(tmp_path / "divergence.csv", rows)
+    (line,) = cells(tables.divergence(tmp_path) or "")
+    assert line[2:] == [
+        "4.00 ± 0.10; 8.00 ± 0.20", "2.00; 4.00", "-", "-", "5.00 ± 0.20; 10.00 ± 0.40",
+    ]  # fmt: skip
 
 
 def test_full_pools(tmp_path: Path):
@@ -97,9 +121,20 @@ def test_speculation(tmp_path: Path):
         rows += [("stock", f"{part}: GPU", size, size / 4, "ms") for size in (1, 8)]
     name = "stock alone vs patched alone"
     rows += [(name, "token_diffs", 16, 4, "count"), (name, "tokens", 16, 1024, "count")]
+    rows += [
+        ("stock", "stress: died", 500, 1, "count"),
+        ("patched", "stress: died", 500, 0, "count"),
+    ]
     write(tmp_path / "mtp-engine.csv", rows, weights="random", patches="mtp_chain")
-    (line,) = cells(tables.mtp(tmp_path) or "")
+    short = [row for row in rows if row[0] != "patched" and "step" in row[1] + "accept"]
+    short = [row for row in short if "GPU" not in row[1] and "stress" not in row[1]]
+    short += timed("step", 8, 20, 5) + timed("accept length, alone", 4, 1, 1, "tokens")
+    write(tmp_path / "mtp-engine.csv", short, weights="agreeing 0.7", patches="mtp_chain")
+    line, other = cells(tables.mtp(tmp_path) or "")
     assert line == [
-        "e2b, 35 layers", "random", "10.00 -> 5.00 (0.500)", "20.00 -> 15.00 (0.750)", "4 of 1,024",
-        "-", "2.500, 2.500", "0.25 + 0.25 + 0.25; 2.00 + 2.00 + 2.00",
+        "e2b, 35 layers", "`mtp_chain`", "random", "10.00 -> 5.00 (0.500)",
+        "20.00 -> 15.00 (0.750)", "4 of 1,024", "-", "2.500, 2.500",
+        "stock: died, patched: all answered", "0.25 + 0.25 + 0.25; 2.00 + 2.00 + 2.00",
     ]  # fmt: skip
+    assert other[3:6] == ["-", "20.00 -> 5.00 (0.250)", "4 of 1,024"]
+    assert other[-2:] == ["-", "-"]

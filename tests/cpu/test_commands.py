@@ -24,9 +24,10 @@ PATCH_KEYS = {
 
 # Moves a call to another stream, which a CPU lacks; does no arithmetic; is off.
 # Of their own: they call SGLang's layers on other rows, in another order, or not at all.
-WITHOUT_ARITHMETIC = {"mlp_stream", "pdl", "vision_batch", "vision_syncs", "yoco"} | {
-    patch.name for patch in CATALOGUE if patch.numerics == BEHAVIOUR or not patch.default
-}
+WITHOUT_ARITHMETIC = {
+    *("mlp_stream", "pdl", "yoco"),
+    *("vision_batch", "vision_clamps", "vision_masks", "vision_syncs"),
+} | {patch.name for patch in CATALOGUE if patch.numerics == BEHAVIOUR or not patch.default}
 
 
 def command(
