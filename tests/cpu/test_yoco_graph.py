@@ -304,6 +304,33 @@ def test_the_buffers_hold_nothing_of_a_batch(model: Any, short: None):
     assert not pointers & {tensor.data_ptr() for tensor in mine}
 
 
+@pytest.mark.parametrize("normed", [False, True])
+def test_rows_beyond_the_batch_see_one_key_of_nobody(model: Any, short: None, normed: bool):
+    at = memory()
+    check(model, three(model, at, normed=normed))
+    poison(model)
+    given = three(model, at, normed=normed)
+    buffers = graphs(model).buffers
+    buffers.metadata.kv_indices.fill_(5)
+    buffers.metadata.window_kv_indices.fill_(5)
+    buffers.fill(8, given.tail)
+    theirs, mine = given.tail.batch.attn_backend.forward_metadata, buffers.metadata
+    for prefix in ("", "window_"):
+        starts = getattr(theirs, f"{prefix}kv_indptr").tolist()
+        total = starts[-1]
+        starts += range(total + 1, total + 6)
+        assert getattr(mine, f"{prefix}kv_indptr")[:9].tolist() == starts
+        assert getattr(mine, f"{prefix}kv_indptr").dtype == torch.int32
+        slots = getattr(theirs, f"{prefix}kv_indices").tolist() + [0] * 5
+        assert getattr(mine, f"{prefix}kv_indices")[: total + 5].tolist() == slots
+        splits = getattr(theirs, f"{prefix}num_kv_splits").tolist() + [1] * 5
+        assert getattr(mine, f"{prefix}num_kv_splits")[:8].tolist() == splits
+    assert not buffers.hidden_states[3:8].any()
+    assert not buffers.per_layer_inputs[3:8].any()
+    assert not buffers.positions[3:8].any()
+    assert buffers.normed[3:8].isnan().all() != normed
+
+
 SERVER = [
     ("CUDA graphs are switched off", "disable_cuda_graph"),
     ("debugs", "debug_cuda_graph"),
