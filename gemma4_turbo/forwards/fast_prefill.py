@@ -45,6 +45,7 @@ class Tail(NamedTuple):
     rows: torch.Tensor
     positions: torch.Tensor
     hidden_states: torch.Tensor
+    residual: torch.Tensor | None
     normed: torch.Tensor | None
     per_layer_inputs: torch.Tensor | None
 
@@ -197,11 +198,11 @@ def plan(model: Any, first: int, batch: Any) -> Cut:
         (
             index
             for index in range(first, len(model.layers))
-            if _window(model.layers[index]) is not None
+            if window(model.layers[index]) is not None
         ),
         None,
     )
-    layer_window = None if sliding is None else _window(model.layers[sliding])
+    layer_window = None if sliding is None else window(model.layers[sliding])
     buffered = batch.attn_backend.sliding_window_size
     lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
     unfinished = getattr(batch, UNFINISHED, None) or [False] * len(lengths)
@@ -218,7 +219,8 @@ def plan(model: Any, first: int, batch: Any) -> Cut:
     return found
 
 
-def _window(layer: Any) -> int | None:
+def window(layer: Any) -> int | None:
+    """Keys before a token's own that a sliding layer sees; None for a layer that sees all."""
     size = layer.self_attn.attn.sliding_window_size
     return int(size) if size is not None and size > -1 else None
 
@@ -240,6 +242,7 @@ def tail(
     batch: Any,
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
+    residual: torch.Tensor | None,
     normed: torch.Tensor | None,
     per_layer_inputs: torch.Tensor | None,
 ) -> Tail:
@@ -279,6 +282,7 @@ def tail(
         rows,
         made.positions,
         hidden_states[rows],
+        None if residual is None else residual[rows],
         None if normed is None else normed[rows],
         None if per_layer_inputs is None else per_layer_inputs[rows],
     )

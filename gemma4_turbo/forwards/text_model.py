@@ -1,19 +1,24 @@
 """``Gemma4TextModel.forward``: the same loop, in steps that patches can take over one by one.
 
 Each layer is handed the norm that reads its result; before the layers that share KV the rows may be
-cut (`gemma4_turbo.forwards.fast_prefill`).
+cut (`gemma4_turbo.forwards.fast_prefill`), and what is left may run in a CUDA graph
+(`gemma4_turbo.forwards.tail_graph`).
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Optional
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from gemma4_turbo.forwards import fast_prefill
+from gemma4_turbo.forwards import fast_prefill, tail_graph
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward"
+
+State = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+"""Between two layers: hidden states, residual, and the hidden states through the next norm."""
 
 
 def forward(
@@ -33,22 +38,58 @@ def forward(
         per_layer_inputs = self.get_per_layer_inputs(input_ids)
     per_layer_inputs = self.project_per_layer_inputs(input_embeds, per_layer_inputs)
 
-    hidden_states = input_embeds
-    residual = normed = None
-    captured = []
-    count = len(self.layers)
+    captured: list[torch.Tensor] = []
+    layers = functools.partial(_layers, self, captured, kwargs)
+    start = input_embeds, None, None
     cut = fast_prefill.cut(self, forward_batch, positions, kwargs)
-    tail = None
-    for index in range(count):
-        if cut is not None and index == cut.first:
-            if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
-                return torch.zeros_like(hidden_states)
-            tail = fast_prefill.tail(
-                cut, forward_batch, positions, hidden_states, normed, per_layer_inputs
-            )
-            positions, hidden_states, normed = tail.positions, tail.hidden_states, tail.normed
-            per_layer_inputs, forward_batch = tail.per_layer_inputs, tail.batch
-            residual = None if residual is None else residual[tail.rows]
+    if cut is not None:
+        state = layers(range(cut.first), start, positions, per_layer_inputs, forward_batch)
+        if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
+            return torch.zeros_like(state[0])
+        tail = fast_prefill.tail(cut, forward_batch, positions, *state, per_layer_inputs)
+        return fast_prefill.restore(cut, tail, tail_graph.run(self, cut, tail, forward_batch))
+    count = len(self.layers)
+    state = layers(range(count), start, positions, per_layer_inputs, forward_batch)
+    if count in self.layers_to_capture:
+        captured.append(state[0])
+    hidden_states = _last_norm(self, state)
+    if not captured:
+        return hidden_states
+    return hidden_states, captured
+
+
+def run_tail(self: Any, first: int, tail: fast_prefill.Tail) -> torch.Tensor:
+    """The layers from ``first`` on and the last norm over a tail's rows: ``[rows, hidden]``.
+
+    It reads the model and the tail, nothing else: a CUDA graph of it is right as long as these are.
+    """
+    state = _layers(
+        self,
+        [],
+        {},
+        range(first, len(self.layers)),
+        (tail.hidden_states, tail.residual, tail.normed),
+        tail.positions,
+        tail.per_layer_inputs,
+        tail.batch,
+    )
+    return _last_norm(self, state)
+
+
+def _layers(
+    self: Any,
+    captured: list[torch.Tensor],
+    kwargs: dict[str, Any],
+    indices: range,
+    state: State,
+    positions: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+    forward_batch: Any,
+) -> State:
+    """These layers, one after another; ``captured`` gets what goes into ``layers_to_capture``."""
+    hidden_states, residual, normed = state
+    count = len(self.layers)
+    for index in indices:
         layer = self.layers[index]
         if index in self.layers_to_capture:
             captured.append(hidden_states)
@@ -65,17 +106,15 @@ def forward(
         hidden_states = outputs[0]
         residual = outputs[1] if len(outputs) > 1 else None
         normed = outputs[2] if len(outputs) > 2 else None
-    if count in self.layers_to_capture:
-        captured.append(hidden_states)
+    return hidden_states, residual, normed
 
+
+def _last_norm(self: Any, state: State) -> torch.Tensor:
+    hidden_states, residual, normed = state
     if residual is not None:
         hidden_states, _ = self.norm(hidden_states, residual)
     elif normed is not None:
         hidden_states = normed
     else:
         hidden_states = self.norm(hidden_states)
-    if cut is not None and tail is not None:
-        hidden_states = fast_prefill.restore(cut, tail, hidden_states)
-    if not captured:
-        return hidden_states
-    return hidden_states, captured
+    return hidden_states

@@ -72,7 +72,10 @@ class Memory:
     """KV pools, allocator and attention backend of one engine."""
 
     def __init__(
-        self, size: int = SLOTS, layers: tuple[list[int], list[int]] | None = None
+        self,
+        size: int = SLOTS,
+        layers: tuple[list[int], list[int]] | None = None,
+        requests: int = 8,
     ) -> None:
         """``layers``: full and sliding ones that get buffers; None: all."""
         from sglang.srt.configs.model_config import AttentionArch
@@ -101,7 +104,7 @@ class Memory:
         self.allocator = SWATokenToKVPoolAllocator(
             size=size, size_swa=size, kvcache=self.kv, need_sort=False, **common
         )
-        self.requests = ReqToTokenPool(8, CONTEXT, "cpu", enable_memory_saver=False)
+        self.requests = ReqToTokenPool(requests, CONTEXT, "cpu", enable_memory_saver=False)
         # Slots out of order, and not the same in both pools.
         self.allocator.alloc(5)
         self.allocator.swa_attn_allocator.alloc(9)
