@@ -40,20 +40,21 @@ def yoco(results: Path) -> str | None:
         what = timed[0].removeprefix("prefill of ")
         far = run[run["quantity"] == "KL divergence"].set_index("variant")["value"]
         counts = run[run["variant"] == "stock vs patched"].set_index("quantity")["value"]
-        own = far.drop("stock vs patched").iloc[0]
+        own = far.drop("stock vs patched", errors="ignore")
         rows.append(
             [
                 *names,
                 f"{timed[1]} x {what}: {change(*table.loc[timed, ['stock', 'patched']], 0)}",
                 differing(counts, "token"),
-                f"{far['stock vs patched']:.1e} ({own:.1e})",
+                f"{far['stock vs patched']:.1e} ({own.iloc[0]:.1e})" if len(own) else "-",
             ]
         )
     header = ["model", "patches", "ms", "tokens differing", "KL divergence, nats"]
     return (
-        f"{markdown(header, rows)}\n\nStock -> patched (ratio), `python bench/engine.py --unit-norms "
-        "--no-prompt-logprobs`: random weights, norms around one. KL divergence of the first token of 12 "
-        f"prompts; in brackets stock against itself, one prompt at a time. {origins(frame)}."
+        f"{markdown(header, rows)}\n\nStock -> patched (ratio), random weights: `python bench/engine.py "
+        "--prefill 30x7000+10 --unit-norms --no-prompt-logprobs`, with the KL divergence of the first token "
+        "of 12 prompts, in brackets stock against itself, one prompt at a time; `--prefill 4x4096`. "
+        f"{origins(frame)}."
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo import states
+from gemma4_turbo import graphs, states
 from gemma4_turbo.forwards import fast_prefill
 from gemma4_turbo.forwards.fast_prefill import Cut, Tail
 from gemma4_turbo.forwards.steps import Step
@@ -65,15 +65,15 @@ def run(model: Any, cut: Cut, tail: Tail, batch: Any) -> torch.Tensor:
         return layers(tail)
     reason = refusal(tail, batch)
     if reason is None:
-        graphs = _graphs(model, cut, tail, batch)
-        reason = graphs.refusal(tail, batch)
+        mine = _graphs(model, cut, tail, batch)
+        reason = mine.refusal(tail, batch)
         if reason is None:
             try:
-                found, recorded = graphs.run(tail, batch, layers)
+                found, recorded = mine.run(tail, batch, layers)
                 patch.engaged(recorded)
                 return found
             except Exception as error:  # the server lives, on the tail that nobody has touched
-                reason = graphs.failed[_key(tail)] = f"{type(error).__name__}: {error}"
+                reason = mine.failed[_key(tail)] = f"{type(error).__name__}: {error}"
                 patch.set(states.FAILED, f"{len(tail.hidden_states)} rows: {reason}")
     patch.declined(reason)
     return layers(tail)
@@ -87,24 +87,24 @@ def drop_all() -> None:
 
 def _drop(model: Any) -> None:
     _models.discard(model)
-    graphs = vars(model).pop(_GRAPHS, None)
-    if graphs is not None and graphs.captured and torch.cuda.is_available():
+    found = vars(model).pop(_GRAPHS, None)
+    if found is not None and found.captured and torch.cuda.is_available():
         torch.cuda.synchronize()  # one may be running, also on another stream
 
 
 def _graphs(model: Any, cut: Cut, tail: Tail, batch: Any) -> Graphs:
     """The model's graphs; new ones where anything has moved that the old ones point to."""
     made_for = _made_for(model, cut, tail, batch)
-    graphs: Graphs | None = vars(model).get(_GRAPHS)
+    found: Graphs | None = vars(model).get(_GRAPHS)
     failed: dict[Key, str] = {}
-    if graphs is not None and (graphs.made_for != made_for or graphs.watched.moved()):
-        failed = graphs.failed
+    if found is not None and (found.made_for != made_for or found.watched.moved()):
+        failed = found.failed
         _drop(model)
-        graphs = None
-    if graphs is None:
-        graphs = vars(model)[_GRAPHS] = Graphs(model, cut, made_for, failed)
+        found = None
+    if found is None:
+        found = vars(model)[_GRAPHS] = Graphs(model, cut, made_for, failed)
         _models.add(model)
-    return graphs
+    return found
 
 
 def _made_for(model: Any, cut: Cut, tail: Tail, batch: Any) -> tuple[Any, ...]:
@@ -325,6 +325,9 @@ class CudaGraph:
                 torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"),
             ):
                 self.output = function()
+        except BaseException:
+            graphs.settle()
+            raise
         finally:
             if collecting:
                 gc.enable()

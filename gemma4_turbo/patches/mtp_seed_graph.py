@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo import states
+from gemma4_turbo import graphs, states
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
                 _capture_seed(run, self, num_seqs)
             except Exception as error:
                 failure = f"{type(error).__name__}: {error}"
+                graphs.settle()
             failure = _any_rank(self, failure)
             if failure:  # stock seeds eagerly
                 _release(self.frozen_kv_mtp_worker)
