@@ -476,6 +476,7 @@ def main(
                             progress.update(task, description=f"round {round_}: {engine.variant}")
                             measure(engine, round_)
                             progress.advance(task)
+                    reports[PATCHED] = live[PATCHED]("status")
             else:
                 for round_ in range(rounds):
                     for variant in (STOCK, PATCHED) if round_ % 2 == 0 else (PATCHED, STOCK):
