@@ -26,8 +26,10 @@ def test_only_q_is_multiplied():
     assistant.bind_frozen_kv_context(assistant.build_frozen_kv_mtp_context(target, None))
     for layer in assistant.model.layers:
         part = layer.self_attn
-        x = torch.randn(3, small_mtp.HIDDEN)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(3, small_mtp.HIDDEN, generator=generator)
         weight = part.qkv_proj.weight
+        weight.data.normal_(generator=generator)  # SGLang leaves it as the memory was
         assert weight.shape[0] == part.q_size + 2 * part.kv_size
         stock = (x @ weight.T)[:, : part.q_size]
         multiplied = mock.Mock(wraps=torch.nn.functional.linear)
