@@ -81,11 +81,9 @@ def calls(case: str) -> dict[str, Callable[[], object]]:
     if case.startswith("decode/"):
         _, model, kind, batch = case.split("/")
         shape = decode_attention.shapes()[f"{model}/{kind}"]
-        arena = decode_attention.Arena(decode_attention.Point(shape, int(batch), 4096, False))
-        config = decode_attention.kernel.choose(
-            int(batch), shape.kv_heads, shape.heads // shape.kv_heads, shape.dim
-        )
-        ours, theirs = arena.ours(config), arena.stock()
+        point = decode_attention.Point(shape, int(batch), 4096, False)
+        arena = decode_attention.Arena(point)
+        ours, theirs = arena.ours(decode_attention.chosen_cut(point)), arena.stock()
         return {"stock": lambda: theirs(0), "patched": lambda: ours(0)}
     prepared = attention.Case(attention.SHAPES[case])
     function = attention.stock_function()

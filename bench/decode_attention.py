@@ -83,6 +83,12 @@ def shapes() -> dict[str, Shape]:
     return {shape.name: shape for shape in found.values()}
 
 
+def chosen_cut(point: Point) -> Config:
+    """What the kernel takes for a point by itself."""
+    shape = point.shape
+    return kernel.choose(point.batch, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim)
+
+
 class Arena:
     """A KV pool and queries of one point, and as many sets of slots as the L2 cache needs."""
 
@@ -241,8 +247,7 @@ def measured(
 
 def compare(point: Point, replays: int) -> dict[str, Any]:
     """The chosen cut against stock."""
-    arena, shape = Arena(point), point.shape
-    config = kernel.choose(point.batch, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim)
+    arena, config = Arena(point), chosen_cut(point)
     timers = [Timer(arena.ours(config), arena.copies), Timer(arena.stock(), arena.copies)]
     us, stock_us = readings(timers, replays)
     return measured(point, arena, config, us, stock_us)
@@ -251,7 +256,6 @@ def compare(point: Point, replays: int) -> dict[str, Any]:
 def tune(point: Point, replays: int) -> list[dict[str, Any]]:
     """Every kernel variant with two numbers of programs, then the best four with all."""
     arena, shape = Arena(point), point.shape
-    group = shape.heads // shape.kv_heads
     (stock_us,) = readings([Timer(arena.stock(), arena.copies)], replays)
     times: dict[Config, float] = {}
 
@@ -260,7 +264,7 @@ def tune(point: Point, replays: int) -> list[dict[str, Any]]:
             if config not in times:
                 (times[config],) = readings([Timer(arena.ours(config), arena.copies)], replays)
 
-    chosen = kernel.choose(point.batch, shape.kv_heads, group, shape.dim)
+    chosen = chosen_cut(point)
     time([chosen])
     time([
         tile._replace(target=target, fused=chosen.fused)

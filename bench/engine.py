@@ -51,6 +51,7 @@ ARGUMENTS = {  # of every engine on a generated model
     "chunked_prefill_size": 4096,
     "log_level": "info",
 }
+EAGER = {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
 console = Console(width=150)
 
 
@@ -395,22 +396,21 @@ def main(
         "cuda_graph_max_bs": max([*sizes, equality, 1]),
     }
     if not graphs:
-        arguments |= {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
+        arguments |= EAGER
     elif geometry.GEOMETRIES[model].kv_shared_layers:
         # Stock 0.5.12.post1 cannot start these models with piecewise graphs.
         arguments["disable_piecewise_cuda_graph"] = True
 
     def make(variant: str) -> Engine:
         log = out.with_name(f"{out.stem}-{variant.split()[-1]}.log")
+        changed: dict[str, Any] = {}
         if patched_piecewise and variant in (PATCHED, PIECEWISE):
-            piecewise = {**arguments, "disable_piecewise_cuda_graph": False}
-            return Engine(variant, chosen, piecewise, log)
-        if variant == EXACT:
-            eager = {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
-            return Engine(variant, chosen, {**arguments, **eager}, log)
-        if variant == CHUNKS:
-            return Engine(variant, chosen, {**arguments, "chunked_prefill_size": kl_chunk}, log)
-        return Engine(variant, chosen, arguments, log)
+            changed = {"disable_piecewise_cuda_graph": False}
+        elif variant == EXACT:
+            changed = EAGER
+        elif variant == CHUNKS:
+            changed = {"chunked_prefill_size": kl_chunk}
+        return Engine(variant, chosen, {**arguments, **changed}, log)
 
     compared = {"count": equality, "new": new_tokens, "seed": 99}
     compared["tail"] = 16 if prompt_logprobs else 0
@@ -476,6 +476,7 @@ def main(
                             progress.update(task, description=f"round {round_}: {engine.variant}")
                             measure(engine, round_)
                             progress.advance(task)
+                    # Again: the first one stands for a run that is cut off before this.
                     reports[PATCHED] = live[PATCHED]("status")
             else:
                 for round_ in range(rounds):

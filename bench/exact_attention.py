@@ -78,11 +78,11 @@ def decode(
     out.copy_(reference_decode_attention(q, k_buffer, v_buffer, kv_indptr, kv_indices, sm_scale))
 
 
-def install_extend(module: Any) -> None:
-    """For SGLang's module of the extend kernel, when it is imported."""
-    module.extend_attention_fwd = extend
+FUNCTIONS = {"extend_attention": extend, "decode_attention": decode}
+"""By the name of SGLang's module, which has its own under that name and ``_fwd``."""
 
 
-def install_decode(module: Any) -> None:
-    """For SGLang's module of the decode kernel, when it is imported."""
-    module.decode_attention_fwd = decode
+def install(module: Any) -> None:
+    """Into one of these modules, when it is imported."""
+    name = module.__name__.rpartition(".")[2]
+    setattr(module, f"{name}_fwd", FUNCTIONS[name])

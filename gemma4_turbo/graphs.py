@@ -1,10 +1,24 @@
-"""What a CUDA graph capture that failed leaves behind."""
+"""CUDA graph captures in a running server, and what one that failed leaves behind."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+
+
+@contextlib.contextmanager
+def recording(graph: Any, pool: Any = None) -> Iterator[None]:
+    """What runs on the GPU inside goes into ``graph``, its tensors into ``pool`` or memory of its own."""
+    # The outer one puts the stream back where `torch.cuda.graph` fails to. The server's other
+    # threads may do on the GPU what this one may not now.
+    with (
+        torch.cuda.stream(torch.cuda.current_stream()),
+        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
+    ):
+        yield
 
 
 def settle() -> None:
@@ -17,10 +31,5 @@ def settle() -> None:
     """
     if not torch.cuda.is_available():
         return
-    with (
-        contextlib.suppress(RuntimeError),
-        # The outer one puts the stream back where `torch.cuda.graph` fails to.
-        torch.cuda.stream(torch.cuda.current_stream()),
-        torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"),
-    ):
+    with contextlib.suppress(RuntimeError), recording(torch.cuda.CUDAGraph()):
         torch.zeros(1, device="cuda")

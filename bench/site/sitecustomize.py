@@ -110,16 +110,10 @@ def _name_parts(module):
         setattr(worker, method, named(getattr(worker, method), name))
 
 
-def _exact_extend(module):
+def _exact_attention(module):
     from bench import exact_attention
 
-    exact_attention.install_extend(module)
-
-
-def _exact_decode(module):
-    from bench import exact_attention
-
-    exact_attention.install_decode(module)
+    exact_attention.install(module)
 
 
 def _take_every_model(patch):
@@ -134,9 +128,9 @@ if "BENCH_PATCHED" in os.environ:
     if os.environ.get("BENCH_RANGES") == "1":
         wrapt.register_post_import_hook(_name_parts, "sglang.srt.speculative.frozen_kv_mtp_worker")
     if os.environ.get("BENCH_EXACT_ATTENTION") == "1":
-        kernels = "sglang.srt.layers.attention.triton_ops"
-        wrapt.register_post_import_hook(_exact_extend, f"{kernels}.extend_attention")
-        wrapt.register_post_import_hook(_exact_decode, f"{kernels}.decode_attention")
+        for kernel in ("extend_attention", "decode_attention"):
+            module = f"sglang.srt.layers.attention.triton_ops.{kernel}"
+            wrapt.register_post_import_hook(_exact_attention, module)
     if os.environ.get("BENCH_UNPROVEN") == "1":
         wrapt.register_post_import_hook(_take_every_model, "gemma4_turbo.patches.mm_prefill_graph")
     if os.environ["BENCH_PATCHED"] == "1":

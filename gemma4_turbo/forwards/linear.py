@@ -70,17 +70,13 @@ def _module_reason(module: Any) -> str | None:
         return "the output is reduced over several GPUs"
     if getattr(module, "gather_output", False) and module.tp_size > 1:
         return "the output is gathered from several GPUs"
-    if _hooked(module):
+    if steps.hooked(module):
         return "a linear layer has forward hooks"
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
 
     if is_batch_invariant_mode_enabled():  # set before the first forward, never unset
         return "batch-invariant mode: the order of the sums depends on the number of rows here"
     return None
-
-
-def _hooked(module: Any) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def project(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -95,7 +91,7 @@ def mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
     """Gemma 4's dense MLP, its activation in the launch of the first product."""
     if SKINNY_GEMM.run is None or type(module).__name__ != "Gemma3MLP":
         return module(x)  # type: ignore[no-any-return]
-    if _hooked(module) or _hooked(module.act_fn):
+    if steps.hooked(module) or steps.hooked(module.act_fn):
         SKINNY_GEMM.run.declined("the dense MLP has forward hooks")
         return module(x)  # type: ignore[no-any-return]
     hidden = _run(module.gate_up_proj, x, Epilogue.GELU_AND_MUL, None)

@@ -113,6 +113,11 @@ def differing(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     return sum(norm_kinds.different_bits(a, b) for a, b in pairs)
 
 
+def hooked(module: Any) -> bool:
+    """Whether somebody wants to see, or change, what a module is given or returns."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def norm_reason(norm: Any) -> str | None:
     """Why a norm module does not run ``sgl_kernel.rmsnorm`` over its whole width, or None."""
     kind = type(norm).__name__
@@ -126,7 +131,7 @@ def norm_reason(norm: Any) -> str | None:
             return f"a Gemma4RMSNorm has scale_shift {norm.scale_shift}"
     else:
         return f"a norm is a {kind}"
-    if norm._forward_hooks or norm._forward_pre_hooks:
+    if hooked(norm):
         return "a norm has forward hooks"
     return None
 

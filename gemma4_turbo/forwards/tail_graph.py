@@ -318,12 +318,7 @@ class CudaGraph:
         collecting = gc.isenabled()
         gc.disable()  # what a collection frees may not be freed while a stream is recorded
         try:
-            # The outer one puts the stream back where `torch.cuda.graph` fails to. The server's
-            # other threads may do on the GPU what this one may not now.
-            with (
-                torch.cuda.stream(torch.cuda.current_stream()),
-                torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"),
-            ):
+            with graphs.recording(self.graph, pool):
                 self.output = function()
         except BaseException:
             graphs.settle()

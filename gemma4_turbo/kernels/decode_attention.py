@@ -23,13 +23,14 @@ places. Which splits there are depends on the whole batch, as it does in stock.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import pdl
+from gemma4_turbo.kernels import hopper, pdl
 from gemma4_turbo.kernels.interpreted import dot
 from gemma4_turbo.kernels.rounding import round_to
 
@@ -305,10 +306,9 @@ def decline_reason(
         return f"q must have heads of 256 or 512, got {dim}"
     if batch > MAX_BATCH:
         return f"q must have at most {MAX_BATCH} rows, got {batch}"
-    if not (INTERPRETED or (q.is_cuda and torch.version.hip is None)):
-        return f"q must be on a CUDA device, got {q.device}"
-    if not INTERPRETED and _capability(q.device)[0] != 9:
-        return f"q is on a GPU of compute capability {_capability(q.device)}, the kernel is tuned for 9.0"
+    reason = None if INTERPRETED else hopper.decline_reason("q", q.device)
+    if reason is not None:
+        return reason
     for name, buffer in (("k_buffer", k_buffer), ("v_buffer", v_buffer)):
         if buffer.dim() != 3 or buffer.shape[2] != dim or buffer.stride(2) != 1:
             return f"{name} must be [slots, Hkv, {dim}] with contiguous heads, got {tuple(buffer.shape)}"
@@ -334,26 +334,12 @@ def decline_reason(
     return None
 
 
-_properties: dict[torch.device, tuple[int, int, int]] = {}
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return _device(device)[:2]
-
-
+@functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors of the GPU; on a CPU 8."""
-    return _device(device)[2]
-
-
-def _device(device: torch.device) -> tuple[int, int, int]:
-    if device not in _properties:
-        if device.type == "cuda":
-            found = torch.cuda.get_device_properties(device)
-            _properties[device] = (found.major, found.minor, found.multi_processor_count)
-        else:
-            _properties[device] = (0, 0, 8)
-    return _properties[device]
+    if device.type != "cuda":
+        return 8
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:

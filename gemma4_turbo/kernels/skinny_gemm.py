@@ -17,14 +17,13 @@ and fp32's error of a sum of K terms, the same bound that cuBLAS keeps.
 from __future__ import annotations
 
 import enum
-import functools
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import pdl
+from gemma4_turbo.kernels import hopper, pdl
 from gemma4_turbo.kernels.gelu import gelu_tanh
 from gemma4_turbo.kernels.interpreted import dot
 from gemma4_turbo.kernels.rounding import round_to, rounded
@@ -166,22 +165,6 @@ INTERPRETED = not isinstance(_skinny_gemm_kernel, triton.JITFunction)
 """True when imported under ``TRITON_INTERPRET=1``: CPU tensors are taken."""
 
 
-@functools.cache
-def device_reason(device: torch.device) -> str | None:
-    """Why the kernel does not run on this device, or None.
-
-    `choose` fills a Hopper GPU's shared memory; on one with less the launch would raise.
-    """
-    if INTERPRETED:
-        return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"x must be on a CUDA device, got {device}"
-    capability = torch.cuda.get_device_capability(device)
-    if capability[0] != 9:
-        return f"x is on a GPU of compute capability {capability}, the kernel is tuned for 9.0"
-    return None
-
-
 def decline_reason(
     x: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None = None
 ) -> str | None:
@@ -194,7 +177,7 @@ def decline_reason(
         return f"x must be [M, {weight.shape[1]}] with contiguous rows, got {tuple(x.shape)}"
     if x.dtype != weight.dtype or x.device != weight.device:
         return f"x is {x.dtype} on {x.device}, the weight {weight.dtype} on {weight.device}"
-    reason = device_reason(x.device)
+    reason = None if INTERPRETED else hopper.decline_reason("x", x.device)
     if reason is not None:
         return reason
     if x.shape[0] > MAX_ROWS:

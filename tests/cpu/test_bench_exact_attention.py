@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 
 import pytest
 import torch
@@ -50,6 +51,13 @@ def test_extend_is_the_reference_of_all_heads(window: int):
             q, k, v, out, k_buffer, v_buffer, *starts, None, True, None, 6, 1.0, 1.0, 0.25,
             logit_cap=30.0,
         )  # fmt: skip
+
+
+def test_it_takes_stocks_place():
+    for name, ours in exact_attention.FUNCTIONS.items():
+        module = types.ModuleType(f"sglang.triton_ops.{name}")
+        exact_attention.install(module)
+        assert getattr(module, f"{name}_fwd") is ours
 
 
 def test_decode_fills_stocks_output():

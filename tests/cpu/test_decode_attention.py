@@ -225,7 +225,7 @@ def test_the_arrival_does_not_change_the_bits():
 @pytest.mark.parametrize("processors", [78, 132])
 def test_no_lengths_need_more_programs_than_the_grid_has(monkeypatch, processors):
     """The bound of `slots`, by counting as the kernel counts."""
-    monkeypatch.setattr(kernel, "_properties", {torch.device("cpu"): (9, 0, processors)})
+    monkeypatch.setattr(kernel, "processors", lambda device: processors)
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
         batch = int(torch.randint(1, 257, (1,), generator=generator))
@@ -247,7 +247,7 @@ def test_no_lengths_need_more_programs_than_the_grid_has(monkeypatch, processors
     [(256, 1), (396, 1), (400, 3), (512, 3), (700, 1), (792, 1), (1024, 1), (4096, 1)],
 )
 def test_no_round_for_a_few_programs(monkeypatch, pairs, splits):
-    monkeypatch.setattr(kernel, "_properties", {torch.device("cpu"): (9, 0, kernel.PROCESSORS)})
+    monkeypatch.setattr(kernel, "processors", lambda device: kernel.PROCESSORS)
     config = kernel.choose(pairs // 4, 4, 2, 256)
     chunk = -(-pairs * 1024 // kernel.target_programs(config, torch.device("cpu")))
     chunk = max(-(-chunk // config.block_n) * config.block_n, config.min_chunk)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo.kernels import hopper
 from gemma4_turbo.kernels import skinny_gemm as kernel
 from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
 
@@ -99,18 +100,18 @@ def test_a_gpu_with_less_shared_memory_is_declined(monkeypatch):
     x, weight, _ = operands(2, 64, 256)
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    kernel.device_reason.cache_clear()
+    hopper.decline_reason.cache_clear()
     try:
-        told = kernel.device_reason(torch.device("cuda", 0))
+        told = hopper.decline_reason("x", torch.device("cuda", 0))
         assert "compute capability (8, 9)" in str(told)
         assert "CUDA device" in str(kernel.decline_reason(x, weight, Epilogue.NONE))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert kernel.device_reason(torch.device("cuda", 1)) is None
-        monkeypatch.setattr(kernel, "device_reason", lambda device: told)
+        assert hopper.decline_reason("x", torch.device("cuda", 1)) is None
+        monkeypatch.setattr(hopper, "decline_reason", lambda argument, device: told)
         assert kernel.decline_reason(x, weight, Epilogue.NONE) == told
     finally:
         monkeypatch.undo()
-        kernel.device_reason.cache_clear()
+        hopper.decline_reason.cache_clear()
 
 
 @pytest.mark.parametrize(("argument", "changed"), DECLINED)
