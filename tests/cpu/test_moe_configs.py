@@ -289,6 +289,15 @@ def test_every_shipped_table_obeys_the_rules():
     assert names == listed
 
 
+def test_every_gpu_has_tables_for_one_and_for_two():
+    widths: dict[str, set[int]] = {}
+    for key in moe_tables.shipped():
+        assert key.experts == 128
+        widths.setdefault(key.device, set()).add(key.width)
+    assert {"NVIDIA_H200", "NVIDIA_H100_80GB_HBM3"} <= widths.keys()
+    assert all(found == {704, 352} for found in widths.values())
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
