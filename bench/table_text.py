@@ -13,6 +13,11 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def short(gpu: str) -> str:
+    """A GPU's name without its maker and memory, for a table whose foot has the whole name."""
+    return gpu.removeprefix("NVIDIA ").split()[0]
+
+
 def origin(frame: pd.DataFrame) -> str:
     """Device and versions of a run, which must be one."""
     first = frame.iloc[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import pandas as pd
 import typer
@@ -26,6 +26,7 @@ from bench.table_text import (
     medians,
     origin,
     origins,
+    short,
 )
 from gemma4_turbo.geometry import GEOMETRIES
 
@@ -112,8 +113,7 @@ def kernels() -> str:
     frames = [frame[frame["case"] == "bfloat16"].set_index("tokens") for frame in frames]
     header, rows = ["tokens"], [[str(tokens)] for tokens in frames[0].index]
     for frame in frames:
-        name = str(frame.iloc[0]["gpu"]).removeprefix("NVIDIA ").split()[0]
-        header += [f"{name}: stock, us", "fused, us", "ratio"]
+        header += [f"{short(frame.iloc[0]['gpu'])}: stock, us", "fused, us", "ratio"]
         for line, (_, row) in zip(rows, frame.iterrows(), strict=True):
             line += [
                 f"{row['stock_us']:.1f} ({row['stock_launches']} launches)",
@@ -169,7 +169,7 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
     if "stock vs patched" in far:
         own = [f"{value:.1e}" for name, value in far.items() if name != "stock vs patched"]
         divergence = f"{far['stock vs patched']:.1e} ({', '.join(own)})"
-    gpu = first["gpu"].removeprefix("NVIDIA ")
+    gpu = short(first["gpu"])
     if first.get("tp", 1) > 1:
         gpu = f"{first['tp']} x {gpu}"
     if "norms" in frame:  # older runs do not say which RMSNorm stock had
@@ -222,68 +222,91 @@ def decode_kernels() -> str | None:
     )
 
 
-def newest(pattern: str) -> pd.DataFrame | None:
-    """The newest run among these CSV files."""
+def newest(pattern: str) -> list[tuple[str, pd.DataFrame]]:
+    """Each GPU's name and its newest run among these CSV files."""
     frames = [pd.read_csv(path) for path in RESULTS.glob(pattern)]
     if not frames:
-        return None
-    frame = pd.concat(frames)
-    return frame[frame["timestamp"] == frame["timestamp"].max()]
+        return []
+    return [
+        (short(str(gpu)), rows[rows["timestamp"] == rows["timestamp"].max()])
+        for gpu, rows in pd.concat(frames).groupby("gpu")
+    ]
+
+
+def across(runs: list[tuple[str, pd.DataFrame]], *columns: str) -> list[tuple[Any, ...]]:
+    """What any of the runs has in these columns, in the order of the longest run."""
+    frames = sorted((run for _, run in runs), key=len, reverse=True)
+    keys = pd.concat(frames)[list(columns)].drop_duplicates()
+    return list(keys.itertuples(index=False, name=None))
 
 
 def extend_attention() -> str | None:
-    """Stock's kernel and ours, a row per shape."""
-    frame = newest("extend-attention-*.csv")
-    if frame is None:
+    """Stock's kernel and ours, a row per shape, columns per GPU."""
+    runs = newest("extend-attention-*.csv")
+    if not runs:
         return None
-    rows = [
-        [row["shape"], change(row["stock_us"], row["ours_us"], 0), f"{row['ours_tflops']:.0f}"]
-        for _, row in frame.iterrows()
-    ]
-    table = markdown(["shape", "us", "TFLOP/s"], rows)
+    header, rows = ["shape"], {shape: [shape] for (shape,) in across(runs, "shape")}
+    for gpu, run in runs:
+        header += [f"{gpu}: us", "TFLOP/s"]
+        points = run.set_index("shape")
+        for shape, line in rows.items():
+            if shape in points.index:
+                stock, ours, rate = points.loc[shape, ["stock_us", "ours_us", "ours_tflops"]]
+                line += [change(stock, ours, 0), f"{rate:.0f}"]
+            else:
+                line += ["-", "-"]
     return (
-        f"{table}\n\nStock -> ours (ratio), `python bench/attention.py`, where the shapes are. The cached "
-        f"prefix lies in random order; L2 cache emptied before each call. {origin(frame)}."
+        f"{markdown(header, list(rows.values()))}\n\nStock -> ours (ratio), `python bench/attention.py`, "
+        "where the shapes are. The cached prefix lies in random order; L2 cache emptied before each "
+        f"call. {'; '.join(origin(run) for _, run in runs)}."
     )
 
 
 def decode_attention() -> str | None:
-    """Stock's two kernels and ours, a row per kind of layer and batch, a column per length."""
-    frame = newest("decode-attention-*.csv")
-    if frame is None:
+    """Stock's two kernels and ours, a row per kind of layer, batch and GPU, a column per length."""
+    runs = newest("decode-attention-*.csv")
+    if not runs:
         return None
-    lengths = sorted(frame["length"].unique())
+    keys = ["shape", "batch", "length"]
+    times = [(gpu, run.set_index(keys)[["stock_us", "us"]]) for gpu, run in runs]
+    lengths = sorted(length for (length,) in across(runs, "length"))
     rows = []
-    for (shape, batch), points in frame.groupby(["shape", "batch"], sort=False):
-        us = points.set_index("length")[["stock_us", "us"]]
-        told = [change(*us.loc[one], 1) if one in us.index else "-" for one in lengths]
-        rows.append([shape, str(batch), *told])
-    header = ["layer", "batch", *(f"{length} tokens, us" for length in lengths)]
+    for layer in across(runs, "shape", "batch"):
+        for gpu, us in times:
+            points = [(*layer, length) for length in lengths]
+            told = [change(*us.loc[one], 1) if one in us.index else "-" for one in points]
+            if set(told) != {"-"}:
+                rows.append([*map(str, layer), gpu, *told])
+    header = ["layer", "batch", "GPU", *(f"{length} tokens, us" for length in lengths)]
     return (
         f"{markdown(header, rows)}\n\nStock -> ours (ratio), in a CUDA graph, keys and values outside "
-        f"the L2 cache: `python bench/decode_attention.py`. {origin(frame)}."
+        "the L2 cache: `python bench/decode_attention.py`. "
+        f"{'; '.join(origin(run) for _, run in runs)}."
     )
 
 
 def moe() -> str | None:
     """Both projections with stock's blocks and with the tuned ones, a row per number of tokens."""
-    frame = newest("moe-*.csv")
-    if frame is None:
+    runs = newest("moe-*.csv")
+    if not runs:
         return None
-    keys = ["tokens", "width"]
-    stock, ours = (
-        frame[frame[name] == 1].groupby(keys)["us"].sum() for name in ("stock", "chosen")
-    )
-    widths = sorted(frame["width"].unique(), reverse=True)
-    rows = [
-        [str(tokens), *(change(stock[tokens, width], ours[tokens, width], 0) for width in widths)]
-        for tokens in sorted(frame["tokens"].unique())
-    ]
-    header = ["tokens", *(f"N = {width}, us" for width in widths)]
+    header = ["tokens"]
+    rows = {tokens: [str(tokens)] for (tokens,) in sorted(across(runs, "tokens"))}
+    for gpu, run in runs:
+        widths = sorted(run["width"].unique(), reverse=True)
+        names = [f"N = {width}, us" for width in widths]
+        header += [f"{gpu}: {names[0]}", *names[1:]]
+        stock, ours = (
+            run[run[name] == 1].groupby(["tokens", "width"])["us"].sum()
+            for name in ("stock", "chosen")
+        )
+        for tokens, line in rows.items():
+            for point in ((tokens, width) for width in widths):
+                line.append(change(stock[point], ours[point], 0) if point in ours.index else "-")
     return (
-        f"{markdown(header, rows)}\n\nStock -> tuned (ratio), up and down projection of 128 experts, "
-        "top-8, half of the routings near uniform, half skewed: `python bench/tune_moe.py`. "
-        f"{origin(frame)}."
+        f"{markdown(header, list(rows.values()))}\n\nStock -> tuned (ratio), up and down projection of "
+        "128 experts, top-8, half of the routings near uniform, half skewed: "
+        f"`python bench/tune_moe.py`. {'; '.join(origin(run) for _, run in runs)}."
     )
 
 

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from bench import kernels as bench
-from bench import tables
+from bench import tables, tune_moe
+from gemma4_turbo import moe_tables
 from gemma4_turbo.catalogue import BITWISE, CATALOGUE
 
 OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
@@ -84,6 +85,7 @@ def test_an_engine_table(results):
 def test_engines_of_several_files(results):
     engine_csv(results / "decode-a-engine.csv")
     changed: dict[str, Any] = {"patches": "router+moe_align", "tp": 2, "norms": "cute", "layers": 6}
+    changed["gpu"] = "NVIDIA H8 80GB HBM3"
     engine_csv(results / "decode-b-engine.csv", OLD, **changed)
     engine_csv(results / "router-engine.csv")
     table = tables.decode_engine()
@@ -91,9 +93,9 @@ def test_engines_of_several_files(results):
     found = [line[:3] for line in cells(table)]
     assert found == [
         ["26b-a4b", "H9", LABEL],
-        ["26b-a4b, 6 layers", "2 x H9, cute norms", "`router`, `moe_align`"],
+        ["26b-a4b, 6 layers", "2 x H8, cute norms", "`router`, `moe_align`"],
     ]
-    assert "2026-01-01; NVIDIA H9" in table
+    assert "NVIDIA H8 80GB HBM3, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-01; NVIDIA H9" in table
 
 
 def test_the_divergence_and_what_stock_has_of_its_own(results):
@@ -109,35 +111,98 @@ def test_the_divergence_and_what_stock_has_of_its_own(results):
     assert cells(table)[0][-2:] == ["2.0e-09 (3.0e-09)", "3"]
 
 
+def save(path: Path, *rows: dict[str, Any], gpu: str = "NVIDIA H9") -> None:
+    """A run as the benches of single kernels write it."""
+    base = {"timestamp": NEW, "gpu": gpu, **VERSIONS}
+    pd.DataFrame([base | row for row in rows]).to_csv(path, index=False)
+
+
+SHAPE = {"shape": "full", "stock_us": 100.0, "ours_us": 25.0, "ours_tflops": 300.4}
+POINT = {"shape": "a/full", "batch": 8, "length": 512, "stock_us": 10.0, "us": 5.0}
+TILE = {"width": 704, "tokens": 8, "us": 6.0, "chosen": 0, "stock": 0, "projection": "up"}
+
+
 def test_attention_and_experts(results):
     assert tables.extend_attention() is tables.decode_attention() is tables.moe() is None
-    base = {"timestamp": NEW, "gpu": "NVIDIA H9", **VERSIONS}
-
-    def save(name: str, *rows: dict[str, Any]) -> None:
-        pd.DataFrame([base | row for row in rows]).to_csv(results / name, index=False)
-
-    row = {"shape": "full", "stock_us": 100.0, "ours_us": 25.0, "ours_tflops": 300.4}
-    save("extend-attention-h9.csv", row, row | {"timestamp": OLD})
+    save(results / "extend-attention-h9.csv", SHAPE, SHAPE | {"timestamp": OLD})
     table = tables.extend_attention()
     assert table is not None
+    assert table.startswith("| shape | H9: us | TFLOP/s |\n")
     assert cells(table) == [["full", "100 -> 25 (0.250)", "300"]]
+    assert table.endswith(" call. NVIDIA H9, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-02.")
 
-    point = {"shape": "a/full", "batch": 8, "stock_us": 10.0, "us": 5.0}
-    save("decode-attention-h9.csv", point | {"length": 512}, point | {"length": 64, "us": 20.0})
+    save(results / "decode-attention-h9.csv", POINT, POINT | {"length": 64, "us": 20.0})
     table = tables.decode_attention()
     assert table is not None
-    assert cells(table) == [["a/full", "8", "10.0 -> 20.0 (2.000)", "10.0 -> 5.0 (0.500)"]]
+    assert cells(table) == [["a/full", "8", "H9", "10.0 -> 20.0 (2.000)", "10.0 -> 5.0 (0.500)"]]
 
-    tile = {"width": 704, "tokens": 8, "us": 6.0, "chosen": 0, "stock": 0}
     save(
-        "moe-h9.csv",
-        tile | {"projection": "up", "stock": 1},
-        tile | {"projection": "down", "stock": 1, "chosen": 1},
-        tile | {"projection": "up", "chosen": 1, "us": 3.0},
+        results / "moe-h9.csv",
+        TILE | {"stock": 1},
+        TILE | {"projection": "down", "stock": 1, "chosen": 1},
+        TILE | {"chosen": 1, "us": 3.0},
     )
     table = tables.moe()
     assert table is not None
     assert cells(table) == [["8", "12 -> 9 (0.750)"]]
+
+
+def test_gpus_side_by_side(results):
+    """What only one of them measured is "-" or no row; the foot names both, each with its newest run."""
+    other = "NVIDIA H8 80GB HBM3"
+    both = "NVIDIA H8 80GB HBM3, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-01; NVIDIA H9, SGLang"
+    old = {"timestamp": OLD}
+    first, last = SHAPE | {"shape": "first"}, SHAPE | {"shape": "last", "ours_us": 50.0}
+    save(results / "extend-attention-h8.csv", last | old, gpu=other)
+    save(results / "extend-attention-h9.csv", first, last)
+    table = tables.extend_attention()
+    assert table is not None
+    assert table.startswith("| shape | H8: us | TFLOP/s | H9: us | TFLOP/s |\n")
+    assert cells(table) == [
+        ["first", "-", "-", "100 -> 25 (0.250)", "300"],
+        ["last", "100 -> 50 (0.500)", "300", "100 -> 50 (0.500)", "300"],
+    ]
+    assert both in table
+
+    small = POINT | {"batch": 1, "length": 64}
+    save(results / "decode-attention-h8.csv", small | old, gpu=other)
+    save(results / "decode-attention-h9.csv", POINT, small)
+    table = tables.decode_attention()
+    assert table is not None
+    half = "10.0 -> 5.0 (0.500)"
+    assert cells(table) == [
+        ["a/full", "8", "H9", "-", half],
+        ["a/full", "1", "H8", half, "-"],
+        ["a/full", "1", "H9", half, "-"],
+    ]
+    assert both in table
+
+    tile = TILE | {"stock": 1, "chosen": 1}
+    narrow, more = tile | {"width": 352, "us": 3.0}, tile | {"tokens": 16}
+    save(results / "moe-h8.csv", more | old, tile | old, gpu=other)
+    save(results / "moe-h9.csv", tile, narrow, narrow | {"tokens": 32})
+    table = tables.moe()
+    assert table is not None
+    assert table.startswith("| tokens | H8: N = 704, us | H9: N = 704, us | N = 352, us |\n")
+    wide, thin = "6 -> 6 (1.000)", "3 -> 3 (1.000)"
+    assert cells(table) == [
+        ["8", wide, wide, thin],
+        ["16", wide, "-", "-"],
+        ["32", "-", "-", thin],
+    ]
+    assert both in table
+
+
+def test_the_experts_times_are_those_of_the_shipped_tables():
+    for _, run in tables.newest("moe-*.csv"):
+        device = run.iloc[0]["gpu"].replace(" ", "_")
+        for width, rows in run[run["chosen"] == 1].groupby("width"):
+            measured: dict[str, Any] = {"up": {}, "down": {}}
+            for row in rows.to_dict("records"):
+                tile = tune_moe.Tile(*(row[name] for name in tune_moe.Tile._fields))
+                measured[row["projection"]][row["tokens"]] = tile.config()
+            key = moe_tables.Key(tune_moe.EXPERTS, int(width), device)
+            assert moe_tables.load(key) == moe_tables.Pair(**measured)
 
 
 def test_an_engine_that_measured_little(results):
