@@ -40,7 +40,7 @@ from gemma4_turbo import geometry, report  # noqa: E402
 VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
 PIECEWISE = "stock, piecewise"
-CHUNKS = "stock, other chunks"
+CHUNKS = "stock, chunks of "  # and how many tokens
 EXACT = "stock, attention in fp32"
 ARGUMENTS = {  # of every engine on a generated model
     "load_format": "dummy",
@@ -408,7 +408,7 @@ def main(
             changed = {"disable_piecewise_cuda_graph": False}
         elif variant == EXACT:
             changed = EAGER
-        elif variant == CHUNKS:
+        elif variant.startswith(CHUNKS):
             changed = {"chunked_prefill_size": kl_chunk}
         return Engine(variant, chosen, {**arguments, **changed}, log)
 
@@ -493,7 +493,7 @@ def main(
                 with engines(make, [CONTROL]) as live:
                     rows = live[CONTROL]("tokens", **compared)["rows"]
                     answers[CONTROL] = rows
-            for variant, wanted in ((CHUNKS, kl_chunk), (EXACT, kl_exact)):
+            for variant, wanted in ((f"{CHUNKS}{kl_chunk}", kl_chunk), (EXACT, kl_exact)):
                 if kl and wanted:
                     progress.update(task, description=variant)
                     with engines(make, [variant]) as live:

@@ -121,6 +121,7 @@ def divergence(results: Path) -> str | None:
     if frame is None:
         return None
     rows = []
+    chunks = "stock vs stock, chunks of "
     for names, run in runs(frame):
         value = run.set_index(["variant", "quantity"])["value"]
 
@@ -134,17 +135,22 @@ def divergence(results: Path) -> str | None:
                 found.append(f"{value[(pair, name)] * 1e5:.2f}{more}")
             return "; ".join(found)
 
+        cut = [
+            f"{pair.removeprefix(chunks)}: {far(pair)}"
+            for pair in value.index.unique("variant")
+            if pair.startswith(chunks)
+        ]
         exact = "stock, attention in fp32"
-        rows.append([*names, *(far(pair) for pair in (
-            "stock vs patched", "stock vs stock, one at a time", "stock vs stock, other chunks",
-            f"{exact} vs stock", f"{exact} vs patched",
-        ))])  # fmt: skip
-    header = ["model", "patches", "patched", "stock, one prompt at a time", "stock, chunks of 1024"]
-    header += ["attention in fp32 from stock", "from patched"]
+        rows.append([
+            *names, far("stock vs patched"), far("stock vs stock, one at a time"),
+            ", ".join(cut) or "-", far(f"{exact} vs stock"), far(f"{exact} vs patched"),
+        ])  # fmt: skip
+    header = ["model", "patches", "patched", "stock, one prompt at a time"]
+    header += ["stock, chunks of so many tokens", "attention in fp32 from stock", "from patched"]
     return (
         f"{markdown(header, rows)}\n\nKL divergence of next-token distributions, 1e-5 nats, the end of "
         "the prompt; decoding. From stock but for the last two columns; with standard errors where "
-        "they were taken. `python bench/engine.py --unit-norms --kl 32 --kl-new 12 --kl-chunk 1024 "
+        "they were taken. `python bench/engine.py --unit-norms --kl 32 --kl-new 12 --kl-chunk 128 "
         f"--kl-exact`: random weights, norms around one, prompts of 16 to 6000 tokens. {origins(frame)}."
     )
 

@@ -81,17 +81,42 @@ def test_the_sum_of_both_decides_over_the_rows(monkeypatch):
 
     times = Fake(formula)
     times.measure(512, tune_moe.both(t for m in (16, 64) for t in tune_moe.tiles(m)))
+    read_again(monkeypatch, times, formula)
+    up, down = times.decide(512, next(t for t in tune_moe.tiles(16) if t.n != 32))
+    assert (up.m, down.m) == (64, 64)
+    assert up.n == 128
+
+
+def read_again(monkeypatch: pytest.MonkeyPatch, times: Times, formula: Any) -> None:
+    """The second, deciding readings."""
 
     class Experts:
         @staticmethod
         def timer(projection: str, tile: Tile) -> float:
             return formula(projection, tile)
 
-    times.experts, times.replays = Experts, 1
+    times.experts, times.replays, times.failed = Experts, 1, set()
     monkeypatch.setattr(tune_moe, "readings", lambda timers, replays: timers)
-    up, down = times.decide(512)
-    assert (up.m, down.m) == (64, 64)
-    assert up.n == 128
+
+
+def test_a_table_is_no_slower_than_stock(monkeypatch):
+    """Stock's tile, slow in its first reading, is read again with the best; the CSV has that reading."""
+    stock = Tile(64, 128, 64, 8, 4, 3)
+    times = Fake(lambda projection, tile: 1.0 + (tile == stock))
+    times.measure(512, tune_moe.both([stock, *tune_moe.tiles(16), *tune_moe.tiles(64)]))
+    read_again(monkeypatch, times, lambda projection, tile: 1.5 - 0.1 * (tile == stock))
+    assert times.decide(512, stock) == (stock, stock)
+    assert times.us[512, UP, stock] == times.us[512, DOWN, stock] == 1.4
+
+
+def test_a_tile_of_stocks_that_does_not_fit_is_left_out(monkeypatch):
+    stock = Tile(64, 256, 128, 8, 4, 5)
+    times = Fake(lambda projection, tile: float(tile.n))
+    times.measure(512, tune_moe.both(tune_moe.tiles(64)))
+    read_again(monkeypatch, times, lambda projection, tile: float(tile.n))
+    times.failed = {(UP, stock), (DOWN, stock)}
+    up, down = times.decide(512, stock)
+    assert up.n == down.n == 64
 
 
 def test_winners_are_those_of_the_neighbours():
