@@ -222,15 +222,22 @@ def decode_kernels() -> str | None:
     )
 
 
-def newest(pattern: str) -> list[tuple[str, pd.DataFrame]]:
-    """Each GPU's name and its newest run among these CSV files."""
+def newest(pattern: str, *each: str) -> list[tuple[str, pd.DataFrame]]:
+    """Each GPU's name and its newest run among these CSV files; of ``each``, if given, its newest."""
     frames = [pd.read_csv(path) for path in RESULTS.glob(pattern)]
     if not frames:
         return []
     return [
-        (short(str(gpu)), rows[rows["timestamp"] == rows["timestamp"].max()])
-        for gpu, rows in pd.concat(frames).groupby("gpu")
+        (short(str(gpu)), rows[rows["timestamp"] == last_time(rows, *each)])
+        for gpu, rows in pd.concat(frames, ignore_index=True).groupby("gpu")
     ]
+
+
+def last_time(rows: pd.DataFrame, *each: str) -> Any:
+    """The latest time, of all rows or for every row that of its like."""
+    if not each:
+        return rows["timestamp"].max()
+    return rows.groupby(list(each))["timestamp"].transform("max")
 
 
 def across(runs: list[tuple[str, pd.DataFrame]], *columns: str) -> list[tuple[Any, ...]]:
@@ -242,7 +249,7 @@ def across(runs: list[tuple[str, pd.DataFrame]], *columns: str) -> list[tuple[An
 
 def extend_attention() -> str | None:
     """Stock's kernel and ours, a row per shape, columns per GPU."""
-    runs = newest("extend-attention-*.csv")
+    runs = newest("extend-attention-*.csv", "shape")
     if not runs:
         return None
     header, rows = ["shape"], {shape: [shape] for (shape,) in across(runs, "shape")}
@@ -258,7 +265,7 @@ def extend_attention() -> str | None:
     return (
         f"{markdown(header, list(rows.values()))}\n\nStock -> ours (ratio), `python bench/attention.py`, "
         "where the shapes are. The cached prefix lies in random order; L2 cache emptied before each "
-        f"call. {'; '.join(origin(run) for _, run in runs)}."
+        f"call. {'; '.join(origins(run) for _, run in runs)}."
     )
 
 

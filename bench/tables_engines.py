@@ -24,8 +24,13 @@ def runs(frame: pd.DataFrame, *more: str) -> Iterator[tuple[list[str], pd.DataFr
     """Model, patches and rows of each run, the newest one of a kind."""
     for _, run in frame.groupby([*KEYS, *more], sort=False):
         newest = run[run["timestamp"] == run["timestamp"].max()]
-        first = newest.iloc[0]
-        yield [f"{first['model']}, {first['layers']} layers", chosen(first["patches"])], newest
+        yield named(newest), newest
+
+
+def named(run: pd.DataFrame) -> list[str]:
+    """Model and patches of a run."""
+    first = run.iloc[0]
+    return [f"{first['model']}, {first['layers']} layers", chosen(first["patches"])]
 
 
 def yoco(results: Path) -> str | None:
@@ -122,7 +127,10 @@ def divergence(results: Path) -> str | None:
         return None
     rows = []
     chunks = "stock vs stock, chunks of "
-    for names, run in runs(frame):
+    for _, kind in frame.groupby(KEYS, sort=False):
+        # Fewer chunks in one run, more in the next: of each distance, the newest.
+        run = kind.sort_values("timestamp").drop_duplicates(["variant", "quantity"], keep="last")
+        names = named(run)
         value = run.set_index(["variant", "quantity"])["value"]
 
         def far(pair: str, value: pd.Series = value) -> str:

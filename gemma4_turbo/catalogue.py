@@ -530,7 +530,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=BEHAVIOUR,
         traced=True,
-        default=False,
+        default=True,
         requires=("yoco",),
     ),
     Patch(
@@ -547,7 +547,7 @@ CATALOGUE: tuple[Patch, ...] = (
         written_for=("0.5.12", "0.5.12.post1"),
         numerics=BEHAVIOUR,
         traced=False,
-        default=False,
+        default=True,
     ),
     Patch(
         name="swa_ratio",

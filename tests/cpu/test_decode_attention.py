@@ -252,6 +252,11 @@ def test_no_round_for_a_few_programs(monkeypatch, pairs, splits):
     chunk = -(-pairs * 1024 // kernel.target_programs(config, torch.device("cpu")))
     chunk = max(-(-chunk // config.block_n) * config.block_n, config.min_chunk)
     assert max(1, -(-1024 // chunk)) == splits
+    # What the grid has beyond them has no work, and waits for a place all the same.
+    grid = 4 * kernel.slots(pairs // 4, 4, config, torch.device("cpu"), 1024)
+    assert grid - splits * pairs <= pairs + kernel.PROCESSORS
+    if splits == 1:
+        assert grid - pairs <= kernel.PROCESSORS + 4
 
 
 @pytest.mark.parametrize("dim", kernel.HEAD_DIMS)
