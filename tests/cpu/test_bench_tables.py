@@ -131,6 +131,18 @@ def test_attention_and_experts(results):
     assert cells(table) == [["full", "100 -> 25 (0.250)", "300"]]
     assert table.endswith(" call. NVIDIA H9, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-02.")
 
+    # One shape measured again leaves the others as they were.
+    before = {"timestamp": OLD, "stock_us": 200.0}
+    save(results / "extend-attention-h9.csv", SHAPE | before, SHAPE | before | {"shape": "b"}, SHAPE)
+    table = tables.extend_attention()
+    assert table is not None
+    assert sorted(cells(table)) == [
+        ["b", "200 -> 25 (0.125)", "300"],
+        ["full", "100 -> 25 (0.250)", "300"],
+    ]
+    assert "3.0, 2026-01-01; NVIDIA H9" in table
+    assert table.endswith("2026-01-02.")
+
     save(results / "decode-attention-h9.csv", POINT, POINT | {"length": 64, "us": 20.0})
     table = tables.decode_attention()
     assert table is not None

@@ -96,6 +96,17 @@ def test_divergence(tmp_path: Path):
         "4.00 ± 0.10; 8.00 ± 0.20", "2.00; 4.00", "-", "-", "5.00 ± 0.20; 10.00 ± 0.40",
     ]  # fmt: skip
 
+    # A later run with other chunks adds them, and replaces what it measured again.
+    later: list[Row] = [(PAIR, "KL divergence", 32, 3e-5, "nats")]
+    for size, value in ((128, 6e-5), (256, 7e-5)):
+        for name in ("KL divergence", "KL divergence, decode"):
+            later.append((f"stock vs stock, chunks of {size}", name, 32, value, "nats"))
+    write(tmp_path / "divergence.csv", later, "2026-03-04T00:00:00+00:00")
+    (line,) = cells(tables.divergence(tmp_path) or "")
+    assert line[2:6] == [
+        "3.00 ± 0.10; 8.00 ± 0.20", "2.00; 4.00", "128: 6.00; 6.00, 256: 7.00; 7.00", "-",
+    ]  # fmt: skip
+
 
 def test_full_pools(tmp_path: Path):
     rows = timed("soak", 96, 1000, 900)
