@@ -133,7 +133,9 @@ def test_attention_and_experts(results):
 
     # One shape measured again leaves the others as they were.
     before = {"timestamp": OLD, "stock_us": 200.0}
-    save(results / "extend-attention-h9.csv", SHAPE | before, SHAPE | before | {"shape": "b"}, SHAPE)
+    save(
+        results / "extend-attention-h9.csv", SHAPE | before, SHAPE | before | {"shape": "b"}, SHAPE
+    )
     table = tables.extend_attention()
     assert table is not None
     assert sorted(cells(table)) == [
