@@ -140,9 +140,13 @@ def main(
         )
         if ran.returncode or not told.is_file():
             sys.exit(f"serving.py: bench_serving failed:\n{ran.stdout[-1500:]}{ran.stderr[-1500:]}")
-        for name, value, unit in measured(told.read_text().splitlines()[-1], prompts):
-            if round_ >= 0:
-                results.add(server.variant, name, prompts, round_, value, unit)
+        found = measured(told.read_text().splitlines()[-1], prompts)
+        if round_ < 0:
+            return
+        for name, value, unit in found:
+            results.add(server.variant, name, prompts, round_, value, unit)
+        text = ", ".join(f"{name} {value:.1f} {unit}" for name, value, unit in found)
+        console.print(f"{server.variant}, round {round_}: {text}")  # a run may not get to its end
 
     def run() -> None:
         with Progress(console=console, transient=True) as progress:

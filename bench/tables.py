@@ -330,6 +330,7 @@ TABLES = {
     "yoco": lambda: tables_engines.yoco(RESULTS),
     "vision": lambda: tables_engines.vision(RESULTS),
     "images": lambda: tables_engines.images(RESULTS),
+    "serving": lambda: tables_engines.serving(RESULTS),
     "pools": lambda: tables_engines.pools(RESULTS),
     "divergence": lambda: tables_engines.divergence(RESULTS),
     "mtp": lambda: tables_engines.mtp(RESULTS),

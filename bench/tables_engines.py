@@ -10,9 +10,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.table_text import change, chosen, differing, markdown, medians, origins
+from bench.table_text import change, chosen, differing, markdown, medians, origins, short
 
 KEYS = ["model", "layers", "patches"]
+SERVED = (
+    "output throughput",
+    "time to first token, median",
+    "time to first token, 99th percentile",
+    "whole request, median",
+    "time per output token, median",
+)
 
 
 def read(path: Path) -> pd.DataFrame | None:
@@ -117,6 +124,26 @@ def images(results: Path) -> str | None:
         f"{markdown([*header, 'logprobs differing'], rows)}\n\n16 prompts with 6 images of 480 pixels "
         "each, over HTTP: `python bench/images.py`. Stock -> patched (ratio), the processor's time on "
         f"the CPU included. {origins(frame)}."
+    )
+
+
+def serving(results: Path) -> str | None:
+    """The real server under `sglang.bench_serving`."""
+    frame = read(results / "serving.csv")
+    if frame is None:
+        return None
+    rows = []
+    for names, run in runs(frame, "gpu"):
+        table = medians(run).droplevel("x")[["stock", "patched"]]
+        cells = [change(*table.loc[quantity], 0) for quantity in SERVED[:-1]]
+        rows.append([*names, short(run.iloc[0]["gpu"]), *cells, change(*table.loc[SERVED[-1]], 1)])
+    header = ["model", "patches", "GPU", "output, tokens/s", "first token, median, ms"]
+    header += ["99th percentile, ms", "whole request, median, ms", "time per token, median, ms"]
+    return (
+        f"{markdown(header, rows)}\n\nThe real server, 80 prompts of 1024 tokens and 256 new ones, 8 "
+        "requests a second, at most 64 at once (`sglang.bench_serving`): `python bench/serving.py`. "
+        "Stock -> patched (ratio), one server at a time, medians of the rounds. "
+        f"{origins(frame)}."
     )
 
 

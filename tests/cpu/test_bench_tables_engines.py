@@ -29,7 +29,10 @@ def timed(quantity: str, size: int, stock: float, patched: float, unit: str = "m
 
 @pytest.mark.parametrize(
     "make",
-    [tables.yoco, tables.vision, tables.images, tables.pools, tables.mtp, tables.divergence],
+    [
+        *(tables.yoco, tables.vision, tables.images, tables.pools, tables.mtp),
+        *(tables.divergence, tables.serving),
+    ],
 )
 def test_nothing_is_measured(tmp_path: Path, make: Any):
     assert make(tmp_path) is None
@@ -105,6 +108,21 @@ def test_divergence(tmp_path: Path):
     (line,) = cells(tables.divergence(tmp_path) or "")
     assert line[2:6] == [
         "3.00 ± 0.10; 8.00 ± 0.20", "2.00; 4.00", "128: 6.00; 6.00, 256: 7.00; 7.00", "-",
+    ]  # fmt: skip
+
+
+def test_the_server(tmp_path: Path):
+    rows = timed("output throughput", 80, 1000, 1500, "tokens/s")
+    rows += timed("time to first token, median", 80, 200, 100)
+    rows += timed("time to first token, median", 80, 300, 120)  # a second round
+    rows += timed("time to first token, 99th percentile", 80, 400, 300)
+    rows += timed("whole request, median", 80, 8000, 6000)
+    rows += timed("time per output token, median", 80, 20, 15)
+    write(tmp_path / "serving.csv", rows, patches="all")
+    (line,) = cells(tables.serving(tmp_path) or "")
+    assert line == [
+        "e2b, 35 layers", "all", "H9", "1000 -> 1500 (1.500)", "250 -> 110 (0.440)",
+        "400 -> 300 (0.750)", "8000 -> 6000 (0.750)", "20.0 -> 15.0 (0.750)",
     ]  # fmt: skip
 
 
