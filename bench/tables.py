@@ -28,6 +28,7 @@ from bench.table_text import (
     origins,
     short,
 )
+from gemma4_turbo.catalogue import BITWISE, by_name
 from gemma4_turbo.geometry import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,14 +125,43 @@ def kernels() -> str:
     return f"{markdown(header, rows)}\n\n128 experts, top-8, bf16, kernel time by profiler. {runs}."
 
 
+def engine_runs() -> list[pd.DataFrame]:
+    """The newest run of each file of whole engines with the decode patches."""
+    frames = [pd.read_csv(path) for path in sorted(RESULTS.glob("decode-*-engine.csv"))]
+    return [frame[frame["timestamp"] == frame["timestamp"].max()] for frame in frames]
+
+
+def headline() -> str | None:
+    """A row per model and GPU: its newest run with patches of any numerics; None if there is none."""
+    found: dict[tuple[str, int, str], pd.DataFrame] = {}
+    for frame in sorted(engine_runs(), key=lambda frame: frame.iloc[0]["timestamp"]):
+        first = frame.iloc[0]
+        names = first["patches"].split("+")
+        timed = first.get("tp", 1) <= 1 and (frame["unit"] == "ms").any()
+        if timed and (names == ["all"] or any(by_name(n).numerics != BITWISE for n in names)):
+            found[first["model"], first["layers"], first["gpu"]] = frame
+    if not found:
+        return None
+    rows = []
+    for key in sorted(found):
+        model, gpu, _, one, eight, many, _, prefill, *_ = engine_row(found[key])
+        rows.append([model, gpu.split(",")[0], one, eight, many, prefill])
+    header = [
+        "model",
+        "GPU",
+        *(f"decode step, batch {size}, ms" for size in BATCHES),
+        "prefill, ms",
+    ]
+    return (
+        f"{markdown(header, rows)}\n\nStock SGLang -> patched (ratio), whole engine, random weights, "
+        f"CUDA graphs on. {origins(pd.concat(list(found.values())))}."
+    )
+
+
 def decode_engine() -> str | None:
     """Whole engines with the decode patches, a row per measurement; None if there is none."""
-    rows, frames = [], []
-    for path in sorted(RESULTS.glob("decode-*-engine.csv")):
-        frame = pd.read_csv(path)
-        frame = frame[frame["timestamp"] == frame["timestamp"].max()]
-        frames.append(frame)
-        rows.append(engine_row(frame))
+    frames = engine_runs()
+    rows = [engine_row(frame) for frame in frames]
     if not rows:
         return None
     header = ["model", "GPU", "patches", *(f"decode, batch {size}, ms" for size in BATCHES)]
@@ -318,6 +348,7 @@ def moe() -> str | None:
 
 
 TABLES = {
+    "headline": headline,
     "engine": engine,
     "decode-engine": decode_engine,
     "equality": equality,

@@ -82,6 +82,24 @@ def test_an_engine_table(results):
     assert table.endswith("NVIDIA H9, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-02.")
 
 
+def test_the_headline_is_the_newest_run_with_more_than_bitwise_patches(results):
+    assert tables.headline() is None
+    engine_csv(results / "decode-a-engine.csv", patches="router+moe_align")
+    assert tables.headline() is None
+    engine_csv(results / "decode-b-engine.csv", OLD, patches="router+skinny_gemm", norms="cuda")
+    engine_csv(results / "decode-c-engine.csv", patches="all", scale=2)
+    engine_csv(results / "decode-d-engine.csv", OLD, patches="all", gpu="NVIDIA H8", norms="cuda")
+    engine_csv(results / "decode-e-engine.csv", patches="all", tp=2, gpu="NVIDIA H7")
+    save(results / "decode-f-engine.csv", UNTIMED, gpu="NVIDIA H6")
+    table = tables.headline()
+    assert table is not None
+    once, twice = "8.50 -> 4.50 (0.529)", "17.00 -> 9.00 (0.529)"
+    assert cells(table) == [
+        ["26b-a4b", "H8", once, once, once, "8 x 4096: 800 -> 400 (0.500)"],
+        ["26b-a4b", "H9", twice, twice, twice, "8 x 4096: 1601 -> 801 (0.500)"],
+    ]
+
+
 def test_engines_of_several_files(results):
     engine_csv(results / "decode-a-engine.csv")
     changed: dict[str, Any] = {"patches": "router+moe_align", "tp": 2, "norms": "cute", "layers": 6}
@@ -117,6 +135,10 @@ def save(path: Path, *rows: dict[str, Any], gpu: str = "NVIDIA H9") -> None:
     pd.DataFrame([base | row for row in rows]).to_csv(path, index=False)
 
 
+UNTIMED = {
+    **{"model": "26b-a4b", "layers": 6, "patches": "all", "variant": "stock vs patched"},
+    **{"quantity": "token_diffs", "x": 64, "round": 0, "value": 0.0, "unit": "count"},
+}
 SHAPE = {"shape": "full", "stock_us": 100.0, "ours_us": 25.0, "ours_tflops": 300.4}
 POINT = {"shape": "a/full", "batch": 8, "length": 512, "stock_us": 10.0, "us": 5.0}
 TILE = {"width": 704, "tokens": 8, "us": 6.0, "chosen": 0, "stock": 0, "projection": "up"}
@@ -328,5 +350,5 @@ def test_what_is_not_measured_leaves_its_markers_empty(results, monkeypatch):
 
 
 def test_a_marker_that_readme_lacks(results):
-    with pytest.raises(SystemExit, match="no marker for the table 'engine'"):
+    with pytest.raises(SystemExit, match="no marker for the table 'headline'"):
         tables.render("nothing here")
