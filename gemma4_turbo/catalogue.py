@@ -536,11 +536,18 @@ CATALOGUE: tuple[Patch, ...] = (
     Patch(
         name="shared_kv_pool",
         summary="No KV memory for layers that share another layer's (E2B, E4B)",
-        targets=("sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",),
+        targets=(
+            "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",
+            "sglang.srt.model_executor.pool_configurator"
+            ":HybridSWAPoolConfigurator.calculate_pool_sizes",
+        ),
         relies_on=(
             "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
             "sglang.srt.model_executor.pool_configurator"
             ":HybridSWAPoolConfigurator._solve_pool_sizes",
+            "sglang.srt.model_executor.model_runner_kv_cache_mixin"
+            ":ModelRunnerKVCacheMixin._resolve_max_num_reqs",
+            "sglang.srt.mem_cache.memory_pool:ReqToTokenPool.__init__",
             "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.__init__",
             "sglang.srt.model_executor.model_runner:ModelRunner.adjust_hybrid_swa_layers_for_pp",
         ),

@@ -238,6 +238,10 @@ class Buffers:
         # run of all, which is eager.
         self.backend = copy.copy(backend)
         self.backend.forward_metadata = self.metadata
+        # The buffers of SGLang's own graphs, which makes new ones where it records them again: a
+        # layer reads metadata only, and the old ones would stay.
+        for name in [name for name in vars(backend) if name.startswith("cuda_graph_")]:
+            setattr(self.backend, name, None)
         if window is not None:
             # A decode kernel may take this for the most keys of a row, once for all replays.
             self.backend.sliding_window_size = window

@@ -4,10 +4,15 @@ Stock counts every layer when it sizes the KV pools, and allocates for each. Lay
 (18 of 42 on E4B, 20 of 35 on E2B) hold the id of the layer whose KV they read, and their own buffers
 are never touched. They are taken off the two lists of layers before the pools are sized; the same
 lists make the pools later. More tokens fit into the same memory.
+
+Stock lets more tokens have more requests, each with a row of the table from tokens to slots, half a
+megabyte at 131072 tokens of context, and counts that table nowhere: up to 1 GiB. What it grows by is
+taken off the pools, down to stock's number of tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +23,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gemma4_turbo")
 
-TARGET = "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__"
+CONFIGURATOR = "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator"
+TARGET = f"{CONFIGURATOR}.__init__"
+SIZES = f"{CONFIGURATOR}.calculate_pool_sizes"
+FOR_POOLS = "_gemma4_turbo_bytes_for_pools"  # on a configurator
 ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Stock's configurator, over the layers that have KV of their own."""
-    init = stock[TARGET]
+    init, calculate = stock[TARGET], stock[SIZES]
 
     def __init__(self: Any, mr: Any) -> None:
         reason = refusal(mr)
@@ -47,7 +55,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return
         logger.info(
             "gemma4_turbo: shared_kv_pool: KV memory for %d full and %d sliding layers instead of "
-            "%d and %d; %.0f bytes a token instead of %.0f: %.2f times the tokens",
+            "%d and %d; %.0f bytes a token instead of %.0f: up to %.2f times the tokens",
             len(full),
             len(sliding),
             *map(len, whole),
@@ -55,9 +63,26 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             before,
             before / self._cell_size,
         )
+        setattr(self, FOR_POOLS, functools.partial(bytes_for_pools, mr, before, self._cell_size))
         run.engaged(False)
 
-    return {TARGET: __init__}
+    def calculate_pool_sizes(self: Any, available_bytes: int, page_size: int) -> Any:
+        for_pools = getattr(self, FOR_POOLS, None)
+        if for_pools is not None:
+            available_bytes = for_pools(available_bytes)
+        return calculate(self, available_bytes, page_size)
+
+    return {TARGET: __init__, SIZES: calculate_pool_sizes}
+
+
+def bytes_for_pools(mr: Any, before: float, after: float, available_bytes: int) -> int:
+    """What stock's table of requests leaves of the bytes, at ``before`` and ``after`` bytes a token."""
+    stock, ours = int(available_bytes // before), int(available_bytes // after)
+    rows: int = mr._resolve_max_num_reqs(ours) - mr._resolve_max_num_reqs(stock)
+    # `ReqToTokenPool`, without speculation: int32, four more than the context.
+    growth: int = max(rows, 0) * (mr.model_config.context_len + 4) * 4
+    fewest = min(available_bytes, int((stock + 1) * after))  # room for as many tokens as stock's
+    return max(available_bytes - growth, fewest)
 
 
 def refusal(mr: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,6 +41,7 @@ def patched() -> Iterator[None]:
 def runner(folder: Path, model: str = "e4b", **changes: Any) -> Any:
     """What the configurator reads of a model runner, with SGLang's own ModelConfig."""
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor.model_runner_kv_cache_mixin import ModelRunnerKVCacheMixin
 
     layers, period, shared, heads = GEOMETRY[model]
     types = [
@@ -64,6 +66,7 @@ def runner(folder: Path, model: str = "e4b", **changes: Any) -> Any:
         "num_kv_shared_layers": shared,
         "vocab_size": 64,
         "vocab_size_per_layer_input": 64,
+        "max_position_embeddings": 131072,
     }
     (folder / "config.json").write_text(json.dumps(fields))
     config = ModelConfig(str(folder))
@@ -74,11 +77,16 @@ def runner(folder: Path, model: str = "e4b", **changes: Any) -> Any:
         "disaggregation_mode": "null",
         "speculative_algorithm": None,
         "pp_size": 1,
+        "max_running_requests": None,
     }
     made = {"model_config": config, "kv_cache_dtype": torch.bfloat16, "enable_hisparse": False}
     arguments |= {n: v for n, v in changes.items() if n in arguments}
     made |= {n: v for n, v in changes.items() if n not in arguments}
-    return SimpleNamespace(**made, server_args=SimpleNamespace(**arguments))
+    mr = SimpleNamespace(
+        **made, server_args=SimpleNamespace(**arguments), dp_size=1, mambaish_config=None
+    )
+    mr._resolve_max_num_reqs = partial(ModelRunnerKVCacheMixin._resolve_max_num_reqs, mr)
+    return mr
 
 
 def sizes(mr: Any, available: int = 20 << 30) -> tuple[int, int]:
@@ -91,7 +99,7 @@ def sizes(mr: Any, available: int = 20 << 30) -> tuple[int, int]:
 @pytest.mark.parametrize(("model", "owning"), [("e4b", (4, 20)), ("e2b", (3, 12))])
 def test_more_tokens_fit(model: str, owning: tuple[int, int], tmp_path: Path):
     """By the memory of the layers that own KV; the pools are made from the same lists."""
-    mr = runner(tmp_path, model)
+    mr = runner(tmp_path, model, max_running_requests=64)
     before = ENGINE.runs[NAME].counters.engaged
     found = sizes(mr)
     assert ENGINE.runs[NAME].counters.engaged == before + 1
@@ -115,6 +123,40 @@ def test_more_tokens_fit(model: str, owning: tuple[int, int], tmp_path: Path):
     # The bytes that the pools take stay inside what was there.
     assert full * owning[0] * found[0] + sliding * owning[1] * found[1] <= 20 << 30
     assert found[0] > 1.7 * stock[0]
+
+
+def memory(mr: Any, available: int) -> tuple[int, int]:
+    """Tokens of the full layers, and bytes of the pools and of stock's table of requests."""
+    tokens, sliding = sizes(mr, available)
+    config = mr.model_config
+    per_layer = 2 * config.get_num_kv_heads(1) * 2
+    pools = per_layer * 512 * len(config.full_attention_layer_ids) * tokens
+    pools += per_layer * 256 * len(config.swa_attention_layer_ids) * sliding
+    requests = mr._resolve_max_num_reqs(tokens)
+    return tokens, pools + requests * (config.context_len + 4) * 4
+
+
+@pytest.mark.parametrize("asked", [None, 64, 3000])
+@pytest.mark.parametrize("model", ["e2b", "e4b"])
+def test_no_more_memory_than_stock(model: str, asked: int | None, tmp_path: Path):
+    """More tokens let stock have more requests, whose table it takes from what is to stay free."""
+    given = (0.1, 0.3, 1, 6, 12, 17, 24, 34, 50, 120)
+    found = []
+    for _ in range(2):
+        runners = [runner(tmp_path, model, max_running_requests=asked) for _ in given]
+        found.append([memory(r, int(g * 2**30)) for r, g in zip(runners, given, strict=True)])
+        ENGINE.revert()
+    for gib, (tokens, taken), (before, stock) in zip(given, *found, strict=True):
+        assert tokens >= before
+        if gib >= 1:
+            assert taken <= stock + 2**17  # a token's bytes: what rounding down leaves
+            assert tokens > 1.6 * before
+
+
+def test_without_memory_it_fails_as_stock(tmp_path: Path):
+    for available in (-(2**30), 0):
+        with pytest.raises(RuntimeError, match="Not enough memory"):
+            sizes(runner(tmp_path), available)
 
 
 REFUSALS = [

@@ -304,6 +304,18 @@ def test_the_buffers_hold_nothing_of_a_batch(model: Any, short: None):
     assert not pointers & {tensor.data_ptr() for tensor in mine}
 
 
+def test_the_buffers_of_sglangs_graphs_are_not_kept(model: Any, short: None):
+    """A weight update may record SGLang's graphs again, over new buffers: the old ones go."""
+    at = memory()
+    at.backend.init_cuda_graph_state(8, 8)
+    old = weakref.ref(at.backend.cuda_graph_kv_indices)
+    thrice(model, at)
+    assert at.backend.cuda_graph_kv_indices is old()
+    at.backend.init_cuda_graph_state(8, 8)
+    assert old() is None
+    check(model, three(model, at))
+
+
 @pytest.mark.parametrize("normed", [False, True])
 def test_rows_beyond_the_batch_see_one_key_of_nobody(model: Any, short: None, normed: bool):
     at = memory()
