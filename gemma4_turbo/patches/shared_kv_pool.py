@@ -69,7 +69,10 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def calculate_pool_sizes(self: Any, available_bytes: int, page_size: int) -> Any:
         for_pools = getattr(self, FOR_POOLS, None)
         if for_pools is not None:
-            available_bytes = for_pools(available_bytes)
+            try:
+                available_bytes = for_pools(available_bytes)
+            except Exception as error:  # the table then takes from what is to stay free
+                logger.warning("gemma4_turbo: shared_kv_pool: the table of requests: %r", error)
         return calculate(self, available_bytes, page_size)
 
     return {TARGET: __init__, SIZES: calculate_pool_sizes}

@@ -153,6 +153,20 @@ def test_no_more_memory_than_stock(model: str, asked: int | None, tmp_path: Path
             assert tokens > 1.6 * before
 
 
+def test_a_table_that_cannot_be_counted_costs_no_server(tmp_path: Path, caplog: Any):
+    mr = runner(tmp_path, "e2b")
+
+    def unknown(tokens: int) -> int:
+        raise AttributeError("no such field")
+
+    mr._resolve_max_num_reqs = unknown
+    with caplog.at_level("WARNING", logger="gemma4_turbo"):
+        found = sizes(mr)
+    assert "no such field" in caplog.text
+    ENGINE.revert()
+    assert found[0] > 2 * sizes(runner(tmp_path, "e2b"))[0]
+
+
 def test_without_memory_it_fails_as_stock(tmp_path: Path):
     for available in (-(2**30), 0):
         with pytest.raises(RuntimeError, match="Not enough memory"):
