@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 
 from gemma4_turbo.catalogue import BITWISE, by_name
@@ -32,12 +34,29 @@ def origins(frame: pd.DataFrame) -> str:
     return "; ".join(dict.fromkeys(origin(run) for _, run in frame.groupby("timestamp")))
 
 
+def sources(frames: Iterable[pd.DataFrame]) -> str:
+    """The same of frames that stand side by side, in their order."""
+    return "; ".join(origins(frame) for frame in frames)
+
+
+def newest_rows(rows: pd.DataFrame, *each: str) -> pd.DataFrame:
+    """Those of the newest run; with ``each``, columns, of the newest run of every value of these."""
+    times = rows["timestamp"]
+    last = rows.groupby(list(each))["timestamp"].transform("max") if each else times.max()
+    return rows[times == last]
+
+
+def not_bitwise(names: list[str]) -> list[str]:
+    """Those of these patches."""
+    return [name for name in names if by_name(name).numerics != BITWISE]
+
+
 def chosen(patches: str) -> str:
     """The patches of a run of ``bench/engine.py``: how many `bitwise` ones, and the others by name."""
     names = patches.split("+")
     if names == ["all"]:
         return "all"
-    others = [name for name in names if by_name(name).numerics != BITWISE]
+    others = not_bitwise(names)
     bitwise = [name for name in names if name not in others]
     if len(bitwise) < 4:
         return ", ".join(f"`{name}`" for name in names)

@@ -24,11 +24,13 @@ from bench.table_text import (
     differing,
     markdown,
     medians,
+    newest_rows,
+    not_bitwise,
     origin,
     origins,
     short,
+    sources,
 )
-from gemma4_turbo.catalogue import BITWISE, by_name
 from gemma4_turbo.geometry import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,8 +106,7 @@ def exact() -> str:
     table = markdown(["GPU", "logits", "rows", "compared", "differing in any bit"], rows)
     experts = ", ".join(map(str, sorted(frame["experts"].unique())))
     topk = ", ".join(map(str, sorted(frame["topk"].unique())))
-    runs = "; ".join(origin(one) for one in frames)
-    return f"{table}\n\nE in {experts}; K in {topk}; adversarial: {adversarial}. {runs}."
+    return f"{table}\n\nE in {experts}; K in {topk}; adversarial: {adversarial}. {sources(frames)}."
 
 
 def kernels() -> str:
@@ -121,14 +122,16 @@ def kernels() -> str:
                 f"{row['fused_us']:.1f} ({row['fused_launches']})",
                 f"{row['fused_us'] / row['stock_us']:.2f}",
             ]
-    runs = "; ".join(origin(frame) for frame in frames)
-    return f"{markdown(header, rows)}\n\n128 experts, top-8, bf16, kernel time by profiler. {runs}."
+    return (
+        f"{markdown(header, rows)}\n\n128 experts, top-8, bf16, kernel time by profiler. "
+        f"{sources(frames)}."
+    )
 
 
 def engine_runs() -> list[pd.DataFrame]:
     """The newest run of each file of whole engines with the decode patches."""
     frames = [pd.read_csv(path) for path in sorted(RESULTS.glob("decode-*-engine.csv"))]
-    return [frame[frame["timestamp"] == frame["timestamp"].max()] for frame in frames]
+    return [newest_rows(frame) for frame in frames]
 
 
 def headline() -> str | None:
@@ -138,14 +141,14 @@ def headline() -> str | None:
         first = frame.iloc[0]
         names = first["patches"].split("+")
         timed = first.get("tp", 1) <= 1 and (frame["unit"] == "ms").any()
-        if timed and (names == ["all"] or any(by_name(n).numerics != BITWISE for n in names)):
+        if timed and (names == ["all"] or not_bitwise(names)):
             found[first["model"], first["layers"], first["gpu"]] = frame
     if not found:
         return None
     rows = []
-    for key in sorted(found):
-        model, gpu, _, one, eight, many, _, prefill, *_ = engine_row(found[key])
-        rows.append([model, gpu.split(",")[0], one, eight, many, prefill])
+    for _, frame in sorted(found.items(), key=lambda item: item[0]):
+        table = medians(frame[frame["unit"] == "ms"])
+        rows.append([*engine_name(frame.iloc[0]), *engine_times(table)])
     header = [
         "model",
         "GPU",
@@ -176,44 +179,57 @@ def decode_engine() -> str | None:
     )
 
 
-def engine_row(frame: pd.DataFrame) -> list[str]:
-    """One run of ``bench/engine.py``; "-" where it did not measure something."""
-    timed = frame[frame["unit"].isin(["ms", "launches"])]
-    table = medians(timed)
-    counts = frame[frame["variant"] == "stock vs patched"].set_index("quantity")["value"]
+def engine_name(first: pd.Series) -> tuple[str, str]:
+    """Model and GPUs of a run of ``bench/engine.py``, from any of its rows."""
+    model, gpu = first["model"], short(first["gpu"])
+    if first["layers"] != GEOMETRIES[model].layers:
+        model += f", {first['layers']} layers"
+    if first.get("tp", 1) > 1:
+        gpu = f"{first['tp']} x {gpu}"
+    return model, gpu
 
-    def pair(quantity: str, size: int) -> tuple[float, float] | None:
-        found = (quantity, size) in table.index
-        return tuple(table.loc[quantity, size][["stock", "patched"]]) if found else None
 
-    first = frame.iloc[0]
-    steps = [pair("decode step", size) for size in BATCHES]
-    launches = pair("launches per layer", first["layers"])
+def engine_times(table: pd.DataFrame) -> list[str]:
+    """A decode step of every batch and the prefills of such a run's medians; "-" for what it lacks."""
+    steps = [("decode step", size) for size in BATCHES]
+    told = [
+        change(*table.loc[step][["stock", "patched"]], 2) if step in table.index else "-"
+        for step in steps
+    ]
     prefill = [
         f"{size} x {quantity.split()[-1]}: {change(row['stock'], row['patched'], 0)}"
         for (quantity, size), row in table.iterrows()
         if quantity.startswith("prefill")
     ]
+    return [*told, ", ".join(prefill) or "-"]
+
+
+def engine_row(frame: pd.DataFrame) -> list[str]:
+    """One run of ``bench/engine.py``; "-" where it did not measure something."""
+    timed = frame[frame["unit"].isin(["ms", "launches"])]
+    table = medians(timed)
+    counts = frame[frame["variant"] == "stock vs patched"].set_index("quantity")["value"]
+    first = frame.iloc[0]
+    launches = "-"
+    if ("launches per layer", first["layers"]) in table.index:
+        row = table.loc["launches per layer", first["layers"]]
+        launches = f"{row['stock']:.1f} -> {row['patched']:.1f}"
     far = frame[frame["quantity"] == "KL divergence"].set_index("variant")["value"]
     divergence = "-"
     if "stock vs patched" in far:
         own = [f"{value:.1e}" for name, value in far.items() if name != "stock vs patched"]
         divergence = f"{far['stock vs patched']:.1e} ({', '.join(own)})"
-    gpu = short(first["gpu"])
-    if first.get("tp", 1) > 1:
-        gpu = f"{first['tp']} x {gpu}"
+    model, gpu = engine_name(first)
     if "norms" in frame:  # older runs do not say which RMSNorm stock had
         gpu += f", {first['norms']} norms"
-    model = first["model"]
-    if first["layers"] != GEOMETRIES[model].layers:
-        model += f", {first['layers']} layers"
+    *steps, prefill = engine_times(table)
     return [
         model,
         gpu,
         chosen(first["patches"]),
-        *("-" if step is None else change(*step, 2) for step in steps),
-        "-" if launches is None else f"{launches[0]:.1f} -> {launches[1]:.1f}",
-        ", ".join(prefill) or "-",
+        *steps,
+        launches,
+        prefill,
         differing(counts, "token"),
         differing(counts, "logprob"),
         divergence,
@@ -229,7 +245,7 @@ def decode_kernels() -> str | None:
     frame = max(frames, key=lambda frame: frame["timestamp"].max())
     copies = frame[frame["kernel"] == "copy"].set_index("timestamp")["gb_per_s"]
     frame = frame[frame["kernel"] != "copy"]
-    frame = frame[frame["timestamp"] == frame.groupby("kernel")["timestamp"].transform("max")]
+    frame = newest_rows(frame, "kernel")
     frame = frame[frame["tokens"].isin(KERNEL_ROWS)]
     rows = [
         [
@@ -258,16 +274,9 @@ def newest(pattern: str, *each: str) -> list[tuple[str, pd.DataFrame]]:
     if not frames:
         return []
     return [
-        (short(str(gpu)), rows[rows["timestamp"] == last_time(rows, *each)])
+        (short(str(gpu)), newest_rows(rows, *each))
         for gpu, rows in pd.concat(frames, ignore_index=True).groupby("gpu")
     ]
-
-
-def last_time(rows: pd.DataFrame, *each: str) -> Any:
-    """The latest time, of all rows or for every row that of its like."""
-    if not each:
-        return rows["timestamp"].max()
-    return rows.groupby(list(each))["timestamp"].transform("max")
 
 
 def across(runs: list[tuple[str, pd.DataFrame]], *columns: str) -> list[tuple[Any, ...]]:
@@ -295,7 +304,7 @@ def extend_attention() -> str | None:
     return (
         f"{markdown(header, list(rows.values()))}\n\nStock -> ours (ratio), `python bench/attention.py`, "
         "where the shapes are. The cached prefix lies in random order; L2 cache emptied before each "
-        f"call. {'; '.join(origins(run) for _, run in runs)}."
+        f"call. {sources(run for _, run in runs)}."
     )
 
 
@@ -318,7 +327,7 @@ def decode_attention() -> str | None:
     return (
         f"{markdown(header, rows)}\n\nStock -> ours (ratio), in a CUDA graph, keys and values outside "
         "the L2 cache: `python bench/decode_attention.py`. "
-        f"{'; '.join(origin(run) for _, run in runs)}."
+        f"{sources(run for _, run in runs)}."
     )
 
 
@@ -343,7 +352,7 @@ def moe() -> str | None:
     return (
         f"{markdown(header, list(rows.values()))}\n\nStock -> tuned (ratio), up and down projection of "
         "128 experts, top-8, half of the routings near uniform, half skewed: "
-        f"`python bench/tune_moe.py`. {'; '.join(origin(run) for _, run in runs)}."
+        f"`python bench/tune_moe.py`. {sources(run for _, run in runs)}."
     )
 
 

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.table_text import change, chosen, differing, markdown, medians, origins, short
+from bench.table_text import (
+    change,
+    chosen,
+    differing,
+    markdown,
+    medians,
+    newest_rows,
+    origins,
+    short,
+)
 
 KEYS = ["model", "layers", "patches"]
 SERVED = (
@@ -30,7 +39,7 @@ def read(path: Path) -> pd.DataFrame | None:
 def runs(frame: pd.DataFrame, *more: str) -> Iterator[tuple[list[str], pd.DataFrame]]:
     """Model, patches and rows of each run, the newest one of a kind."""
     for _, run in frame.groupby([*KEYS, *more], sort=False):
-        newest = run[run["timestamp"] == run["timestamp"].max()]
+        newest = newest_rows(run)
         yield named(newest), newest
 
 
@@ -156,8 +165,7 @@ def divergence(results: Path) -> str | None:
     chunks = "stock vs stock, chunks of "
     for _, kind in frame.groupby(KEYS, sort=False):
         # Fewer chunks in one run, more in the next: of each distance, the newest.
-        run = kind.sort_values("timestamp").drop_duplicates(["variant", "quantity"], keep="last")
-        names = named(run)
+        run = newest_rows(kind, "variant", "quantity")
         value = run.set_index(["variant", "quantity"])["value"]
 
         def far(pair: str, value: pd.Series = value) -> str:
@@ -177,7 +185,7 @@ def divergence(results: Path) -> str | None:
         ]
         exact = "stock, attention in fp32"
         rows.append([
-            *names, far("stock vs patched"), far("stock vs stock, one at a time"),
+            *named(run), far("stock vs patched"), far("stock vs stock, one at a time"),
             ", ".join(cut) or "-", far(f"{exact} vs stock"), far(f"{exact} vs patched"),
         ])  # fmt: skip
     header = ["model", "patches", "patched", "stock, one prompt at a time"]

@@ -319,20 +319,15 @@ class Times:
         again = dict(zip(finalists, readings(timers, 2 * self.replays), strict=True))
         for (projection, tile), us in again.items():
             self.us[tokens, projection, tile] = us
-        choices = []
-        for m in {tile.m for _, tile in finalists}:
-            pair = [
-                min(
-                    (us, tile)
-                    for (which, tile), us in again.items()
-                    if (which, tile.m) == (projection, m)
-                )
-                for projection in (UP, DOWN)
-                if any((which, tile.m) == (projection, m) for which, tile in finalists)
-            ]
-            if len(pair) == 2:
-                choices.append((pair[0][0] + pair[1][0], pair[0][1], pair[1][1]))
-        _, up, down = min(choices)
+        best: dict[tuple[str, int], tuple[float, Tile]] = {}
+        for (projection, tile), us in again.items():
+            key = projection, tile.m
+            best[key] = min(best.get(key, (us, tile)), (us, tile))
+        _, up, down = min(
+            (best[UP, m][0] + best[DOWN, m][0], best[UP, m][1], best[DOWN, m][1])
+            for projection, m in best
+            if projection == UP and (DOWN, m) in best
+        )
         return up, down
 
 

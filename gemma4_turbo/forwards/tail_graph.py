@@ -191,11 +191,8 @@ class Watched:
 
 # -- what the graphs read ------------------------------------------------------------------------------
 
-KEYS = (
-    "kv_indptr",
-    "kv_indices",
-    "num_kv_splits",
-)  # of the metadata; of sliding layers: window_...
+# Of the metadata; of sliding layers: window_...
+KEYS = ("kv_indptr", "kv_indices", "num_kv_splits")
 
 
 def _room(batch: Any) -> int:
@@ -226,11 +223,9 @@ class Buffers:
         self.metadata = copy.copy(theirs)
         for name in ("attn_logits", "swa_attn_logits", "attn_lse"):
             setattr(self.metadata, name, like(getattr(theirs, name)))
-        self.kinds = (
-            [("", _room(batch))]
-            if window is None
-            else [("", _room(batch)), ("window_", rows * window)]
-        )
+        self.kinds = [("", _room(batch))]
+        if window is not None:
+            self.kinds.append(("window_", rows * window))
         for prefix, room in self.kinds:
             for name, length in zip(KEYS, (rows + 1, room, rows), strict=True):
                 setattr(self.metadata, prefix + name, like(getattr(theirs, prefix + name), length))

@@ -354,9 +354,11 @@ def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
     if head_dim == 256:
         # A sequence and a KV head a program, once these fill the GPU: splits would leave a tail.
         target = 10 if pairs >= 128 else 20
-        splits = rounds_least(pairs)
-        if pairs > TOGETHER and splits > 1:  # but not a second round for the few that did not fit
-            target = triton.cdiv(10 * pairs * splits, PROCESSORS)
+        parts = rounds_least(pairs) if pairs > TOGETHER else 1
+        # Not a second round for the few that did not fit. Where nothing is split the target stays low:
+        # the grid has a program for each that is wanted beyond the pairs, which would cost a round.
+        if parts > 1:
+            target = triton.cdiv(10 * pairs * parts, PROCESSORS)
         config = Config(32, 4, 3, target, 64 if pairs < 32 else 128, False, True)
     elif pairs < 32:
         # Few sequences of few KV heads: short splits, so that a short sequence gets enough of them.
@@ -371,8 +373,6 @@ def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
 def rounds_least(pairs: int) -> int:
     """Splits of each pair, up to three, with which the rounds of programs take the least time.
 
-    With one split the target stays low: the grid has a program for each that is wanted beyond the pairs,
-    and those without work would still cost a round.
     A round of programs takes 1 / splits of what one with whole pairs takes, and a tenth more for each
     further split, which has to be added. That tenth is an assumption.
     """
