@@ -12,7 +12,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
 from bench.engine import PATCHED, STOCK, Results, end_on_sigterm, in_turn  # noqa: E402
+from bench.load_client import LoadClient  # noqa: E402
 from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
 from bench.turns import turn  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
@@ -44,8 +44,8 @@ MEASURED = (
 )
 
 
-def command(port: int, tokenizer: Path, requests: dict[str, Any], out: Path) -> list[str]:
-    """One run of ``sglang.bench_serving``; ``requests`` are its options."""
+def load_arguments(port: int, tokenizer: Path, requests: dict[str, Any], out: Path) -> list[str]:
+    """Of one run of ``sglang.bench_serving``; ``requests`` are its options."""
     options = {
         "backend": "sglang",
         "host": "127.0.0.1",
@@ -59,7 +59,7 @@ def command(port: int, tokenizer: Path, requests: dict[str, Any], out: Path) -> 
     }
     flags = ["--tokenize-prompt", "--disable-tqdm"]
     pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "sglang.bench_serving", *pairs, *flags]
+    return [*pairs, *flags]
 
 
 def environment(scratch: Path) -> dict[str, str]:
@@ -126,20 +126,19 @@ def main(
         "max-concurrency": concurrency,
     }
 
+    # One process for each server: both warm up at the same time.
+    clients = {variant: LoadClient(environment(scratch)) for variant in (STOCK, PATCHED)}
+
     def make(variant: str) -> Server:
         return Server(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
 
     def measure(server: Server, round_: int) -> None:
         """One run; round -1 only compiles what is compiled on first use."""
         told = scratch / f"{server.variant}-{round_}.jsonl"
-        ran = subprocess.run(
-            command(server.port, folder, requests, told),
-            env=environment(scratch),
-            capture_output=True,
-            text=True,
-        )
-        if ran.returncode or not told.is_file():
-            sys.exit(f"serving.py: bench_serving failed:\n{ran.stdout[-1500:]}{ran.stderr[-1500:]}")
+        try:
+            clients[server.variant].run(load_arguments(server.port, folder, requests, told))
+        except RuntimeError as error:
+            sys.exit(f"serving.py: {server.variant}: {error}")
         found = measured(told.read_text().splitlines()[-1], prompts)
         if round_ < 0:
             return
@@ -172,6 +171,8 @@ def main(
     try:
         run()
     finally:  # where a limit on its time cuts a run off, what there is still counts
+        for client in clients.values():
+            client.stop()
         summary = results.summary()
         if not summary.empty:
             columns = [

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from gemma4_turbo import geometry_mm
+
+load_client = pytest.importorskip("bench.load_client")
 serving = pytest.importorskip("bench.serving", reason="the bench's own packages are not installed")
 FIGURES = {name: float(number) for number, (name, _, _) in enumerate(serving.MEASURED)}
 
@@ -34,18 +37,82 @@ def test_a_run_that_cannot_count_is_refused(line, message):
         serving.measured(json.dumps(line), 5)
 
 
-def test_every_option_is_one_of_sglangs(tmp_path: Path):
-    """SGLang's own parser reads the command, up to the server that is not there."""
-    requests = {"num-prompts": 1, "random-input-len": 4, "request-rate": 8.0, "max-concurrency": 2}
-    command = serving.command(1, tmp_path, requests, tmp_path / "out.jsonl")
-    assert command[:3] == [sys.executable, "-m", "sglang.bench_serving"]
-    ran = subprocess.run(
-        [*command, "--ready-check-timeout-sec", "1"], capture_output=True, text=True
-    )
-    assert ran.returncode != 0
-    assert "unrecognized arguments" not in ran.stderr
-    assert "invalid choice" not in ran.stderr
-    assert "Namespace(" in ran.stdout + ran.stderr
+REQUESTS = {
+    "num-prompts": 3,
+    "random-input-len": 4,
+    "random-output-len": 2,
+    "request-rate": 1000.0,
+    "max-concurrency": 2,
+}
+
+
+class Answers(BaseHTTPRequestHandler):
+    """As much of SGLang's server as the load asks for: two tokens for every request."""
+
+    def log_message(self, *_):
+        pass
+
+    def send(self, kind: str, text: str):
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_GET(self):
+        self.send("application/json", json.dumps({"data": []}))
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        told = [{"text": "a" * n, "meta_info": {"completion_tokens": n}} for n in (1, 2)]
+        self.send("text/event-stream", "".join(f"data: {json.dumps(x)}\n\n" for x in told))
+
+
+@pytest.fixture
+def client(tmp_path: Path):
+    found = load_client.LoadClient(serving.environment(tmp_path))
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def port():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server.server_address[1]
+    server.shutdown()
+    server.server_close()
+
+
+def test_runs_one_after_the_other_in_one_process(client, port, tmp_path: Path):
+    """SGLang's own load generator; a run that fails is told, and does not end the process."""
+    folder = geometry_mm.write_model(tmp_path / "model", "e2b", 5)
+    process = client.process.pid
+    for number in (1, 2):
+        out = tmp_path / f"{number}.jsonl"
+        client.run(serving.load_arguments(port, folder, REQUESTS, out))
+        figures = {name: value for name, value, _ in serving.measured(out.read_text().strip(), 3)}
+        assert figures["all requests"] > 0
+        assert json.loads(out.read_text())["total_output_tokens"] == 6
+        if number == 1:
+            with pytest.raises(
+                RuntimeError, match=r"(?s)exit 2.*unrecognized arguments: --nonsense"
+            ):
+                client.run(["--nonsense"])
+    assert client.process.pid == process
+    assert client.process.poll() is None
+
+
+def test_a_server_that_is_not_there_is_told(client, tmp_path: Path):
+    arguments = serving.load_arguments(1, tmp_path, REQUESTS, tmp_path / "out.jsonl")
+    with pytest.raises(RuntimeError, match=r"(?s)failed: exit 1.*is not ready"):
+        client.run([*arguments, "--ready-check-timeout-sec", "1"])
+
+
+def test_a_process_that_ended_is_told(client):
+    client.process.kill()
+    client.process.wait()
+    with pytest.raises(RuntimeError, match="the load's process ended with status -9"):
+        client.run([])
 
 
 def test_the_package_of_data_sets_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
