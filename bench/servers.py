@@ -14,13 +14,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from bench.engine import PATCHED
+from gemma4_turbo.catalogue import by_name
 
 HERE = Path(__file__).resolve().parent
 START_LIMIT_S = 480
@@ -28,9 +29,21 @@ console = Console(width=150)
 
 
 class Server:
-    """One ``sglang.launch_server`` in a process group of its own."""
+    """One ``sglang.launch_server`` in a process group of its own.
 
-    def __init__(self, variant: str, patches: list[str], arguments: list[str], log: Path) -> None:
+    Args:
+        patches: of a patched server; none: all that are on by default.
+        also: patches besides these.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        patches: list[str],
+        arguments: list[str],
+        log: Path,
+        also: Sequence[str] = (),
+    ) -> None:
         self.variant, self.log, self.port = variant, log, free_port()
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
@@ -43,6 +56,7 @@ class Server:
             environment["GEMMA4_TURBO_STRICT"] = "1"
             if patches:
                 environment["GEMMA4_TURBO_SELECTION"] = f"only={','.join(patches)};skip="
+            environment |= {by_name(name).env: "1" for name in also}
         else:
             environment["GEMMA4_TURBO"] = "0"
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
@@ -83,6 +97,13 @@ class Server:
             return urllib.request.urlopen(request, timeout=300)
         except urllib.error.HTTPError as error:
             raise RuntimeError(f"{path}: {error.code}, {error.read()[:500]!r}") from None
+
+    def pool(self) -> int:
+        """Tokens that the KV pool has room for, in full attention layers."""
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.port}/server_info", timeout=60
+        ) as text:
+            return int(json.load(text)["max_total_num_tokens"])
 
     def stop(self) -> None:
         """End the whole process group."""

@@ -30,6 +30,7 @@ from bench.load_client import LoadClient  # noqa: E402
 from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
 from bench.turns import turn  # noqa: E402
 from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
+from gemma4_turbo.catalogue import CATALOGUE  # noqa: E402
 from gemma4_turbo.counters import descendants  # noqa: E402
 
 # Of bench_serving's output: its name, ours, the unit.
@@ -88,12 +89,23 @@ def measured(line: str, prompts: int) -> list[tuple[str, float, str]]:
     return [(label, float(found[name]), unit) for name, label, unit in MEASURED]
 
 
+def require_room(server: Server, tokens: int) -> None:
+    """Exit where memory was left for fewer tokens: requests would wait that do not in the other server."""
+    found = server.pool()
+    if found < tokens:
+        sys.exit(
+            f"serving.py: the {server.variant} server has room for {found} tokens, not {tokens}: "
+            "lower --max-total-tokens, or leave out --together"
+        )
+
+
 def main(
     model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "26b-a4b",
     layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
     patches: Annotated[
         str, typer.Option(help="Comma list; empty: all that are on by default")
     ] = "",
+    also: Annotated[str, typer.Option(help="Comma list of patches besides these")] = "",
     prompts: Annotated[int, typer.Option(min=1)] = 80,
     input_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     output_tokens: Annotated[int, typer.Option(min=1)] = 256,
@@ -111,7 +123,11 @@ def main(
     """Stock against patched under load."""
     end_on_sigterm()
     chosen = [name for name in patches.split(",") if name]
-    results = Results(model, layers or None, chosen)
+    besides = [name for name in also.split(",") if name]
+    unknown = sorted({*chosen, *besides} - {patch.name for patch in CATALOGUE})
+    if unknown:
+        raise typer.BadParameter(f"--patches, --also: no patch is called {', '.join(unknown)}")
+    results = Results(model, layers or None, [*(chosen or ["all"]), *besides])
     os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     folder = geometry_mm.write_model(scratch / "model", model, layers or None)
@@ -130,7 +146,8 @@ def main(
     clients = {variant: LoadClient(environment(scratch)) for variant in (STOCK, PATCHED)}
 
     def make(variant: str) -> Server:
-        return Server(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
+        log = out.with_name(f"{out.stem}-{variant}.log")
+        return Server(variant, chosen, arguments, log, besides)
 
     def measure(server: Server, round_: int) -> None:
         """One run; round -1 only compiles what is compiled on first use."""
@@ -152,6 +169,8 @@ def main(
             task = progress.add_task("starting servers", total=2 * (rounds + 1))
             for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
                 with servers(make, group) as live:
+                    for server in live.values():
+                        require_room(server, max_total_tokens)
                     progress.update(task, description="warm-up")
                     with turn(), ThreadPoolExecutor() as pool:
                         # The same load, so that no shape is new to the measured rounds.

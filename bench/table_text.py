@@ -52,10 +52,10 @@ def not_bitwise(names: list[str]) -> list[str]:
 
 
 def chosen(patches: str) -> str:
-    """The patches of a run of ``bench/engine.py``: how many `bitwise` ones, and the others by name."""
+    """The patches of a run: how many `bitwise` ones, and the others by name; "all" is all by default."""
     names = patches.split("+")
-    if names == ["all"]:
-        return "all"
+    if names[0] == "all":
+        return ", ".join(["all", *(f"`{name}`" for name in names[1:])])
     others = not_bitwise(names)
     bitwise = [name for name in names if name not in others]
     if len(bitwise) < 4:

@@ -145,13 +145,17 @@ def serving(results: Path) -> str | None:
     for names, run in runs(frame, "gpu"):
         table = medians(run).droplevel("x")[["stock", "patched"]]
         cells = [change(*table.loc[quantity], 0) for quantity in SERVED[:-1]]
-        rows.append([*names, short(run.iloc[0]["gpu"]), *cells, change(*table.loc[SERVED[-1]], 1)])
-    header = ["model", "patches", "GPU", "output, tokens/s", "first token, median, ms"]
+        rounds = run.groupby("variant")["round"].nunique()[["stock", "patched"]]
+        rows.append([
+            *names, short(run.iloc[0]["gpu"]), " / ".join(map(str, rounds)),
+            *cells, change(*table.loc[SERVED[-1]], 1),
+        ])  # fmt: skip
+    header = ["model", "patches", "GPU", "rounds", "output, tokens/s", "first token, median, ms"]
     header += ["99th percentile, ms", "whole request, median, ms", "time per token, median, ms"]
     return (
         f"{markdown(header, rows)}\n\nThe real server, 80 prompts of 1024 tokens and 256 new ones, 8 "
         "requests a second, at most 64 at once (`sglang.bench_serving`): `python bench/serving.py`. "
-        "Stock -> patched (ratio), one server at a time, medians of the rounds. "
+        "Stock -> patched (ratio), one server at a time, medians of so many rounds. "
         f"{origins(frame)}."
     )
 

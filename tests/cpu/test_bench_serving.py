@@ -11,7 +11,11 @@ from pathlib import Path
 import pytest
 
 from gemma4_turbo import geometry_mm
+from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.switches import Selection, read
 
+typer = pytest.importorskip("typer")
+servers = pytest.importorskip("bench.servers")
 load_client = pytest.importorskip("bench.load_client")
 serving = pytest.importorskip("bench.serving", reason="the bench's own packages are not installed")
 FIGURES = {name: float(number) for number, (name, _, _) in enumerate(serving.MEASURED)}
@@ -59,7 +63,7 @@ class Answers(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def do_GET(self):
-        self.send("application/json", json.dumps({"data": []}))
+        self.send("application/json", json.dumps({"data": [], "max_total_num_tokens": 700}))
 
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -113,6 +117,51 @@ def test_a_process_that_ended_is_told(client):
     client.process.wait()
     with pytest.raises(RuntimeError, match="the load's process ended with status -9"):
         client.run([])
+
+
+@pytest.fixture
+def environments(monkeypatch: pytest.MonkeyPatch):
+    """Of the servers that were started; none is."""
+    found = []
+    monkeypatch.setattr(
+        servers.subprocess, "Popen", lambda command, env, **_: found.append(env) or None
+    )
+    return found
+
+
+def test_a_server_with_too_small_a_pool_is_refused(environments, port, tmp_path: Path):
+    server = servers.Server("patched", [], [], tmp_path / "log")
+    server.port = port
+    serving.require_room(server, 700)
+    with pytest.raises(SystemExit, match="the patched server has room for 700 tokens, not 701"):
+        serving.require_room(server, 701)
+
+
+def test_patches_besides_the_chosen(environments, tmp_path: Path):
+    for variant in ("stock", "patched"):
+        for patches in ([], ["router"]):
+            servers.Server(variant, patches, [], tmp_path / "log", ["mm_prefill_graph", "yoco"])
+    for environment in environments[:2]:
+        assert environment["GEMMA4_TURBO"] == "0"
+        assert not {name for name in environment if name.startswith("GEMMA4_TURBO_")}
+    default, chosen = (
+        {name for name, decision in read(environment, inherited(environment)).decisions.items()
+         if decision.on}
+        for environment in environments[2:]
+    )  # fmt: skip
+    assert chosen == {"router", "mm_prefill_graph", "yoco"}
+    assert default == {p.name for p in CATALOGUE if p.default} | {"mm_prefill_graph"}
+
+
+def inherited(environment: dict[str, str]) -> Selection | None:
+    """What a patched process reads."""
+    text = environment.get("GEMMA4_TURBO_SELECTION")
+    return Selection.decode(text) if text else None
+
+
+def test_a_patch_that_does_not_exist_is_named():
+    with pytest.raises(typer.BadParameter, match="no patch is called nonsense, other"):
+        serving.main(patches="router,other", also="nonsense")
 
 
 def test_the_package_of_data_sets_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
