@@ -121,6 +121,19 @@ _MM_GRAPH = (
     "sglang.srt.compilation.compile:install_torch_compiled",
     "sglang.srt.layers.radix_attention:unified_attention_with_output",
 )
+# What a piecewise graph is made of, and which batches it runs.
+_PIECEWISE = (
+    f"{_RUNNER}.__init__",
+    f"{_RUNNER}.warmup_compile",
+    f"{_RUNNER}.capture_one_batch_size",
+    f"{_RUNNER}.can_run",
+    f"{_RUNNER}.replay_prepare",
+    f"{_RUNNER}.replay",
+    "sglang.srt.compilation.compile:install_torch_compiled",
+    "sglang.srt.compilation.backend:split_graph",
+    "sglang.srt.compilation.cuda_piecewise_backend:CUDAPiecewiseBackend.__call__",
+    "sglang.srt.compilation.piecewise_context_manager:ForwardContext",
+)
 
 CATALOGUE: tuple[Patch, ...] = (
     Patch(
@@ -532,6 +545,24 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         requires=("yoco",),
+    ),
+    Patch(
+        name="yoco_piecewise",
+        summary="The cut of `yoco` where SGLang runs the prefill in piecewise CUDA graphs",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",),
+        relies_on=(
+            *_LAYER,
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.models.gemma4_causal:Gemma4ForCausalLM.forward",
+            "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs",
+            *_PIECEWISE,
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        numerics=TOLERANCE,
+        traced=True,
+        default=False,
+        requires=("yoco", "optional_kv"),
+        lazy=tuple(dict.fromkeys(source.partition(":")[0] for source in _PIECEWISE)),
     ),
     Patch(
         name="shared_kv_pool",

@@ -17,7 +17,12 @@ _library: list[Any] = []  # a registration lives as long as its library object
 
 
 def register(
-    patch: str, schema: str, function: Callable[..., Any], fake: Callable[..., Any]
+    patch: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    counted: bool = True,
 ) -> Callable[..., Any]:
     """Register ``torch.ops.gemma4_turbo.<name>`` once per process and return it.
 
@@ -28,6 +33,7 @@ def register(
         schema: with name, e.g. ``"fused_routing(Tensor logits, int topk) -> (Tensor, Tensor)"``.
         function: what runs; it mutates what the schema says and nothing else.
         fake: shapes and dtypes of the results.
+        counted: False if the function counts its calls itself.
     """
     name = schema.partition("(")[0]
     if name in _registered:
@@ -38,9 +44,10 @@ def register(
     library.define(schema)
 
     def run(*args: Any) -> Any:
-        from gemma4_turbo.patching import ENGINE
+        if counted:
+            from gemma4_turbo.patching import ENGINE
 
-        ENGINE.runs[patch].engaged(capturing())
+            ENGINE.runs[patch].engaged(capturing())
         return function(*args)
 
     library.impl(name, run, "CompositeExplicitAutograd")

@@ -89,21 +89,36 @@ def _shares(layer: Any) -> bool:
 
 def refusal(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
     """Why another row than the last ones is wanted, or the batch is none to cut; or None."""
+    from sglang.srt.compilation.piecewise_context_manager import get_forward_context
+
+    if get_forward_context() is not None:
+        return "the prefill runs in a piecewise CUDA graph"
+    return batch_refusal(model, batch, positions, kwargs)
+
+
+def batch_refusal(
+    model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]
+) -> str | None:
+    """`refusal`, wherever the prefill runs."""
     return (
         _mode_reason(batch)
-        or _rows_reason(model, batch, kwargs)
         or _layout_reason(batch, positions)
+        or server_refusal(model, batch, kwargs)
+    )
+
+
+def server_refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+    """Those of the reasons that the lengths of the requests have no part in."""
+    return (
+        _rows_reason(model, batch, kwargs)
         or _backend_reason(batch.attn_backend)
         or _cache_reason(model, batch.token_to_kv_pool)
     )
 
 
 def _mode_reason(batch: Any) -> str | None:
-    from sglang.srt.compilation.piecewise_context_manager import get_forward_context
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    if get_forward_context() is not None:
-        return "the prefill runs in a piecewise CUDA graph"
     if custom_ops.capturing():
         return "the prefill is captured into a CUDA graph"
     if batch.forward_mode != ForwardMode.EXTEND:

@@ -1,8 +1,8 @@
 """``Gemma4TextModel.forward``: the same loop, in steps that patches can take over one by one.
 
 Each layer is handed the norm that reads its result; before the layers that share KV the rows may be
-cut (`gemma4_turbo.forwards.fast_prefill`), and what is left may run in a CUDA graph
-(`gemma4_turbo.forwards.tail_graph`).
+cut (`gemma4_turbo.forwards.fast_prefill`, in piecewise CUDA graphs `gemma4_turbo.forwards.traced_cut`),
+and what is left may run in a CUDA graph (`gemma4_turbo.forwards.tail_graph`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Optional
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from gemma4_turbo.forwards import fast_prefill, tail_graph
+from gemma4_turbo.forwards import fast_prefill, tail_graph, traced_cut
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward"
 
@@ -41,7 +41,14 @@ def forward(
     captured: list[torch.Tensor] = []
     layers = functools.partial(_layers, self, captured, kwargs)
     start = input_embeds, None, None
-    cut = fast_prefill.cut(self, forward_batch, positions, kwargs)
+    cut = None
+    if torch.compiler.is_compiling():
+        first = traced_cut.first_layer(self)
+        if first is not None:
+            state = layers(range(first), start, positions, per_layer_inputs, forward_batch)
+            return traced_cut.call(self, state, positions, per_layer_inputs)
+    elif not traced_cut.prepare(self, forward_batch, kwargs):
+        cut = fast_prefill.cut(self, forward_batch, positions, kwargs)
     if cut is not None:
         state = layers(range(cut.first), start, positions, per_layer_inputs, forward_batch)
         if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
@@ -63,17 +70,21 @@ def run_tail(self: Any, first: int, tail: fast_prefill.Tail) -> torch.Tensor:
 
     It reads the model and the tail, nothing else: a CUDA graph of it is right as long as these are.
     """
-    state = _layers(
-        self,
-        [],
-        {},
-        range(first, len(self.layers)),
-        (tail.hidden_states, tail.residual, tail.normed),
-        tail.positions,
-        tail.per_layer_inputs,
-        tail.batch,
-    )
-    return _last_norm(self, state)
+    state = tail.hidden_states, tail.residual, tail.normed
+    return run_layers(self, first, state, tail.positions, tail.per_layer_inputs, tail.batch)
+
+
+def run_layers(
+    self: Any,
+    first: int,
+    state: State,
+    positions: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+    batch: Any,
+) -> torch.Tensor:
+    """The layers from ``first`` on and the last norm: ``[rows, hidden]``."""
+    rest = range(first, len(self.layers))
+    return _last_norm(self, _layers(self, [], {}, rest, state, positions, per_layer_inputs, batch))
 
 
 def _layers(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from gemma4_turbo import states
 from gemma4_turbo.patches import optional_kv as patch
 from gemma4_turbo.patching import ENGINE
+from tests.cpu import piecewise
 from tests.cpu.conftest import patched_sglang
 
 NAME = "optional_kv"
@@ -28,24 +27,8 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def stocks_operator_on_the_cpu(applied: None) -> Iterator[None]:
-    """SGLang registers it for CUDA alone; here the very function of its source, for the CPU."""
-    from sglang.srt.compilation.compilation_config import SPLIT_OPS
-    from sglang.srt.layers import radix_attention
-    from sglang.srt.utils import custom_op
-
-    kept = list(SPLIT_OPS)
-    spec = importlib.util.spec_from_file_location("plain_radix_attention", radix_attention.__file__)
-    assert spec is not None
-    assert spec.loader is not None
-    plain: Any = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(custom_op, "register_custom_op", lambda **options: lambda f: f)
-        spec.loader.exec_module(plain)
-    SPLIT_OPS[:] = kept
-    library = torch.library.Library("sglang", "IMPL")
-    library.impl("unified_attention_with_output", plain.unified_attention_with_output, "CPU")
-    yield
-    library._destroy()
+    with piecewise.stocks_operator():
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -163,12 +146,10 @@ def test_outside_a_piecewise_graph_stock_runs():
     assert batch.attn_backend.calls[0][0] == PADDED
 
 
-def test_the_graph_is_cut_at_the_operator(monkeypatch: pytest.MonkeyPatch):
+def test_the_graph_is_cut_at_the_operator():
     """SGLang's own splitter finds it in what Dynamo traced, and not after a revert."""
-    # Its module imports a kernel that exists on GPUs only, for another function.
-    name = "sglang.srt.compilation.weak_ref_tensor"
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(weak_ref_tensors=None))
-    from sglang.srt.compilation.backend import split_graph
+    with piecewise.importable():
+        from sglang.srt.compilation.backend import split_graph
     from sglang.srt.compilation.compilation_config import CompilationConfig
     from sglang.srt.compilation.piecewise_context_manager import set_forward_context
 

@@ -1,0 +1,220 @@
+"""The cut of `gemma4_turbo.forwards.fast_prefill` inside SGLang's piecewise CUDA graphs of prefill.
+
+torch.compile traces the model's forward once, and SGLang cuts what it traced at the operators of
+attention: what lies between two of them becomes one CUDA graph per number of tokens. Here the traced
+forward ends before the first layer that shares KV: one operator more stands for all that is behind,
+and runs between the graphs, as attention does. It cuts the rows and runs the layers on what is left,
+so that neither the graphs nor the tokens pay for them.
+
+Whether the operator is traced is decided once, in the eager step that SGLang runs before it compiles.
+It must run whatever batch comes later: a batch that is not to be cut goes through the layers with all
+its rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gemma4_turbo import custom_ops, states
+from gemma4_turbo.forwards import fast_prefill, tail_graph
+from gemma4_turbo.forwards.steps import Step
+
+YOCO_PIECEWISE = Step()
+NAME = "yoco_piecewise"
+
+SCHEMA = (
+    "shared_kv_layers(Tensor hidden_states, Tensor? residual, Tensor? normed, "
+    "Tensor? per_layer_inputs, Tensor positions, Tensor(a!) output, int model) -> ()"
+)
+# Dynamo's graph names an operator with its overload or without.
+SPLIT_NAMES = ("gemma4_turbo.shared_kv_layers", "gemma4_turbo.shared_kv_layers.default")
+
+_CUT = (
+    "_gemma4_turbo_traced_cut"  # on a model: its number below, and its first layer that shares KV
+)
+_numbers = itertools.count()
+_models: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_ops: dict[str, Callable[..., None]] = {}
+
+OFF = {
+    "enable_return_hidden_states": "hidden states are returned",
+    "speculative_algorithm": "speculative decoding",
+    "enable_mixed_chunk": "mixed chunks look like a plain prefill in these graphs",
+    "enable_mis": "multi-item scoring",
+    "enable_breakable_cuda_graph": "breakable CUDA graphs",
+}
+"""Arguments of the server, and what each of them means."""
+
+
+def register() -> None:
+    """The operator, and that a piecewise graph is cut at it."""
+    from sglang.srt.compilation.compilation_config import SPLIT_OPS
+
+    _ops["layers"] = custom_ops.register(
+        NAME, SCHEMA, shared_layers, lambda *args: None, counted=False
+    )
+    SPLIT_OPS.extend(name for name in SPLIT_NAMES if name not in SPLIT_OPS)
+
+
+def unregister() -> None:
+    """No later graph is cut there. Those that exist go on calling the operator."""
+    from sglang.srt.compilation.compilation_config import SPLIT_OPS
+
+    SPLIT_OPS[:] = [name for name in SPLIT_OPS if name not in SPLIT_NAMES]
+
+
+# -- before the trace ---------------------------------------------------------------------------
+
+
+def prepare(model: Any, batch: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether SGLang is about to compile ``model``, which is to be cut then: noted on it."""
+    run = YOCO_PIECEWISE.run
+    if run is None or not _about_to_compile():
+        return False
+    first = fast_prefill.first_shared(model)
+    reason = "the model has no layers that share KV at its end"
+    if first is not None:
+        reason = refusal(model, batch, kwargs) or ""
+    if reason or first is None:
+        run.declined(reason)
+        return False
+    if not hasattr(model, _CUT):
+        number = next(_numbers)
+        _models[number] = model
+        setattr(model, _CUT, (number, first))
+    return True
+
+
+def _about_to_compile() -> bool:
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    return context.is_in_piecewise_cuda_graph() and context.get_forward_context() is not None
+
+
+def refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why no graph of this server is to be cut, or None."""
+    from sglang.srt.distributed import get_tensor_model_parallel_world_size
+    from sglang.srt.server_args import get_global_server_args
+
+    from gemma4_turbo.patching import ENGINE
+
+    if fast_prefill.YOCO.run is None:
+        return "`yoco` is off"
+    if ENGINE.runs["optional_kv"].state != states.ACTIVE:
+        return "`optional_kv` is off, without which a batch that is not cut cannot run"
+    arguments = get_global_server_args()
+    for name, reason in OFF.items():
+        if getattr(arguments, name):
+            return reason
+    if get_tensor_model_parallel_world_size() > 1:
+        return "tensor parallelism: the ranks' reductions are not those of a graph"
+    return fast_prefill.server_refusal(model, batch, kwargs)
+
+
+# -- in the trace -------------------------------------------------------------------------------
+
+
+def first_layer(model: Any) -> int | None:
+    """The first layer that the operator stands for; None: all layers are traced."""
+    noted = getattr(model, _CUT, None)
+    return None if noted is None else noted[1]
+
+
+def call(
+    model: Any,
+    state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    positions: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+) -> torch.Tensor:
+    """The operator: what the last norm gives, ``[tokens, hidden]``."""
+    output = torch.empty_like(state[0])
+    _ops["layers"](*state, per_layer_inputs, positions, output, getattr(model, _CUT)[0])
+    return output
+
+
+# -- between the graphs -------------------------------------------------------------------------
+
+
+def shared_layers(
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None,
+    normed: torch.Tensor | None,
+    per_layer_inputs: torch.Tensor | None,
+    positions: torch.Tensor,
+    output: torch.Tensor,
+    model: int,
+) -> None:
+    """The layers that share KV and the last norm, for the batch that SGLang runs just now.
+
+    Rows of ``output`` that nobody wants, those of the padding among them, are zeros.
+    """
+    from sglang.srt.compilation import piecewise_context_manager as piecewise
+
+    if piecewise.is_in_pcg_torch_compile() or piecewise.get_pcg_capture_stream() is not None:
+        output.zero_()  # of a made-up batch: nobody reads it
+        return
+    context: Any = piecewise.get_forward_context()
+    batch = context.forward_batch
+    whole = _models[model]
+    first = first_layer(whole)
+    assert first is not None
+    state = hidden_states, residual, normed
+    cut = _cut(whole, first, batch, positions)
+    if cut is None:
+        _all_rows(whole, first, batch, state, positions, per_layer_inputs, output)
+        return
+    output.zero_()
+    if not cut.rows:  # every prompt goes on in a later chunk
+        return
+    real = _without_padding(batch, positions)
+    tail = fast_prefill.tail(cut, real, real.positions, *state, per_layer_inputs)
+    output[tail.rows] = tail_graph.run(whole, cut, tail, real)
+
+
+def _cut(model: Any, first: int, batch: Any, positions: torch.Tensor) -> fast_prefill.Cut | None:
+    """What to cut, counted; None where all rows go through the layers."""
+    run = YOCO_PIECEWISE.run
+    if run is None or fast_prefill.YOCO.run is None:
+        return None  # reverted since: the graphs stay
+    real = _without_padding(batch, positions)
+    reason = fast_prefill.batch_refusal(model, real, real.positions, {})
+    if reason is None:
+        found = fast_prefill.plan(model, first, real)
+        if len(found.rows) < found.tokens:
+            run.engaged(False)
+            return found
+        reason = "every row's logits are wanted"
+    run.declined(reason)
+    return None
+
+
+def _without_padding(batch: Any, positions: torch.Tensor) -> Any:
+    """The batch as it was before SGLang padded it to the size of a graph."""
+    tokens = batch.num_token_non_padded_cpu
+    real = copy.copy(batch)
+    real.positions = positions[:tokens]
+    real.out_cache_loc = batch.out_cache_loc[:tokens]
+    if batch.out_cache_loc_swa is not None:
+        real.out_cache_loc_swa = batch.out_cache_loc_swa[:tokens]
+    return real
+
+
+def _all_rows(
+    model: Any,
+    first: int,
+    batch: Any,
+    state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    positions: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+    output: torch.Tensor,
+) -> None:
+    """Stock's layers over all rows, one launch after the other."""
+    from gemma4_turbo.forwards import text_model
+
+    output.copy_(text_model.run_layers(model, first, state, positions, per_layer_inputs, batch))
