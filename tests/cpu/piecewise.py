@@ -46,10 +46,11 @@ def importable() -> Iterator[None]:
         yield
 
 
-def runner(model: Any, memory: Any, sizes: tuple[int, ...]) -> Any:
+def runner(model: Any, memory: Any, sizes: tuple[int, ...], embedded: bool = False) -> Any:
     """SGLang's own runner over a text model: its steps before and after the compilation, no recording.
 
-    Call it, and what it returns, within `importable`.
+    ``embedded``: the model is handed embeddings, as by the class that takes pictures. Call it, and
+    what it returns, within `importable`.
     """
     from sglang.srt.compilation import backend as compilation
     from sglang.srt.compilation import piecewise_context_manager as context
@@ -58,6 +59,17 @@ def runner(model: Any, memory: Any, sizes: tuple[int, ...]) -> Any:
     from sglang.srt.model_executor import piecewise_cuda_graph_runner as stock
 
     most = max(sizes)
+
+    def forward(input_ids: torch.Tensor, positions: torch.Tensor, batch: Any) -> torch.Tensor:
+        if not embedded:
+            return model(input_ids, positions, batch)  # type: ignore[no-any-return]
+        return model(  # type: ignore[no-any-return]
+            None,
+            positions,
+            batch,
+            input_embeds=model.embed_tokens(input_ids),
+            per_layer_inputs=model.get_per_layer_inputs(input_ids),
+        )
 
     class Runner(stock.PiecewiseCudaGraphRunner):
         pieces: list[Any]  # of the traced graph, as SGLang's splitter made them
@@ -81,7 +93,7 @@ def runner(model: Any, memory: Any, sizes: tuple[int, ...]) -> Any:
             self.quant_config = None
             self.moe_layers = self.moe_fusions = [None] * len(model.layers)
             self.model_runner = SimpleNamespace(
-                model=SimpleNamespace(forward=lambda *given: model(*given)),
+                model=SimpleNamespace(forward=forward),
                 req_to_token_pool=memory.requests,
                 token_to_kv_pool=memory.kv,
                 token_to_kv_pool_allocator=memory.allocator,
@@ -128,7 +140,6 @@ def runner(model: Any, memory: Any, sizes: tuple[int, ...]) -> Any:
                 others = self.attention_layers, None, self.moe_layers, self.moe_fusions
                 with context.set_forward_context(padded, *others):
                     memory.backend.init_forward_metadata(batch)
-                    found: torch.Tensor = model(padded.input_ids, padded.positions, padded)
-                    return found
+                    return forward(padded.input_ids, padded.positions, padded)
 
     return Runner()

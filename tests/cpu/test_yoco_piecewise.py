@@ -76,7 +76,7 @@ def made(lengths: dict[int, int], prefixes: dict[int, int], **kwargs: Any) -> tu
     return memory, memory.prefill(lengths, prefixes, **kwargs)
 
 
-def compiled(memory: Any, **kwargs: Any) -> tuple[Any, Any]:
+def compiled(memory: Any, embedded: bool = False, **kwargs: Any) -> tuple[Any, Any]:
     """A model and SGLang's runner over it, compiled; the pools stay as they are."""
     buffers = [
         buffer
@@ -85,7 +85,7 @@ def compiled(memory: Any, **kwargs: Any) -> tuple[Any, Any]:
     ]
     before = [buffer.clone() for buffer in buffers]
     model = shared_kv.build(**kwargs)
-    runner = piecewise.runner(model, memory, SIZES)
+    runner = piecewise.runner(model, memory, SIZES, embedded)
     for buffer, kept in zip(buffers, before, strict=True):
         buffer.copy_(kept)
     return model, runner
@@ -120,15 +120,19 @@ def layer_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, i
 
 
 @pytest.mark.parametrize(
-    ("lengths", "prefixes", "ple"),
-    [*((*batch, True) for batch in BATCHES), (*BATCHES[0], False)],
+    ("lengths", "prefixes", "ple", "embedded"),
+    [
+        *((*batch, True, False) for batch in BATCHES),
+        (*BATCHES[0], False, False),
+        (*BATCHES[3], True, True),
+    ],
 )
 def test_the_rows_that_are_wanted_are_those_of_the_eager_cut(
-    lengths: dict[int, int], prefixes: dict[int, int], ple: bool
+    lengths: dict[int, int], prefixes: dict[int, int], ple: bool, embedded: bool
 ):
     """Bit for bit, and near stock's; all other rows, those of the padding too, are zeros."""
     memory, batch = made(lengths, prefixes)
-    model, runner = compiled(memory, ple=ple)
+    model, runner = compiled(memory, embedded, ple=ple)
     assert runner.between() == [ATTENTION] * shared_kv.SHARED_FROM + [LAYERS]
     before = engaged()
     found = runner.prefill(batch)
