@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,6 +52,16 @@ ARGUMENTS = {  # of every engine on a generated model
     "chunked_prefill_size": 4096,
     "log_level": "info",
 }
+
+
+class Piecewise(StrEnum):
+    """Which engines have piecewise CUDA graphs of prefill."""
+
+    STOCKS = "stock"
+    PATCHED = "patched"
+    NEITHER = "neither"
+
+
 EAGER = {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
 console = Console(width=150)
 
@@ -326,7 +337,7 @@ def main(
     layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
     batches: Annotated[str, typer.Option(help="Decode batch sizes; empty: none")] = "1,8,32,64",
     prefill: Annotated[
-        str, typer.Option(help="BATCHxLENGTH, or BATCHxLENGTH+TOKENS; empty: none")
+        str, typer.Option(help="Comma list of BATCHxLENGTH or BATCHxLENGTH+TOKENS; empty: none")
     ] = "8x4096",
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     equality: Annotated[
@@ -358,13 +369,14 @@ def main(
     ] = False,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
-    patched_piecewise: Annotated[
-        bool,
+    piecewise: Annotated[
+        Piecewise,
         typer.Option(
-            help="E2B, E4B: piecewise CUDA graphs in the patched engine (optional_kv); also shows "
-            "how stock fails with them"
+            help="Piecewise CUDA graphs of prefill: as SGLang has it (E2B, E4B: in neither engine, as "
+            "stock cannot start with them), in the patched engine only (E2B, E4B: also shows how "
+            "stock fails), or in neither"
         ),
-    ] = False,
+    ] = Piecewise.STOCKS,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     tp: Annotated[int, typer.Option(min=1, help="Tensor parallel size")] = 1,
@@ -379,7 +391,7 @@ def main(
     """Stock against patched, whole engine."""
     chosen = [name for name in patches.split(",") if name]
     sizes = [int(size) for size in batches.split(",") if size]
-    prefill_sizes = parse_prefill(prefill) if prefill else (0, 0, 0)
+    prefills = [parse_prefill(text) for text in prefill.split(",") if text]
     results = Results(model, layers or None, chosen, tp)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     os.environ["BENCH_UNIT_NORMS"] = str(int(unit_norms))
@@ -397,9 +409,12 @@ def main(
     }
     if not graphs:
         arguments |= EAGER
-    elif geometry.GEOMETRIES[model].kv_shared_layers:
-        # Stock 0.5.12.post1 cannot start these models with piecewise graphs.
+    shares = geometry.GEOMETRIES[model].kv_shared_layers > 0
+    if shares or piecewise != Piecewise.STOCKS:
+        # Stock 0.5.12.post1 cannot start models that share KV with piecewise graphs.
         arguments["disable_piecewise_cuda_graph"] = True
+    patched_piecewise = graphs and piecewise == Piecewise.PATCHED
+    results.base["piecewise"] = piecewise.value
 
     def make(variant: str) -> Engine:
         log = out.with_name(f"{out.stem}-{variant.split()[-1]}.log")
@@ -426,8 +441,7 @@ def main(
             length = 128 if size == 1 else 512
             value = engine("decode", batch=size, length=length, seed=round_)["value"]
             results.add(engine.variant, "decode step", size, round_, value, "ms")
-        if prefill:
-            count, length, new = prefill_sizes
+        for count, length, new in prefills:
             value = engine("prefill", batch=count, length=length, seed=round_, new=new)["value"]
             name = f"prefill of {length}" + (f" and {new} tokens" if new > 1 else "")
             results.add(engine.variant, name, count, round_, value, "ms")
@@ -499,7 +513,7 @@ def main(
                     with engines(make, [variant]) as live:
                         rows = live[variant]("distribution", alone=False, **asked)["rows"]
                         distributions[variant] = rows
-            if patched_piecewise:
+            if patched_piecewise and shares:
                 progress.update(task, description=PIECEWISE)
                 console.print(f"{PIECEWISE}: {fate(make(PIECEWISE))}")
 

@@ -371,6 +371,7 @@ TABLES = {
     "vision": lambda: tables_engines.vision(RESULTS),
     "images": lambda: tables_engines.images(RESULTS),
     "serving": lambda: tables_engines.serving(RESULTS),
+    "short": lambda: tables_engines.short_prompts(RESULTS),
     "pools": lambda: tables_engines.pools(RESULTS),
     "divergence": lambda: tables_engines.divergence(RESULTS),
     "mtp": lambda: tables_engines.mtp(RESULTS),

@@ -79,6 +79,40 @@ def yoco(results: Path) -> str | None:
     )
 
 
+PIECEWISE = {"stock": "as in stock", "patched": "in the patched engine", "neither": "none"}
+
+
+def short_prompts(results: Path) -> str | None:
+    """Prefill of a few tokens, where the host may be slower than the GPU."""
+    frame = read(results / "short-engine.csv")
+    if frame is None:
+        return None
+    measured = [
+        (names, run, medians(run)[["stock", "patched"]])
+        for names, run in runs(frame, "piecewise", "gpu")
+    ]
+    shapes = sorted(
+        {(int(q.split()[-1]), x) for _, _, table in measured for q, x in table.index},
+    )
+    rows = []
+    for names, run, table in measured:
+        cells = [
+            change(*table.loc[key], 1)
+            if (key := (f"prefill of {length}", count)) in table.index
+            else "-"
+            for length, count in shapes
+        ]
+        first = run.iloc[0]
+        rows.append([*names, PIECEWISE[first["piecewise"]], short(first["gpu"]), *cells])
+    header = ["model", "patches", "piecewise graphs", "GPU"]
+    header += [f"{count} x {length}, ms" for length, count in shapes]
+    return (
+        f"{markdown(header, rows)}\n\nStock -> patched (ratio), random weights, from the request to the "
+        "first token: `python bench/engine.py --piecewise patched --batches '' --prefill "
+        f"{','.join(f'{count}x{length}' for length, count in shapes)}`. {origins(frame)}."
+    )
+
+
 def vision(results: Path) -> str | None:
     """The vision encoder alone, a row per variant."""
     frame = read(results / "vision-h200.csv")

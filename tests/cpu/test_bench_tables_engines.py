@@ -31,7 +31,7 @@ def timed(quantity: str, size: int, stock: float, patched: float, unit: str = "m
     "make",
     [
         *(tables.yoco, tables.vision, tables.images, tables.pools, tables.mtp),
-        *(tables.divergence, tables.serving),
+        *(tables.divergence, tables.serving, tables.short_prompts),
     ],
 )
 def test_nothing_is_measured(tmp_path: Path, make: Any):
@@ -109,6 +109,21 @@ def test_divergence(tmp_path: Path):
     assert line[2:6] == [
         "3.00 ± 0.10; 8.00 ± 0.20", "2.00; 4.00", "128: 6.00; 6.00, 256: 7.00; 7.00", "-",
     ]  # fmt: skip
+
+
+def test_short_prompts(tmp_path: Path):
+    write(tmp_path / "short-engine.csv", timed("prefill of 64", 1, 9, 9), OLD, piecewise="patched")
+    rows = timed("prefill of 1024", 4, 80, 60) + timed("prefill of 64", 1, 50, 10)
+    write(tmp_path / "short-engine.csv", rows, piecewise="patched")
+    write(tmp_path / "short-engine.csv", timed("prefill of 64", 1, 50, 45), piecewise="neither")
+    text = tables.short_prompts(tmp_path) or ""
+    named = ["e2b, 35 layers", "`yoco`"]
+    assert cells(text) == [
+        [*named, "in the patched engine", "H9", "50.0 -> 10.0 (0.200)", "80.0 -> 60.0 (0.750)"],
+        [*named, "none", "H9", "50.0 -> 45.0 (0.900)", "-"],
+    ]
+    assert "| 1 x 64, ms | 4 x 1024, ms |" in text
+    assert "--prefill 1x64,4x1024`" in text
 
 
 def test_the_server(tmp_path: Path):
