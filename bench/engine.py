@@ -373,10 +373,12 @@ def main(
         Piecewise,
         typer.Option(
             help="Piecewise CUDA graphs of prefill: as SGLang has it (E2B, E4B: in neither engine, as "
-            "stock cannot start with them), in the patched engine only (E2B, E4B: also shows how "
-            "stock fails), or in neither"
+            "stock cannot start with them), in the patched engine only, or in neither"
         ),
     ] = Piecewise.STOCKS,
+    stock_piecewise: Annotated[
+        bool, typer.Option(help="E2B, E4B: also show how stock fails with piecewise graphs")
+    ] = False,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     tp: Annotated[int, typer.Option(min=1, help="Tensor parallel size")] = 1,
@@ -413,13 +415,13 @@ def main(
     if shares or piecewise != Piecewise.STOCKS:
         # Stock 0.5.12.post1 cannot start models that share KV with piecewise graphs.
         arguments["disable_piecewise_cuda_graph"] = True
-    patched_piecewise = graphs and piecewise == Piecewise.PATCHED
     results.base["piecewise"] = piecewise.value
 
     def make(variant: str) -> Engine:
         log = out.with_name(f"{out.stem}-{variant.split()[-1]}.log")
         changed: dict[str, Any] = {}
-        if patched_piecewise and variant in (PATCHED, PIECEWISE):
+        asked_for = variant == PATCHED and graphs and piecewise == Piecewise.PATCHED
+        if asked_for or variant == PIECEWISE:
             changed = {"disable_piecewise_cuda_graph": False}
         elif variant == EXACT:
             changed = EAGER
@@ -513,7 +515,7 @@ def main(
                     with engines(make, [variant]) as live:
                         rows = live[variant]("distribution", alone=False, **asked)["rows"]
                         distributions[variant] = rows
-            if patched_piecewise and shares:
+            if stock_piecewise and shares:
                 progress.update(task, description=PIECEWISE)
                 console.print(f"{PIECEWISE}: {fate(make(PIECEWISE))}")
 
