@@ -25,7 +25,10 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 
 def undo(run: PatchRun) -> None:
-    """Nothing new is cut; graphs that exist run all rows through their operator."""
+    """Nothing new is cut; graphs that exist run all rows through their operator.
+
+    As without it, they need `optional_kv` to stay.
+    """
     traced_cut.YOCO_PIECEWISE.run = None
     traced_cut.unregister()
 

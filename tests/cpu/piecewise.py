@@ -134,8 +134,14 @@ def runner(model: Any, memory: Any, sizes: tuple[int, ...], embedded: bool = Fal
                 yield
 
         def prefill(self, batch: Any) -> torch.Tensor:
-            """The hidden states of all tokens, the padding's too, as `replay` has them made."""
-            with context.enable_piecewise_cuda_graph():
+            """The hidden states of all tokens, the padding's too, as `replay` has them made.
+
+            Nothing may be traced anew: SGLang could not record it any more, and gives up.
+            """
+            with (
+                context.enable_piecewise_cuda_graph(),
+                torch._dynamo.config.patch(error_on_recompile=True),
+            ):
                 padded = self.replay_prepare(batch)
                 others = self.attention_layers, None, self.moe_layers, self.moe_fusions
                 with context.set_forward_context(padded, *others):

@@ -211,6 +211,29 @@ def test_the_layers_behind_the_cut_see_the_rows_only(monkeypatch: pytest.MonkeyP
     assert seen == [(3, 2), (4, 2), (5, 2)]
 
 
+def test_the_first_layers_input_comes_normed(monkeypatch: pytest.MonkeyPatch):
+    """From the last piece, where `input_norm` is in; its rows are cut like the others."""
+    apply("input_norm", "ple_tail")
+    memory, batch = made(*BATCHES[0])
+    model, runner = compiled(memory)
+    seen: list[fast_prefill.Tail] = []
+    cut = fast_prefill.tail
+
+    def tail(*args: Any) -> fast_prefill.Tail:
+        seen.append(cut(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(fast_prefill, "tail", tail)
+    rows = last_rows(batch)
+    found = runner.prefill(batch)[rows].clone()
+    _, batch = made(*BATCHES[0])
+    assert torch.equal(found, eager(model, batch)[rows])
+    traced, plain = (one.normed for one in seen)
+    assert traced is not None
+    assert plain is not None
+    assert torch.equal(traced, plain)
+
+
 class Recorded:
     """A graph's stand-in. What it records is not run before `replay`, as on a GPU."""
 
@@ -280,19 +303,18 @@ def test_a_batch_that_is_refused(monkeypatch: pytest.MonkeyPatch):
     assert_stocks(found, *BATCHES[0])
 
 
-@pytest.mark.parametrize("off", ["yoco", NAME])
-def test_graphs_outlive_the_patch(off: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("left", [("yoco", "optional_kv"), ("optional_kv",)])
+def test_graphs_outlive_the_patch(left: tuple[str, ...]):
     """They call the operator, which runs all rows from then on."""
     memory, batch = made(*BATCHES[0])
     _, runner = compiled(memory)
-    step = fast_prefill.YOCO if off == "yoco" else traced_cut.YOCO_PIECEWISE
     before = engaged()
-    assert call_operator(runner, batch).abs().sum(1).count_nonzero() == batch.batch_size
-    monkeypatch.setattr(step, "run", None)
-    found = call_operator(runner, batch)
+    found = runner.prefill(batch)
     assert engaged() == before + 1
-    assert found.isfinite().all()
-    assert found.abs().sum(1).count_nonzero() == batch.extend_num_tokens
+    assert found.abs().sum(1).count_nonzero() == batch.batch_size
+    ENGINE.apply(only=left)
+    found = runner.prefill(batch).clone()
+    assert_stocks(found, *BATCHES[0])
 
 
 def call_operator(runner: Any, batch: Any) -> torch.Tensor:
