@@ -107,29 +107,28 @@ _MTP_WORKER = "sglang.srt.speculative.frozen_kv_mtp_worker:FrozenKVMTPWorker"
 
 # From the server's arguments to the input buffers of a piecewise graph.
 _RUNNER = "sglang.srt.model_executor.piecewise_cuda_graph_runner:PiecewiseCudaGraphRunner"
+# How one is compiled and recorded, and which batches it runs.
+_RUNS = (
+    f"{_RUNNER}.warmup_compile",
+    f"{_RUNNER}.capture_one_batch_size",
+    f"{_RUNNER}.can_run",
+    f"{_RUNNER}.replay_prepare",
+    f"{_RUNNER}.replay",
+    "sglang.srt.compilation.compile:install_torch_compiled",
+)
 _MM_GRAPH = (
     "sglang.srt.managers.mm_utils:general_mm_embed_routine",
     "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward",
     "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.prepare_attn_masks",
     "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
     "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs",
-    f"{_RUNNER}.warmup_compile",
-    f"{_RUNNER}.capture_one_batch_size",
-    f"{_RUNNER}.can_run",
-    f"{_RUNNER}.replay_prepare",
-    f"{_RUNNER}.replay",
-    "sglang.srt.compilation.compile:install_torch_compiled",
+    *_RUNS,
     "sglang.srt.layers.radix_attention:unified_attention_with_output",
 )
-# What a piecewise graph is made of, and which batches it runs.
+# And what it is cut into.
 _PIECEWISE = (
     f"{_RUNNER}.__init__",
-    f"{_RUNNER}.warmup_compile",
-    f"{_RUNNER}.capture_one_batch_size",
-    f"{_RUNNER}.can_run",
-    f"{_RUNNER}.replay_prepare",
-    f"{_RUNNER}.replay",
-    "sglang.srt.compilation.compile:install_torch_compiled",
+    *_RUNS,
     "sglang.srt.compilation.backend:split_graph",
     "sglang.srt.compilation.cuda_piecewise_backend:CUDAPiecewiseBackend.__call__",
     "sglang.srt.compilation.piecewise_context_manager:ForwardContext",

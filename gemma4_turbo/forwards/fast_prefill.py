@@ -12,18 +12,24 @@ on the sliding window's edge. The decode kernel adds in another order than the e
 from __future__ import annotations
 
 import copy
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from gemma4_turbo import custom_ops
 from gemma4_turbo.forwards.steps import Step
 
+if TYPE_CHECKING:
+    from gemma4_turbo.patching import PatchRun
+
 YOCO = Step()
 UNFINISHED = "_gemma4_turbo_unfinished"
 """On a batch: per request, whether its prompt goes on in a later chunk."""
 
 BACKEND = "TritonAttnBackend"
+
+
+NOTHING_SHARED = "the model has no layers that share KV at its end"
 
 
 class Cut(NamedTuple):
@@ -57,9 +63,13 @@ def cut(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any])
         return None
     first = first_shared(model)
     if first is None:
-        run.declined("the model has no layers that share KV at its end")
+        run.declined(NOTHING_SHARED)
         return None
-    reason = refusal(model, batch, positions, kwargs)
+    return counted(run, model, first, batch, refusal(model, batch, positions, kwargs))
+
+
+def counted(run: PatchRun, model: Any, first: int, batch: Any, reason: str | None) -> Cut | None:
+    """What to cut where there is no ``reason`` against it, counted for the patch; or None."""
     if reason is None:
         found = plan(model, first, batch)
         if len(found.rows) < found.tokens:

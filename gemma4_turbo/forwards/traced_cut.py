@@ -32,12 +32,10 @@ SCHEMA = (
     "shared_kv_layers(Tensor hidden_states, Tensor? residual, Tensor? normed, "
     "Tensor? per_layer_inputs, Tensor positions, Tensor(a!) output, int model) -> ()"
 )
-# Dynamo's graph names an operator with its overload or without.
-SPLIT_NAMES = ("gemma4_turbo.shared_kv_layers", "gemma4_turbo.shared_kv_layers.default")
+SPLIT_NAMES = custom_ops.cut_names(SCHEMA)
 
-_CUT = (
-    "_gemma4_turbo_traced_cut"  # on a model: its number below, and its first layer that shares KV
-)
+# On a model: its number below, and its first layer that shares KV.
+_CUT = "_gemma4_turbo_traced_cut"
 _numbers = itertools.count()
 _models: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _ops: dict[str, Callable[..., None]] = {}
@@ -54,19 +52,15 @@ OFF = {
 
 def register() -> None:
     """The operator, and that a piecewise graph is cut at it."""
-    from sglang.srt.compilation.compilation_config import SPLIT_OPS
-
     _ops["layers"] = custom_ops.register(
         NAME, SCHEMA, shared_layers, lambda *args: None, counted=False
     )
-    SPLIT_OPS.extend(name for name in SPLIT_NAMES if name not in SPLIT_OPS)
+    custom_ops.cut_graphs_at(SPLIT_NAMES)
 
 
 def unregister() -> None:
     """No later graph is cut there. Those that exist go on calling the operator."""
-    from sglang.srt.compilation.compilation_config import SPLIT_OPS
-
-    SPLIT_OPS[:] = [name for name in SPLIT_OPS if name not in SPLIT_NAMES]
+    custom_ops.cut_graphs_no_more_at(SPLIT_NAMES)
 
 
 # -- before the trace ---------------------------------------------------------------------------
@@ -78,10 +72,9 @@ def prepare(model: Any, batch: Any, kwargs: dict[str, Any]) -> bool:
     if run is None or not _about_to_compile():
         return False
     first = fast_prefill.first_shared(model)
-    reason = "the model has no layers that share KV at its end"
-    if first is not None:
-        reason = refusal(model, batch, kwargs) or ""
-    if reason or first is None:
+    none = fast_prefill.NOTHING_SHARED
+    reason = none if first is None else refusal(model, batch, kwargs)
+    if reason is not None:
         run.declined(reason)
         return False
     if not hasattr(model, _CUT):
@@ -156,6 +149,8 @@ def shared_layers(
     """
     from sglang.srt.compilation import piecewise_context_manager as piecewise
 
+    from gemma4_turbo.forwards import text_model
+
     if piecewise.is_in_pcg_torch_compile() or piecewise.get_pcg_capture_stream() is not None:
         output.zero_()  # of a made-up batch: nobody reads it
         return
@@ -165,33 +160,26 @@ def shared_layers(
     first = first_layer(whole)
     assert first is not None
     state = hidden_states, residual, normed
-    cut = _cut(whole, first, batch, positions)
+    real = _without_padding(batch, positions)
+    cut = _cut(whole, first, real)
     if cut is None:
-        _all_rows(whole, first, batch, state, positions, per_layer_inputs, output)
+        rows = text_model.run_layers(whole, first, state, positions, per_layer_inputs, batch)
+        output.copy_(rows)
         return
     output.zero_()
     if not cut.rows:  # every prompt goes on in a later chunk
         return
-    real = _without_padding(batch, positions)
     tail = fast_prefill.tail(cut, real, real.positions, *state, per_layer_inputs)
     output[tail.rows] = tail_graph.run(whole, cut, tail, real)
 
 
-def _cut(model: Any, first: int, batch: Any, positions: torch.Tensor) -> fast_prefill.Cut | None:
+def _cut(model: Any, first: int, real: Any) -> fast_prefill.Cut | None:
     """What to cut, counted; None where all rows go through the layers."""
     run = YOCO_PIECEWISE.run
     if run is None or fast_prefill.YOCO.run is None:
         return None  # reverted since: the graphs stay
-    real = _without_padding(batch, positions)
     reason = fast_prefill.batch_refusal(model, real, real.positions, {})
-    if reason is None:
-        found = fast_prefill.plan(model, first, real)
-        if len(found.rows) < found.tokens:
-            run.engaged(False)
-            return found
-        reason = "every row's logits are wanted"
-    run.declined(reason)
-    return None
+    return fast_prefill.counted(run, model, first, real, reason)
 
 
 def _without_padding(batch: Any, positions: torch.Tensor) -> Any:
@@ -203,18 +191,3 @@ def _without_padding(batch: Any, positions: torch.Tensor) -> Any:
     if batch.out_cache_loc_swa is not None:
         real.out_cache_loc_swa = batch.out_cache_loc_swa[:tokens]
     return real
-
-
-def _all_rows(
-    model: Any,
-    first: int,
-    batch: Any,
-    state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    positions: torch.Tensor,
-    per_layer_inputs: torch.Tensor | None,
-    output: torch.Tensor,
-) -> None:
-    """Stock's layers over all rows, one launch after the other."""
-    from gemma4_turbo.forwards import text_model
-
-    output.copy_(text_model.run_layers(model, first, state, positions, per_layer_inputs, batch))

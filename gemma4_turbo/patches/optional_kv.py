@@ -22,13 +22,11 @@ TARGET = "sglang.srt.layers.radix_attention:RadixAttention.forward"
 SCHEMA = (
     "shared_kv_attention(Tensor query, Tensor(a!) output, bool save_kv_cache, int layer_id) -> ()"
 )
-# Dynamo's graph names an operator with its overload or without.
-SPLIT_NAMES = ("gemma4_turbo.shared_kv_attention", "gemma4_turbo.shared_kv_attention.default")
+SPLIT_NAMES = custom_ops.cut_names(SCHEMA)
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The forward, and the operator at which a piecewise graph is cut."""
-    from sglang.srt.compilation.compilation_config import SPLIT_OPS
     from sglang.srt.compilation.piecewise_context_manager import get_forward_context
     from sglang.srt.model_executor.breakable_cuda_graph.breakable_cuda_graph import eager_on_graph
     from sglang.srt.model_executor.breakable_cuda_graph.context import is_in_breakable_cuda_graph
@@ -36,7 +34,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     attention = stock[TARGET]
     attend = custom_ops.register(run.patch.name, SCHEMA, shared_attention, lambda *args: None)
     attend_between_graphs = eager_on_graph(True)(attend)
-    SPLIT_OPS.extend(name for name in SPLIT_NAMES if name not in SPLIT_OPS)
+    custom_ops.cut_graphs_at(SPLIT_NAMES)
 
     def forward(
         self: Any,
@@ -70,9 +68,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def undo(run: PatchRun) -> None:
     """Graphs are cut at stock's operators only."""
-    from sglang.srt.compilation.compilation_config import SPLIT_OPS
-
-    SPLIT_OPS[:] = [name for name in SPLIT_OPS if name not in SPLIT_NAMES]
+    custom_ops.cut_graphs_no_more_at(SPLIT_NAMES)
 
 
 def shared_attention(

@@ -64,7 +64,7 @@ def apply(*more: str) -> None:
         assert ENGINE.runs[name].state == states.ACTIVE, ENGINE.runs[name].reason
 
 
-def made(lengths: dict[int, int], prefixes: dict[int, int], **kwargs: Any) -> tuple[Any, Any]:
+def made(lengths: dict[int, int], prefixes: dict[int, int]) -> tuple[Any, Any]:
     """Pools with the prefixes' random keys and values, and the batch, the same every time."""
     memory = shared_kv.Memory()
     generator = torch.Generator().manual_seed(1)
@@ -73,7 +73,7 @@ def made(lengths: dict[int, int], prefixes: dict[int, int], **kwargs: Any) -> tu
             buffer.normal_(generator=generator)
     if prefixes:
         memory.prefill(prefixes, {})
-    return memory, memory.prefill(lengths, prefixes, **kwargs)
+    return memory, memory.prefill(lengths, prefixes)
 
 
 def compiled(memory: Any, embedded: bool = False, **kwargs: Any) -> tuple[Any, Any]:
@@ -267,11 +267,11 @@ def test_the_layers_run_in_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch)
 # -- batches that are not cut -----------------------------------------------------------------------
 
 
-def stocks(lengths: dict[int, int], prefixes: dict[int, int], **changes: Any) -> torch.Tensor:
+def stocks(lengths: dict[int, int], prefixes: dict[int, int]) -> torch.Tensor:
     """All rows through SGLang's pieces, without the cut."""
     ENGINE.apply(only=["optional_kv"])
     torch._dynamo.reset()
-    memory, batch = made(lengths, prefixes, **changes)
+    memory, batch = made(lengths, prefixes)
     _, runner = compiled(memory)
     return runner.prefill(batch)[: batch.extend_num_tokens].clone()
 
