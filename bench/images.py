@@ -176,9 +176,6 @@ def main(
     weight_range: Annotated[
         float, typer.Option(help="Random weights are uniform in +-this")
     ] = 3e-2,
-    unproven: Annotated[
-        bool, typer.Option(help="mm_prefill_graph also where it refuses the model")
-    ] = False,
     server_arguments: Annotated[
         str, typer.Option(help="More for launch_server, for both, in one string")
     ] = "",
@@ -189,7 +186,6 @@ def main(
     chosen = [name for name in patches.split(",") if name]
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
-    os.environ["BENCH_UNPROVEN"] = "1" if unproven else "0"
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     folder = geometry_mm.write_model(scratch / "model", model, layers or None, soft_tokens)
     arguments = launch_arguments(

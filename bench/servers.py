@@ -34,6 +34,7 @@ class Server:
     Args:
         patches: of a patched server; none: all that are on by default.
         also: patches besides these.
+        gpu: the one that it sees; empty: those that this process sees.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Server:
         arguments: list[str],
         log: Path,
         also: Sequence[str] = (),
+        gpu: str = "",
     ) -> None:
         self.variant, self.log, self.port = variant, log, free_port()
         environment = {
@@ -60,6 +62,8 @@ class Server:
         else:
             environment["GEMMA4_TURBO"] = "0"
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port)]
         with log.open("ab") as output:
             self.process = subprocess.Popen(

@@ -1,6 +1,6 @@
 """``sglang.bench_serving`` against SGLang's real server: stock and patched, random weights.
 
-    python bench/serving.py --together
+    python bench/serving.py --gpus 0,1
 
 Both servers hold a generated multimodal model folder, as Gemma 4's published checkpoints are. The
 requests are SGLang's own ``random-ids`` workload: 80 prompts of 1024 tokens, 256 new tokens each, 8 a
@@ -89,6 +89,14 @@ def measured(line: str, prompts: int) -> list[tuple[str, float, str]]:
     return [(label, float(found[name]), unit) for name, label, unit in MEASURED]
 
 
+def placed(gpus: str) -> dict[str, str]:
+    """The GPU of each server, from two names with a comma between them; nothing from nothing."""
+    names = [name for name in gpus.split(",") if name]
+    if gpus and len(set(names)) != 2:
+        raise typer.BadParameter(f"--gpus must be two different GPUs, as 0,1; got {gpus!r}")
+    return dict(zip((STOCK, PATCHED), names, strict=False))
+
+
 def require_room(server: Server, tokens: int) -> None:
     """Exit where memory was left for fewer tokens: requests would wait that do not in the other server."""
     found = server.pool()
@@ -112,7 +120,10 @@ def main(
     rate: Annotated[float, typer.Option(help="Requests a second")] = 8.0,
     concurrency: Annotated[int, typer.Option(help="At most so many at once")] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
-    together: Annotated[bool, typer.Option(help="Both servers alive at once")] = False,
+    together: Annotated[bool, typer.Option(help="Both servers alive at once, on one GPU")] = False,
+    gpus: Annotated[
+        str, typer.Option(help="Two GPUs, as 0,1: both servers alive at once, one on each")
+    ] = "",
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 131072,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     server_arguments: Annotated[
@@ -127,6 +138,7 @@ def main(
     unknown = sorted({*chosen, *besides} - {patch.name for patch in CATALOGUE})
     if unknown:
         raise typer.BadParameter(f"--patches, --also: no patch is called {', '.join(unknown)}")
+    places = placed(gpus)
     results = Results(model, layers or None, [*(chosen or ["all"]), *besides])
     os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
@@ -147,7 +159,7 @@ def main(
 
     def make(variant: str) -> Server:
         log = out.with_name(f"{out.stem}-{variant}.log")
-        return Server(variant, chosen, arguments, log, besides)
+        return Server(variant, chosen, arguments, log, besides, places.get(variant, ""))
 
     def measure(server: Server, round_: int) -> None:
         """One run; round -1 only compiles what is compiled on first use."""
@@ -167,7 +179,8 @@ def main(
     def run() -> None:
         with Progress(console=console, transient=True) as progress:
             task = progress.add_task("starting servers", total=2 * (rounds + 1))
-            for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
+            at_once = together or bool(places)
+            for group in [[STOCK, PATCHED]] if at_once else [[STOCK], [PATCHED]]:
                 with servers(make, group) as live:
                     for server in live.values():
                         require_room(server, max_total_tokens)

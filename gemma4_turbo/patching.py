@@ -351,7 +351,7 @@ class Engine:
             logger.error("gemma4_turbo: %s", problem)
         for run in self.runs.values():
             for name in run.patch.modules:
-                if _being_imported(name):  # wrapt would call the hook now, with half a module
+                if being_imported(name):  # wrapt would call the hook now, with half a module
                     self._half.add(name)
                 else:
                     wrapt.register_post_import_hook(self._hook(run), name)
@@ -371,7 +371,7 @@ class Engine:
 
     def catch_up(self) -> None:
         """Install what had to wait for modules that were being imported when we came."""
-        done = {name for name in self._half if not _being_imported(name)}
+        done = {name for name in self._half if not being_imported(name)}
         if done:
             self._half -= done
             self._ready |= done & set(sys.modules)
@@ -432,7 +432,8 @@ def installed_release() -> str | None:
         return None
 
 
-def _being_imported(name: str) -> bool:
+def being_imported(name: str) -> bool:
+    """Whether a module's code is running just now."""
     spec = getattr(sys.modules.get(name), "__spec__", None)
     return bool(getattr(spec, "_initializing", False))
 

@@ -6,8 +6,6 @@ patches; without it nothing of gemma4_turbo is imported here.
 
 ``BENCH_POOL_GIB`` is the memory for KV, whatever else lies on the GPU: pools of one size, run after run.
 
-``BENCH_UNPROVEN=1`` lets `mm_prefill_graph` take every model, to find out which come out right.
-
 K and V share their weights where a checkpoint has one projection for both.
 
 In a model that takes pictures dummy weights would hide them: the bounds of activations are drawn
@@ -116,10 +114,6 @@ def _exact_attention(module):
     exact_attention.install(module)
 
 
-def _take_every_model(patch):
-    patch.unproven = lambda text: None
-
-
 if "BENCH_PATCHED" in os.environ:
     wrapt.register_post_import_hook(_widen, "sglang.srt.model_loader.loader")
     if os.environ.get("BENCH_POOL_GIB"):
@@ -131,8 +125,6 @@ if "BENCH_PATCHED" in os.environ:
         for kernel in ("extend_attention", "decode_attention"):
             module = f"sglang.srt.layers.attention.triton_ops.{kernel}"
             wrapt.register_post_import_hook(_exact_attention, module)
-    if os.environ.get("BENCH_UNPROVEN") == "1":
-        wrapt.register_post_import_hook(_take_every_model, "gemma4_turbo.patches.mm_prefill_graph")
     if os.environ["BENCH_PATCHED"] == "1":
         import gemma4_turbo
 

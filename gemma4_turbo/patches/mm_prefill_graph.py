@@ -1,18 +1,22 @@
 """`mm_prefill_graph`: piecewise CUDA graphs for the language model of models that take pictures.
 
 Stock records piecewise graphs of prefill for text-only models and switches them off for every
-multimodal one. This lifts that one rule where the model is known to come out right; all of SGLang's
-other rules stand. The vision encoder, the embeddings and the image masks run before the graphs, as
-without them.
+multimodal one. This lifts that one rule for Gemma 4; all of SGLang's other rules stand. The vision
+encoder, the embeddings and the image masks run before the graphs, as without them.
 
 A graph reads its inputs where they lay when it was recorded. Of Gemma 4's, the embeddings lie in a
 buffer of SGLang's runner. The positions do as well, but the model adds one to them in place; the
 per-layer inputs are made anew at every step. Both are copied into buffers that stay, and the
 runner's positions are put back.
+
+The server's arguments are read in another process than the one that records. There it is looked
+again whether all that the graphs need is in place, and a server whose graphs cannot be recorded
+runs without them, as stock does.
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import weakref
@@ -21,7 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import states
+from gemma4_turbo import graphs, states
+from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -31,9 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gemma4_turbo")
 
 TARGET = "sglang.srt.server_args:ServerArgs._handle_piecewise_cuda_graph"
-# Replaced when the first of these has been imported, which is long after the server's arguments were
-# read. Those that are half imported as we come are missed: never all of them.
+# Both are replaced when their modules have been imported, long after the server's arguments were
+# read: at the first of the occasions that finds them whole. Of the occasions, those that are half
+# imported as we come are missed: never all of them.
 ROUTINE = "sglang.srt.managers.mm_utils:general_mm_embed_routine"
+START = "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs"
 OCCASIONS = (
     "sglang.srt.managers.mm_utils",
     "sglang.srt.models.gemma4_mm",
@@ -45,20 +52,18 @@ Function = Callable[..., Any]
 
 
 class _Late:
-    """The replacement of `ROUTINE`, if it is in."""
+    """The replacements of `LATE` that are in."""
 
     run: PatchRun | None = None
-    swap: Swap | None = None
+    swaps: dict[str, Swap] = {}  # noqa: RUF012 - one for the process, as the run
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
-    """The decision on the server's arguments; what the graphs need comes with its module."""
+    """The decision on the server's arguments; what the graphs need comes with its modules."""
     import wrapt
 
     decide = stock[TARGET]
-    module = sys.modules.get(OCCASIONS[0])
-    if module is not None and not getattr(module.__spec__, "_initializing", False):
-        _replace_routine(run)
+    _replace_late(run)
     for name in OCCASIONS:  # at once for those that are there, also by half: nothing to do then
         wrapt.register_post_import_hook(_on_import, name)
     _Late.run = run
@@ -91,11 +96,14 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 
 def undo(run: PatchRun) -> None:
-    """Stock's routine again. Graphs that exist keep what they recorded."""
+    """Stock's functions again. Graphs that exist keep what they recorded."""
     _Late.run = None
-    if _Late.swap is not None:
-        _Late.swap.restore()
-        _Late.swap = None
+    for swap in _Late.swaps.values():
+        swap.restore()
+    _Late.swaps.clear()
+
+
+# -- which servers get them ------------------------------------------------------------------------
 
 
 def refusal(arguments: Any) -> str | None:
@@ -115,16 +123,108 @@ def refusal(arguments: Any) -> str | None:
     for given in (arguments.attention_backend, arguments.prefill_attention_backend):
         if given not in (None, "triton"):
             return f"attention backend {given}"
-    return unproven(config.hf_text_config)
-
-
-def unproven(text: Any) -> str | None:
-    """Why this language model was not shown to come out right, or None."""
-    if getattr(text, "hidden_size_per_layer_input", 0) or getattr(text, "num_kv_shared_layers", 0):
-        return "E2B and E4B were not shown to come out right"
-    if not (getattr(text, "num_experts", 0) or 0) > 0:
-        return "dense models were not shown to come out right"
+    if getattr(config.hf_text_config, "num_kv_shared_layers", 0):
+        return shared_kv_refusal(arguments)
     return None
+
+
+def shared_kv_refusal(arguments: Any) -> str | None:
+    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
+    from gemma4_turbo.forwards import traced_cut
+
+    if not _on("optional_kv"):
+        return "layers that share KV run in these graphs with `optional_kv` only"
+    if not _on("yoco"):
+        return None
+    # Without the cut a long prompt would lose more than a short one gains.
+    if not _on("yoco_piecewise"):
+        return "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
+    if arguments.tp_size > 1:
+        return "`yoco` saves more, which cuts nothing in these graphs with tensor parallelism"
+    for name, reason in traced_cut.OFF.items():
+        if getattr(arguments, name):
+            return reason
+    return None
+
+
+def _on(name: str) -> bool:
+    """Whether a patch is switched on and fits this SGLang, imported or not."""
+    from gemma4_turbo import fingerprints
+    from gemma4_turbo.patching import ENGINE, installed_release
+
+    patch = by_name(name)
+    if not ENGINE.decision(patch)[0]:
+        return False
+    state = ENGINE.runs[name].state
+    if state == states.WAITING:  # for its modules, in a process that may never import them
+        release, source = installed_release(), fingerprints.installed_source
+        state = fingerprints.judge(patch, release, source).state
+    return state == states.ACTIVE
+
+
+# -- where they are recorded -----------------------------------------------------------------------
+
+
+def start(run: PatchRun, stock: Function) -> Function:
+    """What replaces ``ModelRunner.init_piecewise_cuda_graphs``."""
+    from gemma4_turbo.patching import ENGINE
+
+    def init_piecewise_cuda_graphs(self: Any) -> None:
+        arguments = self.server_args
+        if (
+            type(self.model).__name__ != ARCHITECTURE
+            or not self.is_multimodal
+            or arguments.disable_piecewise_cuda_graph
+            or arguments.enforce_piecewise_cuda_graph
+            or self.is_draft_worker
+        ):
+            return stock(self)  # type: ignore[no-any-return]
+        reason = missing(self.model)
+        if reason is not None:
+            run.declined(reason)
+        elif self.tp_size > 1 or ENGINE.switches().strict:
+            # The other ranks would wait for one that goes on without; strict mode wants no such server.
+            return stock(self)  # type: ignore[no-any-return]
+        else:
+            try:
+                return stock(self)  # type: ignore[no-any-return]
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+                run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+            _forget_graphs(self)
+        self.piecewise_cuda_graph_runner = None
+        arguments.disable_piecewise_cuda_graph = True
+        return None
+
+    return init_piecewise_cuda_graphs
+
+
+def missing(model: Any) -> str | None:
+    """What these graphs need and is not in place in this process, or None."""
+    from gemma4_turbo.patching import ENGINE
+
+    routine = _Late.swaps.get(ROUTINE)
+    if routine is None or not routine.in_place:
+        return f"{ROUTINE} is not ours in the process that records"
+    shares = getattr(model.config.text_config, "num_kv_shared_layers", 0)
+    if shares and ENGINE.runs["optional_kv"].state != states.ACTIVE:
+        return f"layers that share KV: `optional_kv` is {ENGINE.runs['optional_kv'].state}"
+    return None
+
+
+def _forget_graphs(runner: Any) -> None:
+    """What a recording that failed leaves behind: marks that one is under way, and memory."""
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    context._in_pcg_torch_compile = False
+    context._pcg_capture_stream = None
+    graphs.settle()
+    model = runner.model.language_model
+    vars(model).pop("forward", None)  # SGLang's switch to what was compiled, which holds the graphs
+    torch._dynamo.eval_frame.remove_from_cache(type(model).forward.__code__)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 # -- what a graph reads ----------------------------------------------------------------------------
@@ -191,24 +291,38 @@ def routine(run: PatchRun, stock: Function) -> Function:
     return general_mm_embed_routine
 
 
-def _replace_routine(run: PatchRun) -> None:
-    """Put `routine` in. `NotStockError` if somebody else's is there."""
+# -- the late replacements -------------------------------------------------------------------------
+
+LATE: dict[str, Callable[[PatchRun, Function], Function]] = {ROUTINE: routine, START: start}
+
+
+def _replace_late(run: PatchRun, just_imported: str = "") -> None:
+    """Put in what is missing of `LATE` and can be. `NotStockError` if somebody else's is there.
+
+    Python calls a module half imported until the hooks for it have run as well.
+    """
     from gemma4_turbo import fingerprints
+    from gemma4_turbo.patching import being_imported
     from gemma4_turbo.swap import Swap
 
-    swap = Swap(ROUTINE)
-    node: Any = fingerprints.Definitions(fingerprints.installed_source).node(ROUTINE)
-    swap.require_stock(node.lineno)
-    swap.install(routine(run, swap.function))
-    _Late.swap = swap
+    for target, make in LATE.items():
+        module = target.partition(":")[0]
+        half = module != just_imported and being_imported(module)
+        if module not in sys.modules or half or target in _Late.swaps:
+            continue
+        swap = Swap(target)
+        node: Any = fingerprints.Definitions(fingerprints.installed_source).node(target)
+        swap.require_stock(node.lineno)
+        swap.install(make(run, swap.function))
+        _Late.swaps[target] = swap
 
 
 def _on_import(module: Any) -> None:
     """Called by wrapt for each of `OCCASIONS`, and again for every `build`."""
-    if _Late.run is None or _Late.swap is not None:
+    if _Late.run is None:
         return
     try:
-        _replace_routine(_Late.run)
+        _replace_late(_Late.run, module.__name__)
     except Exception as error:  # never into SGLang's import
         _Late.run.set(states.CONFLICT, str(error))
 

@@ -41,6 +41,25 @@ def test_a_run_that_cannot_count_is_refused(line, message):
         serving.measured(json.dumps(line), 5)
 
 
+def test_a_gpu_for_each_server():
+    assert serving.placed("0,1") == {"stock": "0", "patched": "1"}
+    assert serving.placed("") == {}
+    for wrong in ("0", "0,0", "0,1,2", ","):
+        with pytest.raises(typer.BadParameter, match="two different GPUs"):
+            serving.placed(wrong)
+
+
+def test_a_server_sees_its_gpu_alone(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        servers.subprocess, "Popen", lambda command, env, **rest: given.append(env) or None
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    for gpu in ("5", ""):
+        servers.Server("stock", [], [], tmp_path / "log", (), gpu)
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in given] == ["5", "4,5"]
+
+
 REQUESTS = {
     "num-prompts": 3,
     "random-input-len": 4,

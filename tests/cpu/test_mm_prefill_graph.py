@@ -71,18 +71,71 @@ def test_stock_leaves_them_out_of_every_multimodal_model(models: dict[str, Path]
     assert not disabled(models["text"])
 
 
-def test_26b_a4b_gets_them(models: dict[str, Path]):
+@pytest.mark.parametrize("name", ["26b-a4b", "31b"])
+def test_models_without_shared_kv_get_them(models: dict[str, Path], name: str):
     before = ENGINE.runs[NAME].counters.engaged
-    assert not disabled(models["26b-a4b"])
+    assert not disabled(models[name])
     assert ENGINE.runs[NAME].counters.engaged == before + 1
+
+
+CUT = ("yoco", "optional_kv", "yoco_piecewise")
+
+
+@pytest.mark.parametrize("name", ["e2b", "e4b"])
+@pytest.mark.parametrize(
+    ("others", "given", "reason"),
+    [
+        ((), {}, "with `optional_kv` only"),
+        (("yoco",), {}, "with `optional_kv` only"),
+        (("optional_kv",), {}, None),
+        (("optional_kv",), {"tp_size": 2}, None),
+        (CUT[:2], {}, "without `yoco_piecewise`"),
+        (CUT, {}, None),
+        (CUT, {"tp_size": 2}, "tensor parallelism"),
+        (CUT, {"enable_return_hidden_states": True}, "hidden states are returned"),
+    ],
+)
+def test_models_that_share_kv_get_them_with_what_they_need(
+    models: dict[str, Path],
+    name: str,
+    others: tuple[str, ...],
+    given: dict[str, Any],
+    reason: str | None,
+):
+    ENGINE.apply(only=[NAME, *others])
+    assert disabled(models[name], **given) == (reason is not None)
+    if reason is not None:
+        assert reason in ENGINE.runs[NAME].full_reason()
+
+
+@pytest.mark.parametrize("broken", ["optional_kv", "yoco_piecewise"])
+def test_a_patch_that_does_not_fit_is_not_counted_on(
+    models: dict[str, Path], broken: str, monkeypatch: pytest.MonkeyPatch
+):
+    ENGINE.apply(only=[NAME, *CUT])
+    monkeypatch.setattr(ENGINE.runs[broken], "state", states.CONFLICT)
+    assert disabled(models["e2b"])
+    assert broken in ENGINE.runs[NAME].full_reason()
+
+
+def test_what_they_need_is_judged_by_its_source_where_it_is_not_imported(python: Any, models: Any):
+    """The process that reads the arguments imports no model."""
+    done = python(
+        "import gemma4_turbo, sys\n"
+        f"gemma4_turbo.apply(only=['{NAME}', 'yoco', 'optional_kv', 'yoco_piecewise'])\n"
+        "from sglang.srt.server_args import ServerArgs\n"
+        "args = ServerArgs(model_path=sys.argv[1], device='cpu', load_format='dummy',"
+        " attention_backend='triton')\n"
+        "print(args.disable_piecewise_cuda_graph, 'sglang.srt.models.gemma4_causal' in sys.modules)\n",
+        str(models["e2b"]),
+        PYTHONPATH=str(REPOSITORY),
+    )
+    assert done.stdout.split()[-2:] == ["False", "False"], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
     ("name", "given", "reason"),
     [
-        ("31b", {}, "dense models"),
-        ("e4b", {}, "E2B and E4B"),
-        ("e2b", {}, "E2B and E4B"),
         ("26b-a4b", {"disable_piecewise_cuda_graph": True}, "on the command line"),
         ("26b-a4b", {"enable_mixed_chunk": True}, "mixed chunks"),
         ("26b-a4b", {"enable_breakable_cuda_graph": True}, "breakable"),
@@ -104,7 +157,7 @@ def test_other_models_are_stocks(models: dict[str, Path]):
 
 
 def test_stocks_own_flag_still_forces_them(models: dict[str, Path]):
-    assert not disabled(models["31b"], enforce_piecewise_cuda_graph=True)
+    assert not disabled(models["e2b"], enforce_piecewise_cuda_graph=True)
 
 
 def test_speculative_decoding_is_refused(models: dict[str, Path]):
@@ -122,18 +175,163 @@ def test_speculative_decoding_is_refused(models: dict[str, Path]):
 def test_a_failure_leaves_the_decision_to_stock(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(patch, "unproven", lambda text: 1 / 0)
+    monkeypatch.setattr(patch, "refusal", lambda arguments: 1 / 0)
     assert disabled(models["26b-a4b"])
     assert "ZeroDivisionError" in ENGINE.runs[NAME].full_reason()
 
 
-@pytest.mark.parametrize(
-    ("value", "on"), [("1", True), ("true", True), ("0", False), (None, False)]
-)
+@pytest.mark.parametrize(("value", "on"), [("1", True), ("true", True), ("0", False), (None, True)])
 def test_it_is_asked_for_by_its_forerunners_variable(value: str | None, on: bool):
     environ = {} if value is None else {ALIAS: value}
     assert switches.read(environ).decisions[NAME].on is on
-    assert not catalogue.by_name(NAME).default
+    assert catalogue.by_name(NAME).default
+
+
+# -- where they are recorded -----------------------------------------------------------------------
+
+
+class Recording:
+    """In place of SGLang's runner, which needs a GPU: as far as its first capture, then ``error``."""
+
+    def __init__(self, runner: Any, error: Exception | None) -> None:
+        from sglang.srt.compilation import piecewise_context_manager as context
+        from sglang.srt.compilation.compile import install_torch_compiled
+
+        with context.enable_piecewise_cuda_graph():
+            install_torch_compiled(runner.model.language_model, backend_factory=lambda *given: None)
+            with context.enable_piecewise_cuda_graph_compile(), context.set_pcg_capture_stream("s"):  # type: ignore[arg-type]
+                if error is not None:
+                    raise error
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's model runner as far as it is asked for its graphs, with the class that takes pictures."""
+    from sglang.srt.model_executor import model_runner
+
+    run = ENGINE.runs[NAME]
+    monkeypatch.setattr(run, "state", run.state)
+    monkeypatch.setattr(run, "reason", run.reason)
+    monkeypatch.setattr(model_runner, "get_available_gpu_memory", lambda *args: 1.0)
+    model = vision.model("sdpa")
+    arguments = SimpleNamespace(
+        disable_piecewise_cuda_graph=False,
+        enforce_piecewise_cuda_graph=False,
+        piecewise_cuda_graph_tokens=[4],
+        enable_breakable_cuda_graph=False,
+    )
+    made = SimpleNamespace(
+        model=model,
+        server_args=arguments,
+        is_draft_worker=False,
+        is_multimodal=True,
+        tp_size=1,
+        device="cpu",
+        gpu_id=0,
+        model_config=SimpleNamespace(num_hidden_layers=2),
+    )
+
+    def record(error: Exception | None = None) -> Any:
+        monkeypatch.setattr(
+            model_runner, "PiecewiseCudaGraphRunner", lambda runner: Recording(runner, error)
+        )
+        model_runner.ModelRunner.init_piecewise_cuda_graphs(made)  # type: ignore[arg-type]
+        return made.piecewise_cuda_graph_runner
+
+    made.record = record
+    yield made
+    vars(model.language_model).pop("forward", None)
+
+
+def test_the_graphs_are_recorded_as_stock_records_them(recorder: Any):
+    assert isinstance(recorder.record(), Recording)
+    assert not recorder.server_args.disable_piecewise_cuda_graph
+    assert ENGINE.runs[NAME].state == states.ACTIVE
+
+
+def test_a_server_whose_graphs_cannot_be_recorded_runs_without(recorder: Any):
+    """Nothing is left of them: SGLang's marks of a capture, and what holds the memory."""
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    assert recorder.record(torch.OutOfMemoryError("no memory left")) is None
+    assert recorder.server_args.disable_piecewise_cuda_graph
+    assert not context.is_in_pcg_torch_compile()
+    assert context.get_pcg_capture_stream() is None
+    assert not context.is_in_piecewise_cuda_graph()
+    assert "forward" not in vars(recorder.model.language_model)
+    run = ENGINE.runs[NAME]
+    assert run.state == states.FAILED
+    assert "OutOfMemoryError: no memory left" in run.reason
+
+
+def test_stock_leaves_its_marks_and_the_server_dies(recorder: Any):
+    """What the last test is about."""
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    ENGINE.revert()
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.record(torch.OutOfMemoryError("no memory left"))
+    assert context.is_in_pcg_torch_compile()
+    assert context.get_pcg_capture_stream() == "s"
+    assert "forward" in vars(recorder.model.language_model)
+    context._in_pcg_torch_compile, context._pcg_capture_stream = False, None
+
+
+@pytest.mark.parametrize("why", ["several GPUs", "strict mode"])
+def test_a_failure_is_stocks(recorder: Any, why: str, monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    if why == "strict mode":
+        monkeypatch.setenv(switches.STRICT, "1")
+    else:
+        recorder.tp_size = 2
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.record(torch.OutOfMemoryError("no memory left"))
+    context._in_pcg_torch_compile, context._pcg_capture_stream = False, None
+
+
+def test_graphs_that_would_read_wrong_positions_are_not_recorded(
+    recorder: Any, monkeypatch: pytest.MonkeyPatch
+):
+    from sglang.srt.managers import mm_utils
+
+    monkeypatch.setattr(mm_utils, "general_mm_embed_routine", lambda *args, **kwargs: None)
+    assert recorder.record() is None
+    assert recorder.server_args.disable_piecewise_cuda_graph
+    assert "general_mm_embed_routine is not ours" in ENGINE.runs[NAME].full_reason()
+
+
+@pytest.mark.parametrize("others", [(), ("optional_kv",)])
+def test_shared_kv_needs_its_patch_where_the_graphs_are_recorded(
+    recorder: Any, others: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    ENGINE.apply(only=[NAME, *others])
+    monkeypatch.setattr(recorder.model.config.text_config, "num_kv_shared_layers", 1)
+    assert (recorder.record() is not None) == bool(others)
+    assert recorder.server_args.disable_piecewise_cuda_graph != bool(others)
+    if not others:
+        assert "`optional_kv` is off" in ENGINE.runs[NAME].full_reason()
+
+
+@pytest.mark.parametrize(
+    "asked", ["disable_piecewise_cuda_graph", "enforce_piecewise_cuda_graph", "draft", "text"]
+)
+def test_what_is_not_of_our_making_is_stocks(recorder: Any, asked: str):
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    if asked == "draft":
+        recorder.is_draft_worker = True
+    elif asked == "text":
+        recorder.is_multimodal = False
+    else:
+        setattr(recorder.server_args, asked, True)
+    if asked in ("enforce_piecewise_cuda_graph", "text"):
+        with pytest.raises(torch.OutOfMemoryError):
+            recorder.record(torch.OutOfMemoryError("no memory left"))
+        context._in_pcg_torch_compile, context._pcg_capture_stream = False, None
+    else:
+        assert recorder.record() is None
+    assert ENGINE.runs[NAME].state == states.ACTIVE
 
 
 # -- what a graph reads ----------------------------------------------------------------------------
@@ -366,8 +564,11 @@ def test_other_language_models_are_stocks(stage: Any):
 
 def test_it_is_in_both_modules_and_out_again():
     from sglang.srt.managers import mm_utils
+    from sglang.srt.model_executor import model_runner
     from sglang.srt.models import gemma4_mm
 
+    start = model_runner.ModelRunner.init_piecewise_cuda_graphs
+    assert start.__module__ == patch.__name__
     ours = mm_utils.general_mm_embed_routine
     assert gemma4_mm.general_mm_embed_routine is ours
     ENGINE.revert()
@@ -375,6 +576,8 @@ def test_it_is_in_both_modules_and_out_again():
     assert stock is not ours
     assert gemma4_mm.general_mm_embed_routine is stock
     assert stock.__code__.co_filename == mm_utils.__file__
+    start = model_runner.ModelRunner.init_piecewise_cuda_graphs
+    assert start.__code__.co_filename == model_runner.__file__
     ENGINE.apply(only=[NAME])
     assert mm_utils.general_mm_embed_routine is not stock
 
@@ -414,8 +617,25 @@ def test_a_half_imported_module_is_not_missed(python: Any):
         f"gemma4_turbo.apply(only=['{NAME}'])\n"
         "import sglang.srt.managers.mm_utils as late\n"
         "import sglang.srt.models.gemma4_mm as model\n"
+        "from sglang.srt.model_executor.model_runner import ModelRunner\n"
         "print(late.general_mm_embed_routine.__module__)\n"
-        "print(model.general_mm_embed_routine is late.general_mm_embed_routine)\n",
+        "print(model.general_mm_embed_routine is late.general_mm_embed_routine)\n"
+        "print(ModelRunner.init_piecewise_cuda_graphs.__module__)\n",
         PYTHONPATH=str(REPOSITORY),
     )
-    assert done.stdout.split() == [patch.__name__, "True"], done.stdout + done.stderr
+    assert done.stdout.split() == [patch.__name__, "True", patch.__name__], (
+        done.stdout + done.stderr
+    )
+
+
+def test_the_model_runner_half_imported_is_not_missed(python: Any):
+    done = python(
+        "import gemma4_turbo, sys\n"
+        f"gemma4_turbo.apply(only=['{NAME}'])\n"
+        "import sglang.srt.model_executor.model_runner as first\n"
+        "import sglang.srt.models.gemma4_mm as model\n"
+        "print(first.ModelRunner.init_piecewise_cuda_graphs.__module__)\n"
+        "print(model.general_mm_embed_routine.__module__)\n",
+        PYTHONPATH=str(REPOSITORY),
+    )
+    assert done.stdout.split() == [patch.__name__] * 2, done.stdout + done.stderr
