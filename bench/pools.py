@@ -102,6 +102,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Soaks, on the same engine")] = 2,
     gib: Annotated[float, typer.Option(help="Memory for KV")] = 3.0,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
+    piecewise: Annotated[
+        bool, typer.Option(help="Piecewise CUDA graphs of prefill in the patched engine")
+    ] = False,
     weight_range: Annotated[
         float, typer.Option(help="Random weights are uniform in +-this")
     ] = 3e-2,
@@ -125,7 +128,6 @@ def main(
         "cuda_graph_max_bs": 64,  # as many as run: larger batches decode without graphs
         "max_running_requests": 64,
         "decode_log_interval": 4,
-        "disable_piecewise_cuda_graph": True,
     }
     logs = {
         variant: out.with_name(f"{out.stem}-{variant}.log").absolute()
@@ -134,7 +136,9 @@ def main(
     soak = {"count": requests, "shortest": shortest, "longest": longest, "new": new_tokens}
 
     def make(variant: str) -> Engine:
-        return Engine(variant, chosen, arguments, logs[variant])
+        without = not (piecewise and variant == PATCHED)  # E2B's stock does not start with them
+        given = {**arguments, "disable_piecewise_cuda_graph": without}
+        return Engine(variant, chosen, given, logs[variant])
 
     expected: list[dict[str, dict[str, Any]]] = []
     comparisons: dict[str, list[dict[str, float]]] = {}

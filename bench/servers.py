@@ -65,6 +65,8 @@ class Server:
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port)]
+        # Of servers that start at the same time two can find the same port free, long before they take it.
+        command += ["--nccl-port", str(free_port())]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*command, *arguments],

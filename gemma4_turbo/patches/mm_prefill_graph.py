@@ -120,6 +120,8 @@ def refusal(arguments: Any) -> str | None:
         return "mixed chunks: a graph would take them for prefill alone and mask their images"
     if arguments.speculative_algorithm is not None:
         return "speculative decoding, whose prefill SGLang never runs in these graphs"
+    if arguments.tp_size > 1:
+        return "tensor parallelism: its tokens were not compared with stock's"
     for given in (arguments.attention_backend, arguments.prefill_attention_backend):
         if given not in (None, "triton"):
             return f"attention backend {given}"
@@ -139,8 +141,6 @@ def shared_kv_refusal(arguments: Any) -> str | None:
     # Without the cut a long prompt would lose more than a short one gains.
     if not _on("yoco_piecewise"):
         return "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
-    if arguments.tp_size > 1:
-        return "`yoco` saves more, which cuts nothing in these graphs with tensor parallelism"
     for name, reason in traced_cut.OFF.items():
         if getattr(arguments, name):
             return reason
@@ -182,8 +182,7 @@ def start(run: PatchRun, stock: Function) -> Function:
         reason = missing(self.model)
         if reason is not None:
             run.declined(reason)
-        elif self.tp_size > 1 or ENGINE.switches().strict:
-            # The other ranks would wait for one that goes on without; strict mode wants no such server.
+        elif ENGINE.switches().strict:  # which wants no server without what is switched on
             return stock(self)  # type: ignore[no-any-return]
         else:
             try:

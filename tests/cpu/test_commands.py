@@ -25,7 +25,7 @@ PATCH_KEYS = {
 # Moves a call to another stream, which a CPU lacks; does no arithmetic; is off.
 # Of their own: they call SGLang's layers on other rows, in another order, or not at all.
 WITHOUT_ARITHMETIC = {
-    *("mlp_stream", "pdl", "yoco"),
+    *("mlp_stream", "pdl", "yoco", "yoco_piecewise"),
     *("vision_batch", "vision_clamps", "vision_masks", "vision_syncs"),
 } | {patch.name for patch in CATALOGUE if patch.numerics == BEHAVIOUR or not patch.default}
 

@@ -88,10 +88,8 @@ CUT = ("yoco", "optional_kv", "yoco_piecewise")
         ((), {}, "with `optional_kv` only"),
         (("yoco",), {}, "with `optional_kv` only"),
         (("optional_kv",), {}, None),
-        (("optional_kv",), {"tp_size": 2}, None),
         (CUT[:2], {}, "without `yoco_piecewise`"),
         (CUT, {}, None),
-        (CUT, {"tp_size": 2}, "tensor parallelism"),
         (CUT, {"enable_return_hidden_states": True}, "hidden states are returned"),
     ],
 )
@@ -140,6 +138,7 @@ def test_what_they_need_is_judged_by_its_source_where_it_is_not_imported(python:
         ("26b-a4b", {"enable_mixed_chunk": True}, "mixed chunks"),
         ("26b-a4b", {"enable_breakable_cuda_graph": True}, "breakable"),
         ("26b-a4b", {"attention_backend": "torch_native"}, "attention backend torch_native"),
+        ("26b-a4b", {"tp_size": 2}, "tensor parallelism"),
         ("26b-a4b", {"enable_lora": True}, "another of SGLang's rules"),
         ("26b-a4b", {"debug_cuda_graph": True}, "another of SGLang's rules"),
     ],
@@ -225,7 +224,6 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
         server_args=arguments,
         is_draft_worker=False,
         is_multimodal=True,
-        tp_size=1,
         device="cpu",
         gpu_id=0,
         model_config=SimpleNamespace(num_hidden_layers=2),
@@ -277,14 +275,10 @@ def test_stock_leaves_its_marks_and_the_server_dies(recorder: Any):
     context._in_pcg_torch_compile, context._pcg_capture_stream = False, None
 
 
-@pytest.mark.parametrize("why", ["several GPUs", "strict mode"])
-def test_a_failure_is_stocks(recorder: Any, why: str, monkeypatch: pytest.MonkeyPatch):
+def test_strict_mode_wants_no_server_without(recorder: Any, monkeypatch: pytest.MonkeyPatch):
     from sglang.srt.compilation import piecewise_context_manager as context
 
-    if why == "strict mode":
-        monkeypatch.setenv(switches.STRICT, "1")
-    else:
-        recorder.tp_size = 2
+    monkeypatch.setenv(switches.STRICT, "1")
     with pytest.raises(torch.OutOfMemoryError):
         recorder.record(torch.OutOfMemoryError("no memory left"))
     context._in_pcg_torch_compile, context._pcg_capture_stream = False, None
