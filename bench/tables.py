@@ -310,10 +310,10 @@ def extend_attention() -> str | None:
 
 def decode_attention() -> str | None:
     """Stock's two kernels and ours, a row per kind of layer, batch and GPU, a column per length."""
-    runs = newest("decode-attention-*.csv")
+    keys = ["shape", "batch", "length"]
+    runs = newest("decode-attention-*.csv", *keys)
     if not runs:
         return None
-    keys = ["shape", "batch", "length"]
     times = [(gpu, run.set_index(keys)[["stock_us", "us"]]) for gpu, run in runs]
     lengths = sorted(length for (length,) in across(runs, "length"))
     rows = []

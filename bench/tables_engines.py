@@ -19,6 +19,7 @@ from bench.table_text import (
     newest_rows,
     origins,
     short,
+    sources,
 )
 
 KEYS = ["model", "layers", "patches"]
@@ -158,7 +159,7 @@ def images(results: Path) -> str | None:
         table = medians(run[run["unit"] == "ms"])
         counts = run[run["variant"] == "stock vs patched"].set_index("quantity")["value"]
         times = [
-            change(*table.loc[key, ["stock", "patched"]], 0)
+            change(*table.loc[key, ["stock", "patched"]], 0) if key in table.index else "-"
             for key in (("first token, alone", 1), ("first token, median", 16), ("all prompts", 16))
         ]
         rows.append([*names, *times, differing(counts, "logprob")])
@@ -166,7 +167,8 @@ def images(results: Path) -> str | None:
     return (
         f"{markdown([*header, 'logprobs differing'], rows)}\n\n16 prompts with 6 images of 480 pixels "
         "each, over HTTP: `python bench/images.py`. Stock -> patched (ratio), the processor's time on "
-        f"the CPU included. {origins(frame)}."
+        "the CPU included; no times where other servers were starting on the same GPU. "
+        f"{origins(frame)}."
     )
 
 
@@ -175,8 +177,9 @@ def serving(results: Path) -> str | None:
     frame = read(results / "serving.csv")
     if frame is None:
         return None
-    rows = []
+    rows, shown = [], []
     for names, run in runs(frame, "gpu"):
+        shown.append(run)
         table = medians(run).droplevel("x")[["stock", "patched"]]
         cells = [change(*table.loc[quantity], 0) for quantity in SERVED[:-1]]
         rounds = run.groupby("variant")["round"].nunique()[["stock", "patched"]]
@@ -188,9 +191,10 @@ def serving(results: Path) -> str | None:
     header += ["99th percentile, ms", "whole request, median, ms", "time per token, median, ms"]
     return (
         f"{markdown(header, rows)}\n\nThe real server, 80 prompts of 1024 tokens and 256 new ones, 8 "
-        "requests a second, at most 64 at once (`sglang.bench_serving`): `python bench/serving.py`. "
-        "Stock -> patched (ratio), one server at a time, medians of so many rounds. "
-        f"{origins(frame)}."
+        "requests a second, at most 64 at once (`sglang.bench_serving`): `python bench/serving.py --gpus "
+        "0,1`. "
+        "Stock -> patched (ratio), a server on each of two GPUs, rounds in turn, medians of so many. "
+        f"{sources(shown)}."
     )
 
 
