@@ -24,7 +24,10 @@ if TYPE_CHECKING:
 
 YOCO = Step()
 UNFINISHED = "_gemma4_turbo_unfinished"
-"""On a batch: per request, whether its prompt goes on in a later chunk."""
+"""On a batch's ``seq_lens_cpu``: per request, whether its prompt goes on in a later chunk.
+
+SGLang makes a second batch for a piecewise graph and hands this tensor on to it as it is.
+"""
 
 BACKEND = "TritonAttnBackend"
 
@@ -230,7 +233,7 @@ def plan(model: Any, first: int, batch: Any) -> Cut:
     layer_window = None if sliding is None else window(model.layers[sliding])
     buffered = batch.attn_backend.sliding_window_size
     lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
-    unfinished = getattr(batch, UNFINISHED, None) or [False] * len(lengths)
+    unfinished = getattr(batch.seq_lens_cpu, UNFINISHED, None) or [False] * len(lengths)
     found = Cut(first, sum(lengths), [], [], [], [], sliding)
     end = 0
     for request, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):

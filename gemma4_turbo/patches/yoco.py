@@ -25,7 +25,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
     def init_new(cls: Any, batch: Any, model_runner: Any) -> Any:
         made = init(cls, batch, model_runner)
-        setattr(made, fast_prefill.UNFINISHED, unfinished(batch))
+        if made.seq_lens_cpu is not None:
+            setattr(made.seq_lens_cpu, fast_prefill.UNFINISHED, unfinished(batch))
         return made
 
     fast_prefill.YOCO.run = run

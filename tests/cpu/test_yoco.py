@@ -215,7 +215,7 @@ def test_an_unfinished_prompt_costs_nothing_in_the_shared_layers(
 ):
     memory = shared_kv.Memory()
     batch = memory.prefill({1: 10, 2: 6, 3: 8}, {})
-    setattr(batch, fast_prefill.UNFINISHED, [False, True, False])
+    setattr(batch.seq_lens_cpu, fast_prefill.UNFINISHED, [False, True, False])
     seen = rows_per_layer(model, monkeypatch)
     found = forward(model, batch)
     assert seen == [24] * 3 + [2] * 3
@@ -232,7 +232,7 @@ def test_a_batch_of_unfinished_prompts_skips_the_shared_layers(
     """Zeros for every row; the next chunk finds the cache that stock would have written."""
     memory = shared_kv.Memory()
     batch = memory.prefill({1: 12}, {})
-    setattr(batch, fast_prefill.UNFINISHED, [True])
+    setattr(batch.seq_lens_cpu, fast_prefill.UNFINISHED, [True])
     with monkeypatch.context() as counting:
         seen = rows_per_layer(model, counting)
         assert not forward(model, batch).any()
@@ -271,11 +271,13 @@ def test_the_batch_is_told():
 
     (swap,) = [s for s in ENGINE.runs[NAME].swaps if s.target == patch.BATCH]
     assert isinstance(vars(ForwardBatch)["init_new"], classmethod)
-    made = SimpleNamespace()
+    made = SimpleNamespace(seq_lens_cpu=torch.tensor([10, 16, 9]))
     run = SimpleNamespace()
     replaced = patch.build(run, {patch.BATCH: lambda cls, batch, runner: made})[patch.BATCH]
     assert replaced(ForwardBatch, worker_batch(), None) is made
-    assert getattr(made, fast_prefill.UNFINISHED) == [False, True, False]
+    assert getattr(made.seq_lens_cpu, fast_prefill.UNFINISHED) == [False, True, False]
+    made.seq_lens_cpu = None
+    assert replaced(ForwardBatch, worker_batch(seq_lens_cpu=None), None) is made
     ENGINE.apply(only=[NAME])
     ENGINE.revert()
     assert vars(ForwardBatch)["init_new"] is swap.raw

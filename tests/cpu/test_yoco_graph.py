@@ -108,7 +108,7 @@ def case(
     batch = at.prefill(dict(zip(order, lengths, strict=True)), before)
     at.allocator.free(batch.out_cache_loc)
     at.allocator.full_to_swa_index_mapping[1 : SLOTS + 1] = torch.arange(SLOTS, 0, -1)
-    setattr(batch, fast_prefill.UNFINISHED, unfinished)
+    setattr(batch.seq_lens_cpu, fast_prefill.UNFINISHED, unfinished)
     found = fast_prefill.cut(model, batch, batch.positions, {})
     assert found is not None
     tokens, width = sum(lengths), model.config.hidden_size

@@ -211,6 +211,25 @@ def test_the_layers_behind_the_cut_see_the_rows_only(monkeypatch: pytest.MonkeyP
     assert seen == [(3, 2), (4, 2), (5, 2)]
 
 
+@pytest.mark.parametrize("unfinished", [[True, False], [False, True], [True, True]])
+def test_unfinished_prompts_cost_nothing_behind_the_cut(
+    unfinished: list[bool], monkeypatch: pytest.MonkeyPatch
+):
+    """What the batch was told reaches the one that SGLang makes of it for the graphs."""
+    memory, batch = made(*BATCHES[0])
+    model, runner = compiled(memory)
+    setattr(batch.seq_lens_cpu, fast_prefill.UNFINISHED, unfinished)
+    rows = last_rows(batch)[[not one for one in unfinished]]
+    found = runner.prefill(batch)
+    assert found.abs().sum(1).nonzero().flatten().tolist() == rows.tolist()
+    _, again = made(*BATCHES[0])
+    setattr(again.seq_lens_cpu, fast_prefill.UNFINISHED, unfinished)
+    assert torch.equal(found[rows], eager(model, again)[rows])
+    seen = layer_rows(model, monkeypatch)
+    call_operator(runner, batch)
+    assert seen == [(index, len(rows)) for index in (3, 4, 5) if len(rows)]
+
+
 def test_the_first_layers_input_comes_normed(monkeypatch: pytest.MonkeyPatch):
     """From the last piece, where `input_norm` is in; its rows are cut like the others."""
     apply("input_norm", "ple_tail")
