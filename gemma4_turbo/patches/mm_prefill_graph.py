@@ -10,8 +10,8 @@ per-layer inputs are made anew at every step. Both are copied into buffers that 
 runner's positions are put back.
 
 The server's arguments are read in another process than the one that records. There it is looked
-again whether all that the graphs need is in place, and a server whose graphs cannot be recorded
-runs without them, as stock does.
+again whether all that the graphs need is in place, and a server whose graphs cannot be recorded, or
+leave too little memory, runs without them, as stock does.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -48,7 +48,25 @@ OCCASIONS = (
 )
 ARCHITECTURE = "Gemma4ForConditionalGeneration"
 LANGUAGE_MODEL = "Gemma4TextModel"
+LEFT_GB = 2.0  # of memory, beside the graphs: for pictures, and prefills that run without one
 Function = Callable[..., Any]
+
+OFF = {
+    "disable_cuda_graph": "CUDA graphs are switched off",
+    "enable_breakable_cuda_graph": "breakable CUDA graphs",
+    "enable_mixed_chunk": "mixed chunks: a graph would take them for prefill alone and mask their "
+    "images",
+    "speculative_algorithm": "speculative decoding, whose prefill SGLang never runs in these graphs",
+    "enable_return_hidden_states": "hidden states are returned, which these graphs never run for",
+    "enable_deterministic_inference": "deterministic inference",
+    "rl_on_policy_target": "deterministic inference, for reinforcement learning",
+    "forward_hooks": "hooks see what the layers compute",
+    "debug_tensor_dump_output_folder": "tensors are dumped, which is for eager steps",
+    "msprobe_dump_config": "tensors are dumped, which is for eager steps",
+    "enable_layerwise_nvtx_marker": "markers of every layer, which cannot be traced",
+}
+"""Arguments of the server, and what each of them means. Stock needs no rule for them: no model that
+takes pictures has these graphs."""
 
 
 class _Late:
@@ -56,6 +74,16 @@ class _Late:
 
     run: PatchRun | None = None
     swaps: dict[str, Swap] = {}  # noqa: RUF012 - one for the process, as the run
+
+
+class Recorded(NamedTuple):
+    """The graphs of a language model."""
+
+    runner: weakref.ref[Any]  # SGLang's ModelRunner
+    watched: Any  # weights that they read
+
+
+_recorded: weakref.WeakKeyDictionary[Any, Recorded] = weakref.WeakKeyDictionary()
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -96,8 +124,10 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 
 def undo(run: PatchRun) -> None:
-    """Stock's functions again. Graphs that exist keep what they recorded."""
+    """Stock's functions again, and its eager prefill: a graph would read positions of before."""
     _Late.run = None
+    for graphs_of in list(_recorded.values()):
+        _forget_graphs(graphs_of.runner())
     for swap in _Late.swaps.values():
         swap.restore()
     _Late.swaps.clear()
@@ -114,26 +144,35 @@ def refusal(arguments: Any) -> str | None:
         return f"the model is {', '.join(architectures) or 'unknown'}"
     if not config.is_multimodal:
         return "the model is served without its encoders"
-    if arguments.enable_breakable_cuda_graph:
-        return "breakable CUDA graphs"
-    if arguments.enable_mixed_chunk:
-        return "mixed chunks: a graph would take them for prefill alone and mask their images"
-    if arguments.speculative_algorithm is not None:
-        return "speculative decoding, whose prefill SGLang never runs in these graphs"
+    if arguments.model_impl not in ("auto", "sglang"):
+        return f"another implementation of the model: {arguments.model_impl}"
+    sizes = arguments.piecewise_cuda_graph_max_tokens, arguments.piecewise_cuda_graph_tokens
+    if arguments.chunked_prefill_size == -1 and sizes == (None, None):
+        return "prompts are not cut into chunks, whose size would be that of the largest graph"
+    reason = server_refusal(arguments)
+    if reason is not None:
+        return reason
     if arguments.tp_size > 1:
         return "tensor parallelism: its tokens were not compared with stock's"
     for given in (arguments.attention_backend, arguments.prefill_attention_backend):
         if given not in (None, "triton"):
             return f"attention backend {given}"
     if getattr(config.hf_text_config, "num_kv_shared_layers", 0):
-        return shared_kv_refusal(arguments)
+        return shared_kv_refusal()
     return None
 
 
-def shared_kv_refusal(arguments: Any) -> str | None:
-    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
-    from gemma4_turbo.forwards import traced_cut
+def server_refusal(arguments: Any) -> str | None:
+    """Those of the reasons that SGLang may still bring about after the decision."""
+    from sglang.srt.utils import common
 
+    if common._ENABLE_TORCH_INFERENCE_MODE:
+        return "torch.inference_mode: SGLang traces without it, and would have to trace again"
+    return next((reason for name, reason in OFF.items() if getattr(arguments, name)), None)
+
+
+def shared_kv_refusal() -> str | None:
+    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
     if not _on("optional_kv"):
         return "layers that share KV run in these graphs with `optional_kv` only"
     if not _on("yoco"):
@@ -141,9 +180,6 @@ def shared_kv_refusal(arguments: Any) -> str | None:
     # Without the cut a long prompt would lose more than a short one gains.
     if not _on("yoco_piecewise"):
         return "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
-    for name, reason in traced_cut.OFF.items():
-        if getattr(arguments, name):
-            return reason
     return None
 
 
@@ -167,7 +203,6 @@ def _on(name: str) -> bool:
 
 def start(run: PatchRun, stock: Function) -> Function:
     """What replaces ``ModelRunner.init_piecewise_cuda_graphs``."""
-    from gemma4_turbo.patching import ENGINE
 
     def init_piecewise_cuda_graphs(self: Any) -> None:
         arguments = self.server_args
@@ -175,22 +210,17 @@ def start(run: PatchRun, stock: Function) -> Function:
             type(self.model).__name__ != ARCHITECTURE
             or not self.is_multimodal
             or arguments.disable_piecewise_cuda_graph
-            or arguments.enforce_piecewise_cuda_graph
             or self.is_draft_worker
         ):
             return stock(self)  # type: ignore[no-any-return]
-        reason = missing(self.model)
-        if reason is not None:
-            run.declined(reason)
-        elif ENGINE.switches().strict:  # which wants no server without what is switched on
-            return stock(self)  # type: ignore[no-any-return]
-        else:
-            try:
-                return stock(self)  # type: ignore[no-any-return]
-            except Exception as error:
-                reason = f"{type(error).__name__}: {error}"
-                run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+        reason = None if arguments.enforce_piecewise_cuda_graph else missing(self)
+        if reason is None:
+            reason = _record(run, self, stock, arguments.enforce_piecewise_cuda_graph)
+            if reason is None:
+                _watch(self)
+                return None
             _forget_graphs(self)
+        run.declined(reason)
         self.piecewise_cuda_graph_runner = None
         arguments.disable_piecewise_cuda_graph = True
         return None
@@ -198,29 +228,79 @@ def start(run: PatchRun, stock: Function) -> Function:
     return init_piecewise_cuda_graphs
 
 
-def missing(model: Any) -> str | None:
-    """What these graphs need and is not in place in this process, or None."""
+def _record(run: PatchRun, runner: Any, stock: Function, enforced: bool) -> str | None:
+    """Why there are to be no graphs, or None: they are there."""
     from gemma4_turbo.patching import ENGINE
 
+    try:
+        stock(runner)
+    except Exception as error:
+        if enforced or ENGINE.switches().strict:  # a server without them is not wanted
+            raise
+        reason = f"{type(error).__name__}: {error}"
+        run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+        return reason
+    return None if enforced else crowded(runner)
+
+
+def missing(runner: Any) -> str | None:
+    """What keeps this process from recording, though the arguments were fine, or None."""
+    from gemma4_turbo.forwards import tail_graph
+    from gemma4_turbo.patching import ENGINE
+
+    reason = server_refusal(runner.server_args)
+    if reason is not None:
+        return reason
     routine = _Late.swaps.get(ROUTINE)
     if routine is None or not routine.in_place:
         return f"{ROUTINE} is not ours in the process that records"
+    model = runner.model
+    if tail_graph.Watched([model.language_model]).hooked():
+        return "a layer has forward hooks"
     shares = getattr(model.config.text_config, "num_kv_shared_layers", 0)
     if shares and ENGINE.runs["optional_kv"].state != states.ACTIVE:
         return f"layers that share KV: `optional_kv` is {ENGINE.runs['optional_kv'].state}"
     return None
 
 
+def _watch(runner: Any) -> None:
+    """From here on a graph that would read old weights does not run.
+
+    SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
+    parameters in the place of all layers' old ones: the outermost layers tell.
+    """
+    from gemma4_turbo.forwards import tail_graph
+
+    model = runner.model.language_model
+    watched = tail_graph.Watched([model.layers[0], model.layers[-1]])
+    _recorded[model] = Recorded(weakref.ref(runner), watched)
+
+
+def crowded(runner: Any) -> str | None:
+    """Why the graphs that were recorded take too much, or None."""
+    from sglang.srt.utils import common
+
+    left = common.get_available_gpu_memory(runner.device, runner.gpu_id)
+    if runner.piecewise_cuda_graph_runner is None or left >= LEFT_GB:
+        return None
+    return f"{left:.1f} GB of memory would be left beside the graphs, less than {LEFT_GB:.0f}"
+
+
 def _forget_graphs(runner: Any) -> None:
-    """What a recording that failed leaves behind: marks that one is under way, and memory."""
+    """No graph, no mark that a recording is under way, and the memory free again."""
     from sglang.srt.compilation import piecewise_context_manager as context
 
+    if runner is None:
+        return
+    runner.piecewise_cuda_graph_runner = None
     context._in_pcg_torch_compile = False
     context._pcg_capture_stream = None
     graphs.settle()
     model = runner.model.language_model
     vars(model).pop("forward", None)  # SGLang's switch to what was compiled, which holds the graphs
     torch._dynamo.eval_frame.remove_from_cache(type(model).forward.__code__)
+    _inputs.pop(model, None)
+    _recorded.pop(model, None)
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -277,6 +357,11 @@ def routine(run: PatchRun, stock: Function) -> Function:
             or not is_in_piecewise_cuda_graph()
             or type(language_model).__name__ != LANGUAGE_MODEL
         ):
+            return stock(input_ids, forward_batch, language_model, *others, **kwargs)
+        graphs_of = _recorded.get(language_model)
+        if graphs_of is not None and graphs_of.watched.moved():
+            run.declined("a weight update put other parameters in the place of those in the graphs")
+            _forget_graphs(graphs_of.runner())  # this prefill runs eagerly as well
             return stock(input_ids, forward_batch, language_model, *others, **kwargs)
         kept = _inputs.setdefault(language_model, Inputs())
         kwargs["positions"] = kept.keep("positions", positions)

@@ -90,7 +90,6 @@ CUT = ("yoco", "optional_kv", "yoco_piecewise")
         (("optional_kv",), {}, None),
         (CUT[:2], {}, "without `yoco_piecewise`"),
         (CUT, {}, None),
-        (CUT, {"enable_return_hidden_states": True}, "hidden states are returned"),
     ],
 )
 def test_models_that_share_kv_get_them_with_what_they_need(
@@ -139,6 +138,14 @@ def test_what_they_need_is_judged_by_its_source_where_it_is_not_imported(python:
         ("26b-a4b", {"enable_breakable_cuda_graph": True}, "breakable"),
         ("26b-a4b", {"attention_backend": "torch_native"}, "attention backend torch_native"),
         ("26b-a4b", {"tp_size": 2}, "tensor parallelism"),
+        ("26b-a4b", {"disable_cuda_graph": True}, "CUDA graphs are switched off"),
+        ("26b-a4b", {"enable_return_hidden_states": True}, "hidden states are returned"),
+        ("26b-a4b", {"rl_on_policy_target": "fsdp"}, "deterministic inference"),
+        ("26b-a4b", {"enable_deterministic_inference": True}, "deterministic inference"),
+        ("26b-a4b", {"forward_hooks": [{"name": "x"}]}, "hooks"),
+        ("26b-a4b", {"debug_tensor_dump_output_folder": "/tmp/x"}, "tensors are dumped"),
+        ("26b-a4b", {"enable_layerwise_nvtx_marker": True}, "markers of every layer"),
+        ("26b-a4b", {"model_impl": "transformers"}, "another implementation"),
         ("26b-a4b", {"enable_lora": True}, "another of SGLang's rules"),
         ("26b-a4b", {"debug_cuda_graph": True}, "another of SGLang's rules"),
     ],
@@ -148,6 +155,26 @@ def test_stocks_rule_stays(models: dict[str, Path], name: str, given: dict[str, 
     assert disabled(models[name], **given)
     assert reason in ENGINE.runs[NAME].full_reason()
     assert ENGINE.runs[NAME].counters.engaged == before
+
+
+def test_prompts_that_are_not_cut_have_no_largest_graph(models: dict[str, Path]):
+    """SGLang itself would record nothing, and say nothing."""
+    before = ENGINE.runs[NAME].counters.engaged
+    assert disabled(models["26b-a4b"], chunked_prefill_size=-1)
+    assert "not cut into chunks" in ENGINE.runs[NAME].full_reason()
+    assert ENGINE.runs[NAME].counters.engaged == before
+    for size in ({"piecewise_cuda_graph_max_tokens": 512}, {"piecewise_cuda_graph_tokens": [8]}):
+        assert not disabled(models["26b-a4b"], chunked_prefill_size=-1, **size)
+
+
+def test_inference_mode_is_not_what_sglang_traces_in(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    from sglang.srt.utils import common
+
+    monkeypatch.setattr(common, "_ENABLE_TORCH_INFERENCE_MODE", True)
+    assert disabled(models["26b-a4b"])
+    assert "inference_mode" in ENGINE.runs[NAME].full_reason()
 
 
 def test_other_models_are_stocks(models: dict[str, Path]):
@@ -164,9 +191,11 @@ def test_speculative_decoding_is_refused(models: dict[str, Path]):
         get_model_config=lambda: SimpleNamespace(
             hf_config=SimpleNamespace(architectures=[patch.ARCHITECTURE]), is_multimodal=True
         ),
-        enable_breakable_cuda_graph=False,
-        enable_mixed_chunk=False,
-        speculative_algorithm="FROZEN_KV_MTP",
+        model_impl="auto",
+        chunked_prefill_size=None,
+        piecewise_cuda_graph_max_tokens=None,
+        piecewise_cuda_graph_tokens=None,
+        **dict.fromkeys(patch.OFF) | {"speculative_algorithm": "FROZEN_KV_MTP"},
     )
     assert "speculative" in str(patch.refusal(arguments))
 
@@ -203,23 +232,29 @@ class Recording:
                     raise error
 
 
+class ModelRunner(SimpleNamespace):
+    """As much of SGLang's as is asked for its graphs."""
+
+
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
     """SGLang's model runner as far as it is asked for its graphs, with the class that takes pictures."""
     from sglang.srt.model_executor import model_runner
+    from sglang.srt.utils import common
 
     run = ENGINE.runs[NAME]
     monkeypatch.setattr(run, "state", run.state)
     monkeypatch.setattr(run, "reason", run.reason)
     monkeypatch.setattr(model_runner, "get_available_gpu_memory", lambda *args: 1.0)
+    monkeypatch.setattr(common, "get_available_gpu_memory", lambda *args: made.left)
     model = vision.model("sdpa")
     arguments = SimpleNamespace(
         disable_piecewise_cuda_graph=False,
         enforce_piecewise_cuda_graph=False,
         piecewise_cuda_graph_tokens=[4],
-        enable_breakable_cuda_graph=False,
+        **dict.fromkeys(patch.OFF),
     )
-    made = SimpleNamespace(
+    made = ModelRunner(
         model=model,
         server_args=arguments,
         is_draft_worker=False,
@@ -227,6 +262,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
         device="cpu",
         gpu_id=0,
         model_config=SimpleNamespace(num_hidden_layers=2),
+        left=patch.LEFT_GB,
     )
 
     def record(error: Exception | None = None) -> Any:
@@ -260,6 +296,84 @@ def test_a_server_whose_graphs_cannot_be_recorded_runs_without(recorder: Any):
     run = ENGINE.runs[NAME]
     assert run.state == states.FAILED
     assert "OutOfMemoryError: no memory left" in run.reason
+
+
+def test_nothing_is_kept_of_a_recording_that_failed(recorder: Any):
+    patch._inputs[recorder.model.language_model] = patch.Inputs()
+    assert recorder.record(torch.OutOfMemoryError("no memory left")) is None
+    assert recorder.model.language_model not in patch._inputs
+
+
+def test_memory_for_pictures_is_left(recorder: Any):
+    recorder.left = patch.LEFT_GB - 0.1
+    assert recorder.record() is None
+    assert recorder.server_args.disable_piecewise_cuda_graph
+    assert "forward" not in vars(recorder.model.language_model)
+    assert "1.9 GB of memory would be left" in ENGINE.runs[NAME].full_reason()
+    assert ENGINE.runs[NAME].state == states.ACTIVE
+
+
+@pytest.mark.parametrize("name", sorted(patch.OFF))
+def test_arguments_that_sglang_sets_later_are_looked_at_again(recorder: Any, name: str):
+    setattr(recorder.server_args, name, True)
+    assert recorder.record() is None
+    assert patch.OFF[name] in ENGINE.runs[NAME].full_reason()
+
+
+def test_hooks_on_layers_are_no_part_of_graphs(recorder: Any):
+    handle = recorder.model.language_model.layers[0].register_forward_hook(lambda *args: None)
+    try:
+        assert recorder.record() is None
+    finally:
+        handle.remove()
+    assert "forward hooks" in ENGINE.runs[NAME].full_reason()
+
+
+@pytest.mark.parametrize("enforced", [False, True])
+def test_without_the_patch_prefill_is_eager_again(recorder: Any, enforced: bool):
+    """The graphs read positions that stock does not fill."""
+    recorder.server_args.enforce_piecewise_cuda_graph = enforced
+    assert recorder.record() is not None
+    ENGINE.revert()
+    assert recorder.piecewise_cuda_graph_runner is None
+    assert "forward" not in vars(recorder.model.language_model)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_weight_update_reaches_the_next_prefill(
+    recorder: Any, replaced: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """A graph reads where the weights were: new ones elsewhere end it."""
+    from sglang.srt.compilation import piecewise_context_manager as context
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    from sglang.srt.server_args import get_global_server_args
+
+    monkeypatch.setattr(get_global_server_args(), "piecewise_cuda_graph_tokens", [4])
+    assert recorder.record() is not None
+    model = recorder.model.language_model
+    vars(model)["forward"] = lambda **given: "graph"
+    monkeypatch.setattr(type(model), "forward", lambda self, **given: "eager")
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND, contains_mm_inputs=lambda: False, input_embeds=None
+    )
+    given = {"language_model": model, "positions": torch.arange(3) + 1}
+
+    def prefill() -> Any:
+        with context.enable_piecewise_cuda_graph():
+            return mm_utils.general_mm_embed_routine(torch.arange(3), batch, **given)
+
+    assert prefill() == "graph"
+    weights = model.layers[-1].self_attn.qkv_proj
+    (name, old), *_ = weights.named_parameters()
+    if replaced:
+        new = torch.nn.Parameter(old.detach().clone(), requires_grad=False)
+        monkeypatch.setitem(weights._parameters, name, new)
+    else:
+        old.data.copy_(old.data.clone())
+    assert prefill() == ("eager" if replaced else "graph")
+    assert (recorder.piecewise_cuda_graph_runner is None) == replaced
+    assert ("weight update" in ENGINE.runs[NAME].full_reason()) == replaced
 
 
 def test_stock_leaves_its_marks_and_the_server_dies(recorder: Any):
