@@ -124,18 +124,12 @@ _WRAPPERS = {LAUNCH: _before_launch, LOADED: _after_load}
 
 def launch_refusals(engine: Engine) -> list[str]:
     """Why strict mode would refuse, as far as sources, environment and states so far tell."""
-    from gemma4_turbo import fingerprints
-    from gemma4_turbo.patching import installed_release
-
     switches = engine.switches()
     refusals = list(switches.problems)
-    release = installed_release()
     for name, run in engine.runs.items():
         if not engine.decision(run.patch)[0]:
             continue
-        state, reason = run.state, run.reason
-        if state == states.WAITING:
-            state, reason = fingerprints.judge(run.patch, release, fingerprints.installed_source)
+        state, reason = engine.outlook(run.patch)
         if state in states.REFUSED_WHEN_STRICT:
             refusals.append(f"{name} is {state}: {reason}")
     return refusals

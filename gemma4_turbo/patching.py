@@ -308,6 +308,15 @@ class Engine:
                 return False, f"stands on {needed}, which is off: {decisions[needed].reason}"
         return decisions[patch.name].on, decisions[patch.name].reason
 
+    def outlook(self, patch: Patch) -> tuple[str, str]:
+        """State and reason of a patch that is on; while it waits, those that its sources foretell."""
+        run = self.runs[patch.name]
+        if run.state != states.WAITING:
+            return run.state, run.reason
+        from gemma4_turbo import fingerprints
+
+        return fingerprints.judge(patch, installed_release(), fingerprints.installed_source)
+
     # -- plumbing -----------------------------------------------------------------------------
 
     def _names(self, argument: str, names: Iterable[str]) -> tuple[str, ...]:

@@ -185,17 +185,10 @@ def shared_kv_refusal() -> str | None:
 
 def _on(name: str) -> bool:
     """Whether a patch is switched on and fits this SGLang, imported or not."""
-    from gemma4_turbo import fingerprints
-    from gemma4_turbo.patching import ENGINE, installed_release
+    from gemma4_turbo.patching import ENGINE
 
     patch = by_name(name)
-    if not ENGINE.decision(patch)[0]:
-        return False
-    state = ENGINE.runs[name].state
-    if state == states.WAITING:  # for its modules, in a process that may never import them
-        release, source = installed_release(), fingerprints.installed_source
-        state = fingerprints.judge(patch, release, source).state
-    return state == states.ACTIVE
+    return ENGINE.decision(patch)[0] and ENGINE.outlook(patch)[0] == states.ACTIVE
 
 
 # -- where they are recorded -----------------------------------------------------------------------
