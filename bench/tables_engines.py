@@ -19,7 +19,6 @@ from bench.table_text import (
     newest_rows,
     origins,
     short,
-    sources,
 )
 
 KEYS = ["model", "layers", "patches"]
@@ -194,7 +193,7 @@ def serving(results: Path) -> str | None:
         "requests a second, at most 64 at once (`sglang.bench_serving`): `python bench/serving.py --gpus "
         "0,1`. "
         "Stock -> patched (ratio), a server on each of two GPUs, rounds in turn, medians of so many. "
-        f"{sources(shown)}."
+        f"{origins(pd.concat(shown))}."
     )
 
 
