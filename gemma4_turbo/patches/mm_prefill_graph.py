@@ -289,6 +289,8 @@ def _forget_graphs(runner: Any) -> None:
     context._in_pcg_torch_compile = False
     context._pcg_capture_stream = None
     graphs.settle()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a graph may be running
     model = runner.model.language_model
     vars(model).pop("forward", None)  # SGLang's switch to what was compiled, which holds the graphs
     torch._dynamo.eval_frame.remove_from_cache(type(model).forward.__code__)
