@@ -190,9 +190,8 @@ def serving(results: Path) -> str | None:
     header += ["99th percentile, ms", "whole request, median, ms", "time per token, median, ms"]
     return (
         f"{markdown(header, rows)}\n\nThe real server, 80 prompts of 1024 tokens and 256 new ones, 8 "
-        "requests a second, at most 64 at once (`sglang.bench_serving`): `python bench/serving.py --gpus "
-        "0,1`. "
-        "Stock -> patched (ratio), a server on each of two GPUs, rounds in turn, medians of so many. "
+        "requests a second, at most 64 at once (`sglang.bench_serving`): "
+        "`python bench/serving.py --gpus 0,1`. Stock -> patched (ratio), a server on each of two GPUs, rounds in turn, medians of so many. "
         f"{origins(pd.concat(shown))}."
     )
 

@@ -1,12 +1,17 @@
-"""CUDA graph captures in a running server, and what one that failed leaves behind."""
+"""CUDA graph captures in a running server: which servers have none, and what one that failed leaves behind."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+
+
+def argument_refusal(arguments: Any, reasons: Mapping[str, str]) -> str | None:
+    """What the first of the server's arguments that is set among ``reasons`` means there, or None."""
+    return next((reason for name, reason in reasons.items() if getattr(arguments, name)), None)
 
 
 @contextlib.contextmanager

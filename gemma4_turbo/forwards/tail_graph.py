@@ -136,9 +136,9 @@ def refusal(tail: Tail, batch: Any) -> str | None:
     if tail.hidden_states.device.type not in DEVICES:
         return "not on a GPU"
     arguments = get_global_server_args()
-    for name, reason in OFF.items():
-        if getattr(arguments, name):
-            return reason
+    reason = graphs.argument_refusal(arguments, OFF)
+    if reason is not None:
+        return reason
     if get_tensor_model_parallel_world_size() > 1:
         return "tensor parallelism: the ranks' reductions are not recorded"
     backend = type(batch.attn_backend).__name__

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo import custom_ops, states
+from gemma4_turbo import custom_ops, graphs, states
 from gemma4_turbo.forwards import fast_prefill, tail_graph
 from gemma4_turbo.forwards.steps import Step
 
@@ -102,9 +102,9 @@ def refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     if ENGINE.runs["optional_kv"].state != states.ACTIVE:
         return "`optional_kv` is off, without which a batch that is not cut cannot run"
     arguments = get_global_server_args()
-    for name, reason in OFF.items():
-        if getattr(arguments, name):
-            return reason
+    reason = graphs.argument_refusal(arguments, OFF)
+    if reason is not None:
+        return reason
     if get_tensor_model_parallel_world_size() > 1:
         return "tensor parallelism: the ranks' reductions are not those of a graph"
     return fast_prefill.server_refusal(model, batch, kwargs)

@@ -30,6 +30,7 @@ from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
+    from gemma4_turbo.forwards.tail_graph import Watched
     from gemma4_turbo.patching import PatchRun
     from gemma4_turbo.swap import Swap
 
@@ -70,17 +71,20 @@ takes pictures has these graphs."""
 
 
 class _Late:
-    """The replacements of `LATE` that are in."""
+    """For whom the replacements of `LATE` go in."""
 
     run: PatchRun | None = None
-    swaps: dict[str, Swap] = {}  # noqa: RUF012 - one for the process, as the run
+
+
+_swaps: dict[str, Swap] = {}
+"""Those that are in."""
 
 
 class Recorded(NamedTuple):
     """The graphs of a language model."""
 
     runner: weakref.ref[Any]  # SGLang's ModelRunner
-    watched: Any  # weights that they read
+    watched: Watched  # weights that they read
 
 
 _recorded: weakref.WeakKeyDictionary[Any, Recorded] = weakref.WeakKeyDictionary()
@@ -128,9 +132,9 @@ def undo(run: PatchRun) -> None:
     _Late.run = None
     for graphs_of in list(_recorded.values()):
         _forget_graphs(graphs_of.runner())
-    for swap in _Late.swaps.values():
+    for swap in _swaps.values():
         swap.restore()
-    _Late.swaps.clear()
+    _swaps.clear()
 
 
 # -- which servers get them ------------------------------------------------------------------------
@@ -168,7 +172,7 @@ def server_refusal(arguments: Any) -> str | None:
 
     if common._ENABLE_TORCH_INFERENCE_MODE:
         return "torch.inference_mode: SGLang traces without it, and would have to trace again"
-    return next((reason for name, reason in OFF.items() if getattr(arguments, name)), None)
+    return graphs.argument_refusal(arguments, OFF)
 
 
 def shared_kv_refusal() -> str | None:
@@ -244,7 +248,7 @@ def missing(runner: Any) -> str | None:
     reason = server_refusal(runner.server_args)
     if reason is not None:
         return reason
-    routine = _Late.swaps.get(ROUTINE)
+    routine = _swaps.get(ROUTINE)
     if routine is None or not routine.in_place:
         return f"{ROUTINE} is not ours in the process that records"
     model = runner.model
@@ -387,13 +391,13 @@ def _replace_late(run: PatchRun, just_imported: str = "") -> None:
     for target, make in LATE.items():
         module = target.partition(":")[0]
         half = module != just_imported and being_imported(module)
-        if module not in sys.modules or half or target in _Late.swaps:
+        if module not in sys.modules or half or target in _swaps:
             continue
         swap = Swap(target)
         node: Any = fingerprints.Definitions(fingerprints.installed_source).node(target)
         swap.require_stock(node.lineno)
         swap.install(make(run, swap.function))
-        _Late.swaps[target] = swap
+        _swaps[target] = swap
 
 
 def _on_import(module: Any) -> None:

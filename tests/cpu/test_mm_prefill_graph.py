@@ -83,24 +83,20 @@ CUT = ("yoco", "optional_kv", "yoco_piecewise")
 
 @pytest.mark.parametrize("name", ["e2b", "e4b"])
 @pytest.mark.parametrize(
-    ("others", "given", "reason"),
+    ("others", "reason"),
     [
-        ((), {}, "with `optional_kv` only"),
-        (("yoco",), {}, "with `optional_kv` only"),
-        (("optional_kv",), {}, None),
-        (CUT[:2], {}, "without `yoco_piecewise`"),
-        (CUT, {}, None),
+        ((), "with `optional_kv` only"),
+        (("yoco",), "with `optional_kv` only"),
+        (("optional_kv",), None),
+        (CUT[:2], "without `yoco_piecewise`"),
+        (CUT, None),
     ],
 )
 def test_models_that_share_kv_get_them_with_what_they_need(
-    models: dict[str, Path],
-    name: str,
-    others: tuple[str, ...],
-    given: dict[str, Any],
-    reason: str | None,
+    models: dict[str, Path], name: str, others: tuple[str, ...], reason: str | None
 ):
     ENGINE.apply(only=[NAME, *others])
-    assert disabled(models[name], **given) == (reason is not None)
+    assert disabled(models[name]) == (reason is not None)
     if reason is not None:
         assert reason in ENGINE.runs[NAME].full_reason()
 
@@ -239,9 +235,12 @@ class ModelRunner(SimpleNamespace):
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
     """SGLang's model runner as far as it is asked for its graphs, with the class that takes pictures."""
+    from sglang.srt.compilation import piecewise_context_manager as context
     from sglang.srt.model_executor import model_runner
     from sglang.srt.utils import common
 
+    for mark, none in (("_in_pcg_torch_compile", False), ("_pcg_capture_stream", None)):
+        monkeypatch.setattr(context, mark, none)  # and so again after a failure that is stock's
     run = ENGINE.runs[NAME]
     monkeypatch.setattr(run, "state", run.state)
     monkeypatch.setattr(run, "reason", run.reason)
@@ -377,7 +376,7 @@ def test_a_weight_update_reaches_the_next_prefill(
 
 
 def test_stock_leaves_its_marks_and_the_server_dies(recorder: Any):
-    """What the last test is about."""
+    """What would be left of a recording that failed."""
     from sglang.srt.compilation import piecewise_context_manager as context
 
     ENGINE.revert()
@@ -386,16 +385,12 @@ def test_stock_leaves_its_marks_and_the_server_dies(recorder: Any):
     assert context.is_in_pcg_torch_compile()
     assert context.get_pcg_capture_stream() == "s"
     assert "forward" in vars(recorder.model.language_model)
-    context._in_pcg_torch_compile, context._pcg_capture_stream = False, None
 
 
 def test_strict_mode_wants_no_server_without(recorder: Any, monkeypatch: pytest.MonkeyPatch):
-    from sglang.srt.compilation import piecewise_context_manager as context
-
     monkeypatch.setenv(switches.STRICT, "1")
     with pytest.raises(torch.OutOfMemoryError):
         recorder.record(torch.OutOfMemoryError("no memory left"))
-    context._in_pcg_torch_compile, context._pcg_capture_stream = False, None
 
 
 def test_graphs_that_would_read_wrong_positions_are_not_recorded(
@@ -425,8 +420,6 @@ def test_shared_kv_needs_its_patch_where_the_graphs_are_recorded(
     "asked", ["disable_piecewise_cuda_graph", "enforce_piecewise_cuda_graph", "draft", "text"]
 )
 def test_what_is_not_of_our_making_is_stocks(recorder: Any, asked: str):
-    from sglang.srt.compilation import piecewise_context_manager as context
-
     if asked == "draft":
         recorder.is_draft_worker = True
     elif asked == "text":
@@ -436,7 +429,6 @@ def test_what_is_not_of_our_making_is_stocks(recorder: Any, asked: str):
     if asked in ("enforce_piecewise_cuda_graph", "text"):
         with pytest.raises(torch.OutOfMemoryError):
             recorder.record(torch.OutOfMemoryError("no memory left"))
-        context._in_pcg_torch_compile, context._pcg_capture_stream = False, None
     else:
         assert recorder.record() is None
     assert ENGINE.runs[NAME].state == states.ACTIVE
