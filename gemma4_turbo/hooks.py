@@ -1,0 +1,49 @@
+"""Whether somebody looks at, or changes, what a module is given or returns.
+
+A fusion goes round modules: it does not call them, or calls them on other tensors. It declines where
+one of them has a hook: ``register_forward_hook`` and ``register_forward_pre_hook``, SGLang's
+``--forward-hooks`` and debug dumps (which are such hooks), hooks for all modules, or a ``forward``
+that was set on the module itself. Asked at every call, as hooks come and go: no result is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+_FOR_ALL = (
+    torch.nn.modules.module._global_forward_hooks,
+    torch.nn.modules.module._global_forward_pre_hooks,
+)
+
+HOOKED = "{} has forward hooks"
+
+
+def hooked(*modules: Any) -> bool:
+    """Whether a hook runs when one of the modules is called; what is no module has none."""
+    if _FOR_ALL[0] or _FOR_ALL[1]:
+        return True
+    for module in modules:
+        state = module.__dict__
+        if state.get("_forward_hooks") or state.get("_forward_pre_hooks") or "forward" in state:
+            return True
+    return False
+
+
+class Watched:
+    """Hooks of modules and all that is inside them: 30 ns a module to look at again."""
+
+    def __init__(self, modules: Iterable[Any]) -> None:
+        every = dict.fromkeys(inner for module in modules for inner in module.modules())
+        self._states = [module.__dict__ for module in every]
+
+    def hooked(self) -> bool:
+        """Whether a hook runs when one of them is called."""
+        if _FOR_ALL[0] or _FOR_ALL[1]:
+            return True
+        return any(
+            state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
+            for state in self._states
+        )
