@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-_FOR_ALL = (
+FOR_ALL: tuple[Any, Any] = (
     torch.nn.modules.module._global_forward_hooks,
     torch.nn.modules.module._global_forward_pre_hooks,
 )
@@ -23,7 +23,7 @@ HOOKED = "{} has forward hooks"
 
 def hooked(*modules: Any) -> bool:
     """Whether a hook runs when one of the modules is called; what is no module has none."""
-    if _FOR_ALL[0] or _FOR_ALL[1]:
+    if FOR_ALL[0] or FOR_ALL[1]:
         return True
     for module in modules:
         state = module.__dict__
@@ -41,7 +41,7 @@ class Watched:
 
     def hooked(self) -> bool:
         """Whether a hook runs when one of them is called."""
-        if _FOR_ALL[0] or _FOR_ALL[1]:
+        if FOR_ALL[0] or FOR_ALL[1]:
             return True
         return any(
             state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state

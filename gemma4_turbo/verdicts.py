@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo import states
+from gemma4_turbo.attempts import attempt
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -24,7 +25,7 @@ class Verdicts(dict[tuple[Any, ...], str | None]):
         """Why a kernel may not run for this key, or None. A look-up but for the first time.
 
         Args:
-            run: becomes `failed` where the comparison finds a difference.
+            run: becomes `failed` where the comparison finds a difference, or cannot be made.
             key: what decides about the numbers.
             waiting: why it cannot be compared now, or None: a comparison synchronises, which a
                 capture into a CUDA graph forbids. SGLang runs a batch before it captures it.
@@ -36,7 +37,8 @@ class Verdicts(dict[tuple[Any, ...], str | None]):
             import torch
 
             with torch.no_grad():
-                self[key] = compare()
-            if self[key] is not None:
-                run.set(states.FAILED, str(self[key]))
+                found, broken = attempt(run, f"self-check for {key}", compare)
+            self[key] = found if broken is None else broken
+            if found is not None:
+                run.set(states.FAILED, found)
         return self[key]

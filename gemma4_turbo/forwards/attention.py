@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.forwards import linear, ops, steps
+from gemma4_turbo.forwards import known, linear, ops, steps
 from gemma4_turbo.forwards.steps import UNPROVEN, Step, differing, samples
 from gemma4_turbo.kernels import qkv as kernel
-from gemma4_turbo.kernels.qkv import Mode, Rope, Store
+from gemma4_turbo.kernels.qkv import Rope, Store
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Attention.forward"
 
@@ -27,72 +27,82 @@ NORM_ROWS = 256
 ROPE_ROWS, ROPE_WIDTH = 1024, 3072
 """With more tokens of no more numbers in Q, K and V, stock's two launches are faster than our one."""
 
+STEPS = ((QKV_PROJ, "qkv_proj"), (QKV_NORM, "qkv_norm"), (ROPE_STORE, "rope_store"))
+
 _ops: dict[str, Any] = {}
+_stock: dict[str, Any] = {}
 
 
 class Plan(steps.Plan):
     """What an attention's modules allow, looked at once. None: allowed, else why not."""
 
     def __init__(self, attention: Any) -> None:
-        weight = attention.q_norm.weight
+        norms = attention.q_norm, attention.k_norm, attention.v_norm
         self.shared = attention.is_kv_shared_layer and attention.kv_shared_layer_index is not None
-        key = (
-            attention.head_dim,
-            attention.num_heads,
-            attention.num_kv_heads,
-            self.shared,
-            weight.dtype,
-            str(weight.device),
-        )
+        # Without types that are known, nothing here may even read the norms' options: stock decides.
+        self.stocks: str | None = next(filter(None, map(_norm_unknown, norms)), None)
+        key: tuple[Any, ...] = ()
+        if self.stocks is None:
+            weight = attention.q_norm.weight
+            key = (
+                attention.head_dim,
+                attention.num_heads,
+                attention.num_kv_heads,
+                self.shared,
+                weight.dtype,
+                str(weight.device),
+            )
         super().__init__(key, attention.q_norm)
-        self.canonical = (
+        self.canonical = self.stocks is None and (
             attention.q_norm.scale_shift == 0.0
             and attention.k_norm.scale_shift == 0.0
             and not attention.v_norm.with_scale
         )
         self.qkv_norm: str | None = UNPROVEN
-        if not self.canonical or attention.k_norm.eps != attention.q_norm.eps:
+        if self.stocks is not None:
+            self.qkv_norm = self.stocks
+        elif not self.canonical or attention.k_norm.eps != attention.q_norm.eps:
             self.qkv_norm = "the norms of Q, K and V are not Gemma 4's usual ones"
         self.rope_store: str | None = self.qkv_norm
         if self.rope_store is UNPROVEN:
-            self.rope_store = _rope_reason(attention) or UNPROVEN
-        self.qkv_proj: str | None = _projection_reason(attention) or UNPROVEN
-        self.mode = Mode.Q if self.shared else Mode.QKV
-        if not self.shared and _k_is_v(attention):
-            self.mode = Mode.QK
+            self.rope_store = known.rope_unfit(attention.rotary_emb, attention.head_dim) or UNPROVEN
+        self.qkv_proj: str | None = _projection_unfit(attention) or UNPROVEN
+        self.cover("qkv_norm", *norms)
+        # The attention is called without K and V that are in the pool already.
+        self.cover("rope_store", *norms, attention.rotary_emb, attention.attn)
+        self.cover("qkv_proj", attention.qkv_proj)
+        names = ("q_norm", "k_norm", "v_norm", "rotary_emb", "qkv_proj", "attn")
+        parts = [(attention, name) for name in names]
+        parts += [(attention.qkv_proj, name) for name in ("quant_method", "weight", "bias")]
+        self.made_for(*parts)
 
 
-def _k_is_v(attention: Any) -> bool:
-    config = attention.config
-    return bool(getattr(config, "attention_k_eq_v", False)) and attention.sliding_window is None
+def _norm_unknown(norm: Any) -> str | None:
+    if type(norm) is not known.types().gemma4_rms_norm:
+        return f"a norm of Q, K or V is a {known.name(norm)}"
+    return known.weight_unfit(norm.weight) or known.method_unfit(norm)
 
 
-def _rope_reason(attention: Any) -> str | None:
-    rope = attention.rotary_emb
-    if type(rope).__name__ not in ("RotaryEmbedding", "Gemma4RotaryEmbedding"):
-        return f"the rotary embedding is a {type(rope).__name__}"
-    if rope.use_fallback_kernel or not rope.is_neox_style:
-        return "the rotary embedding does not run SGLang's rope kernel"
-    if rope.rotary_dim != attention.head_dim or rope.head_size != attention.head_dim:
-        return "the rotary embedding does not rotate the whole head"
-    return None
+def _projection_unfit(attention: Any) -> str | None:
+    """Why all rows of the QKV weight are multiplied, or None: only Q's are read.
+
+    Whether V's rows equal K's (``attention_k_eq_v``) is a fact about data that any write may end, so
+    nothing is left out for it.
+    """
+    if type(attention.qkv_proj) is not known.types().qkv_linear:
+        return f"the projection is a {known.name(attention.qkv_proj)}"
+    reason = known.linear_unfit(attention.qkv_proj)
+    if reason is None and not attention.is_kv_shared_layer:
+        reason = "the layer needs Q, K and V"
+    elif reason is None and attention.kv_shared_layer_index is None:
+        reason = "the layer whose KV it shares is not known"
+    return reason
 
 
-def _projection_reason(attention: Any) -> str | None:
-    linear = attention.qkv_proj
-    if type(linear).__name__ != "QKVParallelLinear":
-        return f"the projection is a {type(linear).__name__}"
-    if type(linear.quant_method).__name__ != "UnquantizedLinearMethod":
-        return f"the projection's method is {type(linear.quant_method).__name__}"
-    if linear.bias is not None:
-        return "the projection has a bias"
-    if not attention.is_kv_shared_layer and not _k_is_v(attention):
-        return "the layer needs Q, K and V"
-    return None
-
-
-def enable(step: Step, run: Any) -> dict[str, Any]:
+def enable(step: Step, run: Any, stock: dict[str, Any]) -> dict[str, Any]:
     """Give a step to a patch; returns the replacement."""
+    _stock[TARGET] = stock[TARGET]
+    known.load()
     _ops["qkv"] = ops.qkv_op()
     step.run = run
     return {TARGET: forward}
@@ -106,15 +116,15 @@ def forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     """Projection, norms, rotation, attention, output projection."""
-    plan = self.__dict__.get("_gemma4_turbo_plan")
-    if plan is None:
-        plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
+    plan = steps.plan_of(self, Plan)
+    if plan.stocks is not None:
+        for step, name in STEPS:
+            step.settled(plan, name)  # counts
+        return _stock[TARGET](self, positions, hidden_states, forward_batch, **kwargs)  # type: ignore[no-any-return]
     q, k, v = _project(self, plan, hidden_states)
-    fits = (q.is_cuda or kernel.INTERPRETED) and plan.canonical
+    fits = plan.canonical and (q.is_cuda or (kernel.INTERPRETED and not plan.hooks("qkv_norm")))
     rope = _rope(self, plan, positions, q, k, v) if fits else None
     compiling = torch.compiler.is_compiling()
-    if k is not None and v is None and (rope is None or compiling):
-        v = k.clone()
     if rope is not None:
         store = _store(self, forward_batch, k, v)
         weights = self.q_norm.weight.data, self.k_norm.weight.data
@@ -157,32 +167,17 @@ def _attend(
 
 
 def _project(self: Any, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
-    """Q, K and V before the norms; K and V None on layers that share them, V None where it is K."""
-    if QKV_PROJ.run is not None:
+    """Q, K and V before the norms; K and V None on layers that share them."""
+    if not QKV_PROJ.settled(plan, "qkv_proj"):
         weight = self.qkv_proj.weight
         reason = None
         if x.dtype != weight.dtype:
             reason = f"the weight is {weight.dtype}, the activations {x.dtype}"
-        if QKV_PROJ.may_run(plan, "qkv_proj", reason, lambda: _compare_rows(self, plan)):
-            rows = self.q_size if plan.mode == Mode.Q else self.q_size + self.kv_size
-            out = torch.nn.functional.linear(x, weight[:rows])
-            if plan.mode == Mode.Q:
-                return out, None, None
-            q, k = torch.split(out, [self.q_size, self.kv_size], dim=-1)
-            return q, k, None
+        if QKV_PROJ.may_run(plan, "qkv_proj", reason, lambda: 0):  # nothing to compare: GEMM rows
+            return torch.nn.functional.linear(x, weight[: self.q_size]), None, None
     qkv = linear.project(self.qkv_proj, x)
     q, k, v = torch.split(qkv, [self.q_size, self.kv_size, self.kv_size], dim=-1)
     return (q, None, None) if plan.shared else (q, k, v)
-
-
-def _compare_rows(self: Any, plan: Plan) -> int:
-    """Whether V's rows are K's where only K's are multiplied. Random weights are not."""
-    if plan.mode != Mode.QK:
-        return 0
-    weight = self.qkv_proj.weight
-    k = weight[self.q_size : self.q_size + self.kv_size]
-    v = weight[self.q_size + self.kv_size :]
-    return int((k != v).sum())
 
 
 # -- norms ----------------------------------------------------------------------------------------
@@ -216,7 +211,7 @@ def _stock_norms(self: Any, plan: Plan, q: Any, k: Any, v: Any) -> None:
 
 def _norms(self: Any, plan: Plan, q: torch.Tensor, k: Any, v: Any) -> bool:
     """Norms alone, in place. False: nothing done."""
-    if QKV_NORM.run is None:
+    if QKV_NORM.settled(plan, "qkv_norm"):
         return False
     weights = self.q_norm.weight.data, self.k_norm.weight.data
     reason = kernel.decline_reason(q, k, v, *weights, self.head_dim)
@@ -254,7 +249,7 @@ def _compare_norms(self: Any, plan: Plan, like: torch.Tensor) -> int:
 
 
 def _rope(self: Any, plan: Plan, positions: torch.Tensor, q: Any, k: Any, v: Any) -> Rope | None:
-    if ROPE_STORE.run is None:
+    if ROPE_STORE.settled(plan, "rope_store"):
         return None
     rope = Rope(positions, self.rotary_emb.cos_sin_cache)
     reason = kernel.decline_reason(
@@ -300,7 +295,7 @@ def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:
         return None
     if not forward_batch.forward_mode.is_decode():
         return None
-    if type(forward_batch.attn_backend).__name__ != "TritonAttnBackend":
+    if not known.is_triton_backend(forward_batch.attn_backend):
         return None
     layer = self.attn
     if layer.k_scale is not None or layer.v_scale is not None:
@@ -310,12 +305,12 @@ def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:
         forward_batch.out_cache_loc,
         layer.layer_id,
     )
-    if type(pool).__name__ == "SWAKVPool":
+    if type(pool) is known.types().swa_pool:
         index, sliding = pool.layers_mapping[index]
         if sliding:
             locations = pool.swa_loc
         pool = pool.swa_kv_pool if sliding else pool.full_kv_pool
-    if type(pool).__name__ != "MHATokenToKVPool" or locations is None:
+    if type(pool) is not known.types().pool or locations is None:
         return None
     if pool.dtype != k.dtype or pool.store_dtype != k.dtype:
         return None

@@ -11,15 +11,8 @@ from typing import Any
 import torch
 
 from gemma4_turbo.custom_ops import capturing
-from gemma4_turbo.forwards import linear, ops, steps
-from gemma4_turbo.forwards.steps import (
-    UNPROVEN,
-    Step,
-    differing,
-    eps_of,
-    norm_reason,
-    samples,
-)
+from gemma4_turbo.forwards import known, linear, ops, steps
+from gemma4_turbo.forwards.steps import UNPROVEN, Step, differing, eps_of, samples
 from gemma4_turbo.kernels import layer_norms, layer_tail, norms, pdl, ple_tail
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
@@ -42,52 +35,88 @@ class Summing:
 
     wanted = False
     taken: torch.Tensor | None = None
+    buffer: torch.Tensor | None = None  # that the reduction was to fill
+
+    @classmethod
+    def is_buffer(cls, summed: torch.Tensor) -> bool:
+        """Whether what the experts returned is the very buffer, so that nothing was added since."""
+        buffer = cls.buffer
+        return (
+            buffer is not None
+            and summed.data_ptr() == buffer.data_ptr()
+            and summed.shape == buffer.shape
+            and summed.stride() == buffer.stride()
+            and summed.dtype == buffer.dtype
+        )
 
 
 class Plan(steps.Plan):
     """What a layer's modules allow, looked at once. None: allowed, else why not."""
 
     def __init__(self, layer: Any) -> None:
-        weight = layer.input_layernorm.weight
-        key = (weight.shape[0], weight.dtype, str(weight.device), layer.enable_moe_block)
-        super().__init__(key, layer.input_layernorm)
-        first = [layer.post_attention_layernorm, layer.pre_feedforward_layernorm]
-        if layer.enable_moe_block:
-            first += [layer.router.norm, layer.pre_feedforward_layernorm_2]
-        reasons = [norm_reason(norm) for norm in first]
-        if layer.enable_moe_block and layer.router.norm.with_scale:
-            reasons.append("the router's norm has a weight")
-        self.layer_norms: str | None = _first(reasons)
-        tail = [layer.post_feedforward_layernorm]
+        moe = layer.enable_moe_block
+        first = ["post_attention_layernorm", "pre_feedforward_layernorm"]
+        tail = ["post_feedforward_layernorm"]
         if layer.has_ple:
-            tail.append(layer.post_per_layer_input_norm)
-        if layer.enable_moe_block:
-            tail += [layer.post_feedforward_layernorm_1, layer.post_feedforward_layernorm_2]
-        reasons = [norm_reason(norm) for norm in tail]
+            tail.append("post_per_layer_input_norm")
+        if moe:
+            first.append("pre_feedforward_layernorm_2")
+            tail += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2"]
+        firsts, tails = _modules(layer, first), _modules(layer, tail)
+        weight = getattr(layer.input_layernorm, "weight", None)
+        key: tuple[Any, ...] = (str(type(weight)), moe)
+        if known.norm_unfit(layer.input_layernorm) is None:
+            key = (weight.shape[0], weight.dtype, str(weight.device), moe)  # type: ignore[union-attr]
+        super().__init__(key, layer.input_layernorm)
+
+        reasons = [known.norm_unfit(norm) for norm in firsts]
+        if moe:
+            reasons.append(known.router_unfit(layer.router))
+        self.layer_norms: str | None = _first(reasons)
+        reasons = [known.norm_unfit(norm) for norm in tails]
         self.ple_tail: str | None = _first(reasons)
         self.input_norm: str | None = _first(reasons)
-        self.experts_sum: str | None = _first([*reasons, _parallel(layer)])
-        self.mlp_stream: str | None = _parallel(layer)  # no arithmetic to compare
+        apart = known.experts_unfit(layer.moe) if moe else "the layer has no experts"
+        self.mlp_stream: str | None = apart  # no arithmetic to compare
+        if moe and apart is None:
+            reasons.append(known.reduction_unfit(layer.moe.experts))
+        self.experts_sum: str | None = _first([*reasons, apart])
+        self.following: tuple[Any, str | None] = (None, None)
+
+        routing = (layer.router, layer.router.norm) if self.layer_norms is UNPROVEN and moe else ()
+        experts = (layer.moe, layer.moe.experts) if apart is None else ()
+        self.cover("layer_norms", *firsts, *routing)
+        self.cover("ple_tail", *tails)
+        self.cover("input_norm", *tails)
+        self.cover("experts_sum", *tails, *experts)
+        if isinstance(layer.mlp, torch.nn.Module):
+            self.cover("mlp_stream", *layer.mlp.modules())
+        parts = [(layer, name) for name in (*first, *tail, "input_layernorm", "mlp")]
+        if moe:
+            parts += [(layer, "router"), (layer, "moe")]
+            parts += [(layer.router, "norm")] if routing else []
+            parts += [(layer.moe, "experts")] if experts else []
+            parts += [(layer.moe.experts, "quant_method")] if experts else []
+        self.made_for(*parts)
+
+    def following_unfit(self, norm: Any) -> str | None:
+        """Why the norm that reads the layer's result is not ours to run, or None."""
+        if self.following[0] is not norm:
+            self.following = norm, known.norm_unfit(norm)
+        return self.following[1] or known.hooks_unfit(norm)
+
+
+def _modules(layer: Any, names: list[str]) -> tuple[Any, ...]:
+    return tuple(getattr(layer, name) for name in names)
 
 
 def _first(reasons: list[str | None]) -> str | None:
     return next((reason for reason in reasons if reason is not None), UNPROVEN)
 
 
-def _parallel(layer: Any) -> str | None:
-    """Why a layer's experts cannot be treated apart from its dense MLP, or None."""
-    if not layer.enable_moe_block:
-        return "the layer has no experts"
-    experts = layer.moe.experts
-    if layer.moe.tp_size > 1 or getattr(experts, "moe_ep_size", 1) > 1:
-        return "the experts' outputs are reduced over several GPUs"
-    if type(experts).__name__ != "FusedMoE":
-        return f"the experts are a {type(experts).__name__}"
-    return None
-
-
 def enable(step: Step, run: Any) -> dict[str, Any]:
     """Give a step to a patch; returns the replacement."""
+    known.load()
     for name, make in (
         ("layer_norms", ops.layer_norms_op),
         ("norm_add", ops.norm_add_op),
@@ -112,18 +141,32 @@ def forward(
     ``kwargs`` may hold ``normed``, the input already through ``input_layernorm``, and ``following``,
     the norm that reads the result; `gemma4_turbo.forwards.text_model` passes them.
     """
-    plan = self.__dict__.get("_gemma4_turbo_plan")
-    if plan is None:
-        plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
-    if PDL.run is not None and not torch.compiler.is_compiling():
-        if pdl.supported(hidden_states.device):
-            PDL.run.engaged(capturing())
-        else:
-            PDL.run.declined(
-                "needs a GPU of compute capability 9.0 or later, and a Triton that launches so"
-            )
-    normed = kwargs.get("normed")
-    following = kwargs.get("following")
+    if PDL.run is None or torch.compiler.is_compiling():
+        return _forward(self, positions, hidden_states, per_layer_input, forward_batch, **kwargs)
+    before = pdl.launches
+    outputs = _forward(self, positions, hidden_states, per_layer_input, forward_batch, **kwargs)
+    if pdl.launches > before:
+        PDL.run.engaged(capturing())
+    elif pdl.supported(hidden_states.device):
+        PDL.run.declined("none of the package's kernels was launched in the layer")
+    else:
+        PDL.run.declined(
+            "needs a GPU of compute capability 9.0 or later, and a Triton that launches so"
+        )
+    return outputs
+
+
+def _forward(
+    self: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    per_layer_input: torch.Tensor,
+    forward_batch: Any,
+    normed: torch.Tensor | None = None,
+    following: Any = None,
+    **kwargs: Any,
+) -> tuple[Any, ...]:
+    plan = steps.plan_of(self, Plan)
     residual = hidden_states
 
     hidden_states = self.input_layernorm(hidden_states) if normed is None else normed
@@ -157,7 +200,7 @@ def forward(
     else:
         router_logits = self.router(residual)
         experts_input = self.pre_feedforward_layernorm_2(residual)
-    experts_output = _experts(self, plan, experts_input, router_logits, residual)
+    experts_output = _experts(self, plan, experts_input, router_logits, residual, mlp_output)
     if side is not None:
         main.wait_stream(side)
     return _finish(self, plan, mlp_output, experts_output, residual, per_layer_input, following)
@@ -181,7 +224,7 @@ def _router(self: Any) -> layer_norms.Router | None:
 def _layer_norms(
     self: Any, plan: Plan, attention_output: torch.Tensor, residual: torch.Tensor
 ) -> Any:
-    if LAYER_NORMS.run is None:
+    if LAYER_NORMS.settled(plan, "layer_norms"):
         return None
     router = _router(self)
     w1 = self.post_attention_layernorm.weight.data
@@ -237,7 +280,7 @@ def _side_stream(self: Any, plan: Plan, x: torch.Tensor) -> Any:
     """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
     if MLP_STREAM.run is None or torch.compiler.is_compiling() or not capturing():
         return None
-    reason = plan.mlp_stream
+    reason = plan.mlp_stream or plan.hooks("mlp_stream")
     if reason is None and x.shape[0] > MLP_STREAM_ROWS:
         reason = f"more than {MLP_STREAM_ROWS} tokens"
     if reason is not None:
@@ -253,10 +296,15 @@ _streams: dict[torch.device, Any] = {}
 
 
 def _experts(
-    self: Any, plan: Plan, x: Any, router_logits: torch.Tensor, residual: torch.Tensor
+    self: Any,
+    plan: Plan,
+    x: Any,
+    router_logits: torch.Tensor,
+    residual: torch.Tensor,
+    mlp_output: torch.Tensor,
 ) -> torch.Tensor:
     """The experts' output, summed or, if the tail can sum it, ``[M, K, N]``."""
-    if EXPERTS_SUM.run is None or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or EXPERTS_SUM.settled(plan, "experts_sum"):
         return self.moe(x, router_logits)  # type: ignore[no-any-return]
     reason = None
     if x.shape[0] > layer_tail.COMPILED_SUM_ROWS:
@@ -268,19 +316,30 @@ def _experts(
         or batch_invariant()
         or norms.rows_reason("residual", residual)
         or norms.rows_reason("experts_input", x, residual)
+        or norms.rows_reason("mlp_output", mlp_output, residual)
     )
     topk = self.moe.topk.topk_config.top_k
-    if not EXPERTS_SUM.may_run(
+    run = EXPERTS_SUM.admits(
         plan, "experts_sum", reason, lambda: _compare_tail(self, plan, residual, topk)
-    ):
+    )
+    if run is None:
         return self.moe(x, router_logits)  # type: ignore[no-any-return]
-    Summing.wanted, Summing.taken = True, None
+    Summing.wanted, Summing.taken, Summing.buffer = True, None, None
     try:
         summed = self.moe(x, router_logits)
+        taken, same = Summing.taken, Summing.taken is None or Summing.is_buffer(summed)
     finally:
-        Summing.wanted = False
-    taken, Summing.taken = Summing.taken, None
-    return summed if taken is None else taken  # type: ignore[no-any-return]
+        Summing.wanted, Summing.taken, Summing.buffer = False, None, None
+    if taken is None:
+        run.declined("the experts did not end in SGLang's reduction for few tokens")
+        return summed  # type: ignore[no-any-return]
+    if same:
+        run.engaged(capturing())  # the tail sums it: `_finish`
+        return taken
+    # The buffer was never filled, and somebody went on with it: once more, as stock.
+    plan.experts_sum = "somebody goes on with the experts' sum before the layer gets it"
+    run.declined(plan.experts_sum)
+    return self.moe(x, router_logits)
 
 
 # -- the layer's end ------------------------------------------------------------------------------
@@ -299,14 +358,14 @@ def _finish(
         return _finish_ple(
             self, plan, mlp_output, experts_output, residual, per_layer_input, following
         )
-    experts = None
-    if experts_output is not None:
-        experts = _branch(self, experts_output)
-    norm = self.post_feedforward_layernorm
     unsummed = experts_output is not None and experts_output.dim() == 3
-    after = _following(self, plan, mlp_output, residual, experts, following)
+    after = experts = None
+    if unsummed or not (following is None or INPUT_NORM.settled(plan, "input_norm")):
+        experts = None if experts_output is None else _branch(self, experts_output)
+        after = _following(self, plan, mlp_output, residual, experts, following)
     if after is None and not unsummed:
         return _stock_tail(self, mlp_output, experts_output, residual), None
+    norm = self.post_feedforward_layernorm
     if torch.compiler.is_compiling():
         mine: Any = experts or (None, None, 0.0, None, 0.0)
         following_norm: Any = after
@@ -343,9 +402,10 @@ def _following(
 ) -> layer_tail.NextNorm | None:
     if following is None or INPUT_NORM.run is None:
         return None
-    after = _next_norm(plan, following)
+    unfit = plan.following_unfit(following)
+    after = None if unfit is not None else _next_norm(plan, following)
     reason = (
-        norm_reason(following)
+        unfit
         or batch_invariant()
         or layer_tail.decline_reason(
             x,
@@ -446,13 +506,14 @@ def _finish_ple(
         x = self.post_feedforward_layernorm_1(x) + self.post_feedforward_layernorm_2(experts_output)
     norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm
     reason: str | None = "there is no per-layer input"
-    if PLE_TAIL.run is not None and per_layer_input is not None:
+    settled = PLE_TAIL.settled(plan, "ple_tail")
+    if not settled and per_layer_input is not None:
         reason = (
             batch_invariant()
             or ple_tail.norm_add_reason(x, norm.weight.data, residual, self.layer_scalar)
             or ple_tail.gelu_mul_reason(per_layer_input, per_layer_input)
         )
-    if not PLE_TAIL.may_run(
+    if settled or not PLE_TAIL.may_run(
         plan, "ple_tail", reason, lambda: _compare_ple(self, plan, residual), x
     ):
         out = norm(x) + residual
@@ -500,8 +561,9 @@ def _following_ple(
 ) -> layer_tail.NextNorm | None:
     if following is None or INPUT_NORM.run is None:
         return None
-    weight = following.weight.data
-    reason = norm_reason(following) or norms.weight_reason("following.weight", weight, x)
+    reason = plan.following_unfit(following) or norms.weight_reason(
+        "following.weight", following.weight.data, x
+    )
     if INPUT_NORM.may_run(
         plan, "input_norm", reason, lambda: _compare_ple(self, plan, x, following), x
     ):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from gemma4_turbo import states
 from gemma4_turbo.custom_ops import capturing
 from gemma4_turbo.forwards import norm_kinds
+from gemma4_turbo.hooks import FOR_ALL, HOOKED
 from gemma4_turbo.verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -17,19 +18,66 @@ if TYPE_CHECKING:
 
 UNPROVEN = "not compared with stock on this GPU yet"
 Compare = Callable[[], int]
+T = TypeVar("T", bound="Plan")
 
 NOT_COMPARED = norm_kinds.Kinds(reason=UNPROVEN, traced_reason=UNPROVEN)
 
 _verdicts = Verdicts()
 
 
+PLAN = "_gemma4_turbo_plan"  # on a module
+
+
 class Plan:
-    """What a module allows, looked at once: an attribute per patch, None or why not."""
+    """What a module allows, looked at once: an attribute per patch, None or why not.
+
+    It holds for the parts that it was made for: `plan_of` makes another when one of them is replaced.
+    """
 
     def __init__(self, key: tuple[Any, ...], norm: Any) -> None:
-        self.key = key  # modules of equal key share a comparison
+        self.key = key  # modules of equal key share a comparison, which is about code, not data
         self.norm = norm  # one of the module's norms
         self.kinds = NOT_COMPARED
+        self.covers: dict[str, tuple[Any, ...]] = {}  # the modules that each patch goes round
+        self._parts: tuple[tuple[dict[str, Any], str, Any], ...] = ()
+
+    def made_for(self, *parts: tuple[Any, str]) -> None:
+        """Attributes, ``(object, name)``, whose replacement ends the plan."""
+        self._parts = tuple(_place(of, name) for of, name in parts)
+
+    def moved(self) -> bool:
+        """Whether a part is another object than when the plan was made."""
+        for store, name, part in self._parts:  # noqa: SIM110 - a generator takes three times as long
+            if store.get(name) is not part:
+                return True
+        return False
+
+    def cover(self, name: str, *modules: Any) -> None:
+        """The modules that a patch goes round, or calls on something else than stock does."""
+        self.covers[name] = tuple(m for m in modules if isinstance(m, torch.nn.Module))
+
+    def hooks(self, name: str) -> str | None:
+        """Why the modules that a patch goes round have to be called, or None. Asked at every call."""
+        for module in self.covers.get(name, ()):
+            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+                return HOOKED.format(f"a {type(module).__name__}")
+        return HOOKED.format("every module") if FOR_ALL[0] or FOR_ALL[1] else None
+
+
+def _place(of: Any, name: str) -> tuple[dict[str, Any], str, Any]:
+    """Where an object keeps an attribute, and the attribute: a module finds its own but slowly."""
+    for store in (getattr(of, "_modules", {}), getattr(of, "_parameters", {}), vars(of)):
+        if store.get(name) is not None:
+            return store, name, store[name]
+    return vars(of), name, None
+
+
+def plan_of(module: Any, make: Callable[[Any], T]) -> T:
+    """The module's plan; a new one when a part of it was replaced."""
+    plan: T | None = module.__dict__.get(PLAN)
+    if plan is None or (not torch.compiler.is_compiling() and plan.moved()):
+        plan = module.__dict__[PLAN] = make(module)
+    return plan
 
 
 class Step:
@@ -37,6 +85,20 @@ class Step:
 
     def __init__(self) -> None:
         self.run: PatchRun | None = None
+
+    def settled(self, plan: Plan, name: str) -> bool:
+        """Whether the step is off, or the plan's last word is no: then it is counted as declined.
+
+        For the part of a forward that may not even look at what its modules hold.
+        """
+        if self.run is None:
+            return True
+        verdict = getattr(plan, name)
+        if verdict is None or verdict is UNPROVEN:
+            return False
+        if not torch.compiler.is_compiling():
+            self.run.declined(verdict)
+        return True
 
     def may_run(
         self,
@@ -46,7 +108,7 @@ class Step:
         compare: Compare,
         normed: torch.Tensor | None = None,
     ) -> bool:
-        """Whether the step's kernel runs for this call; counts it.
+        """Whether the step's kernel runs for this call, which is then launched; counts it.
 
         Args:
             plan: of the module: its attribute ``name`` is None, or why the kernel may not run.
@@ -55,17 +117,37 @@ class Step:
             compare: counts differing bits between kernel and stock; asked once per key.
             normed: what goes through an RMSNorm of stock's that the kernel follows, if any.
         """
-        run = self.run
-        if run is None:
+        if self.run is None:
             return False
-        verdict = getattr(plan, name)
         if torch.compiler.is_compiling():
             if plan.norm.is_torch_compile:  # the module runs its native form, for Inductor
                 return False
-            known = normed is None or plan.kinds.traced_reason is None
-            return verdict is None and reason is None and known
-        captured = capturing()
-        if reason is None and verdict is UNPROVEN and not captured:
+            proven = normed is None or plan.kinds.traced_reason is None
+            reason = reason or plan.hooks(name)
+            return getattr(plan, name) is None and reason is None and proven
+        run = self.admits(plan, name, reason, compare, normed)
+        if run is not None:
+            run.engaged(capturing())
+        return run is not None
+
+    def admits(
+        self,
+        plan: Plan,
+        name: str,
+        reason: str | None,
+        compare: Compare,
+        normed: torch.Tensor | None = None,
+    ) -> PatchRun | None:
+        """The patch if the kernel may run, None and counted as declined if not. Never traced.
+
+        For a step that knows only later whether its kernel was launched, and counts then itself.
+        """
+        run = self.run
+        if run is None:
+            return None
+        verdict = getattr(plan, name)
+        reason = reason or plan.hooks(name)
+        if reason is None and verdict is UNPROVEN and not capturing():
             if normed is not None:
                 plan.kinds = norm_kinds.find(normed)
             verdict = plan.kinds.reason if normed is not None else None
@@ -76,10 +158,9 @@ class Step:
             setattr(plan, name, verdict)
         reason = reason or verdict
         if reason is None:
-            run.engaged(captured)
-            return True
+            return run
         run.declined(reason)
-        return False
+        return None
 
 
 def _prove(run: PatchRun, key: tuple[Any, ...], compare: Compare) -> str | None:
@@ -111,29 +192,6 @@ def differing(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
     if not pairs[0][0].is_cuda:
         return 0
     return sum(norm_kinds.different_bits(a, b) for a, b in pairs)
-
-
-def hooked(module: Any) -> bool:
-    """Whether somebody wants to see, or change, what a module is given or returns."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
-def norm_reason(norm: Any) -> str | None:
-    """Why a norm module does not run ``sgl_kernel.rmsnorm`` over its whole width, or None."""
-    kind = type(norm).__name__
-    if kind == "RMSNorm":
-        if norm.variance_size_override is not None or norm.cast_x_before_out_mul:
-            return "an RMSNorm has options that the kernel does not know"
-        if getattr(norm, "fp32_residual", False):
-            return "an RMSNorm keeps its residual in fp32"
-    elif kind == "Gemma4RMSNorm":
-        if norm.scale_shift != 0.0:
-            return f"a Gemma4RMSNorm has scale_shift {norm.scale_shift}"
-    else:
-        return f"a norm is a {kind}"
-    if hooked(norm):
-        return "a norm has forward hooks"
-    return None
 
 
 def eps_of(norm: Any) -> float:

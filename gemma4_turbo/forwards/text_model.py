@@ -13,7 +13,8 @@ from typing import Any, Optional
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from gemma4_turbo.forwards import fast_prefill, tail_graph, traced_cut
+from gemma4_turbo.forwards import decoder_layer, fast_prefill, known, tail_graph, traced_cut
+from gemma4_turbo.hooks import FOR_ALL
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward"
 
@@ -99,25 +100,59 @@ def _layers(
 ) -> State:
     """These layers, one after another; ``captured`` gets what goes into ``layers_to_capture``."""
     hidden_states, residual, normed = state
-    count = len(self.layers)
     for index in indices:
         layer = self.layers[index]
         if index in self.layers_to_capture:
             captured.append(hidden_states)
-        following = self.norm if index + 1 == count else self.layers[index + 1].input_layernorm
         outputs = layer(
             positions=positions,
             hidden_states=hidden_states,
             per_layer_input=None if per_layer_inputs is None else per_layer_inputs[:, index, :],
             forward_batch=forward_batch,
-            normed=normed,
-            following=following,
+            **_between(self, index, normed),
             **kwargs,
         )
         hidden_states = outputs[0]
         residual = outputs[1] if len(outputs) > 1 else None
         normed = outputs[2] if len(outputs) > 2 else None
     return hidden_states, residual, normed
+
+
+def _between(self: Any, index: int, normed: torch.Tensor | None) -> dict[str, Any]:
+    """What a layer is told beside stock's arguments: its normed input, and the norm after it.
+
+    A hook on a layer sees, and may change, hidden states that nobody has gone on from: neither the
+    layer itself nor the next one may have any. It gets stock's arguments, and gives stock's results.
+    """
+    if decoder_layer.INPUT_NORM.run is None:
+        return {}
+    layer = self.layers[index]
+    last = index + 1 == len(self.layers)
+    after = self.norm if last else self.layers[index + 1]
+    told: dict[str, Any] = {}
+    if normed is not None:
+        told["normed"] = normed
+    if _direct(layer, after, last):
+        told["following"] = after if last else after.input_layernorm
+    return told
+
+
+def _direct(layer: Any, after: Any, last: bool) -> bool:
+    """Whether what a layer returns goes to SGLang's next layer, or the last norm, as it is."""
+    kind = known.types().layer
+    return type(layer) is kind and (last or type(after) is kind) and not _hooked(layer, after)
+
+
+def _hooked(layer: Any, after: Any) -> bool:
+    """As `gemma4_turbo.hooks.hooked`, where Dynamo looks on too."""
+    return bool(
+        layer._forward_hooks
+        or after._forward_pre_hooks
+        or FOR_ALL[0]
+        or FOR_ALL[1]
+        or "forward" in layer.__dict__
+        or "forward" in after.__dict__
+    )
 
 
 def _last_norm(self: Any, state: State) -> torch.Tensor:

@@ -17,6 +17,9 @@ import triton.language as tl
 wanted = False
 """Set by the patch `pdl`."""
 
+launches = 0
+"""How many kernels were launched this way so far."""
+
 
 @triton.jit
 def wait(PDL: tl.constexpr):
@@ -42,9 +45,11 @@ def prefetch(address):
 
 
 def options(like: torch.Tensor) -> dict[str, Any]:
-    """Launch options for a kernel that takes ``PDL``."""
+    """Launch options for a kernel that takes ``PDL``; the launch is counted."""
+    global launches
     if not (wanted and supported(like.device)):
         return {"PDL": False}
+    launches += 1
     return {"PDL": True, "launch_pdl": True}
 
 

@@ -31,7 +31,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         x: torch.Tensor, out: torch.Tensor, routed_scaling_factor: float
     ) -> None:
         if summing.wanted and routed_scaling_factor == 1.0 and x.is_contiguous():
-            summing.wanted, summing.taken = False, x
+            summing.wanted, summing.taken, summing.buffer = False, x, out
             return
         reduce(x, out, routed_scaling_factor)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The shared forward, with this step on."""
-    return attention.enable(attention.QKV_PROJ, run)
+    return attention.enable(attention.QKV_PROJ, run, stock)
 
 
 def undo(run: PatchRun) -> None:

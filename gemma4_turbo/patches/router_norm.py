@@ -8,7 +8,7 @@ import torch
 
 from gemma4_turbo.checks import Check
 from gemma4_turbo.forwards import checks as checks_of
-from gemma4_turbo.forwards import ops, steps
+from gemma4_turbo.forwards import known, ops, steps
 from gemma4_turbo.forwards.decoder_layer import batch_invariant
 from gemma4_turbo.kernels import router_norm as kernel
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Router.forward"
 
+NAME = "router_norm"
 STEP = steps.Step()
 _stock: dict[str, Any] = {}
 _ops: dict[str, Any] = {}
@@ -26,21 +27,24 @@ class Plan(steps.Plan):
     """What a router allows, looked at once."""
 
     def __init__(self, router: Any) -> None:
-        weight = router.scale
-        super().__init__((weight.shape[0], weight.dtype, str(weight.device)), router.norm)
-        self.router_norm: str | None = steps.norm_reason(router.norm) or steps.UNPROVEN
-        if router.norm.with_scale:
-            self.router_norm = "the router's norm has a weight"
+        reason = known.router_unfit(router)
+        key: tuple[Any, ...] = ()
+        if reason is None:
+            key = (router.scale.shape[0], router.scale.dtype, str(router.scale.device))
+        super().__init__(key, router.norm)
+        self.router_norm: str | None = reason or steps.UNPROVEN
+        self.cover(NAME, router.norm)
+        self.made_for((router, "norm"), (router, "scale"))
 
 
 def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     """Router logits ``[T, E]``."""
-    plan = self.__dict__.get("_gemma4_turbo_plan")
-    if plan is None:
-        plan = self.__dict__["_gemma4_turbo_plan"] = Plan(self)
+    plan = steps.plan_of(self, Plan)
+    if STEP.settled(plan, NAME):
+        return _stock[TARGET](self, x)  # type: ignore[no-any-return]
     scale, eps = self.scale.data, steps.eps_of(self.norm)
     reason = batch_invariant() or kernel.decline_reason(x, scale, self.root_size)
-    if not STEP.may_run(plan, "router_norm", reason, lambda: _compare(self, plan, x), x):
+    if not STEP.may_run(plan, NAME, reason, lambda: _compare(self, plan, x), x):
         return _stock[TARGET](self, x)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():
         x = _ops["router_norm"](x, scale, self.root_size, eps, plan.kinds.traced)
@@ -60,6 +64,7 @@ def _compare(self: Any, plan: Plan, like: torch.Tensor) -> int:
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The router's forward."""
     _stock[TARGET] = stock[TARGET]
+    known.load()
     _ops["router_norm"] = ops.router_norm_op()
     STEP.run = run
     return {TARGET: forward}

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The shared forwards of layer and attention, with these steps on."""
-    replaced = attention.enable(linear.SKINNY_GEMM, run)
+    replaced = attention.enable(linear.SKINNY_GEMM, run, stock)
     return replaced | decoder_layer.enable(linear.SKINNY_GEMM, run)
 
 

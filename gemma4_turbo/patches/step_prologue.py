@@ -21,9 +21,11 @@ from typing import TYPE_CHECKING, Any, Optional
 import torch
 
 from gemma4_turbo import custom_ops, states
+from gemma4_turbo.attempts import attempt
 from gemma4_turbo.checks import Check
-from gemma4_turbo.forwards import norm_kinds
+from gemma4_turbo.forwards import known, norm_kinds
 from gemma4_turbo.forwards.norm_kinds import different_bits, odd_rows
+from gemma4_turbo.hooks import hooked
 from gemma4_turbo.kernels import step_prologue as kernel
 
 if TYPE_CHECKING:
@@ -142,11 +144,31 @@ def project_method(run: PatchRun, stock: Function) -> Function:
             if reason is None:
                 run.engaged(capturing)
                 return kernel.launch_project(*arguments, kind)  # type: ignore[arg-type]
+            if not compiling:
+                run.declined(reason)
+            return _behind_product(self, projection, inputs_embeds, per_layer_inputs)
         if not compiling:
             run.declined(reason)
         return stock(self, inputs_embeds, per_layer_inputs)  # type: ignore[no-any-return]
 
     return project_per_layer_inputs
+
+
+def _behind_product(
+    model: Any,
+    projection: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+) -> torch.Tensor:
+    """Stock's calls behind the product: it is there already, and not cheap."""
+    shape = model.config.num_hidden_layers, model.hidden_size_per_layer_input
+    scaled = (projection * model.per_layer_projection_scale).reshape(
+        *inputs_embeds.shape[:-1], *shape
+    )
+    normed: torch.Tensor = model.per_layer_projection_norm(scaled)
+    if per_layer_inputs is None:
+        return normed
+    return (normed + per_layer_inputs) * model.per_layer_input_scale  # type: ignore[no-any-return]
 
 
 def _per_layer(model: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -159,6 +181,8 @@ def _per_layer(model: Any, rows: torch.Tensor) -> torch.Tensor:
 def _embedding_reason() -> Callable[[Any, torch.Tensor, int], str | None]:
     from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 
+    known.load()
+
     def reason(embedding: Any, input_ids: torch.Tensor, vocab: int) -> str | None:
         """Why the embedding is not a plain scaled look-up that the kernel takes, or None."""
         if type(embedding) is not Gemma3TextScaledWordEmbedding:
@@ -167,6 +191,12 @@ def _embedding_reason() -> Callable[[Any, torch.Tensor, int], str | None]:
             return "the per-layer embedding has a max_norm, or a scale that is no float"
         if embedding._forward_hooks or embedding._forward_pre_hooks:
             return "the per-layer embedding has hooks"
+        if not torch.compiler.is_compiling():
+            if hooked(embedding):  # those for all modules, and a forward of its own
+                return "the per-layer embedding has hooks"
+            unfit = known.weight_unfit(embedding.weight)
+            if unfit is not None:
+                return unfit
         return kernel.gather_decline_reason(input_ids, embedding.weight, vocab)
 
     return reason
@@ -186,6 +216,12 @@ def _norm_reason() -> Callable[[Any, torch.Tensor], str | None]:
             return "batch-invariant mode has an RMSNorm of its own"
         if norm._forward_hooks or norm._forward_pre_hooks:
             return "the projection's norm has hooks"
+        if not torch.compiler.is_compiling():
+            if hooked(norm):
+                return "the projection's norm has hooks"
+            unfit = known.weight_unfit(norm.weight)
+            if unfit is not None:
+                return unfit
         if not kernel.INTERPRETED:
             if not isinstance(norm._forward_method, types.MethodType):
                 return "the projection's norm runs a function of somebody else's"
@@ -339,9 +375,14 @@ def norm_kind(
         return kernel.RMS_NORMS["precise"]  # Triton's interpreter: nothing to compare with
     if capturing:
         return f"{like.dtype} was not compared with stock before the capture"
-    kind = _kinds[key] = find_kind(_traced_rms_norm if traced else _rms_norm(), like)
-    if isinstance(kind, str):
-        run.set(states.FAILED, kind)
+    found, broken = attempt(
+        run,
+        f"self-check for {like.dtype}",
+        lambda: find_kind(_traced_rms_norm if traced else _rms_norm(), like),
+    )
+    kind = _kinds[key] = broken or "" if found is None else found
+    if isinstance(found, str):
+        run.set(states.FAILED, found)
     return kind
 
 
