@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from gemma4_turbo import advice, states
+from gemma4_turbo import advice, state_folder, states
 from gemma4_turbo.swap import Swap
 
 if TYPE_CHECKING:
@@ -109,11 +109,11 @@ def _after_load(engine: Engine) -> Any:
         logger.info("%s", summary_line(rows))
         bad = [row for row in rows if row.state in states.REFUSED_WHEN_STRICT]
         switches = engine.switches()
-        if switches.strict and (bad or switches.problems):
+        if switches.strict:
+            problems = [*switches.problems, *filter(None, [state_folder.problem()])]
             told = [f"{row.name} is {row.state}: {row.reason}" for row in bad]
-            raise StrictModeError(
-                "GEMMA4_TURBO_STRICT=1: " + "; ".join([*switches.problems, *told])
-            )
+            if problems or told:
+                raise StrictModeError("GEMMA4_TURBO_STRICT=1: " + "; ".join([*problems, *told]))
         return result
 
     return wrapper
@@ -125,7 +125,7 @@ _WRAPPERS = {LAUNCH: _before_launch, LOADED: _after_load}
 def launch_refusals(engine: Engine) -> list[str]:
     """Why strict mode would refuse, as far as sources, environment and states so far tell."""
     switches = engine.switches()
-    refusals = list(switches.problems)
+    refusals = [*switches.problems, *filter(None, [state_folder.problem()])]
     for name, run in engine.runs.items():
         if not engine.decision(run.patch)[0]:
             continue
