@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wrapt
 
-from gemma4_turbo import advice, states
+from gemma4_turbo import advice, state_folder, states
 from gemma4_turbo.routes import PLUGIN_GROUP, bootstrap_routes
 from gemma4_turbo.swap import Swap
 from gemma4_turbo.switches import STRICT
@@ -194,7 +194,7 @@ def _advice(call: Call) -> list[str]:
 def launch_refusals(engine: Engine) -> list[str]:
     """Why strict mode would refuse, as far as sources, environment and states so far tell."""
     switches = engine.switches()
-    refusals = list(switches.problems)
+    refusals = [*switches.problems, *filter(None, [state_folder.problem()])]
     for name, run in engine.runs.items():
         if not engine.decision(run.patch)[0]:
             continue
@@ -222,7 +222,8 @@ def _states(call: Call) -> list[str]:
     logger.info("%s", summary_line(rows))
     bad = [row for row in rows if row.state in states.REFUSED_WHEN_STRICT]
     told = [f"{row.name} is {row.state}: {row.reason}" for row in bad]
-    return [*call.engine.switches().problems, *told]
+    problems = [*call.engine.switches().problems, *filter(None, [state_folder.problem()])]
+    return [*problems, *told]
 
 
 BEFORE_LOADING: list[Check] = [_half_imported_modules]

@@ -17,7 +17,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gemma4_turbo import states
+from gemma4_turbo import state_folder, states
 from gemma4_turbo.catalogue import CATALOGUE, Patch
 from gemma4_turbo.states import PatchStatus
 from gemma4_turbo.switches import SELECTION, Selection, Switches, read
@@ -206,16 +206,21 @@ class Engine:
         """See `gemma4_turbo.status`; ``below=False`` leaves the descendants out."""
         with self._lock:
             self.catch_up()
-            reports = []
+            reports, unseen = [], None
             if below:
                 from gemma4_turbo.counters import descendants
 
+                unseen = ledger().look() or state_folder.problem(trial=False)
                 reports = descendants()
             told: dict[str, list[dict[str, Any]]] = {name: [] for name in self.runs}
             for report in reports:
                 for patch in report.patches:
                     told.get(patch["name"], []).append(patch)
-            return [self._row(run, told[name]) for name, run in self.runs.items()]
+            rows = [self._row(run, told[name]) for name, run in self.runs.items()]
+            if unseen is None:
+                return rows
+            note = f"{states.ALONE}: {unseen}"
+            return [row._replace(reason=f"{row.reason}; {note}") for row in rows]
 
     def switches(self) -> Switches:
         """The switches as they stand now."""
@@ -333,6 +338,7 @@ class Engine:
     def _select(self, selection: Selection) -> None:
         self._selection = selection
         os.environ[SELECTION] = selection.encode()
+        state_folder.settle()
         self._set_log_level()
         if self._armed:
             for run in self.runs.values():

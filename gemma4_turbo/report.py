@@ -19,10 +19,17 @@ if TYPE_CHECKING:
 def summary_line(rows: Sequence[PatchStatus]) -> str:
     """One line for the server's log: which patches are installed, which stand aside and why."""
     active = [row.name for row in rows if row.state == states.ACTIVE]
-    aside = [f"{row.name} {row.state} ({row.reason})" for row in rows if row.state != states.ACTIVE]
+    aside, alone = [], ""
+    for row in rows:
+        reason, note, why = row.reason.partition(f"; {states.ALONE}: ")
+        alone = alone or note.removeprefix("; ") + why  # the same for all of them
+        if row.state != states.ACTIVE:
+            aside.append(f"{row.name} {row.state} ({reason})")
     parts = [f"gemma4_turbo {__version__}: installed: {', '.join(active) or 'none'}"]
     if aside:
         parts.append(f"standing aside: {'; '.join(aside)}")
+    if alone:
+        parts.append(alone)
     return "; ".join(parts)
 
 

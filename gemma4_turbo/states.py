@@ -15,6 +15,7 @@ FAILED = "failed"  # with the exception
 
 STATES = SEVERITY = (WAITING, OFF, ACTIVE, UPSTREAMED, UNSUPPORTED, DRIFTED, CONFLICT, FAILED)
 REFUSED_WHEN_STRICT = (DRIFTED, CONFLICT, FAILED)
+ALONE = "only this process is counted"  # in a reason, where the state folder cannot be used
 
 
 class NotNeededError(Exception):

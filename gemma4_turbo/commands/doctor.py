@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gemma4_turbo import advice, report, states
+from gemma4_turbo import advice, report, state_folder, states
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.commands.modules import import_targets
 from gemma4_turbo.counters import live_processes
@@ -18,8 +18,9 @@ from gemma4_turbo.patching import ENGINE
 def examine() -> dict[str, Any]:
     """Apply the patches to the installed SGLang in this process and report.
 
-    Keys: ``versions``, ``device``, ``patches``, ``problems`` (of the environment), ``notes`` (on the
-    installation), ``bootstrap`` (by which ways spawned processes get the patches), ``servers``
+    Keys: ``versions``, ``device``, ``patches``, ``problems`` (of the environment; in strict mode
+    also of the state folder), ``notes`` (on the installation), ``bootstrap`` (by which ways spawned
+    processes get the patches), ``state_folder`` (why it cannot be used, else None), ``servers``
     (running patched processes).
     """
     ENGINE.bootstrap()
@@ -32,15 +33,17 @@ def examine() -> dict[str, Any]:
         for row in ENGINE.status()
     ]
     switches = ENGINE.switches()
+    unfit = state_folder.problem()
     from gemma4_turbo.gates import bootstrap_routes
 
     return {
         "versions": report.versions(),
         "device": report.device(),
         "patches": report.as_records(rows),
-        "problems": list(switches.problems),
+        "problems": [*switches.problems, *([unfit] if unfit and switches.strict else [])],
         "notes": advice.on_installation(),
         "bootstrap": bootstrap_routes(),
+        "state_folder": unfit,
         "servers": [
             {"pid": other.pid, "command": other.command, "patches": other.patches}
             for other in live_processes()
@@ -69,6 +72,9 @@ def run(as_json: bool) -> int:
     console.print(f"GPU: {found['device'] or 'none'}", highlight=False)
     routes = " and ".join(found["bootstrap"]) or "nothing: they would stay stock"
     console.print(f"Spawned processes get the patches by: {routes}", highlight=False)
+    if found["state_folder"]:
+        line = f"Other processes cannot be seen: {found['state_folder']}"
+        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
     console.print(report.table(found["patches"]))
     for server in found["servers"]:
         title = f"Running: pid {server['pid']}: {server['command']}"

@@ -12,14 +12,12 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo import custom_ops
+from gemma4_turbo import custom_ops, processes, state_folder
 from gemma4_turbo.checks import Check
-from gemma4_turbo.counters import state_dir
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -179,17 +177,29 @@ def look_at_slots(
 
 
 def _trap(message: str, values: dict[str, Any]) -> None:
-    path = Path(state_dir(), f"trtllm_debug-{os.getpid()}-{next(_dumps)}.pt")
     kept = {
         name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
         for name, value in values.items()
     }
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        torch.save({"message": message, **kept}, path)
+        path = _dump({"message": message, **kept})
     except (OSError, RuntimeError) as error:
         raise TrapError(f"{message}; not kept: {error}") from None
-    raise TrapError(f"{message}; torch.load({str(path)!r}) has them all")
+    raise TrapError(f"{message}; torch.load({path!r}) has them all")
+
+
+def _dump(values: dict[str, Any]) -> str:
+    """Keep ``values`` in a new file of the state folder."""
+    with state_folder.opened(create=True) as folder:
+        name = f"trtllm_debug-{processes.own()}-{next(_dumps)}.pt"
+        descriptor = folder.new(name)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                torch.save(values, file)
+        except BaseException:
+            folder.discard(name)
+            raise
+        return os.path.join(folder.where, name)
 
 
 def undo(run: PatchRun) -> None:
