@@ -43,6 +43,14 @@ class Patch(NamedTuple):
     # Modules of relies_on that SGLang imports only when it builds the model: not waited for, their
     # source is read from disk.
     lazy: tuple[str, ...] = ()
+    # Functions that it does not call, or calls on something else than stock does: whoever has wrapped
+    # one of them would be bypassed. Those of relies_on are looked at as well.
+    goes_round: tuple[str, ...] = ()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other models than Gemma 4 use a target."""
+        return any(not target.startswith("sglang.srt.models.gemma4_") for target in self.targets)
 
     @property
     def env(self) -> str:
@@ -77,6 +85,71 @@ _ATTENTION = (
     "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
     "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
     "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
+)
+
+# What a layer calls by way of its modules.
+_OP = "sglang.srt.layers.utils.multi_platform:MultiPlatformOp.forward"
+_NORM_CALLS = (
+    _OP,
+    "sglang.srt.layers.layernorm:RMSNorm.forward",
+    "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:rmsnorm",
+    "sglang.srt.layers.layernorm:fused_add_rmsnorm",
+)
+_LINEAR_CALLS = (
+    "sglang.srt.layers.linear:ReplicatedLinear.forward",
+    "sglang.srt.layers.linear:ColumnParallelLinear.forward",
+    "sglang.srt.layers.linear:MergedColumnParallelLinear.forward",
+    "sglang.srt.layers.linear:QKVParallelLinear.forward",
+    "sglang.srt.layers.linear:RowParallelLinear.forward",
+    "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
+)
+_MLP_CALLS = (
+    *_LINEAR_CALLS,
+    _OP,
+    "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
+    "sglang.srt.layers.activation:GeluAndMul.forward",
+    "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+)
+_ROPE_CALLS = (
+    _OP,
+    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward",
+    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
+    "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward",
+    "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward_cuda",
+)
+_EXPERTS_CALLS = (
+    _OP,
+    "sglang.srt.models.gemma4_causal:Gemma4MoE.forward",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward_impl",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.run_moe_core",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_cuda",
+    "sglang.srt.layers.quantization.fp8:Fp8MoEMethod.apply",
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatcher.combine",
+    "sglang.srt.layers.moe.moe_runner.runner:MoeRunner.run",
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts",
+)
+_ATTENTION_CALLS = (
+    "sglang.srt.layers.radix_attention:RadixAttention.forward",
+    "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.forward",
+    "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.set_kv_buffer",
+    "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
+)
+# And all of it, for what runs in a graph that stock runs eagerly, or on fewer rows.
+_LAYER_CALLS = (
+    *_NORM_CALLS,
+    *_MLP_CALLS,
+    *_ROPE_CALLS,
+    *_EXPERTS_CALLS,
+    *_ATTENTION_CALLS,
+    "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+    "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
+    "sglang.srt.models.gemma4_causal:Gemma4Router.forward",
 )
 
 # The vision encoder is the same from 0.5.11 on; its linear layers and backends change later.
@@ -171,6 +244,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=BITWISE,
         traced=True,
         default=True,
+        goes_round=_NORM_CALLS,
     ),
     Patch(
         name="moe_align",
@@ -207,6 +281,7 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         origin="pyc96/sglang#18",
+        goes_round=(*_NORM_CALLS, "sglang.srt.models.gemma4_causal:Gemma4Router.forward"),
     ),
     Patch(
         name="router_norm",
@@ -224,6 +299,7 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         origin="sgl-project/sglang#26588",
+        goes_round=_NORM_CALLS,
     ),
     Patch(
         name="ple_tail",
@@ -235,6 +311,7 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         origin="pyc96/sglang#18",
+        goes_round=_NORM_CALLS,
     ),
     Patch(
         name="qkv_norm",
@@ -268,6 +345,7 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         requires=("qkv_norm",),
+        goes_round=(*_ROPE_CALLS, *_ATTENTION_CALLS),
     ),
     Patch(
         name="qkv_proj",
@@ -279,6 +357,7 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         origin="sgl-project/sglang#25461",
+        goes_round=_LINEAR_CALLS,
     ),
     Patch(
         name="input_norm",
@@ -295,6 +374,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=BITWISE,
         traced=True,
         default=True,
+        goes_round=_NORM_CALLS,
     ),
     Patch(
         name="experts_sum",
@@ -313,6 +393,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=BITWISE,
         traced=True,
         default=True,
+        goes_round=_EXPERTS_CALLS,
     ),
     Patch(
         name="mlp_stream",
@@ -323,6 +404,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=BITWISE,
         traced=True,
         default=True,
+        goes_round=_MLP_CALLS,
     ),
     Patch(
         name="skinny_gemm",
@@ -342,6 +424,7 @@ CATALOGUE: tuple[Patch, ...] = (
         numerics=TOLERANCE,
         traced=True,
         default=True,
+        goes_round=_MLP_CALLS,
     ),
     Patch(
         name="pdl",
@@ -494,6 +577,7 @@ CATALOGUE: tuple[Patch, ...] = (
         aliases=(Alias("SGLANG_ENABLE_PIECEWISE_CUDA_GRAPH_FOR_MM", disables=False),),
         # The server's arguments are read before any of it is imported.
         lazy=tuple(source.partition(":")[0] for source in _MM_GRAPH),
+        goes_round=_LAYER_CALLS,
     ),
     Patch(
         name="yoco",
@@ -519,6 +603,10 @@ CATALOGUE: tuple[Patch, ...] = (
         default=True,
         origin="pyc96/sglang#18; upstream sgl-project/sglang#27183 (open)",
         aliases=(Alias("SGLANG_GEMMA4_YOCO", disables=False),),
+        goes_round=(
+            *_LAYER_CALLS,
+            "sglang.srt.layers.logits_processor:LogitsProcessor.forward",
+        ),
     ),
     Patch(
         name="yoco_graph",
@@ -544,6 +632,7 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         requires=("yoco",),
+        goes_round=_LAYER_CALLS,
     ),
     Patch(
         name="yoco_piecewise",
@@ -562,6 +651,7 @@ CATALOGUE: tuple[Patch, ...] = (
         default=True,
         requires=("yoco", "optional_kv"),
         lazy=tuple(dict.fromkeys(source.partition(":")[0] for source in _PIECEWISE)),
+        goes_round=_LAYER_CALLS,
     ),
     Patch(
         name="shared_kv_pool",
@@ -800,6 +890,7 @@ CATALOGUE: tuple[Patch, ...] = (
         default=True,
         origin="upstream sgl-project/sglang#25539",
         lazy=(_MTP_WORKER.partition(":")[0],),
+        goes_round=_LAYER_CALLS,
     ),
     Patch(
         name="mtp_metadata",

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma4_turbo import state_folder, states
 from gemma4_turbo.catalogue import CATALOGUE, Patch
+from gemma4_turbo.models import Models
 from gemma4_turbo.states import PatchStatus
 from gemma4_turbo.switches import SELECTION, Selection, Switches, read
 
@@ -166,6 +167,7 @@ class Engine:
         self._armed = False
         self._finder: Any = None
         self.gates: dict[str, Swap] = {}  # of gemma4_turbo.gates
+        self.models = Models()
         self._ready: set[str] = set()  # modules that have been run to their end
         self._half: set[str] = set()  # modules that were being run when we came
 
@@ -237,10 +239,14 @@ class Engine:
         if not on:
             run.set(states.OFF, reason)
             return
+        foreign = self.models.unfit(patch)
+        if foreign is not None:
+            run.set(states.UNSUPPORTED, foreign)
+            return
         if not all(module in self._ready for module in patch.modules):
             return
-        from gemma4_turbo import fingerprints
-        from gemma4_turbo.swap import NotStockError, Swap
+        from gemma4_turbo import fingerprints, neighbours
+        from gemma4_turbo.swap import NotStockError, Swap, first_line, wrappers
 
         done: list[Swap] = []
         try:
@@ -253,7 +259,11 @@ class Engine:
             for swap in swaps:
                 if not swap.in_place:
                     node: Any = definitions.node(swap.target)
-                    swap.require_stock(_first_line(node), _wrappers(node))
+                    swap.require_stock(first_line(node), wrappers(node))
+            bypassed = neighbours.unfit(patch, definitions, self._ours)
+            if bypassed is not None:
+                run.set(states.CONFLICT, bypassed)
+                return
             run.code = _patch_module(patch)
             stock = {swap.target: swap.function for swap in swaps}
             replacements = run.code.build(run, stock)
@@ -272,6 +282,39 @@ class Engine:
             self._abandon(run, done)
             run.set(states.FAILED, f"{type(error).__name__}: {error}")
             logger.debug("gemma4_turbo: %s", patch.name, exc_info=True)
+
+    def model_made(self, model: Any) -> None:
+        """SGLang has built ``model``, nothing of which has run: patches come and go with it."""
+        with self._lock:
+            self.models.made(model)
+            for run in self.runs.values():
+                foreign = self.models.unfit(run.patch)
+                if foreign is not None:
+                    if run.state != states.OFF:
+                        self._uninstall(run)
+                        run.set(states.UNSUPPORTED, foreign)
+                elif run.state == states.UNSUPPORTED and self.models.is_reason(run.reason):
+                    run.forget()
+                    self._install(run)
+
+    def look_at_neighbours(self) -> None:
+        """Take out what would now bypass another package's wrapper."""
+        from gemma4_turbo import fingerprints, neighbours
+
+        definitions = fingerprints.Definitions(_imported_source)
+        with self._lock:
+            for run in self.runs.values():
+                if run.state != states.ACTIVE:
+                    continue
+                bypassed = neighbours.unfit(run.patch, definitions, self._ours)
+                if bypassed is not None:
+                    self._uninstall(run)
+                    run.set(states.CONFLICT, bypassed)
+
+    def _ours(self, target: str) -> Swap | None:
+        """What stands in stock's place at ``target`` by our doing, a patch or a gate."""
+        gate = self.gates.get(target)
+        return gate if gate is not None and gate.in_place else self._shared(target)
 
     def _shared(self, target: str) -> Swap | None:
         """The replacement of ``target`` that another patch has put in, if any."""
@@ -370,7 +413,7 @@ class Engine:
                     self._half.add(name)
                 else:
                     wrapt.register_post_import_hook(self._hook(run), name)
-        from gemma4_turbo import gates
+        from gemma4_turbo import gates, occasions  # noqa: F401 - occasions adds its own
 
         gates.register(self)
 
@@ -473,17 +516,6 @@ def _imported_source(module: str) -> str | None:
         return None
     with open(path, encoding="utf-8") as file:
         return file.read()
-
-
-def _wrappers(node: Any) -> int:
-    """How many decorators of a definition may wrap it in another function."""
-    builtin = ("staticmethod", "classmethod", "property")
-    return sum(getattr(decorator, "id", "") not in builtin for decorator in node.decorator_list)
-
-
-def _first_line(node: Any) -> int:
-    lines: list[int] = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
-    return min(lines)
 
 
 ENGINE = Engine()

@@ -46,18 +46,10 @@ class Swap:
             first_line: line of the definition in that source, decorators included.
             decorators: how many there are; so many ``functools.wraps`` layers are looked through.
         """
-        function = self.function
-        for _ in range(decorators):
-            function = getattr(function, "__wrapped__", function)
-        if type(function) is not types.FunctionType:
-            raise NotStockError(
-                f"{self.target} is a {type(function).__name__}, not stock's function"
-            )
-        code = function.__code__
-        source = os.path.realpath(self.module.__file__ or "")
-        if os.path.realpath(code.co_filename) != source or code.co_firstlineno != first_line:
-            where = f"{code.co_filename}:{code.co_firstlineno}"
-            raise NotStockError(f"{self.target} was replaced before us by the function at {where}")
+        source = self.module.__file__ or ""
+        wrong = not_stock(self.function, source, first_line, decorators)
+        if wrong is not None:
+            raise NotStockError(f"{self.target} {wrong}")
 
     def install(self, replacement: Any) -> None:
         """Set the replacement, under the raw attribute's staticmethod or classmethod.
@@ -106,3 +98,36 @@ def _rebind(old: Any, new: Any) -> None:
         for name, value in list(vars(module).items()):
             if value is old:
                 setattr(module, name, new)
+
+
+def not_stock(function: Any, source: str, first_line: int, decorators: int) -> str | None:
+    """Why a function is not the one that a source defines, or None.
+
+    Args:
+        function: with so many ``functools.wraps`` layers as there are decorators, or fewer.
+        source: path of the file.
+        first_line: line of the definition in it, decorators included.
+        decorators: how many there are.
+    """
+    for _ in range(decorators):
+        function = getattr(function, "__wrapped__", function)
+    if type(function) is not types.FunctionType:
+        return f"is a {type(function).__name__}, not stock's function"
+    code = function.__code__
+    same = os.path.realpath(code.co_filename) == os.path.realpath(source)
+    if same and code.co_firstlineno == first_line:
+        return None
+    where = f"{code.co_filename}:{code.co_firstlineno}"
+    return f"was replaced before us by the function at {where}"
+
+
+def wrappers(node: Any) -> int:
+    """How many decorators of a definition may wrap it in another function."""
+    builtin = ("staticmethod", "classmethod", "property")
+    return sum(getattr(decorator, "id", "") not in builtin for decorator in node.decorator_list)
+
+
+def first_line(node: Any) -> int:
+    """Of a definition, its decorators included: where Python says that its code begins."""
+    lines: list[int] = [node.lineno, *(decorator.lineno for decorator in node.decorator_list)]
+    return min(lines)

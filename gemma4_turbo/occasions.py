@@ -1,0 +1,42 @@
+"""Gates for what the patches have to know of: models that are built, weights that are written.
+
+SGLang writes weights while it loads a model and in each of ``update_weights_from_*``.
+"""
+
+from __future__ import annotations
+
+from gemma4_turbo import gates, weights
+from gemma4_turbo.gates import Call, guarded
+
+BUILT = "sglang.srt.model_loader.loader:_initialize_model"
+_RUNNER = "sglang.srt.model_executor.model_runner"
+WRITERS = (
+    f"{_RUNNER}:ModelRunner.update_weights_from_disk",
+    f"{_RUNNER}:ModelRunner.update_weights_from_distributed",
+    f"{_RUNNER}:ModelRunner.update_weights_from_tensor",
+    f"{_RUNNER}:ModelRunner.update_weights_from_ipc",
+    f"{_RUNNER}:_model_load_weights_direct",
+)
+
+
+def _weights_are_written(call: Call) -> list[str]:
+    weights.written()
+    return []
+
+
+def _model_is_built(call: Call) -> list[str]:
+    call.engine.model_made(call.result)
+    return []
+
+
+def _neighbours(call: Call) -> list[str]:
+    weights.written()
+    call.engine.look_at_neighbours()
+    return []
+
+
+gates.add(BUILT, guarded(after=[_model_is_built]))
+for _target in WRITERS:
+    # Before as well: a write that fails half-way has written.
+    gates.add(_target, guarded(before=[_weights_are_written], after=[_weights_are_written]))
+gates.AFTER_LOADING.insert(0, _neighbours)
