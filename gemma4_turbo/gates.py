@@ -228,7 +228,7 @@ def _server_args(call: Call) -> Any:
 
 
 def _patches(call: Call) -> list[str]:
-    return launch_refusals(call.engine) if _strict(call.engine) else []
+    return launch_refusals(call.engine) if call.engine.switches().strict else []
 
 
 def _ways_into_spawned_processes(call: Call) -> list[str]:

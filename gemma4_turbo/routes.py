@@ -80,9 +80,11 @@ _FINDERS = (
 
 
 def _sitecustomize() -> bool:
-    if sys.flags.ignore_environment or sys.flags.no_site:  # spawned processes inherit these
+    pythonpath = os.environ.get("PYTHONPATH", "")
+    # Spawned processes inherit the flags.
+    if not pythonpath or sys.flags.ignore_environment or sys.flags.no_site:
         return False
-    spec = next(_sitecustomizes(os.environ.get("PYTHONPATH", "").split(os.pathsep)), None)
+    spec = next(_sitecustomizes(pythonpath.split(os.pathsep)), None)
     if spec is None:
         return False
     try:
