@@ -3,7 +3,9 @@
 SGLang swallows what a plugin or a model's import raises. It does not swallow what these raise:
 
 * ``Engine._launch_subprocesses``, in the main process, before any process is spawned. What can be
-  told from the sources and the environment is checked here: nothing has been loaded yet.
+  told from the sources and the environment is checked here: nothing has been loaded yet. A launch
+  that comes by another way, or that loads us only as it goes, is caught further on:
+  ``Engine._launch_scheduler_processes``, Ray's, ``serve_grpc`` and the encoder servers.
 * ``ModelRunner.load_model``, in every scheduler process, when the model stands. What only shows
   at run time is checked here; the scheduler's error handling then ends the whole server.
 
@@ -23,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import wrapt
 
-from gemma4_turbo import advice, state_folder, states
+from gemma4_turbo import advice, late_arguments, routes, state_folder, states
 from gemma4_turbo.routes import PLUGIN_GROUP, bootstrap_routes
 from gemma4_turbo.swap import Swap
 from gemma4_turbo.switches import STRICT
@@ -35,7 +37,14 @@ __all__ = ["PLUGIN_GROUP", "StrictModeError", "add", "bootstrap_routes", "guarde
 logger = logging.getLogger("gemma4_turbo")
 
 LAUNCH = "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"
+SCHEDULERS = "sglang.srt.entrypoints.engine:Engine._launch_scheduler_processes"
+RAY = "sglang.srt.ray.engine:RayEngine._launch_scheduler_processes"
+GRPC = "sglang.srt.entrypoints.grpc_server:serve_grpc"
+ENCODER = "sglang.srt.disaggregation.encode_server:launch_server"
+ENCODER_GRPC = "sglang.srt.disaggregation.encode_grpc_server:serve_grpc_encoder"
+RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner.__init__"
 LOADED = "sglang.srt.model_executor.model_runner:ModelRunner.load_model"
+ENCODER_LOADED = "sglang.srt.disaggregation.encode_server:MMEncoder.__init__"
 
 
 class StrictModeError(RuntimeError):
@@ -61,21 +70,24 @@ class Gate(NamedTuple):
     """One row of the table."""
 
     make: Make
-    needed: bool  # strict mode does not hold without it
+    instead: str | None
 
 
 _GATES: dict[str, Gate] = {}
+_half: set[str] = set()  # gates whose modules were being imported when we came
+_unheld: dict[str, str] = {}  # gates that strict mode needs and that could not be put in, and why
 
 
-def add(target: str, make: Make, needed: bool = False) -> None:
+def add(target: str, make: Make, instead: str | None = None) -> None:
     """One more gate. Call it before `register`, with ``make`` from `guarded`.
 
     Args:
-        target: ``module:qualname``. A release that has no such module is left alone.
+        target: ``module:qualname``. A release that does not have it is left alone.
         make: the wrapper, from the engine.
-        needed: strict mode cannot keep its word without this gate.
+        instead: another gate in the same module, where strict mode refuses if this one, without
+            which it could not keep its word, cannot be put in. None: it can do without this one.
     """
-    _GATES[target] = Gate(make, needed)
+    _GATES[target] = Gate(make, instead)
 
 
 def guarded(before: Sequence[Check] = (), after: Sequence[Check] = ()) -> Make:
@@ -99,17 +111,28 @@ def guarded(before: Sequence[Check] = (), after: Sequence[Check] = ()) -> Make:
 
 def _run(checks: Sequence[Check], call: Call) -> None:
     """All checks; raises `StrictModeError` in strict mode if one of them has found something."""
+    problems = _problems(checks, call)
+    if problems and _strict(call.engine):
+        raise StrictModeError(f"{STRICT}=1: " + "; ".join(dict.fromkeys(problems)))
+
+
+def _problems(checks: Sequence[Check], call: Call) -> list[str]:
     problems: list[str] = []
     for check in checks:
         try:
             problems.extend(check(call))
         except Exception as error:
-            what = check.__name__.strip("_").replace("_", " ")
+            what = getattr(check, "__name__", repr(check)).strip("_").replace("_", " ")
             problems.append(f"{what} could not be looked at: {type(error).__name__}: {error}")
             with contextlib.suppress(Exception):
                 logger.exception("gemma4_turbo: %s", problems[-1])
-    if problems and _strict(call.engine):
-        raise StrictModeError(f"{STRICT}=1: " + "; ".join(problems))
+    return problems
+
+
+def _warned(problems: list[str]) -> list[str]:
+    for problem in problems:
+        logger.warning("gemma4_turbo: %s", problem)
+    return problems
 
 
 def _strict(engine: Engine) -> bool:
@@ -124,9 +147,14 @@ def _strict(engine: Engine) -> bool:
 
 def register(engine: Engine) -> None:
     """Install the gates as soon as SGLang imports what they stand in."""
+    from gemma4_turbo.patching import being_imported
+
     for target in _GATES:
         module = target.partition(":")[0]
-        wrapt.register_post_import_hook(_hook(engine, target), module)
+        if being_imported(module):  # wrapt would call the hook now, with half a module
+            _half.add(target)
+        else:
+            wrapt.register_post_import_hook(_hook(engine, target), module)
 
 
 def _hook(engine: Engine, target: str) -> Callable[[Any], None]:
@@ -135,8 +163,11 @@ def _hook(engine: Engine, target: str) -> Callable[[Any], None]:
 
 def install(engine: Engine) -> None:
     """Install the gates whose modules are there already."""
+    from gemma4_turbo.patching import being_imported
+
     for target in _GATES:
-        if target.partition(":")[0] in sys.modules:
+        module = target.partition(":")[0]
+        if module in sys.modules and not being_imported(module):
             _install_one(engine, target)
 
 
@@ -145,43 +176,83 @@ def remove(engine: Engine) -> None:
     for swap in engine.gates.values():
         swap.restore()
     engine.gates.clear()
+    _unheld.clear()
+    _half.clear()
 
 
 def _install_one(engine: Engine, target: str) -> None:
-    switches = engine.switches()
-    if target in engine.gates or switches.stock:
+    """Put one gate in. Raises nothing into SGLang's import but the last resort of strict mode."""
+    if target in engine.gates:
         return
     gate = _GATES[target]
     try:
+        if engine.switches().stock:
+            return
         swap = Swap(target)
         swap.install(wrapt.FunctionWrapper(swap.function, gate.make(engine)))
         engine.gates[target] = swap
+        _unheld.pop(target, None)
     except Exception as error:
-        if switches.strict and gate.needed:
-            # Without its gate strict mode could not keep its word. SystemExit is the one
-            # exception that neither the import system's callers nor SGLang's plugins swallow.
-            raise SystemExit(
-                f"gemma4_turbo: strict mode has no hold on {target}: {error}"
-            ) from None
+        if gate.instead is None:
+            logger.debug("gemma4_turbo: no gate at %s: %s", target, error)
+            return
         logger.warning("gemma4_turbo: no summary will be logged: %s: %s", target, error)
+        _unheld[target] = f"strict mode has no hold on {target}: {error}"
+        _install_one(engine, gate.instead)
+        if _strict(engine) and gate.instead not in engine.gates:
+            # Nothing is left in this module where strict mode could refuse. SystemExit is the one
+            # exception that neither the import system's callers nor SGLang's plugins swallow.
+            raise SystemExit(f"gemma4_turbo: {_unheld[target]}") from None
+
+
+def _hold(call: Call) -> list[str]:
+    if _half:
+        install(call.engine)
+        _half.difference_update(call.engine.gates)
+    needed = [target for target in _half if _GATES[target].instead is not None]
+    return [*_unheld.values(), *(f"{target} is still being imported" for target in needed)]
+
+
+def _mistakes(call: Call) -> list[str]:
+    return list(getattr(call.engine, "mistakes", ()))
 
 
 # -- the launch -----------------------------------------------------------------------------------
 
+_launched: list[Any] = []  # the arguments of the launch that was looked at last
+
+
+def _server_args(call: Call) -> Any:
+    found = call.kwargs.get("server_args")
+    return call.args[0] if found is None and call.args else found
+
 
 def _patches(call: Call) -> list[str]:
-    return launch_refusals(call.engine) if _strict(call.engine) else []
+    return launch_refusals(call.engine) if call.engine.switches().strict else []
 
 
 def _ways_into_spawned_processes(call: Call) -> list[str]:
-    if bootstrap_routes():
+    found = bootstrap_routes()
+    problems = list(getattr(found, "problems", ()))
+    if not found:
+        problems += _warned([routes.NO_WAY])
+    starter = call.kwargs.get("run_scheduler_process_func", (*call.args, None, None, None)[2])
+    arguments = call.instance, _server_args(call), starter
+    return problems + _warned(routes.unreached_schedulers(found, *arguments))
+
+
+def _ways_into_encoders(call: Call) -> list[str]:
+    found = bootstrap_routes()
+    return _warned(routes.unreached_encoders(found, _server_args(call)))
+
+
+def _arguments_made_before_us(call: Call) -> list[str]:
+    late = late_arguments.without_a_say(call.engine, _server_args(call))
+    if not late:
         return []
-    problem = (
-        "spawned processes would stay stock: gemma4_turbo's entry point is not installed "
-        "or not allowed by SGLANG_PLUGINS, and no sitecustomize on PYTHONPATH calls it"
-    )
-    logger.warning("gemma4_turbo: %s", problem)
-    return [problem]
+    problem = "{} had no say: the ServerArgs were made before gemma4_turbo.apply()"
+    logger.warning("gemma4_turbo: %s", problem.format(", ".join(late)))
+    return [problem.format(name) for name, would_have_acted in late.items() if would_have_acted]
 
 
 def _advice(call: Call) -> list[str]:
@@ -189,6 +260,18 @@ def _advice(call: Call) -> list[str]:
         for sentence in advice.on_launch(argument):  # what is no ServerArgs has nothing to say
             logger.warning("gemma4_turbo: %s", sentence)
     return []
+
+
+def _remember(call: Call) -> list[str]:
+    _launched[:] = [_server_args(call)]
+    return []
+
+
+def _late_launch(call: Call) -> list[str]:
+    """The checks of a launch that did not pass ``_launch_subprocesses``, or before we were there."""
+    if _launched and _launched[0] is _server_args(call):
+        return []
+    return _problems(BEFORE_LAUNCH, call)
 
 
 def launch_refusals(engine: Engine) -> list[str]:
@@ -204,7 +287,9 @@ def launch_refusals(engine: Engine) -> list[str]:
     return refusals
 
 
-BEFORE_LAUNCH: list[Check] = [_patches, _ways_into_spawned_processes, _advice]
+_OURSELVES: list[Check] = [_hold, _mistakes, _patches, _arguments_made_before_us, _advice]
+BEFORE_LAUNCH: list[Check] = [_remember, *_OURSELVES, _ways_into_spawned_processes]
+BEFORE_ENCODERS: list[Check] = [*_OURSELVES, _ways_into_encoders]
 
 
 # -- the model stands -----------------------------------------------------------------------------
@@ -226,10 +311,27 @@ def _states(call: Call) -> list[str]:
     return [*problems, *told]
 
 
-BEFORE_LOADING: list[Check] = [_half_imported_modules]
-AFTER_LOADING: list[Check] = [_states]
+BEFORE_LOADING: list[Check] = [_hold, _half_imported_modules]
+AFTER_LOADING: list[Check] = [_mistakes, _states]
+
+
+def _made(call: Call) -> list[str]:
+    late_arguments.mark(call.engine, call.instance)
+    return []
+
 
 _before_launch = guarded(before=BEFORE_LAUNCH)
+_before_schedulers = guarded(before=[_late_launch])
+_before_encoders = guarded(before=BEFORE_ENCODERS)
 _after_load = guarded(before=BEFORE_LOADING, after=AFTER_LOADING)
-add(LAUNCH, _before_launch, needed=True)
-add(LOADED, _after_load, needed=True)
+
+add(LAUNCH, _before_launch, instead=SCHEDULERS)
+add(SCHEDULERS, _before_schedulers)
+add(RAY, _before_schedulers)
+add(GRPC, _before_launch)
+add(ENCODER, _before_encoders)
+add(ENCODER_GRPC, _before_encoders)
+add(LOADED, _after_load, instead=RUNNER)
+add(RUNNER, guarded(before=[_hold]))
+add(ENCODER_LOADED, _after_load)
+add(late_arguments.MADE, guarded(after=[_made]))

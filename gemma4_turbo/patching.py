@@ -7,6 +7,7 @@ What may stop a server, and when, is in `gemma4_turbo.gates`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -142,17 +143,6 @@ class _FirstImport:
             callback()
 
 
-def _guarded(function: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(function)
-    def call(*args: Any) -> None:
-        try:
-            function(*args)
-        except Exception:
-            logger.exception("gemma4_turbo: %s", function.__name__)
-
-    return call
-
-
 class Engine:
     """All patches of a catalogue in this process."""
 
@@ -168,6 +158,7 @@ class Engine:
         self._finder: Any = None
         self.gates: dict[str, Swap] = {}  # of gemma4_turbo.gates
         self.models = Models()
+        self.mistakes: list[str] = []  # exceptions of ours that were swallowed; for strict mode
         self._ready: set[str] = set()  # modules that have been run to their end
         self._half: set[str] = set()  # modules that were being run when we came
 
@@ -192,8 +183,9 @@ class Engine:
                 if self._selection is None:
                     inherited = os.environ.get(SELECTION, "")
                     self._select(Selection.decode(inherited) if inherited else Selection())
-        except Exception:
-            logger.exception("gemma4_turbo: bootstrap failed; this process stays stock")
+        except Exception as error:
+            self._mistake("bootstrap failed; this process stays stock", error)
+            self._guarded(self._register_gates)()
 
     def revert(self) -> None:
         """See `gemma4_turbo.revert`."""
@@ -203,6 +195,7 @@ class Engine:
             for run in self.runs.values():
                 self._uninstall(run)
             self._gates("remove")
+            self.mistakes.clear()
 
     def status(self, below: bool = True) -> list[PatchStatus]:
         """See `gemma4_turbo.status`; ``below=False`` leaves the descendants out."""
@@ -393,7 +386,7 @@ class Engine:
         elif ROOT in sys.modules:
             self._arm()
         elif self._finder not in sys.meta_path:
-            self._finder = _FirstImport(_guarded(self._arm))
+            self._finder = _FirstImport(self._guarded(self._arm))
             sys.meta_path.insert(0, self._finder)
 
     def _arm(self) -> None:
@@ -405,6 +398,7 @@ class Engine:
                 run.set(states.FAILED, f"wrapt is not installed: {error}")
             return
         self._armed = True
+        self._register_gates()  # first: strict mode must hold whatever goes wrong below
         for problem in self.switches().problems:
             logger.error("gemma4_turbo: %s", problem)
         for run in self.runs.values():
@@ -413,12 +407,9 @@ class Engine:
                     self._half.add(name)
                 else:
                     wrapt.register_post_import_hook(self._hook(run), name)
-        from gemma4_turbo import gates, occasions  # noqa: F401 - occasions adds its own
-
-        gates.register(self)
 
     def _hook(self, run: PatchRun) -> Callable[[types.ModuleType], None]:
-        @_guarded
+        @self._guarded
         def patch_on_import(module: types.ModuleType) -> None:
             with self._lock:
                 self._ready.add(module.__name__)
@@ -435,6 +426,29 @@ class Engine:
             self._ready |= done & set(sys.modules)
             for run in self.runs.values():
                 self._install(run)
+
+    def _guarded(self, function: Callable[..., None]) -> Callable[..., None]:
+        """For Python's import system, which must never see an exception of ours."""
+
+        @functools.wraps(function)
+        def call(*args: Any) -> None:
+            try:
+                function(*args)
+            except Exception as error:
+                self._mistake(function.__name__, error)
+
+        return call
+
+    def _mistake(self, what: str, error: Exception) -> None:
+        """Log it, keep it for strict mode, and let SGLang go on."""
+        with contextlib.suppress(Exception):
+            self.mistakes.append(f"{what}: {type(error).__name__}: {error}")
+            logger.exception("gemma4_turbo: %s", what)
+
+    def _register_gates(self) -> None:
+        from gemma4_turbo import gates, occasions  # noqa: F401 - occasions adds its own
+
+        gates.register(self)
 
     def _gates(self, what: str) -> None:
         if self._armed:
