@@ -39,7 +39,10 @@ def disable(patch: str) -> None:
 def new_slots(layer: Any, forward_batch: Any) -> Any:
     """Where the step's own tokens lie in the buffers of this ``RadixAttention``'s pool."""
     pool, slots = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
-    if hasattr(pool, "layers_mapping") and pool.layers_mapping[layer.layer_id][1]:
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    # As stock's backend has it.
+    if isinstance(pool, SWAKVPool) and pool.layers_mapping[layer.layer_id][1]:
         return pool.translate_loc_from_full_to_swa(slots)  # a sliding layer has a pool of its own
     return slots
 

@@ -12,11 +12,13 @@ on the sliding window's edge. The decode kernel adds in another order than the e
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo import custom_ops
+from gemma4_turbo import custom_ops, hooks
+from gemma4_turbo.fallback import Fallback
 from gemma4_turbo.forwards.steps import Step
 
 if TYPE_CHECKING:
@@ -29,10 +31,16 @@ UNFINISHED = "_gemma4_turbo_unfinished"
 SGLang makes a second batch for a piecewise graph and hands this tensor on to it as it is.
 """
 
-BACKEND = "TritonAttnBackend"
-
+LOGITS = "_gemma4_turbo_logits_processor"
+"""On the same tensor: the module that SGLang hands the text model's result to."""
 
 NOTHING_SHARED = "the model has no layers that share KV at its end"
+
+
+_fallback = Fallback("the cut")
+_watched: weakref.WeakKeyDictionary[Any, tuple[list[Any], hooks.Watched]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class Cut(NamedTuple):
@@ -64,11 +72,24 @@ def cut(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any])
     run = YOCO.run
     if run is None or torch.compiler.is_compiling() or not batch.forward_mode.is_extend():
         return None
-    first = first_shared(model)
-    if first is None:
-        run.declined(NOTHING_SHARED)
+    broken = _fallback.why_not()
+    if broken is not None:
+        run.declined(broken)
         return None
-    return counted(run, model, first, batch, refusal(model, batch, positions, kwargs))
+    try:
+        first = first_shared(model)
+        if first is None:
+            run.declined(NOTHING_SHARED)
+            return None
+        return counted(run, model, first, batch, refusal(model, batch, positions, kwargs))
+    except Exception as error:  # all rows through all layers, as stock
+        run.declined(_fallback.failed(run, None, error))
+        return None
+
+
+def forget() -> None:
+    """What has failed is tried again."""
+    _fallback.clear()
 
 
 def counted(run: PatchRun, model: Any, first: int, batch: Any, reason: str | None) -> Cut | None:
@@ -124,9 +145,38 @@ def server_refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None
     """Those of the reasons that the lengths of the requests have no part in."""
     return (
         _rows_reason(model, batch, kwargs)
-        or _backend_reason(batch.attn_backend)
+        or backend_refusal(batch.attn_backend)
         or _cache_reason(model, batch.token_to_kv_pool)
+        or _hooks_reason(model, batch)
     )
+
+
+def _hooks_reason(model: Any, batch: Any) -> str | None:
+    """Whether somebody sees rows that the cut leaves out, or zeros in their place."""
+    state = model.__dict__
+    set_by = getattr(state.get("forward"), "__module__", hooks.__name__)
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return hooks.HOOKED.format("the text model")
+    if "forward" in state and set_by != "sglang.srt.compilation.compile":  # of piecewise graphs
+        return "somebody has set the text model's forward"
+    if behind_the_cut(model).hooked():
+        return hooks.HOOKED.format("a layer that shares KV, or the last norm,")
+    processor = getattr(batch.seq_lens_cpu, LOGITS, None)
+    if processor is not None and hooks.hooked(processor):
+        return hooks.HOOKED.format("the logits processor")
+    return None
+
+
+def behind_the_cut(model: Any) -> hooks.Watched:
+    """The hooks of the layers that share KV, of the last norm, and of all that is inside them."""
+    layers = list(model.layers._modules.values())
+    first = first_shared(model)
+    parts = [*layers[len(layers) if first is None else first :], model.norm]
+    kept, watched = _watched.get(model, (None, None))
+    if watched is None or kept is None or list(map(id, kept)) != list(map(id, parts)):
+        watched = hooks.Watched(parts)
+        _watched[model] = parts, watched
+    return watched
 
 
 def _mode_reason(batch: Any) -> str | None:
@@ -199,8 +249,11 @@ def _layout_reason(batch: Any, positions: torch.Tensor) -> str | None:
     return None
 
 
-def _backend_reason(backend: Any) -> str | None:
-    if type(backend).__name__ != BACKEND:
+def backend_refusal(backend: Any) -> str | None:
+    """Why this attention backend's metadata are not ours to make, or None."""
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    if type(backend) is not TritonAttnBackend:
         return f"the attention backend is {type(backend).__name__}"
     if backend.enable_deterministic:
         return "deterministic inference has an attention of its own"

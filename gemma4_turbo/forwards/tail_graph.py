@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo import graphs, states
+from gemma4_turbo import graphs, hooks, states
+from gemma4_turbo.attempts import told
 from gemma4_turbo.forwards import fast_prefill
 from gemma4_turbo.forwards.fast_prefill import Cut, Tail
 from gemma4_turbo.forwards.steps import Step
@@ -39,6 +40,9 @@ _models: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have graphs
 Layers = Callable[[Tail], torch.Tensor]
 Key = tuple[int, bool, bool]
 """Rows, whether the first layer's input is there normed, whether there are per-layer inputs."""
+
+FIRST = "the first batch of a size runs eagerly, before its graph is recorded"
+RECORDED, REPLAYED = "recorded", "replayed"
 
 OFF = {
     "disable_cuda_graph": "CUDA graphs are switched off",
@@ -63,18 +67,24 @@ def run(model: Any, cut: Cut, tail: Tail, batch: Any) -> torch.Tensor:
     patch = YOCO_GRAPH.run
     if patch is None:
         return layers(tail)
-    reason = refusal(tail, batch)
-    if reason is None:
-        mine = _graphs(model, cut, tail, batch)
-        reason = mine.refusal(tail, batch)
+    mine = None
+    try:
+        reason = refusal(tail, batch)
         if reason is None:
-            try:
-                found, recorded = mine.run(tail, batch, layers)
-                patch.engaged(recorded)
-                return found
-            except Exception as error:  # the server lives, on the tail that nobody has touched
-                reason = mine.failed[_key(tail)] = f"{type(error).__name__}: {error}"
-                patch.set(states.FAILED, f"{len(tail.hidden_states)} rows: {reason}")
+            mine = _graphs(model, cut, tail, batch)
+            reason = mine.refusal(tail, batch)
+        if reason is None:
+            found, how = mine.run(tail, batch, layers)  # type: ignore[union-attr]
+            if how is None:
+                patch.declined(FIRST)
+            else:
+                patch.engaged(how is RECORDED)
+            return found
+    except Exception as error:  # the server lives, on the tail that nobody has touched
+        reason = told(error)
+        if mine is not None:
+            mine.failed[_key(tail)] = reason
+        patch.set(states.FAILED, f"{len(tail.hidden_states)} rows: {reason}")
     patch.declined(reason)
     return layers(tail)
 
@@ -141,9 +151,9 @@ def refusal(tail: Tail, batch: Any) -> str | None:
         return reason
     if get_tensor_model_parallel_world_size() > 1:
         return "tensor parallelism: the ranks' reductions are not recorded"
-    backend = type(batch.attn_backend).__name__
-    if backend != fast_prefill.BACKEND:
-        return f"the attention backend is {backend}"
+    reason = fast_prefill.backend_refusal(batch.attn_backend)
+    if reason is not None:
+        return reason
     if tail.residual is not None:
         return "a layer hands on a residual"
     if len(tail.hidden_states) > SIZES[-1]:
@@ -167,11 +177,7 @@ class Watched:
             for name, tensor in store.items()
             if tensor is not None
         ]
-        self._hooks = [
-            torch.nn.modules.module._global_forward_hooks,
-            torch.nn.modules.module._global_forward_pre_hooks,
-            *(hooks for m in every for hooks in (m._forward_hooks, m._forward_pre_hooks)),
-        ]
+        self._hooks = hooks.Watched(every)
 
     def moved(self) -> bool:
         """Whether a tensor is not where it was. One that was written over in place is."""
@@ -182,7 +188,7 @@ class Watched:
 
     def hooked(self) -> bool:
         """Whether somebody wants to see, or change, what the modules compute."""
-        return any(self._hooks)
+        return self._hooks.hooked()
 
     def elsewhere(self, device: torch.device) -> bool:
         """Whether a tensor lies on another device."""
@@ -356,7 +362,7 @@ class Graphs:
     def refusal(self, tail: Tail, batch: Any) -> str | None:
         """Why this tail runs eagerly, or None."""
         if self.watched.hooked():
-            return "a layer has forward hooks"
+            return hooks.HOOKED.format("a layer")
         if self.elsewhere:
             return "weights are on another device"
         key = _key(tail)
@@ -365,8 +371,8 @@ class Graphs:
             return f"{keys} keys, the graphs have room for {_room(batch)}"
         return self.failed.get(key)
 
-    def run(self, tail: Tail, batch: Any, layers: Layers) -> tuple[torch.Tensor, bool]:
-        """The tail's result, and whether a graph was recorded for it. Raises what goes wrong."""
+    def run(self, tail: Tail, batch: Any, layers: Layers) -> tuple[torch.Tensor, str | None]:
+        """The tail's result, and what a graph was for it: None without. Raises what goes wrong."""
         key, count = _key(tail), len(tail.hidden_states)
         # Buffers made in inference mode could not be filled outside it.
         with torch.inference_mode(False), torch.no_grad():
@@ -377,12 +383,13 @@ class Graphs:
         if key not in self.tails:
             found = layers(mine)
             self.tails[key] = mine
-            return found[:count], False
-        recorded = key not in self.captured
-        if recorded:
+            return found[:count], None
+        how = REPLAYED
+        if key not in self.captured:
+            how = RECORDED
             pool = next((graph.pool for graph in self.captured.values()), None)
             self.captured[key] = capture(functools.partial(layers, mine), pool)
-        return self.captured[key].replay()[:count], recorded
+        return self.captured[key].replay()[:count], how
 
 
 def _key(tail: Tail) -> Key:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from gemma4_turbo import custom_ops, graphs, states
+from gemma4_turbo.fallback import Fallback
 from gemma4_turbo.forwards import fast_prefill, tail_graph
 from gemma4_turbo.forwards.steps import Step
 
@@ -39,6 +40,8 @@ _CUT = "_gemma4_turbo_traced_cut"
 _numbers = itertools.count()
 _models: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _ops: dict[str, Callable[..., None]] = {}
+
+_fallback = Fallback("the cut")
 
 OFF = {
     "enable_return_hidden_states": "hidden states are returned",
@@ -71,9 +74,12 @@ def prepare(model: Any, batch: Any, kwargs: dict[str, Any]) -> bool:
     run = YOCO_PIECEWISE.run
     if run is None or not _about_to_compile():
         return False
-    first = fast_prefill.first_shared(model)
-    none = fast_prefill.NOTHING_SHARED
-    reason = none if first is None else refusal(model, batch, kwargs)
+    try:
+        first = fast_prefill.first_shared(model)
+        none = fast_prefill.NOTHING_SHARED
+        reason = _fallback.why_not() or (none if first is None else refusal(model, batch, kwargs))
+    except Exception as error:
+        reason = _fallback.failed(run, None, error)
     if reason is not None:
         run.declined(reason)
         return False
@@ -108,6 +114,11 @@ def refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     if get_tensor_model_parallel_world_size() > 1:
         return "tensor parallelism: the ranks' reductions are not those of a graph"
     return fast_prefill.server_refusal(model, batch, kwargs)
+
+
+def forget() -> None:
+    """What has failed is tried again."""
+    _fallback.clear()
 
 
 # -- in the trace -------------------------------------------------------------------------------
@@ -160,26 +171,40 @@ def shared_layers(
     first = first_layer(whole)
     assert first is not None
     state = hidden_states, residual, normed
-    real = _without_padding(batch, positions)
-    cut = _cut(whole, first, real)
-    if cut is None:
+    if not _rows_only(whole, first, batch, state, positions, per_layer_inputs, output):
         rows = text_model.run_layers(whole, first, state, positions, per_layer_inputs, batch)
         output.copy_(rows)
-        return
-    output.zero_()
-    if not cut.rows:  # every prompt goes on in a later chunk
-        return
-    tail = fast_prefill.tail(cut, real, real.positions, *state, per_layer_inputs)
-    output[tail.rows] = tail_graph.run(whole, cut, tail, real)
 
 
-def _cut(model: Any, first: int, real: Any) -> fast_prefill.Cut | None:
-    """What to cut, counted; None where all rows go through the layers."""
+def _rows_only(
+    model: Any,
+    first: int,
+    batch: Any,
+    state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    positions: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+    output: torch.Tensor,
+) -> bool:
+    """Whether the rows that are wanted are in ``output``; otherwise all must go through the layers."""
     run = YOCO_PIECEWISE.run
     if run is None or fast_prefill.YOCO.run is None:
-        return None  # reverted since: the graphs stay
-    reason = fast_prefill.batch_refusal(model, real, real.positions, {})
-    return fast_prefill.counted(run, model, first, real, reason)
+        return False  # reverted since: the graphs stay
+    try:
+        real = _without_padding(batch, positions)
+        reason = _fallback.why_not()
+        if reason is None:
+            reason = fast_prefill.batch_refusal(model, real, real.positions, {})
+        cut = fast_prefill.counted(run, model, first, real, reason)
+        if cut is None:
+            return False
+        output.zero_()
+        if cut.rows:  # else every prompt goes on in a later chunk
+            tail = fast_prefill.tail(cut, real, real.positions, *state, per_layer_inputs)
+            output[tail.rows] = tail_graph.run(model, cut, tail, real)
+        return True
+    except Exception as error:
+        run.declined(_fallback.failed(run, None, error))
+        return False
 
 
 def _without_padding(batch: Any, positions: torch.Tensor) -> Any:

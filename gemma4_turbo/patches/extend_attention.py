@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import DeclinedError, Fallback
 from gemma4_turbo.forwards import extend
 from gemma4_turbo.kernels import extend_attention as kernel
 from gemma4_turbo.kernels import window_indices
@@ -29,6 +29,9 @@ BACKEND = "sglang.srt.layers.attention.triton_backend"
 STOCK_KERNEL = "sglang.srt.layers.attention.triton_ops.extend_attention"
 WINDOW = f"{BACKEND}:update_sliding_window_buffer"
 WINDOW_GRAPH = f"{BACKEND}:update_sliding_window_buffer_cuda_graph"
+
+_fallback = Fallback("the attention")
+_window_fallback = Fallback("the gathering of window slots")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -43,6 +46,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 def undo(run: PatchRun) -> None:
     """Leave the extend path, where another patch may stay."""
     extend.disable(run.patch.name)
+    _fallback.clear()
+    _window_fallback.clear()
 
 
 # -- the attention ------------------------------------------------------------------------------
@@ -60,23 +65,34 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        reason = "the call is being traced"
-        if not torch.compiler.is_compiling():
-            reason = _layer_reason(self, layer, k, v, sinks) or ""
-            if not reason:
-                call = _Call(self, q, k, v, layer, forward_batch)
-                reason = call.reason() or ""
-                if not reason:
-                    run.engaged(custom_ops.capturing())
-                    return call.run(save_kv_cache)
-            run.declined(reason)
-        return stock(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
+        def ours() -> torch.Tensor:
+            reason = _layer_reason(self, layer, k, v, sinks)
+            if reason is not None:
+                raise DeclinedError(reason)
+            call = _Call(self, q, k, v, layer, forward_batch)
+            reason = call.reason()
+            if reason is not None:
+                raise DeclinedError(reason)
+            return call.run(save_kv_cache)
+
+        def stocks() -> torch.Tensor:
+            # After a launch of ours that failed K and V are stored again: the same, at the same place.
+            return stock(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
+
+        if torch.compiler.is_compiling():
+            return stocks()
+        key = q.device, q.dtype, layer.tp_q_head_num, layer.qk_head_dim, layer.sliding_window_size
+        return _fallback.call(run, ours, stocks, key)
 
     return forward_extend
 
 
 def _layer_reason(backend: Any, layer: Any, k: Any, v: Any, sinks: Any) -> str | None:
     """Why this layer takes stock's path in this backend, or None."""
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    if type(backend) is not TritonAttnBackend:
+        return f"the attention backend is {type(backend).__name__}"
     if backend.enable_deterministic:
         return "deterministic inference has a kernel of its own"
     if backend.use_mla:
@@ -99,7 +115,11 @@ def _layer_reason(backend: Any, layer: Any, k: Any, v: Any, sinks: Any) -> str |
 
 
 class _Call:
-    """One call: its arguments as the kernel takes them."""
+    """One call: its arguments as the kernel takes them.
+
+    K and V of a layer that shares another's are gathered only when the kernel is to run: until then
+    as many rows of the buffers, of the same types and shapes, stand for them.
+    """
 
     def __init__(
         self, backend: Any, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any
@@ -114,8 +134,8 @@ class _Call:
         self.k_buffer = pool.get_key_buffer(layer.layer_id)
         self.v_buffer = pool.get_value_buffer(layer.layer_id)
         if k is None:  # the layer shares the KV of an earlier one
-            slots = extend.new_slots(layer, forward_batch)
-            k, v = self.k_buffer[slots], self.v_buffer[slots]
+            tokens = forward_batch.out_cache_loc.shape[0]
+            k, v = self.k_buffer[:tokens], self.v_buffer[:tokens]
         self.q = q.view(-1, heads, dim)
         self.k, self.v = k, v
         self.qo_indptr = metadata.qo_indptr
@@ -146,7 +166,10 @@ class _Call:
     def run(self, save_kv_cache: bool) -> torch.Tensor:
         """Store K and V, attend, and return the output in q's shape."""
         key, value = self.given
-        if key is not None and save_kv_cache:
+        if key is None:
+            slots = extend.new_slots(self.layer, self.batch)
+            self.k, self.v = self.k_buffer[slots], self.v_buffer[slots]
+        elif save_kv_cache:
             self.batch.token_to_kv_pool.set_kv_buffer(
                 self.layer, self.batch.out_cache_loc, key, value
             )
@@ -196,9 +219,11 @@ def _mapping(allocator: Any) -> tuple[torch.Tensor | None, str | None]:
     """(the mapping from full to sliding slots or None, why it cannot be told or None)."""
     if not hasattr(allocator, "translate_loc_from_full_to_swa"):
         return None, None
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool, SWATokenToKVPoolAllocator
+
     cache = getattr(allocator, "_kvcache", None)
-    names = type(allocator).__name__, type(cache).__name__
-    if names != ("SWATokenToKVPoolAllocator", "SWAKVPool"):
+    if type(allocator) is not SWATokenToKVPoolAllocator or type(cache) is not SWAKVPool:
+        names = type(allocator).__name__, type(cache).__name__
         return None, f"slots are translated by {names[0]} over {names[1]}"
     return cache.full_to_swa_index_mapping, None  # type: ignore[union-attr]
 
@@ -209,8 +234,21 @@ def _window(run: PatchRun, stock: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(stock)
     def window(*args: Any, **kwargs: Any) -> Any:
-        found = _gather(run, {**dict(zip(names, args, strict=False)), **kwargs})
-        return stock(*args, **kwargs) if found is None else found
+        found = failure = None
+        reason = _window_fallback.why_not()
+        if reason is None:
+            try:
+                found = _gather(run, {**dict(zip(names, args, strict=False)), **kwargs})
+            except Exception as error:
+                failure = error.with_traceback(None)
+        else:
+            run.declined(reason)
+        if found is not None:
+            return found
+        result = stock(*args, **kwargs)  # all that ours may have written is written again
+        if failure is not None:
+            run.declined(_window_fallback.failed(run, None, failure))
+        return result
 
     return window
 

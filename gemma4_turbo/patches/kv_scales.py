@@ -6,7 +6,8 @@ their own scales at 1. Here they take the owner's, as soon as the dtype of the c
 after every later loading of weights. Nothing is touched where the owner's scales are 1.
 
 In an extend step the Triton backend hands such a layer's new K and V to its kernel as they are in
-the cache, and the kernel takes them for unscaled ones: for these layers they are multiplied first.
+the cache, and the kernel takes them for unscaled ones: they are multiplied first. Inside a piecewise
+graph (`optional_kv`) the backend is handed the owner itself, without K and V: the same then.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo import states
+from gemma4_turbo import custom_ops, states
+from gemma4_turbo.attempts import told
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import Fallback
 from gemma4_turbo.forwards import extend
 
 if TYPE_CHECKING:
@@ -51,12 +54,6 @@ class Scales(NamedTuple):
             attention.v_scale_float,
         )
 
-    @property
-    def floats(self) -> tuple[float, float]:
-        """As the kernels see them: without a scale, 1."""
-        k, v = self.k_scale_float, self.v_scale_float
-        return (1.0 if k is None else k, 1.0 if v is None else v)
-
     def write_to(self, attention: Any) -> None:
         """Into parameters in place, where there are any: a later loading finds them there."""
         for name in ("k_scale", "v_scale"):
@@ -75,8 +72,16 @@ class Link(NamedTuple):
     stock: Scales  # what stock left there
 
 
+def floats(attention: Any) -> tuple[float, float]:
+    """The scales as the kernels see them: without one, 1."""
+    k, v = attention.k_scale_float, attention.v_scale_float
+    return (1.0 if k is None else k, 1.0 if v is None else v)
+
+
 _links: weakref.WeakKeyDictionary[Any, Link] = weakref.WeakKeyDictionary()
 _scaled: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose scales are the owner's by our doing
+_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+_fallback = Fallback("the multiplication of K and V")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -134,9 +139,14 @@ def _extend(run: PatchRun, forward: Any) -> Any:
         save_kv_cache: bool = True,
         sinks: Any = None,
     ) -> Any:
-        if k is None and v is None and layer in _scaled:
-            k, v = new_keys_and_values(layer, forward_batch, q.dtype)
-            save_kv_cache = False
+        if k is None and v is None and _fallback.why_not() is None:
+            try:
+                if scaled(run, layer):
+                    k, v = new_keys_and_values(layer, forward_batch, q.dtype)
+                    save_kv_cache = False
+                    run.engaged(custom_ops.capturing())
+            except Exception as error:
+                run.declined(_fallback.failed(run, None, error))
         return forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
 
     return forward_extend
@@ -146,7 +156,7 @@ def _guarded(run: PatchRun, function: Any, *arguments: Any) -> None:
     try:
         function(run, *arguments)
     except Exception as error:  # never in the way of a model that stock can serve
-        run.set(states.FAILED, f"{type(error).__name__}: {error}")
+        run.set(states.FAILED, told(error))
 
 
 def eight_bit(dtype: Any) -> bool:
@@ -183,17 +193,30 @@ def link_draft(run: PatchRun, draft: Any, target_model: Any, context: Any) -> No
 def link(run: PatchRun, reader: Any, owner: Any) -> None:
     """From now on ``reader`` has the scales of ``owner``."""
     _links[reader] = Link(weakref.ref(owner), Scales.of(reader))
+    _owners.add(owner)
     follow(run, reader)
 
 
 def follow(run: PatchRun, reader: Any) -> None:
     """Take over the owner's scales where they differ."""
     owner = _links[reader].owner()
-    if owner is None or Scales.of(owner).floats == Scales.of(reader).floats:
+    if owner is None or floats(owner) == floats(reader):
         return
     Scales.of(owner).write_to(reader)
     _scaled.add(reader)
     run.engaged(False)
+
+
+def scaled(run: PatchRun, layer: Any) -> bool:
+    """Whether what the cache holds for ``layer``, a reader or an owner, was divided by scales.
+
+    A reader takes over here what somebody gave its owner without a loading of weights.
+    """
+    if layer in _links:
+        follow(run, layer)
+    elif layer not in _owners:
+        return False
+    return floats(layer) != (1.0, 1.0)
 
 
 def refresh(run: PatchRun, layer: Any) -> None:
@@ -209,14 +232,15 @@ def new_keys_and_values(
     """K and V of an extend step's own tokens, out of the owner's cache, as they were computed.
 
     Args:
-        layer: the ``RadixAttention`` that reads, whose ``layer_id`` is the owner's.
+        layer: the ``RadixAttention`` that reads, whose ``layer_id`` is the owner's; or the owner.
         forward_batch: the step; its ``out_cache_loc`` are slots of the full pool.
         dtype: of the result.
     """
     slots = extend.new_slots(layer, forward_batch)
     keys, values = forward_batch.token_to_kv_pool.get_kv_buffer(layer.layer_id)
     k, v = keys[slots].to(dtype), values[slots].to(dtype)
-    return k.mul_(layer.k_scale_float), v.mul_(layer.v_scale_float)
+    k_scale, v_scale = floats(layer)
+    return k.mul_(k_scale), v.mul_(v_scale)
 
 
 def undo(run: PatchRun) -> None:
@@ -227,6 +251,8 @@ def undo(run: PatchRun) -> None:
             stock.write_to(reader)
     _links.clear()
     _scaled.clear()
+    _owners.clear()
+    _fallback.clear()
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:

@@ -12,10 +12,14 @@ runner's positions are put back.
 The server's arguments are read in another process than the one that records. There it is looked
 again whether all that the graphs need is in place, and a server whose graphs cannot be recorded, or
 leave too little memory, runs without them, as stock does.
+
+Stock calls every module of the language model at every prefill. As soon as one of them has a hook,
+also one that was registered when the graphs were there, the graphs are dropped.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
 import sys
@@ -25,7 +29,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo import graphs, states
+from gemma4_turbo import custom_ops, graphs, hooks, states
+from gemma4_turbo.attempts import told
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.checks import Check
 
@@ -48,7 +53,8 @@ OCCASIONS = (
     "sglang.srt.model_executor.model_runner",
 )
 ARCHITECTURE = "Gemma4ForConditionalGeneration"
-LANGUAGE_MODEL = "Gemma4TextModel"
+MODEL = ("sglang.srt.models.gemma4_mm", ARCHITECTURE)
+LANGUAGE_MODEL = ("sglang.srt.models.gemma4_causal", "Gemma4TextModel")
 LEFT_GB = 2.0  # of memory, beside the graphs: for pictures, and prefills that run without one
 Function = Callable[..., Any]
 
@@ -85,6 +91,7 @@ class Recorded(NamedTuple):
 
     runner: weakref.ref[Any]  # SGLang's ModelRunner
     watched: Watched  # weights that they read
+    inner: hooks.Watched  # every module inside the language model
 
 
 _recorded: weakref.WeakKeyDictionary[Any, Recorded] = weakref.WeakKeyDictionary()
@@ -107,7 +114,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         try:
             reason = refusal(self)
         except Exception as error:  # stock's decision is always there
-            reason = f"{type(error).__name__}: {error}"
+            reason = told(error)
         if reason is not None:
             run.declined(reason)
             return decide(self)  # type: ignore[no-any-return]
@@ -121,7 +128,6 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.declined("another of SGLang's rules switches piecewise CUDA graphs off")
         else:
             logger.info("gemma4_turbo: piecewise CUDA graphs for %s", ARCHITECTURE)
-            run.engaged(False)
         return None
 
     return {TARGET: _handle_piecewise_cuda_graph}
@@ -204,17 +210,24 @@ def start(run: PatchRun, stock: Function) -> Function:
     def init_piecewise_cuda_graphs(self: Any) -> None:
         arguments = self.server_args
         if (
-            type(self.model).__name__ != ARCHITECTURE
+            not _is(self.model, MODEL)
             or not self.is_multimodal
             or arguments.disable_piecewise_cuda_graph
             or self.is_draft_worker
         ):
             return stock(self)  # type: ignore[no-any-return]
-        reason = None if arguments.enforce_piecewise_cuda_graph else missing(self)
+        enforced = arguments.enforce_piecewise_cuda_graph
+        try:
+            reason = None if enforced else missing(self)
+        except Exception as error:
+            reason = told(error)
+            run.set(states.FAILED, f"prefill runs without graphs: {reason}")
         if reason is None:
-            reason = _record(run, self, stock, arguments.enforce_piecewise_cuda_graph)
+            reason = _record(run, self, stock, enforced)
             if reason is None:
-                _watch(self)
+                if self.piecewise_cuda_graph_runner is not None:
+                    _watch(run, self)
+                    run.engaged(True)
                 return None
             _forget_graphs(self)
         run.declined(reason)
@@ -234,7 +247,7 @@ def _record(run: PatchRun, runner: Any, stock: Function, enforced: bool) -> str 
     except Exception as error:
         if enforced or ENGINE.switches().strict:  # a server without them is not wanted
             raise
-        reason = f"{type(error).__name__}: {error}"
+        reason = told(error)
         run.set(states.FAILED, f"prefill runs without graphs: {reason}")
         return reason
     return None if enforced else crowded(runner)
@@ -253,15 +266,21 @@ def missing(runner: Any) -> str | None:
         return f"{ROUTINE} is not ours in the process that records"
     model = runner.model
     if tail_graph.Watched([model.language_model]).hooked():
-        return "a layer has forward hooks"
+        return hooks.HOOKED.format("a layer")
     shares = getattr(model.config.text_config, "num_kv_shared_layers", 0)
     if shares and ENGINE.runs["optional_kv"].state != states.ACTIVE:
         return f"layers that share KV: `optional_kv` is {ENGINE.runs['optional_kv'].state}"
     return None
 
 
-def _watch(runner: Any) -> None:
-    """From here on a graph that would read old weights does not run.
+def _is(thing: Any, known: tuple[str, str]) -> bool:
+    """Whether it is of this very class of SGLang's, by module and name; nothing is imported."""
+    module, name = known
+    return type(thing) is getattr(sys.modules.get(module), name, None)
+
+
+def _watch(run: PatchRun, runner: Any) -> None:
+    """From here on a graph that would read old weights, or pass hooks by, does not run.
 
     SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
     parameters in the place of all layers' old ones: the outermost layers tell.
@@ -270,7 +289,34 @@ def _watch(runner: Any) -> None:
 
     model = runner.model.language_model
     watched = tail_graph.Watched([model.layers[0], model.layers[-1]])
-    _recorded[model] = Recorded(weakref.ref(runner), watched)
+    _recorded[model] = Recorded(weakref.ref(runner), watched, hooks.Watched(list(model.children())))
+    made = runner.piecewise_cuda_graph_runner
+    if hasattr(made, "can_run"):  # asked before SGLang pads the batch
+        made.can_run = functools.partial(_can_run, run, weakref.ref(model), made.can_run)
+
+
+def _can_run(run: PatchRun, model: weakref.ref[Any], can_run: Any, forward_batch: Any) -> Any:
+    """Stock's answer, unless the graphs have just been dropped."""
+    answer = can_run(forward_batch)
+    return answer and not _dropped(run, model())
+
+
+def _dropped(run: PatchRun, model: Any) -> bool:
+    """Whether the graphs of a language model had to go: this prefill is to run eagerly as well."""
+    graphs_of = _recorded.get(model)
+    if graphs_of is None:
+        return False
+    reason = None
+    if graphs_of.watched.moved():
+        reason = "a weight update put other parameters in the place of those in the graphs"
+    # Its own forward is SGLang's switch to what was compiled.
+    elif model._forward_hooks or model._forward_pre_hooks or graphs_of.inner.hooked():
+        reason = hooks.HOOKED.format("the language model")
+    if reason is None:
+        return False
+    run.declined(reason)
+    _forget_graphs(graphs_of.runner())
+    return True
 
 
 def crowded(runner: Any) -> str | None:
@@ -354,22 +400,28 @@ def routine(run: PatchRun, stock: Function) -> Function:
             positions is None
             or torch.compiler.is_compiling()
             or not is_in_piecewise_cuda_graph()
-            or type(language_model).__name__ != LANGUAGE_MODEL
+            or not _is(language_model, LANGUAGE_MODEL)
+            or _dropped(run, language_model)
         ):
             return stock(input_ids, forward_batch, language_model, *others, **kwargs)
-        graphs_of = _recorded.get(language_model)
-        if graphs_of is not None and graphs_of.watched.moved():
-            run.declined("a weight update put other parameters in the place of those in the graphs")
-            _forget_graphs(graphs_of.runner())  # this prefill runs eagerly as well
-            return stock(input_ids, forward_batch, language_model, *others, **kwargs)
         kept = _inputs.setdefault(language_model, Inputs())
-        kwargs["positions"] = kept.keep("positions", positions)
+        theirs = kwargs.get("per_layer_inputs")
+        ours = {}
+        try:
+            ours["positions"] = kept.keep("positions", positions)
+            if theirs is not None:
+                ours["per_layer_inputs"] = kept.keep("per_layer_inputs", theirs)
+        except Exception as error:
+            graphs_of = _recorded.get(language_model)
+            if graphs_of is None:  # while they are recorded: there are to be none
+                raise
+            run.set(states.FAILED, f"prefill runs without graphs: {told(error)}")
+            _forget_graphs(graphs_of.runner())
+            return stock(input_ids, forward_batch, language_model, *others, **kwargs)
         positions.sub_(1)  # the model has just added one
-        per_layer = kwargs.get("per_layer_inputs")
-        if per_layer is not None:
-            kwargs["per_layer_inputs"] = kept.keep("per_layer_inputs", per_layer)
-        run.engaged(False)
-        return stock(input_ids, forward_batch, language_model, *others, **kwargs)
+        found = stock(input_ids, forward_batch, language_model, *others, **kwargs | ours)
+        run.engaged(custom_ops.capturing())
+        return found
 
     return general_mm_embed_routine
 

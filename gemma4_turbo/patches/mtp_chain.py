@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import custom_ops
+from gemma4_turbo.attempts import attempt
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -35,6 +36,7 @@ CONSTRUCT = (
 )
 METHODS = ("draft_forward", "_capture_for_decode")  # of the worker
 
+_fallback = Fallback("the draft")
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have our methods
 
 
@@ -44,11 +46,16 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
     @functools.wraps(construct)
     def __init__(self: Any, frozen_kv_mtp_worker: Any) -> None:
-        reason = refusal(frozen_kv_mtp_worker)
+        reason, problem = attempt(
+            run, "a look at the worker", lambda: refusal(frozen_kv_mtp_worker)
+        )
+        reason = reason or problem
         if reason is None:
             vars(frozen_kv_mtp_worker).update(
                 draft_forward=functools.partial(draft_forward, run, frozen_kv_mtp_worker),
-                _capture_for_decode=functools.partial(capture_for_decode, run),
+                _capture_for_decode=functools.partial(
+                    capture_for_decode, run, frozen_kv_mtp_worker
+                ),
             )
             _workers.add(frozen_kv_mtp_worker)
         else:
@@ -74,18 +81,44 @@ def best(logits: torch.Tensor) -> torch.Tensor:
     return logits.max(dim=-1, keepdim=True).indices
 
 
-def capture_for_decode(run: PatchRun, logits_output: Any, draft_input: Any) -> None:
+def capture_for_decode(run: PatchRun, worker: Any, logits_output: Any, draft_input: Any) -> None:
     """What the seed step leaves in ``draft_input`` for the draft."""
-    draft_input.topk_index = best(logits_output.next_token_logits)
-    draft_input.topk_p = torch.ones_like(draft_input.topk_index, dtype=torch.float32)
-    draft_input.hidden_states = logits_output.hidden_states
-    run.engaged(custom_ops.capturing())
+
+    def ours() -> None:
+        draft_input.topk_index = best(logits_output.next_token_logits)
+        draft_input.topk_p = torch.ones_like(draft_input.topk_index, dtype=torch.float32)
+        draft_input.hidden_states = logits_output.hidden_states
+
+    def stocks() -> None:
+        type(worker)._capture_for_decode(worker, logits_output, draft_input)
+
+    _fallback.call(run, ours, stocks)
 
 
 def draft_forward(
     run: PatchRun, worker: Any, forward_batch: Any, skip_attn_backend_init: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Parents, places and tokens of the draft, as stock's ``draft_forward`` returns them."""
+    draft_input = forward_batch.spec_info
+    given = forward_batch.input_ids, draft_input.hidden_states
+
+    def stocks() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        forward_batch.input_ids, draft_input.hidden_states = given
+        return type(worker).draft_forward(  # type: ignore[no-any-return]
+            worker, forward_batch, skip_attn_backend_init
+        )
+
+    return _fallback.call(
+        run,
+        lambda: _draft(worker, forward_batch, skip_attn_backend_init),
+        stocks,
+        through=torch.OutOfMemoryError,  # stock needs more
+    )
+
+
+def _draft(
+    worker: Any, forward_batch: Any, skip_attn_backend_init: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from sglang.srt.speculative.spec_utils import maybe_detect_nan, maybe_detect_oob
 
     draft_input = forward_batch.spec_info
@@ -106,7 +139,6 @@ def draft_forward(
         token, hidden_states = best(logits), output.hidden_states
         maybe_detect_oob(token, 0, logits.shape[-1], "mtp_chain: token OOB")
         tokens.append(token)
-    run.engaged(custom_ops.capturing())
     return (*chain(len(token), steps, token.device), torch.cat(tokens, dim=1))
 
 
@@ -122,6 +154,7 @@ def undo(run: PatchRun) -> None:
         for name in METHODS:
             vars(worker).pop(name, None)
     _workers.clear()
+    _fallback.clear()
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:

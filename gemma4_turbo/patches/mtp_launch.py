@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo import states
+from gemma4_turbo.attempts import attempt, told
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -73,11 +74,17 @@ def _gives_a_number(node: ast.AST) -> bool:
 def _construct(run: PatchRun, construct: Any) -> Any:
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from sglang.srt.distributed import get_pp_group
+        def mend() -> None:
+            from sglang.srt.distributed import get_pp_group
 
-        # Into the instance itself: before its constructor has run, a Module takes no attribute.
-        vars(self)["pp_group"] = get_pp_group()
-        run.engaged(False)
+            # Into the instance itself: before its constructor has run, a Module takes no attribute.
+            vars(self)["pp_group"] = get_pp_group()
+
+        _, problem = attempt(run, "the pipeline group", mend)
+        if problem is None:
+            run.engaged(False)
+        else:
+            run.declined(problem)
         construct(self, *args, **kwargs)
 
     return __init__
@@ -100,8 +107,14 @@ def without_experts(run: PatchRun, config: Any) -> Iterator[None]:
     if kept is not missing and kept is not None:
         yield
         return
+    try:
+        config.num_experts = 0
+    except Exception as error:  # a configuration that does not change
+        run.set(states.FAILED, told(error))
+        run.declined(told(error))
+        yield
+        return
     run.engaged(False)
-    config.num_experts = 0
     try:
         yield
     finally:

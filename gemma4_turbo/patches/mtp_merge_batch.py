@@ -12,6 +12,8 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
+from gemma4_turbo import states
+from gemma4_turbo.attempts import told
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -35,9 +37,13 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def merge_batch(self: Any, other: Any) -> None:
         for batch, partner in ((self, other), (other, self)):
             # A batch that still has something to decode needs real draft tokens: not ours to mend.
-            if isinstance(batch.spec_info, outlived) and all(r.finished() for r in batch.reqs):
-                batch.spec_info = idle_draft_input(FrozenKVMTPDraftInput, batch, partner)
-                run.engaged(False)
+            try:
+                if isinstance(batch.spec_info, outlived) and all(r.finished() for r in batch.reqs):
+                    batch.spec_info = idle_draft_input(FrozenKVMTPDraftInput, batch, partner)
+                    run.engaged(False)
+            except Exception as error:  # stock's merge, as without us
+                run.set(states.FAILED, told(error))
+                run.declined(told(error))
         merge(self, other)
 
     return {TARGET: merge_batch}

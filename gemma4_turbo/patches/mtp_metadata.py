@@ -22,9 +22,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gemma4_turbo import states
+from gemma4_turbo.attempts import attempt, told
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -60,15 +62,19 @@ class Filled(NamedTuple):
 class Memory:
     """What is known of one worker's buffers, and the step that is running."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: PatchRun) -> None:
+        self._run = run
         self.seeded: Filled | None = None  # None: no seed step filled them last
         self.requests: Requests | None = None  # of the step; None outside of one
         self.drafting = False
 
     @contextlib.contextmanager
-    def step(self, requests: Any, drafting: bool) -> Iterator[None]:
+    def step(self, requests: Callable[[], Any], drafting: bool) -> Iterator[None]:
         """A draft or a seed step of these requests."""
-        self.requests = tuple((request.rid, request.req_pool_idx) for request in requests)
+        try:
+            self.requests = tuple((request.rid, request.req_pool_idx) for request in requests())
+        except Exception as error:  # the buffers are filled then
+            self._run.set(states.FAILED, told(error))
         self.drafting = drafting
         try:
             yield
@@ -84,7 +90,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def capture(self: Any) -> None:
         capture_all(self)
         worker = self.frozen_kv_mtp_worker
-        reason = refusal(worker)
+        reason, problem = attempt(run, "a look at the worker", lambda: refusal(worker))
+        reason = reason or problem
         if reason is None:
             install(run, worker)
         else:
@@ -97,9 +104,11 @@ def refusal(worker: Any) -> str | None:
     """Why a ``FrozenKVMTPWorker`` keeps stock's methods, or None."""
     if worker.topk != 1:
         return f"{worker.topk} candidates per step"
-    backend = type(worker.draft_attn_backend).__name__
-    if backend != "TritonAttnBackend":
-        return f"the draft's attention backend is a {backend}"
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    backend = type(worker.draft_attn_backend)
+    if backend is not TritonAttnBackend:
+        return f"the draft's attention backend is a {backend.__name__}"
     if any(name in vars(worker) for name in METHODS):
         return "the worker has methods of its own"
     return None
@@ -107,26 +116,29 @@ def refusal(worker: Any) -> str | None:
 
 def install(run: PatchRun, worker: Any) -> None:
     """Our methods before stock's."""
-    kind, memory = type(worker), Memory()
+    kind, memory = type(worker), Memory(run)
 
     def draft(batch: Any) -> Any:
-        with memory.step(batch.reqs, True):
+        with memory.step(lambda: batch.reqs, True):
             return kind.draft(worker, batch)
 
     def forward_draft_extend(batch: Any, *args: Any, **kwargs: Any) -> None:
-        with memory.step(batch.reqs, False):
+        with memory.step(lambda: batch.reqs, False):
             kind.forward_draft_extend(worker, batch, *args, **kwargs)
         memory.seeded = None  # the radix cache may now exchange slots
 
     def forward_draft_extend_after_decode(batch: Any) -> None:
-        with memory.step([r for r in batch.reqs if not r.finished()], False):
+        with memory.step(lambda: [r for r in batch.reqs if not r.finished()], False):
             kind.forward_draft_extend_after_decode(worker, batch)
 
     def replay(forward_batch: Any, bs: int, seq_lens_sum: int) -> None:
         wanted = None
         if memory.requests is not None and forward_batch.seq_lens_cpu is not None:
-            lengths = tuple(forward_batch.seq_lens_cpu[:bs].tolist())
-            wanted = Filled(bs, memory.requests, lengths)
+            try:
+                lengths = tuple(forward_batch.seq_lens_cpu[:bs].tolist())
+                wanted = Filled(bs, memory.requests, lengths)
+            except Exception as error:
+                run.set(states.FAILED, told(error))
         if memory.drafting and wanted is not None and wanted == memory.seeded:
             forward_batch.attn_backend = worker.draft_attn_backend  # as stock leaves it
             run.engaged(False)

@@ -13,6 +13,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo import states
+from gemma4_turbo.attempts import told
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -34,11 +35,11 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def _handle_model_specific_adjustments(self: Any) -> None:
         asked = self.moe_runner_backend
         adjust(self)
-        if asked == "auto" and self.moe_runner_backend.startswith("flashinfer"):
+        if asked == "auto" and str(self.moe_runner_backend).startswith("flashinfer"):
             try:
                 blind = is_unquantised_gemma4(self)
             except Exception as error:  # never in the way of a server that stock can start
-                run.declined(f"{type(error).__name__}: {error}")
+                run.declined(told(error))
                 return
             if blind:
                 self.moe_runner_backend = asked

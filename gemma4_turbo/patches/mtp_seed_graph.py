@@ -7,7 +7,8 @@ same input buffers and the same metadata; positions and the choice of the token 
 
 What a graph leaves is copied: a batch keeps its seed while another batch is seeded. A step that
 does not fit runs stock's way: pictures' embeddings, more requests than the largest graph has, data
-parallel attention, LoRA, more than one candidate per step.
+parallel attention, LoRA, more than one candidate per step, and as long as a module of the assistant
+has a hook. Weights that were put elsewhere end the graphs.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo import graphs, states
+from gemma4_turbo import graphs, hooks, states
+from gemma4_turbo.attempts import attempt, told
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -49,8 +52,16 @@ class Seeds:
         size = runner.max_bs
         device = runner.buffers.seq_lens.device
         self.input_ids = torch.zeros(size, dtype=torch.int64, device=device)
+        from gemma4_turbo.forwards import tail_graph
+
+        model = runner.model_runner.model
+        whole = [model] if isinstance(model, torch.nn.Module) else []
+        self.hooks = hooks.Watched(whole)
+        layers = list(getattr(getattr(model, "model", None), "layers", ()))
+        self.weights = tail_graph.Watched([*layers[:1], *layers[-1:]])  # they tell of all
 
 
+_fallback = Fallback("the seed step")
 _SEEDS = "_gemma4_turbo_seeds"  # on a worker
 _workers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have graphs
 
@@ -74,7 +85,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.set(states.FAILED, "out of memory: the draft's graphs took the seeds' place")
             torch.cuda.empty_cache()
             captured = capture(self, num_seqs, forward, stream_idx)
-        reason = runner_refusal(self)
+        reason, problem = attempt(run, "a look at the runner", lambda: runner_refusal(self))
+        reason = reason or problem
         if reason is not None:
             run.declined(reason)
         elif run.state != states.FAILED:
@@ -82,7 +94,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             try:
                 _capture_seed(run, self, num_seqs)
             except Exception as error:
-                failure = f"{type(error).__name__}: {error}"
+                failure = told(error)
                 graphs.settle()
             failure = _any_rank(self, failure)
             if failure:  # stock seeds eagerly
@@ -106,6 +118,9 @@ def runner_refusal(runner: Any) -> str | None:
         return "multimodal rotary positions"
     if METHOD in vars(worker) and worker not in _workers:
         return "the worker has a seed step of its own"
+    model = getattr(model_runner, "model", None)
+    if isinstance(model, torch.nn.Module) and hooks.Watched([model]).hooked():
+        return hooks.HOOKED.format("the assistant")
     return None
 
 
@@ -216,16 +231,9 @@ def seed_step(
 ) -> None:
     """Stock's seed step: leaves the input of the next draft in ``batch.spec_info``."""
     rows = last_token_ids.numel()
-    lengths = batch.seq_lens_cpu if seq_lens_cpu is None else seq_lens_cpu
-    if batch.forward_mode.is_idle() or rows == 0:
-        reason: str | None = ""  # nothing to run; stock leaves an empty input
-    else:
-        reason = refusal(worker, batch, rows, last_hidden_states, lengths, mm_input_embeds)
-    if reason is not None:
-        if reason:
-            run.declined(reason)
-        stock = getattr(type(worker), METHOD)
-        stock(
+
+    def stocks() -> None:
+        getattr(type(worker), METHOD)(
             worker,
             batch,
             last_token_ids,
@@ -234,7 +242,32 @@ def seed_step(
             mm_input_embeds=mm_input_embeds,
             draft_input=draft_input,
         )
+
+    def ours() -> None:
+        lengths = batch.seq_lens_cpu if seq_lens_cpu is None else seq_lens_cpu
+        reason = refusal(worker, batch, rows, last_hidden_states, lengths, mm_input_embeds)
+        if reason is not None:
+            raise DeclinedError(reason)
+        _seed(worker, batch, last_token_ids, last_hidden_states, lengths, draft_input)
+
+    if batch.forward_mode.is_idle() or rows == 0:
+        stocks()  # nothing to run; stock leaves an empty input
         return
+    # One of several ranks alone must not begin anew: the others wait for its part.
+    through = torch.OutOfMemoryError if vars(worker)[_SEEDS].runner.tp_size > 1 else ()
+    _fallback.call(run, ours, stocks, through=through)
+    if _fallback.why_not() is not None or vars(worker)[_SEEDS].weights.moved():
+        _release(worker)
+
+
+def _seed(
+    worker: Any,
+    batch: Any,
+    last_token_ids: torch.Tensor,
+    last_hidden_states: torch.Tensor,
+    lengths: Any,
+    draft_input: Any,
+) -> None:
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
     from sglang.srt.speculative.frozen_kv_mtp_info import FrozenKVMTPDraftInput
 
@@ -247,7 +280,6 @@ def seed_step(
     seed.topk_p, seed.topk_index, seed.hidden_states = outputs
     seed.positions = None  # the draft sets its own; those of this step were in the graph
     batch.spec_info = seed
-    run.engaged(False)
 
 
 def refusal(
@@ -260,6 +292,10 @@ def refusal(
 ) -> str | None:
     """Why this seed step takes stock's path, or None."""
     seeds = vars(worker)[_SEEDS]
+    if seeds.hooks.hooked():
+        return hooks.HOOKED.format("the assistant")
+    if seeds.weights.moved():
+        return "a weight update put other parameters in the place of those in the graphs"
     if mm_input_embeds is not None:
         return "embeddings of images"
     if lengths is None or not len(lengths) == len(batch.seq_lens) == rows:
@@ -320,6 +356,7 @@ def undo(run: PatchRun) -> None:
     """Live workers seed eagerly again."""
     for worker in list(_workers):
         _release(worker)
+    _fallback.clear()
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:

@@ -16,6 +16,8 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
+from gemma4_turbo import states
+from gemma4_turbo.attempts import attempt, told
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     init, calculate = stock[TARGET], stock[SIZES]
 
     def __init__(self: Any, mr: Any) -> None:
-        reason = refusal(mr)
+        reason, problem = attempt(run, "a look at the layers", lambda: refusal(mr))
+        reason = reason or problem
         if reason is not None:
             run.declined(reason)
             init(self, mr)
@@ -43,14 +46,17 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         config = mr.model_config
         whole = config.full_attention_layer_ids, config.swa_attention_layer_ids
         init(self, mr)
-        before = self._cell_size
-        full, sliding = owners(config)
-        config.full_attention_layer_ids, config.swa_attention_layer_ids = full, sliding
         try:
+            before = self._cell_size
+            full, sliding = owners(config)
+            config.full_attention_layer_ids, config.swa_attention_layer_ids = full, sliding
             init(self, mr)
+            after = self._cell_size
+            gain = before / after
         except Exception as error:  # stock's lists, and what stock makes of them
             config.full_attention_layer_ids, config.swa_attention_layer_ids = whole
-            run.declined(f"{type(error).__name__}: {error}")
+            run.set(states.FAILED, told(error))
+            run.declined(told(error))
             init(self, mr)
             return
         logger.info(
@@ -59,11 +65,11 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             len(full),
             len(sliding),
             *map(len, whole),
-            self._cell_size,
+            after,
             before,
-            before / self._cell_size,
+            gain,
         )
-        setattr(self, FOR_POOLS, functools.partial(bytes_for_pools, mr, before, self._cell_size))
+        setattr(self, FOR_POOLS, functools.partial(bytes_for_pools, mr, before, after))
         run.engaged(False)
 
     def calculate_pool_sizes(self: Any, available_bytes: int, page_size: int) -> Any:

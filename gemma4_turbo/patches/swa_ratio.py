@@ -12,6 +12,7 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
+from gemma4_turbo.attempts import told
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         try:
             reason = refusal(self)
         except Exception as error:  # stock's default is always there
-            reason = f"{type(error).__name__}: {error}"
+            reason = told(error)
         if reason is not None:
             setattr(self, FIELD, float(given))
             run.declined(reason)

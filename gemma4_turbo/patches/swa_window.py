@@ -13,6 +13,8 @@ import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from gemma4_turbo import states
+from gemma4_turbo.attempts import told
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -30,17 +32,29 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     @functools.wraps(construct)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
-        window = self.config.sliding_window
-        if self.sliding_window is None:
-            return
-        if window is None or not self.sliding_window == self.attn.sliding_window_size == window:
-            run.declined(f"a sliding layer has the window {self.attn.sliding_window_size}")
-            return
-        _set_window(self, window - 1)
-        _narrowed.add(self)
-        run.engaged(False)
+        try:
+            reason = _narrow(self)
+        except Exception as error:  # the layer is stock's
+            reason = told(error)
+            run.set(states.FAILED, reason)
+        if reason is not None:
+            run.declined(reason)
+        elif self in _narrowed:
+            run.engaged(False)
 
     return {TARGET: __init__}
+
+
+def _narrow(attention: Any) -> str | None:
+    """Why a sliding layer keeps its window, or None."""
+    window = attention.config.sliding_window
+    if attention.sliding_window is None:
+        return None
+    if not window or not attention.sliding_window == attention.attn.sliding_window_size == window:
+        return f"a sliding layer has the window {attention.attn.sliding_window_size}"
+    _set_window(attention, window - 1)
+    _narrowed.add(attention)
+    return None
 
 
 def _set_window(attention: Any, window: int) -> None:

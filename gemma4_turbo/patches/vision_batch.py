@@ -2,7 +2,8 @@
 
 ``get_image_feature`` and ``get_video_feature`` collect the entries, encode those of one patch count
 together (`gemma4_turbo.forwards.vision_batches`) and project all valid tokens in one call. Inputs of
-another form than SGLang's processor makes take stock's path, and so do stock's errors.
+another form than SGLang's processor makes take stock's path, and so do stock's errors. A hook in the
+encoder or on the projection is to see image after image: stock's path as well.
 
 Numerics: a GEMM over more rows may choose another kernel, so values differ from stock's by the
 rounding of the weights' type; the order of the tokens is stock's.
@@ -14,7 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma4_turbo import hooks
+from gemma4_turbo.attempts import attempt
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import DeclinedError, Fallback
 from gemma4_turbo.forwards import vision_batches as batches
 
 if TYPE_CHECKING:
@@ -25,9 +29,11 @@ if TYPE_CHECKING:
 IMAGE = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_image_feature"
 VIDEO = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_video_feature"
 
+# By their class: whether a vision attention takes several images at once. Others run stock's way.
+TAKE_BATCHES = ("VisionTritonAttention", "VisionFlash3Attention", "VisionFlash4Attention")
+SDPA = "VisionSdpaAttention"
 
-class DeclinedError(Exception):
-    """Why stock's path runs."""
+_fallback = Fallback("a batch of images")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -35,51 +41,88 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     image, video = stock[IMAGE], stock[VIDEO]
 
     def get_image_feature(self: Any, items: list[MultimodalDataItem]) -> torch.Tensor:
-        found = _features(run, self, items, "image_position_ids")
-        return image(self, items) if found is None else found
+        return _features(run, self, items, "image_position_ids", image)
 
     def get_video_feature(self: Any, items: list[MultimodalDataItem]) -> torch.Tensor:
-        found = _features(run, self, items, "video_position_ids")
-        return video(self, items) if found is None else found
+        return _features(run, self, items, "video_position_ids", video)
 
     return {IMAGE: get_image_feature, VIDEO: get_video_feature}
 
 
 def undo(run: PatchRun) -> None:
     """Live objects were not changed."""
+    _fallback.clear()
 
 
-def _features(run: PatchRun, model: Any, items: list[Any], attribute: str) -> torch.Tensor | None:
-    """The embeddings of all items, or None where stock's path must run."""
+def _features(
+    run: PatchRun, model: Any, items: list[Any], attribute: str, stock: Any
+) -> torch.Tensor:
+    """The embeddings of all items."""
+
+    def stocks() -> torch.Tensor:
+        return stock(model, items)  # type: ignore[no-any-return]
+
     if torch.compiler.is_compiling():
-        return None
-    try:
-        entries = [entry for item in items for entry in _entries(model, item, attribute)]
-        if not entries:
-            raise DeclinedError("no image and no frame")
-    except DeclinedError as reason:
-        run.declined(str(reason))
-        return None
+        return stocks()
+    ranks, problem = attempt(run, "the number of ranks", _ranks)
+    if ranks is None:
+        run.declined(str(problem))
+        return stocks()
+    return _fallback.call(
+        run,
+        lambda: _batched(model, items, attribute, ranks),
+        stocks,
+        # One of several ranks alone must not begin anew: the others wait for its part.
+        through=torch.OutOfMemoryError if ranks > 1 else (),
+    )
+
+
+def _batched(model: Any, items: list[Any], attribute: str, ranks: int) -> torch.Tensor:
+    """The embeddings of all items; `DeclinedError` where stock's path is to run."""
+    entries = [entry for item in items for entry in _entries(model, item, attribute)]
+    if not any(entry.positions is not None for entry in entries):
+        raise DeclinedError("no image and no frame to encode")
+    reason = model_refusal(model)
+    if reason is not None:
+        raise DeclinedError(reason)
     tower = model.vision_tower
     device, dtype = tower.device, model.language_model.dtype()
     pixels = [entry for entry in entries if entry.positions is not None]
-    encoded: list[tuple[torch.Tensor, torch.Tensor]] = []
-    projected = masks = None
-    if pixels:
-        described = describe(tower)
-        ranks = _ranks()
-        # To ask the allocator takes longer than a single entry's share of anything here.
-        budget = batches.free_budget(device, ranks) if len(pixels) > 1 else 0
-        chunks = batches.plan(
-            [entry.pixels.shape[1] for entry in pixels],
-            lambda patches: batches.entry_bytes(described, patches),
-            budget,
-            1 if _one_at_a_time(tower) else None,
-        )
-        encoded = batches.encode(pixels, chunks, tower, device, dtype, halve=ranks == 1)
-        projected, masks = batches.project(encoded, _embedder(model))
-    run.engaged(False)
+    described = describe(tower)
+    # To ask the allocator takes longer than a single entry's share of anything here.
+    budget = batches.free_budget(device, ranks) if len(pixels) > 1 else 0
+    chunks = batches.plan(
+        [entry.pixels.shape[1] for entry in pixels],
+        lambda patches: batches.entry_bytes(described, patches),
+        budget,
+        1 if _one_at_a_time(tower) else None,
+    )
+    encoded = batches.encode(pixels, chunks, tower, device, dtype, halve=ranks == 1)
+    projected, masks = batches.project(encoded, _embedder(model))
     return batches.in_order(entries, encoded, projected, masks, model.language_model.device)
+
+
+def model_refusal(model: Any) -> str | None:
+    """Why this model's encoder is called image by image, or None."""
+    from sglang.srt.layers.attention import vision
+    from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration, Gemma4MultimodalEmbedder
+    from sglang.srt.models.gemma4_vision import Gemma4VisionEncoder
+
+    for part, known in (
+        (model, Gemma4ForConditionalGeneration),
+        (model.vision_tower, Gemma4VisionEncoder),
+        (model.embed_vision, Gemma4MultimodalEmbedder),
+    ):
+        if type(part) is not known:
+            return f"{type(part).__name__} is not SGLang's {known.__name__}"
+    known_backends = [getattr(vision, name, None) for name in (*TAKE_BATCHES, SDPA)]
+    for layer in model.vision_tower.encoder.layers:
+        kind = type(layer.self_attn.qkv_backend)
+        if kind not in known_backends:
+            return f"{kind.__name__} may not take several images at once"
+    if hooks.Watched([model.vision_tower, model.embed_vision]).hooked():
+        return hooks.HOOKED.format("the encoder")
+    return None
 
 
 def _embedder(model: Any) -> Any:
@@ -144,8 +187,10 @@ def describe(tower: Any) -> batches.Encoder:
 
 def _one_at_a_time(tower: Any) -> bool:
     """SGLang's attention through torch refuses a batch in the form that Gemma 4 asks for."""
+    from sglang.srt.layers.attention import vision
+
     backends = [layer.self_attn.qkv_backend for layer in tower.encoder.layers]
-    return any(type(b).__name__ == "VisionSdpaAttention" and b.flatten_batch for b in backends)
+    return any(type(b) is vision.VisionSdpaAttention and b.flatten_batch for b in backends)
 
 
 def _ranks() -> int:

@@ -2,18 +2,21 @@
 
 The linear layers of the vision and audio encoders clamp what goes in and what comes out, with bounds
 that the checkpoint may leave infinite; then a clamp is a copy. Whether bounds are finite is read from
-the GPU once per layer, and again after ``load_weights``, which alone writes them.
+the GPU once per layer, and again as soon as one is replaced or written to, or SGLang may have loaded
+weights (`gemma4_turbo.weights`). Somebody else's write through ``.data`` shows nowhere on the host: it
+is seen with the next loading only.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo import custom_ops
+from gemma4_turbo import custom_ops, hooks, weights
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -31,13 +34,22 @@ PAIRS = {
     QKV: ("input", "q_output", "k_output", "v_output"),
     GATE_UP: ("input", "gate_output", "up_output"),
 }
+NAMES = {
+    target: tuple(f"{pair}_{end}" for pair in pairs for end in ("min", "max"))
+    for target, pairs in PAIRS.items()
+}
 _KNOWN = "_gemma4_turbo_bounded"
+_fallback = Fallback("reading the bounds")
 
 
-class _Loads:
-    """How often weights were loaded: what was read of the bounds before is void."""
+class Known(NamedTuple):
+    """What was read of a module's bounds."""
 
-    count = 0
+    stamp: weights.Stamp
+    bounds: list[
+        torch.Tensor
+    ]  # kept, for another tensor might get the identity of one that is gone
+    bounded: frozenset[str]
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -46,7 +58,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
     def single(target: str) -> Any:
         def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-            bounded = _bounded(run, self, target)
+            bounded = _bounded(run, self, target, "linear")
             if bounded is None:
                 return stock[target](self, x)  # type: ignore[no-any-return]
             x, _ = self.linear(_clamp(self, x, "input", bounded))
@@ -57,7 +69,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def qkv_forward(
         self: Any, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        bounded = _bounded(run, self, QKV)
+        bounded = _bounded(run, self, QKV, "qkv_proj")
         if bounded is None:
             return stock[QKV](self, hidden_states)  # type: ignore[no-any-return]
         qkv, _ = self.qkv_proj(_clamp(self, hidden_states, "input", bounded))
@@ -69,7 +81,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         )
 
     def gate_up_forward(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        bounded = _bounded(run, self, GATE_UP)
+        bounded = _bounded(run, self, GATE_UP, "gate_up_proj")
         if bounded is None:
             return stock[GATE_UP](self, x)  # type: ignore[no-any-return]
         gate_up, _ = self.gate_up_proj(_clamp(self, x, "input", bounded))
@@ -80,11 +92,11 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         )
 
     @functools.wraps(load)
-    def load_weights(self: Any, weights: Any) -> Any:
+    def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
-            return load(self, weights)
+            return load(self, *args, **kwargs)
         finally:
-            _Loads.count += 1
+            weights.written()
 
     return {
         ROW: single(ROW),
@@ -97,26 +109,50 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def undo(run: PatchRun) -> None:
     """What was read of the bounds is void: they may change while nobody watches."""
-    _Loads.count += 1
+    weights.written()
+    _fallback.clear()
 
 
-def _bounded(run: PatchRun, module: Any, target: str) -> frozenset[str] | None:
+def _bounded(run: PatchRun, module: Any, target: str, inner: str) -> frozenset[str] | None:
     """The pairs that bound anything; None where stock's forward must run."""
     if torch.compiler.is_compiling():
         return None
-    known = module.__dict__.get(_KNOWN)
     captured = custom_ops.capturing()
-    if known is None or known[0] != _Loads.count:
-        if captured:  # reading the bounds would end the capture
-            run.declined("the bounds were not read before the capture")
-            return None
-        known = (_Loads.count, read_bounds(module, PAIRS[target]))
-        module.__dict__[_KNOWN] = known
-    if len(known[1]) == len(PAIRS[target]):
-        run.declined("all bounds are finite")
+    try:
+        reason = _fallback.why_not(target)
+        if reason is None:
+            # What a hook does to a tensor in place is to reach stock's copy, not the caller's tensor.
+            if hooks.hooked(module._modules[inner]):
+                reason = hooks.HOOKED.format(inner)
+            else:
+                known = _known(module, target, captured)
+                reason = known if isinstance(known, str) else None
+    except Exception as error:
+        reason = _fallback.failed(run, target, error)
+    if reason is not None:
+        run.declined(reason)
         return None
     run.engaged(captured)
-    return known[1]  # type: ignore[no-any-return]
+    return known  # type: ignore[return-value]
+
+
+def _known(module: Any, target: str, captured: bool) -> frozenset[str] | str:
+    """The pairs that bound anything, or why stock's forward must run."""
+    buffers = module._buffers
+    bounds = [buffers.get(name) for name in NAMES[target]]
+    try:
+        now = weights.stamp(bounds)
+    except (AttributeError, RuntimeError):  # no buffers any more, or made in inference mode
+        return "the bounds do not tell when they are written to"
+    known: Known | None = module.__dict__.get(_KNOWN)
+    if known is None or known.stamp != now:
+        if captured:  # reading the bounds would end the capture
+            return "the bounds were not read before the capture"
+        known = Known(now, bounds, read_bounds(module, PAIRS[target]))  # type: ignore[arg-type]
+        module.__dict__[_KNOWN] = known
+    if len(known.bounded) == len(PAIRS[target]):
+        return "all bounds are finite"
+    return known.bounded
 
 
 def read_bounds(module: Any, pairs: tuple[str, ...]) -> frozenset[str]:

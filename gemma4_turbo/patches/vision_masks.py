@@ -1,7 +1,8 @@
 """`vision_masks`: no attention mask is built where the vision attention does not read it.
 
 Stock builds ``[batch, 1, patches, patches]`` in every layer of the vision encoder. Its Triton and
-FlashAttention kernels take no mask; only attention through torch does.
+FlashAttention kernels take no mask; only attention through torch does. Backends are known by their
+class, and one whose ``forward`` somebody has set may be shown the mask.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import custom_ops
+from gemma4_turbo import custom_ops, hooks
 from gemma4_turbo.checks import Check
 
 if TYPE_CHECKING:
@@ -22,7 +23,10 @@ READ_NO_MASK = ("VisionTritonAttention", "VisionFlash3Attention", "VisionFlash4A
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Stock's forward, without the mask where nobody reads it."""
+    from sglang.srt.layers.attention import vision
+
     attention = stock[TARGET]
+    read_none = tuple(getattr(vision, name) for name in READ_NO_MASK if hasattr(vision, name))
 
     def forward(
         self: Any,
@@ -31,13 +35,16 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         sin: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        backend = type(self.qkv_backend).__name__
-        if backend in READ_NO_MASK:
+        if torch.compiler.is_compiling():
+            return attention(self, hidden_states, cos, sin, attention_mask)  # type: ignore[no-any-return]
+        backend = self.qkv_backend
+        if type(backend) not in read_none:
+            run.declined(f"{type(backend).__name__} may read the mask")
+        elif hooks.hooked(backend):
+            run.declined(hooks.HOOKED.format(type(backend).__name__))
+        else:
             attention_mask = None
-            if not torch.compiler.is_compiling():
-                run.engaged(custom_ops.capturing())
-        elif not torch.compiler.is_compiling():
-            run.declined(f"{backend} may read the mask")
+            run.engaged(custom_ops.capturing())
         return attention(self, hidden_states, cos, sin, attention_mask)  # type: ignore[no-any-return]
 
     return {TARGET: forward}

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
 
 TARGET = "sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings"
+
+_fallback = Fallback("the look-up")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -28,20 +30,26 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def _position_embeddings(
         self: Any, patch_positions: torch.Tensor, padding_positions: torch.Tensor
     ) -> torch.Tensor:
-        table = self.position_embedding_table
-        reason = decline_reason(patch_positions, table)
-        if reason is not None or torch.compiler.is_compiling():
+        def ours() -> torch.Tensor:
+            table = self.position_embedding_table
+            reason = decline_reason(patch_positions, table)
             if reason is not None:
-                run.declined(reason)
+                raise DeclinedError(reason)
+            return look_up(patch_positions, padding_positions, table)
+
+        def stocks() -> torch.Tensor:
             return one_hot(self, patch_positions, padding_positions)  # type: ignore[no-any-return]
-        run.engaged(custom_ops.capturing())
-        return look_up(patch_positions, padding_positions, table)
+
+        if torch.compiler.is_compiling():
+            return stocks()
+        return _fallback.call(run, ours, stocks)
 
     return {TARGET: _position_embeddings}
 
 
 def undo(run: PatchRun) -> None:
     """Live objects were not changed."""
+    _fallback.clear()
 
 
 def decline_reason(patch_positions: torch.Tensor, table: torch.Tensor) -> str | None:

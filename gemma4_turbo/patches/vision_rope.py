@@ -13,6 +13,7 @@ import torch
 
 from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import DeclinedError, Fallback
 from gemma4_turbo.kernels import vision_rope as kernel
 from gemma4_turbo.verdicts import Verdicts
 
@@ -23,6 +24,7 @@ TARGET = "sglang.srt.models.gemma4_vision:_apply_multidimensional_rope"
 Rotate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 _verdicts = Verdicts()
+_fallback = Fallback("the rotation")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -35,15 +37,17 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return rotate(x, cos, sin)
-        reason = kernel.decline_reason(x, cos, sin)
-        if reason is None:
-            captured = custom_ops.capturing()
-            reason = _unproven(run, rotate, x, captured)
+
+        def ours() -> torch.Tensor:
+            reason = kernel.decline_reason(x, cos, sin)
             if reason is None:
-                run.engaged(captured)
-                return kernel.launch_vision_rope(x, cos, sin)
-        run.declined(reason)
-        return rotate(x, cos, sin)
+                reason = _unproven(run, rotate, x, custom_ops.capturing())
+            if reason is not None:
+                raise DeclinedError(reason)
+            return kernel.launch_vision_rope(x, cos, sin)
+
+        key = x.device, x.dtype, x.shape[1:]
+        return _fallback.call(run, ours, lambda: rotate(x, cos, sin), key)
 
     return {TARGET: _apply_multidimensional_rope}
 
@@ -51,6 +55,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 def undo(run: PatchRun) -> None:
     """The next installation compares again."""
     _verdicts.clear()
+    _fallback.clear()
 
 
 def _unproven(run: PatchRun, rotate: Rotate, x: torch.Tensor, captured: bool) -> str | None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
+from gemma4_turbo.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.patching import PatchRun
@@ -20,27 +20,24 @@ if TYPE_CHECKING:
 TRITON = "sglang.srt.layers.attention.vision:VisionTritonAttention.forward"
 FLASH3 = "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward"
 
+_fallback = Fallback("attention over lengths of the host")
+
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Both backends; stock for any call with lengths of its own."""
     from sglang.srt.environ import envs
     from sglang.srt.layers.attention import vision
 
-    def declines(q: torch.Tensor, cu_seqlens: Any, bsz: int, seq_len: int) -> bool:
-        if torch.compiler.is_compiling():
-            return True
-        reason = None
+    def lengths_of(
+        q: torch.Tensor, cu_seqlens: Any, bsz: int, seq_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if cu_seqlens is not None:
-            reason = "sequences of different lengths"
-        elif envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():
-            reason = "SGLANG_VIT_ENABLE_CUDA_GRAPH"
-        elif q.shape[0] != bsz * seq_len or seq_len == 0:
-            reason = f"{q.shape[0]} rows are not {bsz} sequences of {seq_len}"
-        if reason is not None:
-            run.declined(reason)
-            return True
-        run.engaged(custom_ops.capturing())
-        return False
+            raise DeclinedError("sequences of different lengths")
+        if envs.SGLANG_VIT_ENABLE_CUDA_GRAPH.get():
+            raise DeclinedError("SGLANG_VIT_ENABLE_CUDA_GRAPH")
+        if q.shape[0] != bsz * seq_len or seq_len == 0:
+            raise DeclinedError(f"{q.shape[0]} rows are not {bsz} sequences of {seq_len}")
+        return uniform(bsz, seq_len, q.device)
 
     def triton_forward(
         self: Any,
@@ -53,16 +50,22 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if declines(q, cu_seqlens, bsz, seq_len):
+        def ours() -> torch.Tensor:
+            starts, lengths = lengths_of(q, cu_seqlens, bsz, seq_len)
+            output = torch.empty_like(q)
+            vision.context_attention_fwd(
+                q, k, v, output, starts, lengths, seq_len, is_causal=False, sm_scale=softmax_scale
+            )
+            return output
+
+        def stocks() -> torch.Tensor:
             return stock[TRITON](  # type: ignore[no-any-return]
                 self, q, k, v, cu_seqlens, bsz, seq_len, softmax_scale, **kwargs
             )
-        starts, lengths = uniform(bsz, seq_len, q.device)
-        output = torch.empty_like(q)
-        vision.context_attention_fwd(
-            q, k, v, output, starts, lengths, seq_len, is_causal=False, sm_scale=softmax_scale
-        )
-        return output
+
+        if torch.compiler.is_compiling():
+            return stocks()
+        return _fallback.call(run, ours, stocks, TRITON)
 
     def flash3_forward(
         self: Any,
@@ -75,28 +78,35 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         softmax_scale: float | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        if declines(q, cu_seqlens, bsz, seq_len):
+        def ours() -> torch.Tensor:
+            starts, _ = lengths_of(q, cu_seqlens, bsz, seq_len)
+            options = {
+                "cu_seqlens_q": starts,
+                "cu_seqlens_k": starts,
+                "max_seqlen_q": seq_len,
+                "max_seqlen_k": seq_len,
+                "softmax_scale": softmax_scale,
+                "window_size": kwargs.get("window_size", (-1, -1)),
+            }
+            if kwargs.get("s_aux") is not None:
+                options["sinks"] = kwargs["s_aux"]
+            return vision.flash_attn_varlen_func(q, k, v, **options)  # type: ignore[no-any-return]
+
+        def stocks() -> torch.Tensor:
             return stock[FLASH3](  # type: ignore[no-any-return]
                 self, q, k, v, cu_seqlens, bsz, seq_len, softmax_scale, **kwargs
             )
-        starts, _ = uniform(bsz, seq_len, q.device)
-        options = {
-            "cu_seqlens_q": starts,
-            "cu_seqlens_k": starts,
-            "max_seqlen_q": seq_len,
-            "max_seqlen_k": seq_len,
-            "softmax_scale": softmax_scale,
-            "window_size": kwargs.get("window_size", (-1, -1)),
-        }
-        if kwargs.get("s_aux") is not None:
-            options["sinks"] = kwargs["s_aux"]
-        return vision.flash_attn_varlen_func(q, k, v, **options)  # type: ignore[no-any-return]
+
+        if torch.compiler.is_compiling():
+            return stocks()
+        return _fallback.call(run, ours, stocks, FLASH3)
 
     return {TRITON: triton_forward, FLASH3: flash3_forward}
 
 
 def undo(run: PatchRun) -> None:
     """Live objects were not changed."""
+    _fallback.clear()
 
 
 @functools.lru_cache(maxsize=128)

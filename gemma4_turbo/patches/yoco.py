@@ -1,13 +1,16 @@
 """`yoco`: in a prefill, layers that share KV see only the rows whose logits are wanted.
 
 The cut is a step of the shared forward of the text model. A batch is also told which of its prompts
-go on in a later chunk: their last rows are wanted by nobody.
+go on in a later chunk: their last rows are wanted by nobody. And it is told to whom SGLang hands the
+model's result, as a hook there would see the rows that are left out.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gemma4_turbo import states
+from gemma4_turbo.attempts import told
 from gemma4_turbo.checks import Check
 from gemma4_turbo.forwards import fast_prefill
 
@@ -26,7 +29,14 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def init_new(cls: Any, batch: Any, model_runner: Any) -> Any:
         made = init(cls, batch, model_runner)
         if made.seq_lens_cpu is not None:
-            setattr(made.seq_lens_cpu, fast_prefill.UNFINISHED, unfinished(batch))
+            processor = getattr(getattr(model_runner, "model", None), "logits_processor", None)
+            try:
+                chunks = unfinished(batch)
+            except Exception as error:  # then every prompt's last row is kept
+                chunks = None
+                run.set(states.FAILED, f"unfinished prompts are not known: {told(error)}")
+            setattr(made.seq_lens_cpu, fast_prefill.UNFINISHED, chunks)
+            setattr(made.seq_lens_cpu, fast_prefill.LOGITS, processor)
         return made
 
     fast_prefill.YOCO.run = run
@@ -49,6 +59,7 @@ def unfinished(batch: Any) -> list[bool] | None:
 def undo(run: PatchRun) -> None:
     """Switch the step off; the shared forward may live on for other patches."""
     fast_prefill.YOCO.run = None
+    fast_prefill.forget()
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:

@@ -31,6 +31,7 @@ def undo(run: PatchRun) -> None:
     """
     traced_cut.YOCO_PIECEWISE.run = None
     traced_cut.unregister()
+    traced_cut.forget()
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:

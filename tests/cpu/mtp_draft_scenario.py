@@ -178,7 +178,7 @@ def make_worker(graphs: bool, **changed: Any) -> Any:
     model_runner = SimpleNamespace(
         assistant=assistant,
         forward=assistant.forward,
-        model=SimpleNamespace(backbone_hidden_size=made.HIDDEN),
+        model=settings.get("model", SimpleNamespace(backbone_hidden_size=made.HIDDEN)),
         server_args=arguments,
         tp_size=2 if "tp_group" in settings else 1,
         tp_group=settings.get("tp_group"),
@@ -381,7 +381,38 @@ def limits() -> dict[str, Any]:
     seed(worker, idle)
     found["idle"] = [idle.spec_info.topk_index.tolist(), type(idle.spec_info).__name__]
 
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    with model.register_forward_hook(lambda *given: None):
+        hooked = make_worker(graphs=True, model=model)
+        run._decline_reason = ""
+        seed(hooked, batch("a"))
+        found["hooked when captured"] = "_run_assistant_seed_step" in vars(hooked)
+    watched = make_worker(graphs=True, model=model)
+    told("no hook", watched, batch("a", "b"))
+    with model[0].register_forward_hook(lambda *given: None):
+        told("a hook that came later", watched, batch("a", "b"))
+    told("without it again", watched, batch("a", "b"))
+
     state = run.state
+    from gemma4_turbo.patches import mtp_seed_graph
+
+    worker = make_worker(graphs=True)
+    with mock.patch.object(mtp_seed_graph, "_replay", side_effect=RuntimeError("no such graph")):
+        told("a replay that raises", worker, batch("a", "b"))
+    found["after a replay that raised"] = [
+        *(run.state, run.reason, "_run_assistant_seed_step" in vars(worker))
+    ]
+    run.state = state
+    mtp_seed_graph._fallback.clear()
+    layers = torch.nn.Module()
+    layers.model = torch.nn.Module()
+    layers.model.layers = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    worker = make_worker(graphs=True, model=layers)
+    told("weights in place", worker, batch("a"))
+    layers.model.layers[0].weight = torch.nn.Parameter(torch.ones(1, 1))
+    told("weights elsewhere", worker, batch("a"))
+    found["after weights elsewhere"] = "_run_assistant_seed_step" in vars(worker)
+
     told_us = mock.Mock(side_effect=lambda failure: [failure, "RuntimeError: no memory"])
     pair = make_worker(graphs=True, tp_group=SimpleNamespace(all_gather_object=told_us))
     seed(pair, batch("a"))
@@ -525,6 +556,9 @@ def main(folder: Path) -> None:
     from gemma4_turbo.patching import ENGINE
 
     prepare_sglang()
+    from sglang.srt.layers.attention import triton_backend
+
+    triton_backend.TritonAttnBackend = TritonAttnBackend  # SGLang's, here
     for name in ("require_gathered_buffer", "require_mlp_tp_gather", "require_mlp_sync"):
         setattr(runners, name, lambda arguments: False)
     runners.require_attn_tp_gather = lambda arguments: False

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_turbo import states
 from gemma4_turbo.kernels import extend_attention as kernel
@@ -463,3 +464,121 @@ def test_verify_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(kernel, "launch_extend", wrong)
     assert not all(check.passed for check in patch.verify(run(), "cpu"))
+
+
+# -- what is decided before anything is done -------------------------------------------------------------
+
+
+class Gathers(TorchDispatchMode):
+    """Counts look-ups of rows by their slots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.index.Tensor
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layer", [SLIDING, FULL])
+def test_nothing_is_gathered_twice(world, layer, monkeypatch: pytest.MonkeyPatch):
+    """A layer that shares KV, on a device that the kernel does not take: what stock gathers."""
+    batch = world.extend([20, 6], [30, 0])
+    q, _, _ = world.inputs(layer, batch)
+    arguments = q, None, None, world.layers[layer], batch, False
+    stock = stock_forward(world.backend)
+    with Gathers() as theirs:
+        expected = stock(*arguments)
+    with Gathers() as taken:
+        world.backend.forward_extend(*arguments)
+    assert taken.count == theirs.count > 0
+    monkeypatch.setattr(kernel, "device_reason", lambda device: "not a Hopper GPU")
+    with Gathers() as declined:
+        found = world.backend.forward_extend(*arguments)
+    assert declined.count == theirs.count
+    assert torch.equal(found, expected)
+    assert "Hopper" in run().full_reason()
+
+
+# -- what raises -----------------------------------------------------------------------------------------
+
+
+def failing(tries: list[Any], message: str = "out of resource: shared memory") -> Any:
+    def fails(*given: Any, **named: Any) -> Any:
+        tries.append(given)
+        raise RuntimeError(message)
+
+    return fails
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("where", ["launch_extend", "decline_reason"])
+def test_a_launch_that_raises_is_stocks(world, where, shared, monkeypatch: pytest.MonkeyPatch):
+    """Once per configuration; K and V are in the pools as stock stores them."""
+    tries: list[Any] = []
+    monkeypatch.setattr(kernel, where, failing(tries))
+    batch = world.extend([9, 0, 30], [40, 3, 0])
+    q, k, v = world.inputs(FULL, batch)
+    given = (q, None, None) if shared else (q, k, v)
+    before = run().counters.engaged
+    for _ in range(2):
+        ours, our_pool, stock, stock_pool = world.both(FULL, batch, *given)
+        assert torch.equal(ours, stock)
+        assert torch.equal(our_pool, stock_pool)
+    assert len(tries) == 1
+    assert run().counters.engaged == before
+    assert run().state == states.FAILED
+    assert "shared memory" in run().reason
+    world.backend.forward_extend(*world.inputs(SLIDING, batch), world.layers[SLIDING], batch)
+    assert len(tries) == 2
+
+
+def test_a_symbol_that_is_missing_is_no_end(world, monkeypatch: pytest.MonkeyPatch):
+    """Stock's block of queries, which a mask needs, is asked of SGLang by name."""
+    patch._stock_query_block.cache_clear()
+    monkeypatch.setattr(patch, "STOCK_KERNEL", "sglang.srt.no_such_module")
+    batch = world.verify([50, 3, 17])
+    ours, _, stock, _ = world.both(SLIDING, batch, *world.inputs(SLIDING, batch))
+    assert torch.equal(ours, stock)
+    assert run().state == states.FAILED
+    assert "no_such_module" in run().reason
+
+
+def test_a_gathering_that_raises_is_stocks(world, monkeypatch: pytest.MonkeyPatch):
+    tries: list[Any] = []
+    with monkeypatch.context() as context:
+        context.setattr(window_indices, "launch_window", failing(tries))
+        for _ in range(2):
+            world.extend([9, 4, 1], [40, 3, 0])
+    ours = world.backend.forward_metadata
+    assert len(tries) == 1
+    assert run().state == states.FAILED
+    ENGINE.revert()
+    world.extend([9, 4, 1], [40, 3, 0])
+    assert torch.equal(ours.window_kv_indices, world.backend.forward_metadata.window_kv_indices)
+
+
+# -- what is known by its class --------------------------------------------------------------------------
+
+
+def renamed(thing: Any) -> type:
+    """A class of the same name that is not SGLang's."""
+    return type(type(thing).__name__, (type(thing),), {})
+
+
+def test_a_backend_of_the_same_name_is_not_known(world, monkeypatch: pytest.MonkeyPatch):
+    batch = world.extend([20], [5])
+    monkeypatch.setattr(world.backend, "__class__", renamed(world.backend))
+    before = run().counters.engaged
+    world.backend.forward_extend(*world.inputs(FULL, batch), world.layers[FULL], batch)
+    assert run().counters.engaged == before
+    assert "TritonAttnBackend" in run().full_reason()
+
+
+@pytest.mark.parametrize("what", ["allocator", "pool"])
+def test_slots_are_translated_by_sglangs_own_classes(world, what, monkeypatch: pytest.MonkeyPatch):
+    thing = getattr(world, what)
+    monkeypatch.setattr(thing, "__class__", renamed(thing))
+    world.extend([9, 4, 1], [40, 3, 0])
+    assert "slots are translated by" in run().full_reason()

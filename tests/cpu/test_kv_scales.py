@@ -174,13 +174,20 @@ def test_a_model_of_another_kind_is_served_all_the_same(monkeypatch: pytest.Monk
     assert "ZeroDivisionError" in run.reason
 
 
-def extend_step(model: Any, index: int) -> torch.Tensor:
+def extend_step(model: Any, index: int, piecewise: bool = False) -> torch.Tensor:
     """K that the Triton backend hands to its kernel for the tokens of an extend step.
 
     The owner's K is 1, 2, 3, ... and is written as stock writes it, by stock's own pool.
+
+    Args:
+        model: of SGLang's.
+        index: of the layer that reads.
+        piecewise: through the layer itself in a piecewise graph, of padded tokens.
     """
+    from sglang.srt.compilation.piecewise_context_manager import set_forward_context
     from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     pool = SWAKVPool(
         size=16,
@@ -211,7 +218,17 @@ def extend_step(model: Any, index: int) -> torch.Tensor:
     batch = SimpleNamespace(token_to_kv_pool=pool, out_cache_loc=slots)
     q = torch.zeros(4, 32).bfloat16()
     cached = [cache.float() for cache in pool.get_kv_buffer(owner.layer_id)]
-    backend.forward_extend(q, None, None, reader, batch, save_kv_cache=False)
+    if piecewise:
+        batch.forward_mode = ForwardMode.EXTEND
+        batch.num_token_non_padded_cpu = 4
+        batch.out_cache_loc = torch.cat([slots, torch.zeros(2, dtype=torch.int64)])
+        batch.out_cache_loc_swa = pool.translate_loc_from_full_to_swa(batch.out_cache_loc)
+        batch.attn_backend = backend
+        padded = torch.cat([q, q[:2]])
+        with set_forward_context(batch, small_mtp.attentions(model), None, [], []):
+            reader(padded, None, None, batch, save_kv_cache=False)
+    else:
+        backend.forward_extend(q, None, None, reader, batch, save_kv_cache=False)
     ((k, v),) = handed
     after = [cache.float() for cache in pool.get_kv_buffer(owner.layer_id)]
     assert all(map(torch.equal, cached, after))  # a reader writes nothing
@@ -242,3 +259,56 @@ def test_extend_steps_of_other_layers_are_stocks() -> None:
     attention = small_mtp.attentions(loaded({}))[FULL_READER]
     forward(layer, "q", None, None, attention, "batch", True, "sinks")
     assert passed == [("q", None, None, attention, "batch", True, "sinks")]
+
+
+def test_a_reader_whose_own_scales_are_its_owners() -> None:
+    """Nothing is taken over, and the numbers in the cache are divided all the same."""
+    turn_on(NAME)
+    same = {**SCALES, SLIDING_READER: SCALES[SLIDING_OWNER]}
+    before = engaged()
+    assert torch.equal(
+        extend_step(loaded(same), SLIDING_READER), torch.tensor([[1.0, 2, 3, 4]] * 2)
+    )
+    assert engaged() == before + 2  # the other reader's scales, and the multiplication
+
+
+def test_what_somebody_gave_the_owner_since_is_taken_over() -> None:
+    """In an extend step, without a loading of weights."""
+    turn_on(NAME)
+    model = loaded()
+    owner = small_mtp.attentions(model)[FULL_OWNER]
+    owner.k_scale.data.fill_(4.0)
+    owner.k_scale_float = 4.0
+    assert torch.equal(extend_step(model, FULL_READER), torch.tensor([[1.0, 2, 3, 4]] * 2))
+
+
+def test_a_multiplication_that_raises_is_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    turn_on(NAME)
+    tries = []
+
+    def fails(*given: Any) -> Any:
+        tries.append(given)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(patch, "new_keys_and_values", fails)
+    k_scale, v_scale = SCALES[SLIDING_OWNER]
+    stock = torch.tensor([[1.0, 2, 3, 4]] * 2) / torch.tensor([[k_scale], [v_scale]])
+    model = loaded()
+    for _ in range(2):
+        assert torch.equal(extend_step(model, SLIDING_READER), stock)
+    assert len(tries) == 1
+    assert ENGINE.runs[NAME].state == states.FAILED
+
+
+@pytest.mark.parametrize("reader", [SLIDING_READER, FULL_READER], ids=["sliding", "full"])
+@pytest.mark.parametrize("equal", [False, True], ids=["other scales", "the owner's scales"])
+def test_an_extend_step_in_a_piecewise_graph(reader: int, equal: bool) -> None:
+    """There the backend is handed the owner, whose number the reader has, and no K and V."""
+    turn_on(NAME)
+    ENGINE.apply(only=[NAME, "optional_kv"])
+    assert ENGINE.runs["optional_kv"].state == states.ACTIVE
+    scales = {**SCALES, reader: SCALES[reader - 2]} if equal else SCALES
+    before = engaged()
+    found = extend_step(loaded(scales), reader, piecewise=True)
+    assert torch.equal(found, torch.tensor([[1.0, 2, 3, 4]] * 2))
+    assert engaged() > before

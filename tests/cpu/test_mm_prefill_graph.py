@@ -75,7 +75,7 @@ def test_stock_leaves_them_out_of_every_multimodal_model(models: dict[str, Path]
 def test_models_without_shared_kv_get_them(models: dict[str, Path], name: str):
     before = ENGINE.runs[NAME].counters.engaged
     assert not disabled(models[name])
-    assert ENGINE.runs[NAME].counters.engaged == before + 1
+    assert ENGINE.runs[NAME].counters.engaged == before  # none is recorded yet
 
 
 CUT = ("yoco", "optional_kv", "yoco_piecewise")
@@ -227,6 +227,9 @@ class Recording:
                 if error is not None:
                     raise error
 
+    def can_run(self, batch: Any) -> bool:
+        return True
+
 
 class ModelRunner(SimpleNamespace):
     """As much of SGLang's as is asked for its graphs."""
@@ -277,7 +280,9 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_the_graphs_are_recorded_as_stock_records_them(recorder: Any):
+    before = ENGINE.runs[NAME].counters.engaged
     assert isinstance(recorder.record(), Recording)
+    assert ENGINE.runs[NAME].counters.engaged == before + 1
     assert not recorder.server_args.disable_piecewise_cuda_graph
     assert ENGINE.runs[NAME].state == states.ACTIVE
 
@@ -326,6 +331,86 @@ def test_hooks_on_layers_are_no_part_of_graphs(recorder: Any):
     finally:
         handle.remove()
     assert "forward hooks" in ENGINE.runs[NAME].full_reason()
+
+
+@pytest.mark.parametrize("where", ["model", "layer", "inside", "all"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_hook_that_comes_later_ends_the_graphs(recorder: Any, where: str, padded: bool):
+    """Before SGLang pads the batch for a graph; should it have done so, the prefill is eager too."""
+    from sglang.srt.compilation import piecewise_context_manager as context
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    graphs = recorder.record()
+    model = recorder.model.language_model
+    assert graphs.can_run(None)
+    run = ENGINE.runs[NAME]
+    if where == "all":
+        handle = torch.nn.modules.module.register_module_forward_hook(lambda *given: None)
+    else:
+        part = {"model": model, "layer": model.layers[-1], "inside": model.layers[0].mlp.act_fn}
+        handle = part[where].register_forward_hook(lambda *given: None)
+    called = []
+    try:
+        if padded:
+            batch = SimpleNamespace(
+                forward_mode=ForwardMode.EXTEND, contains_mm_inputs=lambda: False, input_embeds=None
+            )
+            with pytest.MonkeyPatch.context() as monkeypatch, context.enable_piecewise_cuda_graph():
+                monkeypatch.setattr(
+                    type(model), "forward", lambda self, **given: called.append(given)
+                )
+                given = {"language_model": model, "positions": torch.arange(3) + 1}
+                mm_utils.general_mm_embed_routine(torch.arange(3), batch, **given)
+            assert len(called) == 1
+        else:
+            assert not graphs.can_run(None)
+    finally:
+        handle.remove()
+    assert recorder.piecewise_cuda_graph_runner is None
+    assert "forward" not in vars(model)
+    assert "the language model has forward hooks" in run.full_reason()
+
+
+def test_a_copy_that_fails_ends_the_graphs(recorder: Any, monkeypatch: pytest.MonkeyPatch):
+    """The prefill is stock's, with the very positions that the model was given."""
+    from sglang.srt.compilation import piecewise_context_manager as context
+    from sglang.srt.managers import mm_utils
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    recorder.record()
+    model, run = recorder.model.language_model, ENGINE.runs[NAME]
+    called: list[Any] = []
+    monkeypatch.setattr(type(model), "forward", lambda self, **given: called.append(given))
+    monkeypatch.setattr(patch, "most_tokens", lambda: 2)
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.EXTEND, contains_mm_inputs=lambda: False, input_embeds=None
+    )
+    positions = torch.arange(3) + 1
+    with context.enable_piecewise_cuda_graph():
+        mm_utils.general_mm_embed_routine(
+            torch.arange(3), batch, language_model=model, positions=positions
+        )
+    assert called[0]["positions"] is positions
+    assert positions.tolist() == [1, 2, 3]
+    assert recorder.piecewise_cuda_graph_runner is None
+    assert run.state == states.FAILED
+
+
+def test_a_look_that_fails_is_no_end(recorder: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(patch, "missing", lambda runner: 1 / 0)
+    assert recorder.record() is None
+    assert recorder.server_args.disable_piecewise_cuda_graph
+    assert ENGINE.runs[NAME].state == states.FAILED
+
+
+def test_a_model_of_the_same_name_is_stocks(recorder: Any, monkeypatch: pytest.MonkeyPatch):
+    kind = type(recorder.model)
+    monkeypatch.setattr(recorder.model, "__class__", type(kind.__name__, (kind,), {}))
+    before = ENGINE.runs[NAME].counters.engaged
+    recorder.record()
+    assert recorder.model.language_model not in patch._recorded
+    assert ENGINE.runs[NAME].counters.engaged == before
 
 
 @pytest.mark.parametrize("enforced", [False, True])

@@ -83,6 +83,20 @@ def test_probabilities(found: dict[str, Any]) -> None:
         ("images", 1, "embeddings of images"),
         ("no padding, captured", 0, ""),
         ("no padding, not captured", 1, "no graph of 3 requests"),
+        ("no hook", 0, ""),
+        ("a hook that came later", 1, "the assistant has forward hooks"),
+        ("without it again", 0, ""),
+        ("weights in place", 0, ""),
+        (
+            "weights elsewhere",
+            1,
+            "a weight update put other parameters in the place of those in the graphs",
+        ),
+        (
+            "a replay that raises",
+            1,
+            "the seed step could not be done: RuntimeError: no such graph",
+        ),
     ],
 )
 def test_what_no_graph_takes_is_seeded_eagerly(
@@ -90,6 +104,16 @@ def test_what_no_graph_takes_is_seeded_eagerly(
 ) -> None:
     """With stock's result in any case."""
     assert found["limits"][what] == [eager, True, reason]
+
+
+def test_who_loses_its_graphs(found: dict[str, Any]) -> None:
+    """None where a hook was there first; the rest after an error, or where weights have moved."""
+    limits = found["limits"]
+    assert limits["hooked when captured"] is False
+    assert limits["after weights elsewhere"] is False
+    state, reason, ours = limits["after a replay that raised"]
+    assert (state, ours) == ("failed", False)
+    assert "no such graph" in reason
 
 
 def test_padded_rows_are_short(found: dict[str, Any]) -> None:
@@ -160,9 +184,14 @@ def test_seeds_and_drafts_in_any_order(found: dict[str, Any]) -> None:
 
 def test_who_fills_the_buffers_every_time() -> None:
     """More candidates, other backends, methods of another's."""
-    backend = type("TritonAttnBackend", (), {})()
-    worker = SimpleNamespace(topk=1, draft_attn_backend=backend)
+    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+
+    worker = SimpleNamespace(topk=1, draft_attn_backend=object.__new__(TritonAttnBackend))
     assert mtp_metadata.refusal(worker) is None
+    for bases in ((), (TritonAttnBackend,)):  # of the same name only
+        renamed = type("TritonAttnBackend", bases, {})
+        other = SimpleNamespace(topk=1, draft_attn_backend=object.__new__(renamed))
+        assert mtp_metadata.refusal(other) == "the draft's attention backend is a TritonAttnBackend"
     worker.draft = None
     assert mtp_metadata.refusal(worker) == "the worker has methods of its own"
     other = SimpleNamespace(topk=1, draft_attn_backend=SimpleNamespace())
@@ -307,3 +336,53 @@ def test_runners_without_seed_graphs(changed: dict[str, Any], reason: str | None
     vars(runner).update(changed)
     runner.model_runner.model_is_mrope = runner.mrope
     assert mtp_seed_graph.runner_refusal(runner) == reason
+
+
+# -- what raises ----------------------------------------------------------------------------------
+
+
+def raised(*given: Any) -> Any:
+    raise RuntimeError("no such symbol")
+
+
+def test_a_draft_that_raises_is_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the start: the states that ours has put in are stock's again."""
+
+    class Worker:
+        def draft_forward(self, batch: Any, skip: bool) -> Any:
+            return batch.input_ids, batch.spec_info.hidden_states, skip
+
+        def _capture_for_decode(self, output: Any, draft_input: Any) -> None:
+            draft_input.topk_index = "stock's"
+
+    def fails(worker: Any, batch: Any, skip: bool) -> Any:
+        batch.input_ids = batch.spec_info.hidden_states = "ours"
+        raised()
+
+    run = ENGINE.runs["mtp_chain"]
+    mtp_chain._fallback.clear()
+    monkeypatch.setattr(run, "state", run.state)
+    monkeypatch.setattr(run, "reason", run.reason)
+    monkeypatch.setattr(mtp_chain, "_draft", fails)
+    before = run.counters.engaged
+    spec = SimpleNamespace(hidden_states="states")
+    batch = SimpleNamespace(spec_info=spec, input_ids="ids")
+    found = mtp_chain.draft_forward(run, Worker(), batch, True)
+    assert found == ("ids", "states", True)  # type: ignore[comparison-overlap]
+    assert run.state == states.FAILED
+    mtp_chain._fallback.clear()
+    monkeypatch.setattr(mtp_chain, "best", raised)
+    mtp_chain.capture_for_decode(run, Worker(), SimpleNamespace(next_token_logits=None), spec)
+    assert spec.topk_index == "stock's"
+    assert run.counters.engaged == before
+    mtp_chain._fallback.clear()
+
+
+def test_requests_that_tell_nothing_fill_the_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ENGINE.runs["mtp_metadata"]
+    monkeypatch.setattr(run, "state", run.state)
+    monkeypatch.setattr(run, "reason", run.reason)
+    memory = mtp_metadata.Memory(run)
+    with memory.step(lambda: [SimpleNamespace(rid="a")], True):
+        assert memory.requests is None
+    assert run.state == states.FAILED

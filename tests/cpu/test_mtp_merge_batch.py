@@ -140,3 +140,16 @@ def test_the_real_worker_some_finished(worker_runs) -> None:
     assert stock["left"] == "FrozenKVMTPDraftInput"
     assert stock["running"] == ["b", "c"]
     assert stock["seed rows"] == 2
+
+
+def test_an_error_of_ours_leaves_stocks_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma4_turbo import states
+    from gemma4_turbo.patches import mtp_merge_batch as patch
+
+    turn_on(NAME)
+    monkeypatch.setattr(patch, "idle_draft_input", lambda *given: 1 / 0)
+    before = engaged()
+    with pytest.raises(AttributeError, match=r"merge_batch|topk_index"):  # stock's own
+        merge("verify", "running")
+    assert engaged() == before
+    assert ENGINE.runs[NAME].state == states.FAILED

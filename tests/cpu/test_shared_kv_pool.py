@@ -243,3 +243,28 @@ def test_the_model_never_asks_for_a_layer_without_memory():
     assert (pool.full_layer_nums, pool.swa_layer_nums) == (1, 2)
     assert len(pool.full_kv_pool.k_buffer) == 1
     assert len(pool.swa_kv_pool.k_buffer) == 2
+
+
+@pytest.mark.parametrize("where", ["refusal", "owners"])
+def test_a_look_that_fails_leaves_stocks_pools(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from gemma4_turbo import states
+    from gemma4_turbo.patches import shared_kv_pool as patch
+
+    run, whole = ENGINE.runs["shared_kv_pool"], patch.owners
+    asked: list[Any] = []
+
+    def fails(*given: Any) -> Any:
+        asked.append(given)
+        if where == "owners" and len(asked) == 1:  # of `refusal`
+            return whole(*given)
+        raise AttributeError("no such field")
+
+    with monkeypatch.context() as context:
+        context.setattr(patch, where, fails)
+        found = sizes(runner(tmp_path, "e2b"))
+    assert run.state == states.FAILED
+    assert "no such field" in run.reason
+    ENGINE.revert()
+    assert found == sizes(runner(tmp_path, "e2b"))

@@ -132,3 +132,17 @@ def test_a_layer_with_another_window_is_left_alone(monkeypatch: pytest.MonkeyPat
     patch.build(run, {patch.TARGET: construct})[patch.TARGET](layer)
     assert layer.attn.sliding_window_size == layer.sliding_window == 15
     assert "has the window 15" in run.full_reason()
+
+
+def test_a_layer_that_cannot_be_read_keeps_stocks_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma4_turbo.patches import swa_window as patch
+
+    turn_on(NAME)
+    monkeypatch.setattr(patch, "_set_window", lambda *given: 1 / 0)
+    run = ENGINE.runs[NAME]
+    before = run.counters.engaged
+    model = small_mtp.target()
+    assert windows(model)[:2] == [model.get_attention_sliding_window_size() + 1, -1]
+    assert run.counters.engaged == before
+    assert run.state == states.FAILED
+    assert "ZeroDivisionError" in run.reason

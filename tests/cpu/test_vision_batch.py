@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo import states
 from gemma4_turbo.forwards import vision_batches as batches
 from gemma4_turbo.patches import vision_batch as patch
 from gemma4_turbo.patching import ENGINE
@@ -349,3 +350,126 @@ def test_plan_keeps_every_entry_once_and_in_order():
     assert chunks == [[0, 2], [3], [1], [4], [5]]
     assert batches.plan([], lambda patches: patches, 8, None) == []
     assert batches.plan([4, 4], lambda patches: 0, 0, 1) == [[0], [1]]
+
+
+# -- who is to see image after image ---------------------------------------------------------------------
+
+
+def parts(model: Any) -> list[Any]:
+    layer = model.vision_tower.encoder.layers[1]
+    return [model.vision_tower, layer, layer.mlp.gate_up, model.embed_vision]
+
+
+@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("how", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_sees_and_changes_what_it_does_in_stock(part: int, how: str):
+    """On the encoder, in it, and on the projection; also one that comes after a batch has run."""
+    model = vision.model("triton_attn")
+    items = [vision.image(4, 4, seed=1), vision.image(4, 4, seed=2), vision.image(4, 2, 8, seed=3)]
+    expected = stock(model, items)
+    assert_near(model.get_image_feature(items), expected)
+    seen: list[Any] = []
+    if how == "register_forward_hook":
+
+        def hook(module: Any, given: Any, found: Any) -> Any:
+            first = found[0] if isinstance(found, tuple) else found
+            seen.append(tuple(first.shape))
+            return (first * 2, *found[1:]) if isinstance(found, tuple) else found * 2
+    else:
+
+        def hook(module: Any, given: Any) -> Any:  # type: ignore[misc]
+            seen.append([tuple(x.shape) for x in given])
+
+    run = ENGINE.runs[NAME]
+    before = run.counters.engaged
+    handle = getattr(parts(model)[part], how)(hook)
+    try:
+        found = model.get_image_feature(items)
+        patched = list(seen)
+        seen.clear()
+        steered = stock(model, items)
+    finally:
+        handle.remove()
+    assert torch.equal(found, steered)
+    assert patched == seen != []
+    assert run.counters.engaged == before
+    ENGINE.apply(only=[NAME])
+    assert_near(model.get_image_feature(items), expected)
+
+
+def test_hooks_for_all_modules_count(monkeypatch: pytest.MonkeyPatch):
+    model = vision.model("triton_attn")
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *given: None)
+    before = ENGINE.runs[NAME].counters.engaged
+    try:
+        model.get_image_feature([vision.image(4, 4), vision.image(4, 4)])
+    finally:
+        handle.remove()
+    assert ENGINE.runs[NAME].counters.engaged == before
+    assert "the encoder has forward hooks" in ENGINE.runs[NAME].full_reason()
+
+
+@pytest.mark.parametrize("what", ["model", "tower", "backend"])
+def test_classes_that_are_not_sglangs_own(what: str, monkeypatch: pytest.MonkeyPatch):
+    """A subclass of the same name may do anything: stock's path."""
+    model = vision.model("triton_attn")
+    backend = model.vision_tower.encoder.layers[0].self_attn.qkv_backend
+    part = {"model": model, "tower": model.vision_tower, "backend": backend}[what]
+    items = [vision.image(4, 4, seed=1), vision.image(4, 4, seed=2)]
+    expected = stock(model, items)
+    kind = type(part)
+    monkeypatch.setattr(part, "__class__", type(kind.__name__, (kind,), {}))
+    calls = Calls(model, monkeypatch)
+    before = ENGINE.runs[NAME].counters.engaged
+    assert torch.equal(model.get_image_feature(items), expected)
+    assert calls.batches == [(1, 16)] * 2
+    assert ENGINE.runs[NAME].counters.engaged == before
+
+
+def test_given_embeddings_alone_are_no_batch():
+    model, run = vision.model("triton_attn"), ENGINE.runs[NAME]
+    before = run.counters.engaged
+    model.get_image_feature([vision.given(3)])
+    assert run.counters.engaged == before
+    assert "no image" in run.full_reason()
+
+
+@pytest.mark.parametrize("where", ["_entries", "describe", "model_refusal", "_ranks"])
+def test_an_error_of_ours_is_not_the_servers(where: str, monkeypatch: pytest.MonkeyPatch):
+    model, run = vision.model("triton_attn"), ENGINE.runs[NAME]
+    items = [vision.image(4, 4, seed=1), vision.image(4, 4, seed=2)]
+    expected = stock(model, items)
+    before = run.counters.engaged
+
+    def fails(*given: Any) -> Any:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(patch, where, fails)
+    for _ in range(2):
+        assert torch.equal(model.get_image_feature(items), expected)
+    assert run.counters.engaged == before
+    assert run.state == states.FAILED
+    assert "AttributeError: no such thing" in run.reason
+
+
+def test_a_batch_that_the_encoder_does_not_take(monkeypatch: pytest.MonkeyPatch):
+    """Alone it takes each image; an image that it takes in no way is its own error."""
+    model, run = vision.model("triton_attn"), ENGINE.runs[NAME]
+    items = [vision.image(4, 4, seed=1), vision.image(4, 4, seed=2)]
+    expected = stock(model, items)
+    tower = type(model.vision_tower)
+    encode, most = tower.forward, 1
+
+    def limited(this: Any, pixel_values: Any, pixel_position_ids: Any) -> Any:
+        if len(pixel_values) > most:
+            raise ValueError("too many")
+        return encode(this, pixel_values, pixel_position_ids)
+
+    monkeypatch.setattr(tower, "forward", limited)
+    most = 0
+    with pytest.raises(ValueError, match="too many"):
+        model.get_image_feature(items)
+    assert run.state == states.ACTIVE
+    most = 1
+    assert torch.equal(model.get_image_feature(items), expected)
+    assert run.state == states.FAILED

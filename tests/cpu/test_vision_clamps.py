@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo import custom_ops
+from gemma4_turbo import custom_ops, states, weights
 from gemma4_turbo.commands import small_moe
 from gemma4_turbo.patches import vision_clamps as patch
 from gemma4_turbo.patching import ENGINE
@@ -156,3 +156,98 @@ def test_the_whole_encoder():
         expected = model.get_image_feature([item])
     assert stock.count - clamps.count == 2 * 11
     assert torch.equal(found, expected)
+
+
+def in_place(made: Any) -> None:
+    made.output_max.fill_(0.01)
+
+
+def in_inference_mode(made: Any) -> None:
+    with torch.inference_mode():
+        made.output_max.fill_(0.01)
+
+
+def replaced(made: Any) -> None:
+    made.output_max = torch.tensor(0.01)
+
+
+def moved(made: Any) -> None:
+    made.output_max.fill_(0.01)
+    made._apply(lambda tensor: tensor.clone())
+
+
+def loaded(made: Any) -> None:
+    """As SGLang's ``default_weight_loader``, whose callers tell `weights`."""
+    made.output_max.data.copy_(torch.tensor(0.01))
+    weights.written()
+
+
+def as_data(made: Any) -> None:
+    made.output_max.data = torch.tensor(0.01)
+    weights.written()
+
+
+@pytest.mark.parametrize("write", [in_place, in_inference_mode, replaced, moved, loaded, as_data])
+def test_bounds_that_anybody_wrote_are_read_again(write: Any):
+    made = layer("row")
+    x = torch.full((1, 16), 3.0).bfloat16()
+    free = made(x)
+    write(made)
+    found = made(x)
+    assert float(found.max()) == pytest.approx(0.01, rel=1e-2)
+    assert float(free.max()) > 1
+    ENGINE.revert()
+    assert torch.equal(found, made(x))
+
+
+def test_bounds_made_in_inference_mode_are_stocks():
+    """They do not count what is written to them."""
+    made = layer("row")
+    with torch.inference_mode():
+        made.output_max = torch.tensor(torch.inf)
+    with Clamps() as clamps:
+        made(X)
+    assert clamps.count == 2
+    assert "do not tell" in ENGINE.runs[NAME].full_reason()
+
+
+def test_a_captured_clamp_is_not_decided_on_old_bounds(monkeypatch: pytest.MonkeyPatch):
+    made = layer("row")
+    made(X)
+    made.output_max.fill_(0.01)
+    monkeypatch.setattr(custom_ops, "capturing", lambda: True)
+    with Clamps() as clamps:
+        made(X)
+    assert clamps.count == 2
+
+
+def test_a_hook_inside_gets_stocks_copy():
+    """What it does in place is nothing that the caller's tensor is to show."""
+    made = layer("row")
+    x = X.clone()
+    handle = made.linear.register_forward_pre_hook(lambda module, given: given[0].zero_() and None)
+    try:
+        made(x)
+    finally:
+        handle.remove()
+    assert torch.equal(x.nan_to_num(), X.nan_to_num())
+    assert "linear has forward hooks" in ENGINE.runs[NAME].full_reason()
+
+
+def test_bounds_that_cannot_be_read_are_stocks(monkeypatch: pytest.MonkeyPatch):
+    made = layer("row")
+    tries = []
+
+    def fails(*given: Any) -> Any:
+        tries.append(given)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(patch, "read_bounds", fails)
+    for _ in range(2):
+        with Clamps() as clamps:
+            made(X)
+        assert clamps.count == 2
+    assert len(tries) == 1
+    run = ENGINE.runs[NAME]
+    assert run.state == states.FAILED
+    assert "no memory" in run.reason

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -57,3 +58,34 @@ def test_a_mask_where_it_is_read_and_nowhere_else(backend: str, needed: bool):
     assert stock.count == 2
     assert ours.count == (2 if needed else 0)
     assert torch.equal(found, expected)
+
+
+def test_a_backend_of_the_same_name_may_read_it(monkeypatch: pytest.MonkeyPatch):
+    """Somebody's subclass too, and stock's own under a forward that somebody has set."""
+    from sglang.srt.layers.attention import vision as stock
+
+    model, item = vision.model("triton_attn"), vision.image(4, 2, 8)
+    attention = model.vision_tower.encoder.layers[0].self_attn
+    kind = stock.VisionTritonAttention
+    other = type(kind.__name__, (kind,), {})(**{})
+    run = ENGINE.runs[NAME]
+    with monkeypatch.context() as context:
+        context.setitem(attention._modules, "qkv_backend", other)
+        with Masks(16) as masks:
+            model.get_image_feature([item])
+    assert masks.count == 1
+    assert "VisionTritonAttention may read the mask" in run.full_reason()
+    monkeypatch.setattr(run, "_decline_reason", "")
+    shown = []
+    backend = attention.qkv_backend
+    stocks = backend.forward
+
+    def forward(*given: Any, **named: Any) -> torch.Tensor:
+        shown.append(named["attention_mask"])
+        return stocks(*given, **named)
+
+    with monkeypatch.context() as context:
+        context.setitem(vars(backend), "forward", forward)
+        model.get_image_feature([item])
+    assert shown[0] is not None
+    assert "VisionTritonAttention has forward hooks" in run.full_reason()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo import states
 from gemma4_turbo.patches import vision_positions as patch
 from gemma4_turbo.patching import ENGINE
 from tests.cpu.conftest import only_patch, patched_sglang
@@ -107,8 +108,9 @@ def test_what_stock_refuses_it_still_refuses(
 
 def test_a_place_outside_the_table_is_an_error_as_in_stock():
     ids = torch.full((1, 2, 2), 64)
-    with pytest.raises(IndexError):
+    with pytest.raises(RuntimeError, match="Class values"):
         embedder()._position_embeddings(ids, torch.zeros(1, 2, dtype=torch.bool))
+    assert ENGINE.runs[NAME].state == states.ACTIVE  # the error is not ours
 
 
 def test_verify_finds_a_wrong_look_up(monkeypatch: pytest.MonkeyPatch):
@@ -117,3 +119,24 @@ def test_verify_finds_a_wrong_look_up(monkeypatch: pytest.MonkeyPatch):
     right = patch.look_up
     monkeypatch.setattr(patch, "look_up", lambda ids, *rest: right(ids.flip(-1), *rest))
     assert not any(check.passed for check in patch.verify(run, "cpu"))
+
+
+def test_a_look_up_that_raises_is_stocks(monkeypatch: pytest.MonkeyPatch):
+    """Once and never again, until the patch is put in anew."""
+    made, ids = embedder(), places(2, 5)
+    padding = (ids == -1).all(dim=-1)
+    expected = made._position_embeddings(ids, padding)
+    run, tries = ENGINE.runs[NAME], []
+
+    def fails(*given: Any) -> torch.Tensor:
+        tries.append(given)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(patch, "look_up", fails)
+    before = run.counters.engaged
+    for _ in range(2):
+        assert torch.equal(made._position_embeddings(ids, padding), expected)
+    assert len(tries) == 1
+    assert run.counters.engaged == before
+    assert run.state == states.FAILED
+    assert "RuntimeError: no memory" in run.reason

@@ -152,3 +152,26 @@ def test_nothing_is_compared_inside_a_capture(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(patch, "differing", None)
     gemma4_vision._apply_multidimensional_rope(*tensors())
     assert "before the capture" in ENGINE.runs[NAME].full_reason()
+
+
+def test_a_launch_that_raises_is_stocks(monkeypatch: pytest.MonkeyPatch):
+    """After a comparison that went well, too: another length is another variant of the kernel."""
+    x, cos, sin = patch.samples("cpu", torch.float16, 2, 64)
+    run, tries = ENGINE.runs[NAME], []
+    rotate = sys.modules["sglang.srt.models.gemma4_vision"]._apply_multidimensional_rope
+    expected = rotate(x, cos, sin)
+    before = run.counters.engaged
+
+    def fails(*given: Any) -> torch.Tensor:
+        tries.append(given)
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(kernel, "launch_vision_rope", fails)
+    for _ in range(2):
+        assert torch.equal(rotate(x, cos, sin), expected)
+    assert len(tries) == 1
+    assert run.counters.engaged == before
+    assert run.state == states.FAILED
+    assert "shared memory" in run.reason
+    assert torch.equal(rotate(x[:, :1].contiguous(), cos, sin), stock()(x[:, :1], cos, sin))
+    assert len(tries) == 2  # other heads are another configuration

@@ -108,3 +108,25 @@ def test_a_vision_graph_takes_stocks_path(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(RuntimeError, match="output_ws"):
         tower(feature.bfloat16()[None], places[None])
     assert "SGLANG_VIT_ENABLE_CUDA_GRAPH" in ENGINE.runs[NAME].full_reason()
+
+
+def test_a_call_that_raises_is_stocks(monkeypatch: pytest.MonkeyPatch):
+    from gemma4_turbo import states
+    from gemma4_turbo.patches import vision_syncs as patch
+
+    attention, received = flash(monkeypatch)
+    q, tries = torch.zeros(12, 2, 8), []
+
+    def fails(*given: Any) -> Any:
+        tries.append(given)
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(patch, "uniform", fails)
+    run = ENGINE.runs[NAME]
+    before = run.counters.engaged
+    for _ in range(2):
+        assert attention.forward(q, q, q, None, 3, 4) is q
+    assert len(received) == 2
+    assert len(tries) == 1
+    assert run.counters.engaged == before
+    assert run.state == states.FAILED

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import switches
+from gemma4_turbo import states, switches
 from gemma4_turbo.forwards import fast_prefill
 from gemma4_turbo.patches import yoco as patch
 from gemma4_turbo.patching import ENGINE
@@ -503,3 +503,135 @@ def test_traced_code_sees_no_cut(model: Any):
 def test_the_forerunners_variable(value: str, on: bool):
     found = switches.read({"SGLANG_GEMMA4_YOCO": value}).decisions[NAME]
     assert found == (on, f"SGLANG_GEMMA4_YOCO={value}")
+
+
+# -- who sees the rows -----------------------------------------------------------------------------------
+
+
+def hooked_parts(model: Any) -> list[Any]:
+    last = model.layers[-1]
+    return [model, last, last.self_attn, last.mlp.act_fn, model.layers[shared_kv.SHARED_FROM]]
+
+
+@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("how", ["register_forward_hook", "register_forward_pre_hook"])
+def test_a_hook_sees_all_rows_and_changes_them(model: Any, part: int, how: str):
+    """On the model, on the layers behind the cut, in them, and on the last norm; also a late one."""
+    target = [*hooked_parts(model), model.norm][part]
+    prefill = {1: 5, 2: 6}
+    forward(model, shared_kv.Memory().prefill(prefill, {}))
+    seen: list[int] = []
+
+    def shapes(values: Any) -> None:
+        seen.extend(x.shape[0] for x in values if isinstance(x, torch.Tensor))
+
+    def after(module: Any, given: Any, found: Any) -> Any:
+        shapes(found if isinstance(found, tuple) else (found,))
+        return None if isinstance(found, tuple) else found * 2
+
+    def before(module: Any, given: Any) -> None:
+        shapes(given)
+
+    counted = engaged()
+    with getattr(target, how)(after if how == "register_forward_hook" else before):
+        found = forward(model, shared_kv.Memory().prefill(prefill, {}))
+        patched = list(seen)
+        seen.clear()
+        ENGINE.revert()
+        expected = forward(model, shared_kv.Memory().prefill(prefill, {}))
+    assert torch.equal(found, expected)
+    assert patched == seen
+    assert engaged() == counted
+    assert "has forward hooks" in ENGINE.runs[NAME].full_reason()
+
+
+def test_hooks_before_the_cut_change_nothing(model: Any):
+    with model.layers[0].register_forward_hook(lambda *given: None):
+        batch = prefilled({})
+        assert fast_prefill.cut(model, batch, batch.positions, {}) is not None
+
+
+def test_a_hook_on_all_modules(model: Any):
+    with torch.nn.modules.module.register_module_forward_pre_hook(lambda *given: None):
+        batch = prefilled({})
+        assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_forward_that_somebody_has_set(model: Any, ours: bool, monkeypatch: pytest.MonkeyPatch):
+    """SGLang sets one itself where it has piecewise graphs: that one runs stock's."""
+
+    def trampoline(*given: Any) -> None: ...
+
+    if ours:
+        trampoline.__module__ = "sglang.srt.compilation.compile"
+    monkeypatch.setitem(vars(model), "forward", trampoline)
+    batch = prefilled({})
+    assert (fast_prefill.cut(model, batch, batch.positions, {}) is not None) == ours
+
+
+def test_a_layer_that_was_exchanged_is_looked_at(model: Any, monkeypatch: pytest.MonkeyPatch):
+    batch = prefilled({})
+    assert fast_prefill.cut(model, batch, batch.positions, {}) is not None
+    norm = copy.deepcopy(model.norm)
+    norm.register_forward_hook(lambda *given: None)
+    monkeypatch.setitem(model._modules, "norm", norm)
+    assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+
+
+def test_a_hook_on_who_gets_the_result(model: Any):
+    """The logits processor is handed all rows, and what comes out of it is stock's either way."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    made = prefilled({})
+    build = patch.build(ENGINE.runs[NAME], {patch.BATCH: lambda cls, batch, runner: made})
+    processor = torch.nn.Identity()
+    runner = SimpleNamespace(model=SimpleNamespace(logits_processor=processor))
+    build[patch.BATCH](ForwardBatch, worker_batch(), runner)
+    setattr(made.seq_lens_cpu, fast_prefill.UNFINISHED, None)
+    assert fast_prefill.cut(model, made, made.positions, {}) is not None
+    with processor.register_forward_pre_hook(lambda *given: None):
+        assert fast_prefill.cut(model, made, made.positions, {}) is None
+    assert "the logits processor has forward hooks" in ENGINE.runs[NAME].full_reason()
+
+
+# -- what raises, and what is not known ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["refusal", "plan", "first_shared"])
+def test_an_error_of_ours_leaves_all_rows(model: Any, where: str, monkeypatch: pytest.MonkeyPatch):
+    tries: list[Any] = []
+
+    def fails(*given: Any) -> Any:
+        tries.append(given)
+        raise AttributeError("no such thing")
+
+    with monkeypatch.context() as context:
+        context.setattr(fast_prefill, where, fails)
+        before = engaged()
+        outputs = [forward(model, prefilled({})) for _ in range(2)]
+    assert len(tries) == 1
+    assert engaged() == before
+    assert ENGINE.runs[NAME].state == states.FAILED
+    ENGINE.revert()
+    expected = forward(model, prefilled({}))
+    assert all(torch.equal(found, expected) for found in outputs)
+
+
+def test_requests_that_tell_nothing_are_no_error():
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    made = SimpleNamespace(seq_lens_cpu=torch.tensor([10, 16, 9]))
+    run = ENGINE.runs[NAME]
+    build = patch.build(run, {patch.BATCH: lambda cls, batch, runner: made})
+    build[patch.BATCH](ForwardBatch, worker_batch(reqs=[SimpleNamespace()] * 3), None)
+    assert getattr(made.seq_lens_cpu, fast_prefill.UNFINISHED) is None
+    assert run.state == states.FAILED
+
+
+def test_a_backend_of_the_same_name_is_not_known(model: Any, monkeypatch: pytest.MonkeyPatch):
+    batch = prefilled({})
+    kind = type(batch.attn_backend)
+    monkeypatch.setattr(batch.attn_backend, "__class__", type(kind.__name__, (kind,), {}))
+    assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+    assert "the attention backend is TritonAttnBackend" in ENGINE.runs[NAME].full_reason()

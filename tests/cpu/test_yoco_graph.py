@@ -202,7 +202,7 @@ def test_the_whole_model(model: Any, more: tuple[str, ...], monkeypatch: pytest.
         kept = at.backend.sliding_window_size
         outputs[-1] += [forward(model, at.prefill(n, {})) for n in lengths]
         assert at.backend.sliding_window_size == kept
-        assert ENGINE.runs[NAME].counters.engaged == before + 4 * graph
+        assert ENGINE.runs[NAME].counters.engaged == before + 2 * graph  # what a graph was for
     for expected, found in zip(*outputs, strict=True):
         assert torch.equal(found, expected)
     (recorded,) = Recorded.every  # the first batch had other pools
@@ -281,7 +281,8 @@ def test_eager_recorded_replayed(model: Any, short: None):
         check(model, three(model, at))
         assert len(Recorded.every) == recorded
         assert [graph.replays for graph in Recorded.every] == replays
-    assert run_counters.engaged == before + 4
+    assert run_counters.engaged == before + 3  # the first batch had no graph
+    assert "first batch of a size" in ENGINE.runs[NAME].full_reason()
     for recorded in (1, 2, 2):  # with a normed input it is another graph
         check(model, three(model, at, normed=True))
         assert len(Recorded.every) == recorded
@@ -532,3 +533,39 @@ def test_the_memory_for_slots_is_bounded(model: Any, short: None, monkeypatch: p
     assert len(metadata.window_kv_indices) == 16 * (shared_kv.WINDOW + 1)
     long = SimpleNamespace(attn_backend=SimpleNamespace(req_to_token=torch.empty(0, 2**20)))
     assert tail_graph._room(long) * 8 == tail_graph.ROOM == 2**26
+
+
+@pytest.mark.parametrize("where", ["refusal", "_graphs"])
+def test_a_look_that_fails(model: Any, short: None, where: str, monkeypatch: pytest.MonkeyPatch):
+    def fails(*given: Any) -> Any:
+        raise AttributeError("no such thing")
+
+    monkeypatch.setattr(tail_graph, where, fails)
+    check(model, three(model))
+    assert ENGINE.runs[NAME].state == states.FAILED
+    assert "AttributeError: no such thing" in ENGINE.runs[NAME].reason
+
+
+@pytest.mark.parametrize("where", ["all", "forward"])
+def test_whoever_looks_at_a_layer(model: Any, short: None, where: str):
+    """Hooks for all modules, and a forward that was set on a module itself."""
+    given = three(model, memory())
+    if where == "all":
+        with torch.nn.modules.module.register_module_forward_hook(lambda *given: None):
+            declines(model, given, "hooks")
+    else:
+        part = model.layers[-1].mlp
+        part.forward = part.forward
+        try:
+            declines(model, given, "hooks")
+        finally:
+            del part.forward
+
+
+def test_a_backend_of_the_same_name_is_not_known(
+    model: Any, short: None, monkeypatch: pytest.MonkeyPatch
+):
+    given = three(model, memory())
+    kind = type(given.batch.attn_backend)
+    monkeypatch.setattr(given.batch.attn_backend, "__class__", type(kind.__name__, (kind,), {}))
+    declines(model, given, "the attention backend is TritonAttnBackend")

@@ -276,7 +276,7 @@ def test_the_layers_run_in_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch)
     _, runner = compiled(memory)
     before = engaged("yoco_graph")
     found = [runner.prefill(batch)[last_rows(batch)].clone() for _ in range(3)]
-    assert engaged("yoco_graph") == before + 3
+    assert engaged("yoco_graph") == before + 2  # the first one ran eagerly
     assert not ENGINE.runs["yoco_graph"]._decline_reason
     assert Recorded.replays == 2
     assert torch.equal(found[0], found[1])
@@ -430,3 +430,51 @@ def test_an_eager_prefill_prepares_nothing():
     eager(model, batch)
     assert not hasattr(model, traced_cut._CUT)
     assert engaged("yoco")
+
+
+# -- who sees the rows -----------------------------------------------------------------------------------
+
+
+def test_a_hook_before_the_trace_is_traced_with_all_rows():
+    """As by stock: every layer is in the graphs, and the hook with it."""
+    _, batch = made(*BATCHES[0])
+    model = shared_kv.build()
+    assert traced_cut.refusal(model, batch, {}) is None
+    with model.norm.register_forward_hook(lambda *given: None):
+        assert "has forward hooks" in str(traced_cut.refusal(model, batch, {}))
+
+
+def test_a_hook_that_comes_later_gets_all_rows():
+    """The operator is there: it cuts nothing for as long as there is a hook."""
+    memory, batch = made(*BATCHES[0])
+    model, runner = compiled(memory)
+    seen: list[int] = []
+    before = engaged()
+    with model.layers[-1].mlp.register_forward_hook(
+        lambda module, given, found: seen.append(given[0].shape[0])
+    ):
+        found = runner.prefill(batch).clone()
+    assert seen == [len(found)]
+    assert engaged() == before
+    runner.prefill(batch)
+    assert engaged() == before + 1
+    assert_stocks(found, *BATCHES[0])
+
+
+@pytest.mark.parametrize("where", ["batch_refusal", "tail", "plan"])
+def test_an_error_of_ours_leaves_all_rows(where: str, monkeypatch: pytest.MonkeyPatch):
+    memory, batch = made(*BATCHES[0])
+    _, runner = compiled(memory)
+    tries: list[Any] = []
+
+    def fails(*given: Any) -> Any:
+        tries.append(given)
+        raise AttributeError("no such thing")
+
+    with monkeypatch.context() as context:
+        context.setattr(fast_prefill, where, fails)
+        outputs = [runner.prefill(batch).clone() for _ in range(2)]
+    assert len(tries) == 1
+    assert ENGINE.runs[NAME].state == states.FAILED
+    for found in outputs:
+        assert_stocks(found, *BATCHES[0])
