@@ -14,17 +14,21 @@ import ast
 import hashlib
 import importlib.util
 import json
+import logging
 import sys
 import zipfile
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
+from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
 from gemma4_turbo import states
 from gemma4_turbo.catalogue import CATALOGUE, Patch
 
-TABLE = Path(__file__).with_name("releases.json")
+logger = logging.getLogger("gemma4_turbo")
+
+TABLE = resources.files("gemma4_turbo") / "releases.json"  # in a zip, if the package is
 _SKIPPED_FIELDS = ("ctx", "kind", "type_comment", "type_params", "type_ignores")
 
 SourceOf = Callable[[str], str | None]
@@ -32,7 +36,10 @@ SourceOf = Callable[[str], str | None]
 
 
 class Verdict(NamedTuple):
-    """Whether a patch fits a release: ``active``, ``upstreamed``, ``drifted`` or ``unsupported``."""
+    """Whether a patch fits a release: ``active``, ``upstreamed``, ``drifted`` or ``unsupported``.
+
+    ``failed``: its record in the catalogue, or the table of fingerprints, is wrong.
+    """
 
     state: str
     reason: str
@@ -41,29 +48,62 @@ class Verdict(NamedTuple):
 @cache
 def known_releases() -> dict[str, dict[str, str]]:
     """``{release: {target: fingerprint}}`` from ``releases.json``; absent targets are left out."""
-    table: dict[str, dict[str, str]] = json.loads(TABLE.read_text())
+    table: dict[str, dict[str, str]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    if not all(isinstance(prints, dict) for prints in table.values()):
+        raise ValueError("a release is no object")
     return table
 
 
 def installed_source(module: str) -> str | None:
-    """Source of a module of the installed SGLang. Imports nothing."""
-    spec = importlib.util.find_spec("sglang")
-    if spec is None or not spec.submodule_search_locations:
+    """Source of a module of the installed SGLang, None if it cannot be had. Imports nothing."""
+    try:
+        spec = importlib.util.find_spec("sglang")
+        # One that is loaded by a finder of its own may be anywhere; a namespace has several places.
+        places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    except Exception as error:  # whatever finders there are, and folders that nobody may search
+        _tell(f"sglang cannot be looked for: {error}")
         return None
-    return folder_source(Path(next(iter(spec.submodule_search_locations))).parent)(module)
+    found = (folder_source(Path(place).parent)(module) for place in places)
+    return next((source for source in found if source is not None), None)
 
 
 def folder_source(root: Path) -> SourceOf:
-    """Sources below ``root``, the folder that holds ``sglang/``."""
+    """Sources below ``root``, the folder that holds ``sglang/``; it may be inside a zip."""
 
     def source(module: str) -> str | None:
         stem = root.joinpath(*module.split("."))
         for path in (stem.with_name(stem.name + ".py"), stem / "__init__.py"):
-            if path.is_file():
-                return path.read_text(encoding="utf-8")
+            try:
+                return file_source(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                continue
+            except Exception as error:
+                _tell(f"{path} cannot be read: {type(error).__name__}: {error}")
         return None
 
     return source
+
+
+@cache  # once: every patch looks into the same few files
+def _tell(what: str) -> None:
+    logger.warning("gemma4_turbo: %s", what)
+
+
+def file_source(path: str | Path) -> str:
+    """Source in a file, or in one inside a zip, where Python's importer finds modules too."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except NotADirectoryError:
+        archive = next(parent for parent in path.parents if parent.exists())
+        if not zipfile.is_zipfile(archive):
+            raise
+        with zipfile.ZipFile(archive) as opened:
+            try:
+                content = opened.read(path.relative_to(archive).as_posix())
+            except KeyError:
+                raise FileNotFoundError(f"{path} is not in the zip") from None
+    return importlib.util.decode_source(content)
 
 
 def wheel_source(wheel: Path) -> SourceOf:
@@ -186,12 +226,19 @@ def judge(patch: Patch, release: str | None, source_of: SourceOf) -> Verdict:
     The source decides, not the release number: an unknown release with known source is fine, a known
     release with edited source is ``drifted``. The number only words the reason.
     """
+    problem = mistake(patch)
+    if problem is not None:
+        return Verdict(states.FAILED, problem)
     label = f"SGLang {release}" if release else "this SGLang"
     definitions = Definitions(source_of)
     found = {target: definitions.fingerprint(target) for target in patch.sources}
     table = known_releases()
     candidates = [table[r] for r in patch.written_for if r in table]
-    if any(all(found[t] == known.get(t) for t in found) for known in candidates):
+
+    def is_source_of(known: dict[str, str]) -> bool:
+        return all(value is not None and value == known.get(t) for t, value in found.items())
+
+    if any(map(is_source_of, candidates)):
         return Verdict(states.ACTIVE, f"written for the source that {label} has")
     if patch.superseded_when is not None and definitions.uses(*patch.superseded_when):
         target, name = patch.superseded_when
@@ -203,19 +250,60 @@ def judge(patch: Patch, release: str | None, source_of: SourceOf) -> Verdict:
         since = f" (since {patch.superseded_since})" if patch.superseded_since else ""
         return Verdict(states.UPSTREAMED, f"{label} has it itself: {name}{since}")
     missing = [target for target, value in found.items() if value is None]
+    nowhere = [t for t in missing if not any(t in known for known in table.values())]
+    if nowhere:  # only of a patch that looks for a defect: of the others it is a mistake
+        return Verdict(
+            states.FAILED, f"misspelt: neither {label} nor any known one has {nowhere[0]}"
+        )
     if missing:
         return Verdict(states.UNSUPPORTED, f"{label} has no {', '.join(missing)}")
     if patch.finds_defect:
         return Verdict(states.ACTIVE, "looks for the defect in the source at hand")
-    if any(all(found[t] == known.get(t) for t in found) for known in table.values()):
+    if any(map(is_source_of, table.values())):
         return Verdict(
             states.UNSUPPORTED, f"written for {', '.join(patch.written_for)}, not for {label}"
         )
+    unrecorded = [
+        _unrecorded(target, written, table)
+        for written in patch.written_for
+        for target in found
+        if target not in table.get(written, {})
+    ]
+    if unrecorded:  # the source may well be the one that the patch was written for
+        return Verdict(states.FAILED, unrecorded[0])
     unknown = [t for t in found if not any(found[t] == known.get(t) for known in candidates)]
     what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(found)
     return Verdict(
         states.DRIFTED, f"{label}: source of {what} is not that of {', '.join(patch.written_for)}"
     )
+
+
+def mistake(patch: Patch) -> str | None:
+    """What is wrong with a record, or with the table that it needs, whatever SGLang is there."""
+    try:
+        table = known_releases()
+    except Exception as error:  # unreadable, no JSON, or not of this shape
+        return f"releases.json cannot be used: {type(error).__name__}: {error}"
+    holding = {target.partition(":")[0] for target in patch.sources}
+    if not holding:
+        return "the patch names no target"
+    for module in patch.lazy:
+        if module not in holding:
+            return f"lazy names a module that holds none of the patch's sources: {module}"
+    if patch.finds_defect:
+        return None  # fingerprints do not decide
+    if not patch.written_for:
+        return "written_for names no release, and the patch does not look for a defect"
+    for target in patch.sources:
+        if not any(target in known for known in table.values()):
+            told = _unrecorded(target, patch.written_for[-1], table)
+            return f"{told}, or the name is misspelt"
+    return None
+
+
+def _unrecorded(target: str, release: str, table: dict[str, dict[str, str]]) -> str:
+    what = f"fingerprint of {target} for" if release in table else "release"
+    return f"releases.json has no {what} {release}: python -m gemma4_turbo.fingerprints WHEEL"
 
 
 def record_release(source_of: SourceOf, patches: Iterable[Patch] = CATALOGUE) -> dict[str, str]:
@@ -230,6 +318,9 @@ def main(wheels: list[str]) -> int:
     """Add the releases in ``wheels`` to ``releases.json``."""
     if not wheels:
         print("usage: python -m gemma4_turbo.fingerprints WHEEL ...", file=sys.stderr)
+        return 2
+    if not isinstance(TABLE, Path):
+        print(f"gemma4_turbo: {TABLE} is in a zip: record from a checkout", file=sys.stderr)
         return 2
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     for wheel in map(Path, wheels):

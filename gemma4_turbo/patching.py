@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gemma4_turbo import state_folder, states
@@ -236,6 +236,10 @@ class Engine:
         if foreign is not None:
             run.set(states.UNSUPPORTED, foreign)
             return
+        mistake = self._mistake(patch)
+        if mistake is not None:
+            run.set(states.FAILED, mistake)
+            return
         if not all(module in self._ready for module in patch.modules):
             return
         from gemma4_turbo import fingerprints, neighbours
@@ -260,20 +264,18 @@ class Engine:
             run.code = _patch_module(patch)
             stock = {swap.target: swap.function for swap in swaps}
             replacements = run.code.build(run, stock)
+            _require_all(patch, replacements)
             for swap in swaps:
                 swap.install(replacements[swap.target])
                 done.append(swap)
             run.swaps = done
             run.set(states.ACTIVE, "installed")
         except NotStockError as error:
-            self._abandon(run, done)
-            run.set(states.CONFLICT, str(error))
+            self._abandon(run, done, states.CONFLICT, str(error))
         except states.NotNeededError as reason:
-            self._abandon(run, done)
-            run.set(states.UPSTREAMED, str(reason))
+            self._abandon(run, done, states.UPSTREAMED, str(reason))
         except Exception as error:
-            self._abandon(run, done)
-            run.set(states.FAILED, f"{type(error).__name__}: {error}")
+            self._abandon(run, done, states.FAILED, f"{type(error).__name__}: {error}")
             logger.debug("gemma4_turbo: %s", patch.name, exc_info=True)
 
     def model_made(self, model: Any) -> None:
@@ -319,19 +321,36 @@ class Engine:
         return None
 
     @staticmethod
-    def _abandon(run: PatchRun, done: list[Swap]) -> None:
-        """Undo an installation that failed half-way."""
-        for swap in reversed(done):
-            swap.restore()
+    def _put_back(run: PatchRun, swaps: list[Any]) -> tuple[list[str], list[str]]:
+        """Everything that can be, and the live objects: ``(replaced after us, what went wrong)``."""
+        foreign, problems = [], []
+        for swap in reversed(swaps):
+            try:
+                if not swap.restore():
+                    foreign.append(swap.target)
+            except Exception as error:
+                problems.append(f"{swap.target} not put back: {type(error).__name__}: {error}")
         if run.code is not None:
-            run.code.undo(run)
-            run.code = None
+            try:
+                run.code.undo(run)
+            except Exception as error:
+                problems.append(f"undo(): {type(error).__name__}: {error}")
+                logger.debug("gemma4_turbo: %s", run.patch.name, exc_info=True)
+        return foreign, problems
+
+    def _abandon(self, run: PatchRun, done: list[Swap], state: str, reason: str) -> None:
+        """Undo an installation that failed half-way, and say why it did."""
+        _, problems = self._put_back(run, done)
+        run.code = None
+        run.set(states.FAILED if problems else state, "; ".join([reason, *problems]))
 
     def _uninstall(self, run: PatchRun) -> None:
         """Put back what is still ours."""
-        foreign = [swap.target for swap in reversed(run.swaps) if not swap.restore()]
-        if run.swaps and run.code is not None:
-            run.code.undo(run)
+        foreign, problems = self._put_back(run, run.swaps) if run.swaps else ([], [])
+        if problems:
+            run.swaps = []
+            run.set(states.FAILED, f"not reverted: {'; '.join(problems)}")
+            return
         if foreign:
             run.swaps = []
             run.set(states.CONFLICT, f"not reverted, replaced after us: {', '.join(foreign)}")
@@ -345,6 +364,8 @@ class Engine:
         """Whether the switches want a patch and everything that it stands on, and why."""
         decisions = self.switches().decisions
         for needed in patch.requires:
+            if needed not in decisions:
+                continue  # a mistake, which is told where the patch would be installed
             if not decisions[needed].on and decisions[patch.name].on:
                 return False, f"stands on {needed}, which is off: {decisions[needed].reason}"
         return decisions[patch.name].on, decisions[patch.name].reason
@@ -356,7 +377,22 @@ class Engine:
             return run.state, run.reason
         from gemma4_turbo import fingerprints
 
-        return fingerprints.judge(patch, installed_release(), fingerprints.installed_source)
+        try:
+            mistake = self._mistake(patch)
+            if mistake is not None:
+                return states.FAILED, mistake
+            return fingerprints.judge(patch, installed_release(), fingerprints.installed_source)
+        except Exception as error:
+            return states.FAILED, f"{type(error).__name__}: {error}"
+
+    def _mistake(self, patch: Patch) -> str | None:
+        """What is wrong with a patch's record, before any source is looked at."""
+        unknown = [name for name in patch.requires if name not in self.runs]
+        if unknown:
+            return f"requires names no patch: {', '.join(unknown)}"
+        from gemma4_turbo import fingerprints
+
+        return fingerprints.mistake(patch)
 
     # -- plumbing -----------------------------------------------------------------------------
 
@@ -407,6 +443,9 @@ class Engine:
                     self._half.add(name)
                 else:
                     wrapt.register_post_import_hook(self._hook(run), name)
+        for run in self.runs.values():
+            if self._mistake(run.patch) is not None:  # its module would be waited for in vain
+                self._install(run)
 
     def _hook(self, run: PatchRun) -> Callable[[types.ModuleType], None]:
         @self._guarded
@@ -512,7 +551,17 @@ def being_imported(name: str) -> bool:
 
 def _patch_module(patch: Patch) -> PatchModule:
     module: Any = importlib.import_module(f"gemma4_turbo.patches.{patch.name}")
+    for name in ("build", "undo", "verify"):
+        if not callable(getattr(module, name, None)):
+            raise AttributeError(f"patches/{patch.name}.py has no {name}()")
     return module  # type: ignore[no-any-return]
+
+
+def _require_all(patch: Patch, replacements: Any) -> None:
+    """Before any of them is installed: a replacement for each target."""
+    for target in patch.targets:
+        if not isinstance(replacements, Mapping) or replacements.get(target) is None:
+            raise KeyError(f"build() of patches/{patch.name}.py has no replacement for {target}")
 
 
 def _imported_source(module: str) -> str | None:
@@ -520,16 +569,13 @@ def _imported_source(module: str) -> str | None:
 
     Of one that is not imported yet: from the file that it would be loaded from.
     """
+    from gemma4_turbo import fingerprints
+
     loaded = sys.modules.get(module)
     if loaded is None:
-        from gemma4_turbo import fingerprints
-
         return fingerprints.installed_source(module)
     path = getattr(loaded, "__file__", None)
-    if not path:
-        return None
-    with open(path, encoding="utf-8") as file:
-        return file.read()
+    return fingerprints.file_source(path) if path else None
 
 
 ENGINE = Engine()

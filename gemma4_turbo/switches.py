@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 from gemma4_turbo.catalogue import BITWISE, CATALOGUE, Patch
@@ -80,6 +81,66 @@ def _choice(
     return None, problem
 
 
+@lru_cache(maxsize=256)
+def _misspelt(variable: str, value: str, known: frozenset[str]) -> str | None:
+    """The sentence on a variable that is none of ours, None if it does not look like one either.
+
+    What begins as ours do speaks to us, whatever follows. Any other must be close to one of ours.
+    """
+    if _linked_service(variable, value) and variable.replace("_ENV_", "_") not in known:
+        return None
+    sentence = f"{variable} is no variable of gemma4_turbo"
+    letters = {_letters(name): name for name in known}
+    same = letters.get(_letters(variable))
+    if same is not None:
+        return f"{sentence}; did you mean {same}?"
+    import difflib  # here, because it is slow to import and seldom needed
+
+    if variable.startswith(f"{MASTER}_"):
+        close = difflib.get_close_matches(variable, known, n=1)
+        return f"{sentence}; did you mean {close[0]}?" if close else sentence
+    # Nearly our prefix, and nearly one of our names behind it, each by itself: together they would
+    # make GEMMA4_MOE_CONFIGS look like ours.
+    ours, typed = _letters(MASTER), _letters(variable)
+    if typed.startswith("GEMMA") and typed[5:6].isdecimal() and typed[5:6] != "4":
+        return None  # another model's
+    alike = {
+        end: difflib.SequenceMatcher(None, typed[:end], ours).ratio()
+        for end in range(len(ours) - 2, len(ours) + 3)
+    }
+    cut = max(alike, key=alike.__getitem__)
+    if alike[cut] < 0.86:  # one wrong letter, or two that are missing
+        return None
+    rests = {name.removeprefix(ours): meant for name, meant in letters.items()}
+    close = difflib.get_close_matches(typed[cut:], rests, n=1, cutoff=0.8)
+    return f"{sentence}; did you mean {rests[close[0]]}?" if close else None
+
+
+def _letters(variable: str) -> str:
+    """Without what separates words, in capitals."""
+    return variable.upper().translate({ord(mark): None for mark in "_-. "})
+
+
+def _linked_service(variable: str, value: str) -> bool:
+    """Whether Kubernetes or ``docker --link`` made this of a service's name, gemma4-turbo for one.
+
+    Name and value together tell: GEMMA4_TURBO_PORT=8000 is somebody's slip.
+    """
+    import re  # here, as difflib above
+
+    address = r"(?:\d+\.\d+\.\d+\.\d+|[0-9a-f]*:[0-9a-f:.]*)"
+    url = rf"(?:tcp|udp|sctp)://(?:{address}|\[{address}\]):\d{{1,5}}"
+    link = (
+        rf"SERVICE_HOST={address}|SERVICE_PORT(?:_[A-Z0-9_]+)?=\d{{1,5}}|PORT={url}"
+        rf"|PORT_\d+_(?:TCP|UDP|SCTP)(?:_START|_END)?={url}"
+        r"|PORT_\d+_(?:TCP|UDP|SCTP)_PORT(?:_START|_END)?=\d{1,5}"
+        rf"|PORT_\d+_(?:TCP|UDP|SCTP)_ADDR={address}"
+        r"|PORT_\d+_(?P<protocol>TCP|UDP|SCTP)_PROTO=(?i:(?P=protocol))"
+        r"|NAME=/.+/.+|ENV_[^=]+=.*"  # of docker: the container, and its own variables
+    )
+    return re.fullmatch(rf"[A-Z0-9_.]+?_(?:{link})", f"{variable}={value}", re.DOTALL) is not None
+
+
 def read(
     environ: Mapping[str, str] | None = None,
     selection: Selection | None = None,
@@ -131,14 +192,15 @@ def read(
             decision = Decision(patch.default, "default")
         decisions[patch.name] = decision
 
-    known = {MASTER, PROFILE, STRICT, LOG, STATE_DIR, SELECTION, *(p.env for p in catalogue)}
+    known = frozenset({MASTER, PROFILE, STRICT, LOG, STATE_DIR, SELECTION})
+    known |= {patch.env for patch in catalogue}
     for variable in environ:
-        if variable.startswith(MASTER) and variable not in known:
-            import difflib  # here, because it is slow to import and seldom needed
-
-            close = difflib.get_close_matches(variable, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            problems.append(f"{variable} is no variable of gemma4_turbo{hint}")
+        # Cheap, as every variable of every process comes by: a slip or two leave one of these.
+        upper = variable.upper()
+        if ("GEM" in upper or "URBO" in upper) and variable not in known:
+            problem = _misspelt(variable, environ[variable], known)
+            if problem is not None:
+                problems.append(problem)
     # A strict mode that cannot be read is meant: fall on the strict side.
     return Switches(
         decisions,

@@ -13,6 +13,7 @@ import pytest
 
 from gemma4_turbo import fingerprints, gates, patching, switches
 from gemma4_turbo.catalogue import BITWISE, Alias, Patch
+from gemma4_turbo.checks import Check
 from gemma4_turbo.states import PatchStatus
 
 RELEASE = "1.0"
@@ -78,6 +79,10 @@ class Code(types.ModuleType):
     def undo(self, run: patching.PatchRun) -> None:
         """Count the calls."""
         self.undone += 1
+
+    def verify(self, run: patching.PatchRun, device: str) -> list[Check]:
+        """Nothing to compare."""
+        return []
 
 
 class World:

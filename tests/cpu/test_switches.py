@@ -193,6 +193,24 @@ def test_log_level_in_any_case() -> None:
         ("GEMMA4_TURBO_ROUTR", "GEMMA4_TURBO_ROUTER"),
         ("GEMMA4_TURBO_STRCT", "GEMMA4_TURBO_STRICT"),
         ("GEMMA4_TURBO_PROFIL", "GEMMA4_TURBO_PROFILE"),
+        ("GEMMA4_TURBO_", "GEMMA4_TURBO"),
+        ("GEMMA4TURBO_ROUTER", "GEMMA4_TURBO_ROUTER"),
+        ("GEMMA4TURBO", "GEMMA4_TURBO"),
+        ("gemma4_turbo_router", "GEMMA4_TURBO_ROUTER"),
+        ("gemma4_turbo_routr", "GEMMA4_TURBO_ROUTER"),
+        ("Gemma4_Turbo_Router", "GEMMA4_TURBO_ROUTER"),
+        ("GEMMA_4_TURBO_ROUTER", "GEMMA4_TURBO_ROUTER"),
+        ("GEMMA4-TURBO-ROUTER", "GEMMA4_TURBO_ROUTER"),
+        ("GEMMA4_TURBOROUTER", "GEMMA4_TURBO_ROUTER"),
+        ("GEMMA4_TURBOROUTR", "GEMMA4_TURBO_ROUTER"),
+        ("GEMA4_TURBO_ROUTER", "GEMMA4_TURBO_ROUTER"),
+        ("GEMA4_TURBO", "GEMMA4_TURBO"),
+        ("GEMMA_TURBO_STRICT", "GEMMA4_TURBO_STRICT"),
+        ("GEMMA4_TRUBO_STRICT", "GEMMA4_TURBO_STRICT"),
+        ("GEMMA4_TURB_STRICT", "GEMMA4_TURBO_STRICT"),
+        ("EMMA4_TURBO_MOE_ALIGN", "GEMMA4_TURBO_MOE_ALIGN"),
+        ("_GEMMA4_TURBO_MOE_ALIGN", "GEMMA4_TURBO_MOE_ALIGN"),
+        ("GEMMA4_TURBO_ENV_ROUTER", "GEMMA4_TURBO_ROUTER"),
     ],
 )
 def test_a_misspelt_variable_is_told_with_the_likely_one(typed: str, meant: str) -> None:
@@ -207,6 +225,92 @@ def test_an_unknown_variable_like_no_other() -> None:
     (problem,) = read({"GEMMA4_TURBO_" + "Q" * 30: "0", "GEMMA4": "1", "SGLANG_X": "1"}).problems
     assert "is no variable of gemma4_turbo" in problem
     assert "did you mean" not in problem
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        *("GEMMA4", "GEMMA4_MODEL", "GEMMA_HOME", "GEMMA4_ROUTER", "GEMMA4_MOE_CONFIGS"),
+        *("GEMMA4_TOP", "GEMMA4_TURN", "GEMMA4_TURBOCHARGER", "GEMMA4TURBO_URL", "GEMMA3_TURBO"),
+        *("gemma4_turbo_home", "GEM_HOME", "TURBO_TOKEN", "VLLM_GEMMA4_TURBO_ROUTER", "ROUTER"),
+        *("", "=", "G" * 5000),
+    ],
+)
+@pytest.mark.parametrize("value", ["", "0", "1", "/srv/model", "tcp://10.0.0.1:80"])
+def test_other_projects_variables_are_none_of_ours(variable: str, value: str) -> None:
+    """Strict mode would refuse to start because of them."""
+    assert read({variable: value}).problems == ()
+
+
+def service(name: str, address: str = "10.96.14.3", protocol: str = "tcp") -> dict[str, str]:
+    """What Kubernetes puts into every pod for a service with a named port."""
+    prefix = name.upper().replace("-", "_")
+    url = f"{protocol}://[{address}]:8000" if ":" in address else f"{protocol}://{address}:8000"
+    port = f"{prefix}_PORT_8000_{protocol.upper()}"
+    return {
+        f"{prefix}_SERVICE_HOST": address,
+        f"{prefix}_SERVICE_PORT": "8000",
+        f"{prefix}_SERVICE_PORT_HTTP_API": "8000",
+        f"{prefix}_PORT": url,
+        port: url,
+        f"{port}_PROTO": protocol,
+        f"{port}_PORT": "8000",
+        f"{port}_ADDR": address,
+    }
+
+
+LINKED = {
+    "GEMMA4_TURBO_NAME": "/web/gemma4-turbo",
+    "GEMMA4_TURBO_PORT": "tcp://172.17.0.5:8000",
+    "GEMMA4_TURBO_PORT_8000_TCP_START": "tcp://172.17.0.5:8000",
+    "GEMMA4_TURBO_PORT_8000_TCP_END": "tcp://172.17.0.5:8009",
+    "GEMMA4_TURBO_PORT_8000_TCP_PORT_START": "8000",
+    "GEMMA4_TURBO_PORT_8000_TCP_PORT_END": "8009",
+    "GEMMA4_TURBO_ENV_PYTHON_VERSION": "3.11.9",
+    "GEMMA4_TURBO_ENV_GEMMA4_TURBO_ROUTER": "0",
+    "GEMMA4_TURBO_ENV_notes": "two\nlines = 2",
+}
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        service("gemma4-turbo"),
+        service("gemma4-turbo-router"),
+        service("gemma4turbo"),
+        service("gemma-4-turbo-v2"),
+        service("gemma4-turbo", "fd00:10:96::a"),
+        service("gemma4-turbo", "::1", "sctp"),
+        service("gemma4-turbo-dns", protocol="udp"),
+        LINKED,
+    ],
+)
+def test_variables_of_a_service_are_none_of_ours(environ: dict[str, str]) -> None:
+    """Each of them alone, and all together."""
+    assert read(environ).problems == ()
+    for variable, value in environ.items():
+        assert read({variable: value}).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("GEMMA4_TURBO_PORT", "8000"),
+        ("GEMMA4_TURBO_PORT", "tcp://somewhere"),
+        ("GEMMA4_TURBO_PORT", "http://10.96.14.3:8000"),
+        ("GEMMA4_TURBO_SERVICE_HOST", "1"),
+        ("GEMMA4_TURBO_SERVICE_PORT", "http"),
+        ("GEMMA4_TURBO_PORT_8000_TCP", "1"),
+        ("GEMMA4_TURBO_PORT_8000_TCP_PROTO", "udp"),
+        ("GEMMA4_TURBO_PORT_8000_TCP_ADDR", "0"),
+        ("GEMMA4_TURBO_NAME", "router"),
+        ("GEMMA4_TURBO_ENV_ROUTER", "0"),
+    ],
+)
+def test_the_name_of_such_a_variable_alone_is_not_enough(variable: str, value: str) -> None:
+    """With a value that no service gives, it is somebody's slip."""
+    (problem,) = read({variable: value}).problems
+    assert problem.startswith(f"{variable} is no variable of gemma4_turbo")
 
 
 def test_the_package_s_own_variables_are_known() -> None:
