@@ -91,6 +91,21 @@ def sampling(new: int) -> dict[str, Any]:
 # -- the server ---------------------------------------------------------------------------------
 
 
+def as_row(found: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of an answer, with their logprobs as float32 bits."""
+    meta = found["meta_info"]
+    return {
+        "ids": found["output_ids"],
+        "prompt": meta["prompt_tokens"],
+        "input": [],
+        "output": [float(item[0]).hex() for item in meta["output_token_logprobs"]],
+        "top": [
+            [[float(value).hex(), token] for value, token, *_ in step]
+            for step in meta["output_top_logprobs"]
+        ],
+    }
+
+
 class ImageServer(Server):
     """With the requests of this benchmark."""
 
@@ -116,18 +131,7 @@ class ImageServer(Server):
         with self.post(
             "/generate", {**body, "sampling_params": sampling(new), **options}
         ) as answer:
-            found = json.loads(answer.read())
-        meta = found["meta_info"]
-        return {
-            "ids": found["output_ids"],
-            "prompt": meta["prompt_tokens"],
-            "input": [],
-            "output": [float(item[0]).hex() for item in meta["output_token_logprobs"]],
-            "top": [
-                [[float(value).hex(), token] for value, token, *_ in step]
-                for step in meta["output_top_logprobs"]
-            ],
-        }
+            return as_row(json.loads(answer.read()))
 
     def chat(self, side: int) -> str:
         """An image through the chat endpoint and the chat template; what came back."""

@@ -1,0 +1,229 @@
+"""The checkpoints of bench/hostile.py as stock loads them, and what it concludes from what it sees."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("pandas", reason="the bench's own packages are not installed")
+from bench import checkpoints, hostile
+
+SMALL = checkpoints.Size(
+    hidden=128,
+    mlp=192,
+    layers=2,
+    experts=16,
+    expert_width=64,
+    heads=4,
+    kv_sliding=2,
+    kv_full=1,
+    head_sliding=32,
+    head_full=64,
+    vocabulary=512,
+)
+SMALL_DENSE = SMALL._replace(experts=0)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(folder / "model.safetensors"))
+
+
+def load(folder: Path, dtype: torch.dtype, quantisation: Any = None) -> tuple[Any, set[str]]:
+    """Stock's model on the CPU with the checkpoint in it, and the parameters that it filled."""
+    from sglang.srt.models.gemma4_causal import Gemma4ForCausalLM
+    from sglang.srt.utils.hf_transformers import get_config
+
+    from gemma4_turbo.commands import small_moe
+
+    small_moe.prepare_sglang()
+    config = get_config(str(folder), trust_remote_code=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = Gemma4ForCausalLM(config, quantisation)
+    finally:
+        torch.set_default_dtype(before)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan") if parameter.is_floating_point() else -1)
+    return model, model.load_weights(iter(stored(folder).items()))
+
+
+def test_stock_fills_every_parameter_of_the_moe_model(tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level(logging.WARNING):
+        model, loaded = load(checkpoints.write_gemma(tmp_path, SMALL), torch.bfloat16)
+    assert {name for name, _ in model.named_parameters()} <= loaded
+    assert "not initialized" not in caplog.text
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+    full = model.model.layers[-1].self_attn
+    keys, values = full.qkv_proj.weight[-2 * full.kv_size :].split(full.kv_size)
+    assert torch.equal(keys, values)
+
+
+def unpacked(packed: torch.Tensor) -> torch.Tensor:
+    """AWQ's 4-bit numbers of a row, in order."""
+    parts = torch.stack([(packed >> (4 * place)) & 15 for place in range(8)], dim=-1)
+    order = torch.tensor(checkpoints.PACKED).argsort()
+    return parts[..., order].reshape(len(packed), -1)
+
+
+def test_awq_numbers_come_out_as_they_went_in():
+    numbers = torch.randint(16, (64, 32), dtype=torch.int32)
+    packed = checkpoints.pack_awq(numbers)
+    assert packed.shape == (64, 4)
+    assert packed.dtype == torch.int32
+    assert torch.equal(unpacked(packed), numbers)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(SMALL, torch.float16), (SMALL_DENSE, torch.bfloat16)], ids=["moe", "dense"]
+)
+def test_stock_fills_every_parameter_of_the_awq_model(
+    tmp_path: Path, size: checkpoints.Size, dtype: torch.dtype
+) -> None:
+    from sglang.srt.layers.quantization.awq.awq import AWQConfig
+
+    folder = checkpoints.write_awq(tmp_path, size, str(dtype).removeprefix("torch."))
+    quantisation = AWQConfig(4, checkpoints.GROUP, True)
+    model, loaded = load(folder, dtype, quantisation)
+    named = dict(model.named_parameters())
+    assert set(named) <= loaded
+    attention = model.model.layers[0].self_attn
+    assert not hasattr(attention.qkv_proj, "weight")
+    weights = stored(folder)
+    name = "model.layers.0.self_attn.q_proj."
+    inputs = weights[name + "qweight"].shape[0]
+    zeros, scales = unpacked(weights[name + "qzeros"]), weights[name + "scales"]
+    numbers = unpacked(weights[name + "qweight"]).float()
+    grouped = numbers.view(len(scales), checkpoints.GROUP, -1) - zeros[:, None]
+    dequantised = (grouped * scales[:, None].float()).view(inputs, -1)
+    assert dequantised.std().item() == pytest.approx(inputs**-0.5, rel=0.1)
+    assert torch.equal(attention.qkv_proj.qweight[:, :16], weights[name + "qweight"])
+
+
+def test_the_real_sizes_are_what_stock_asks_for():
+    config = checkpoints.gemma_config(checkpoints.MOE)
+    assert (config["head_dim"], config["swa_head_dim"]) == (512, 256)
+    assert config["layer_types"][-1] == "full_attention"
+    for size in (checkpoints.MOE, checkpoints.DENSE):
+        for outputs, inputs in checkpoints.gemma_linears(size).values():
+            assert inputs % checkpoints.GROUP == outputs % 8 == 0
+    for outputs, inputs in checkpoints.gemma_linears(checkpoints.DENSE).values():
+        assert outputs % 64 == inputs % 128 == 0  # Marlin's
+
+
+def answer(ids: list[int], gap: float = 1.0, shift: float = 0.0) -> dict[str, Any]:
+    return {
+        "ids": ids,
+        "output": [float(-1 + shift).hex() for _ in ids],
+        "top": [
+            [[float(-1 + shift).hex(), token], [float(-1 + shift - gap).hex(), 99]] for token in ids
+        ],
+    }
+
+
+def test_equal_answers_are_equal_bit_for_bit():
+    found, told = hostile.compare([answer([1, 2, 3])], [answer([1, 2, 3])], 0.1)
+    assert (found.tokens, found.equal, found.ties, found.wrong, found.bits) == (3, 3, 0, 0, True)
+    assert (found.distance, told, str(found)) == (0.0, [], "3/3")
+
+
+def test_logprobs_that_differ_are_told_by_their_distance():
+    found, _ = hostile.compare([answer([1, 2])], [answer([1, 2], shift=0.25)], 0.1)
+    assert (found.equal, found.wrong, found.bits, found.distance) == (2, 0, False, 0.25)
+
+
+@pytest.mark.parametrize(("gap", "ties", "wrong"), [(0.05, 1, 0), (0.5, 0, 1)])
+def test_a_difference_is_excused_only_where_stock_finds_both_as_good(
+    gap: float, ties: int, wrong: int
+) -> None:
+    found, told = hostile.compare([answer([1, 2, 3], gap)], [answer([1, 99, 7])], 0.1)
+    assert (found.tokens, found.equal, found.ties, found.wrong) == (3, 1, ties, wrong)
+    assert "token 1 differs" in told[0]
+
+
+def test_a_token_that_stock_does_not_think_of_is_wrong():
+    assert hostile.compare([answer([1, 2], 0.0)], [answer([1, 5])], 9.0)[0].wrong == 1
+
+
+def test_missing_answers_tokens_and_numbers_are_wrong():
+    assert hostile.compare([answer([1]), answer([2])], [answer([1])], 0.1)[0].wrong == 1
+    assert hostile.compare([answer([1, 2])], [answer([1])], 0.1)[0].wrong == 1
+    assert hostile.compare([answer([1])], [answer([1], shift=float("nan"))], 0.1)[0].wrong == 1
+
+
+def test_a_snapshot_sees_what_changed_and_opens_no_pipe(tmp_path: Path) -> None:
+    folder, victim = tmp_path / "state", tmp_path / "victim"
+    victim.write_text("mine")
+    hostile.foreign_files(folder, victim, pids=20)
+    before = hostile.snapshot([folder])
+    assert len(before) > 40
+    (folder / "new.json").write_text("{}")
+    assert hostile.changes(before, hostile.snapshot([folder])) == []
+    (folder / "config.json").write_text("{}")
+    (folder / "pipe.json").unlink()
+    os.utime(folder / "notes.txt", ns=(1, 1))
+    found = hostile.changes(before, hostile.snapshot([folder]))
+    assert sorted(Path(line.split(":")[0]).name for line in found) == [
+        "config.json",
+        "notes.txt",
+        "pipe.json",
+    ]
+    assert str(folder / "pipe.json") + ": gone" in found
+
+
+def row(name: str, state: str, reason: str = "", engaged: int = 0) -> dict[str, Any]:
+    return {"name": name, "state": state, "reason": reason, "engaged": engaged}
+
+
+def test_the_process_that_runs_a_patch_speaks_for_it():
+    found = hostile.merged(
+        [
+            {
+                "command": "python -m sglang.launch_server",
+                "patches": [row("a", "active"), row("b", "waiting")],
+            },
+            {
+                "command": "sglang::scheduler",
+                "patches": [row("a", "active", "", 7), row("b", "off", "x")],
+            },
+        ]
+    )
+    assert {r["name"]: (r["state"], r["engaged"]) for r in found} == {
+        "a": ("active", 7),
+        "b": ("off", 0),
+    }
+
+
+def test_reasons_are_told_once_and_short():
+    rows = [row(name, "unsupported", "r" * 200) for name in "abcd"] + [row("e", "active")]
+    assert hostile.by_state(rows) == "unsupported 4, active 1"
+    (line,) = hostile.reasons(rows)
+    assert line.startswith("unsupported: 4 patches: rrr")
+    assert len(line) < 150
+
+
+def test_patches_that_do_not_stand_aside_for_a_model_are_named():
+    reason = "the model is a LlamaForCausalLM"
+    rows = [
+        row("a", "unsupported", reason),
+        row("b", "off"),
+        row("c", "active"),
+        row("d", "unsupported"),
+    ]
+    assert [line[0] for line in hostile.not_aside(rows, "LlamaForCausalLM")] == ["c", "d"]
+
+
+def test_slots_never_hold_more_than_there_are():
+    slots = hostile.Slots(2)
+    with slots.taken(5):
+        assert slots.free == 0
+    assert slots.free == 2
