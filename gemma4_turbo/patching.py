@@ -184,7 +184,7 @@ class Engine:
                     inherited = os.environ.get(SELECTION, "")
                     self._select(Selection.decode(inherited) if inherited else Selection())
         except Exception as error:
-            self._mistake("bootstrap failed; this process stays stock", error)
+            self._swallow("bootstrap failed; this process stays stock", error)
             self._guarded(self._register_gates)()
 
     def revert(self) -> None:
@@ -474,11 +474,11 @@ class Engine:
             try:
                 function(*args)
             except Exception as error:
-                self._mistake(function.__name__, error)
+                self._swallow(function.__name__, error)
 
         return call
 
-    def _mistake(self, what: str, error: Exception) -> None:
+    def _swallow(self, what: str, error: Exception) -> None:
         """Log it, keep it for strict mode, and let SGLang go on."""
         with contextlib.suppress(Exception):
             self.mistakes.append(f"{what}: {type(error).__name__}: {error}")
