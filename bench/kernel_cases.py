@@ -251,7 +251,7 @@ class Heads(NamedTuple):
 
 def heads_of(model: Geometry) -> dict[str, Heads]:
     """The kinds of layers that a model has."""
-    full = Mode.QK if model.k_eq_v else Mode.QKV
+    full = Mode.QKV  # also where V is K before the norms: that is a fact about weights
     kinds = {
         "sliding": Heads(model.heads, model.kv_heads_sliding, HEAD_DIM_SLIDING, Mode.QKV),
         "full": Heads(model.heads, model.kv_heads_full, HEAD_DIM_FULL, full),

@@ -236,7 +236,7 @@ def test_rows_that_the_patch_takes(name, rows):
 def test_heads_of_the_models():
     found = {name: cases.heads_of(model) for name, model in cases.MODELS.items()}
     assert found == {
-        "26b-a4b": {"sliding": (16, 8, 256, Mode.QKV), "full": (16, 2, 512, Mode.QK)},
+        "26b-a4b": {"sliding": (16, 8, 256, Mode.QKV), "full": (16, 2, 512, Mode.QKV)},
         "e4b": {
             "sliding": (8, 2, 256, Mode.QKV),
             "full": (8, 2, 512, Mode.QKV),

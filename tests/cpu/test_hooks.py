@@ -1,0 +1,231 @@
+"""Forward hooks on whatever a fusion goes round: called, and obeyed, as under stock."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo import hooks
+from gemma4_turbo.patching import ENGINE
+from tests.cpu import test_forwards as forwards
+from tests.cpu.conftest import patched_sglang
+
+# One name for each module that some fusion does not call, or calls on something else than stock does.
+ATTENTION = (
+    "self_attn",
+    "self_attn.qkv_proj",
+    "self_attn.q_norm",
+    "self_attn.v_norm",
+    "self_attn.rotary_emb",
+    "self_attn.attn",
+    "self_attn.o_proj",
+)
+LAYER = (
+    "",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+    "mlp",
+    "mlp.gate_up_proj",
+    "mlp.act_fn",
+    "mlp.down_proj",
+)
+MOE = (
+    "router",
+    "router.norm",
+    "router.proj",
+    "moe",
+    "moe.topk",
+    "moe.experts",
+    "pre_feedforward_layernorm_2",
+    "post_feedforward_layernorm_1",
+)
+PLE = ("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm")
+WHERE = {"dense": (*ATTENTION, *LAYER), "moe": MOE, "ple": PLE}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """SGLang's Gemma 4 module imported with the patches applied; reverted at the end."""
+    with patched_sglang(tmp_path_factory):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from gemma4_turbo.forwards import steps
+
+    monkeypatch.setattr(steps, "_prove", lambda *args: None)
+    with torch._dynamo.config.patch(disable=True), torch.no_grad():
+        yield
+    ENGINE.revert()
+
+
+class Seen:
+    """A hook that counts, keeps the shapes of what it sees, and bends the first tensor of a result."""
+
+    def __init__(self) -> None:
+        self.shapes: list[Any] = []
+
+    def __call__(self, module: Any, args: Any, output: Any) -> Any:
+        self.shapes.append([_shapes(args), _shapes(output)])
+        return _bent(output)
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return tuple(value.shape)
+    if isinstance(value, tuple | list):
+        return [_shapes(part) for part in value if isinstance(part, torch.Tensor | tuple | list)]
+    return None
+
+
+def _bent(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dim() > 0:
+        ramp = torch.linspace(-0.5, 0.5, value.shape[-1], dtype=torch.float32)
+        return (value.float() * 0.5 + ramp).to(value.dtype)
+    if isinstance(value, tuple) and value and isinstance(value[0], torch.Tensor):
+        rest = value[1:]
+        if hasattr(value, "_replace"):  # a named tuple of the top-k
+            return None
+        return (_bent(value[0]), *rest)
+    return None
+
+
+def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
+
+
+def compare(model: Any, register: Callable[[Any], Any], what: str, warm: bool = True) -> None:
+    """Stock's result and calls of the hook are the patched model's."""
+    ENGINE.revert()
+    stock, ours = Seen(), Seen()
+    handle = register(stock)
+    expected = forwards.run(model, tokens=3)
+    handle.remove()
+    ENGINE.apply()
+    if warm:
+        forwards.run(model, tokens=3)  # the hook comes when plans and verdicts are there
+    handle = register(ours)
+    found = forwards.run(model, tokens=3)
+    handle.remove()
+    assert ours.shapes == stock.shapes, what
+    assert distance(found, expected) < 0.06, what
+
+
+@pytest.mark.parametrize("kind", WHERE)
+def test_a_hook_sees_and_changes_what_it_does_under_stock(kind: str):
+    """On the first layer of two, registered when the model has run already."""
+    model = forwards.build(kind)
+    for where in WHERE[kind]:
+        module = model.layers[0].get_submodule(where)
+        compare(model, module.register_forward_hook, f"{kind}: {where or 'the layer'}")
+
+
+def test_a_hook_that_is_there_first_and_one_before_a_call():
+    model = forwards.build("dense")
+    for where in ("self_attn.rotary_emb", "post_attention_layernorm"):
+        module = model.layers[1].get_submodule(where)
+        compare(model, module.register_forward_hook, where, warm=False)
+
+    def pre(seen: Seen) -> Any:
+        def hook(module: Any, args: Any, kwargs: Any) -> Any:
+            seen.shapes.append(sorted(kwargs))
+            return args, {**kwargs, "hidden_states": _bent(kwargs["hidden_states"])}
+
+        return model.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
+
+    compare(model, pre, "a pre-hook on a layer, which sees stock's arguments and no others")
+
+
+def test_a_hook_for_all_modules():
+    """As a debugger registers it: ``register_module_forward_hook``."""
+    from torch.nn.modules.module import register_module_forward_hook
+
+    model = forwards.build("moe")
+
+    def register(seen: Seen) -> Any:
+        return register_module_forward_hook(
+            lambda module, args, output: seen.shapes.append(type(module).__name__)
+        )
+
+    compare(model, register, "all modules")
+
+
+def test_a_forward_that_was_set_on_the_module():
+    """As accelerate does: no hook in torch's sense, and called all the same."""
+    model = forwards.build("dense")
+    norm = model.layers[0].post_attention_layernorm
+
+    def register(seen: Seen) -> Any:
+        stock = type(norm).forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return seen(norm, args, stock(norm, *args, **kwargs))
+
+        norm.forward = forward
+
+        class Handle:
+            @staticmethod
+            def remove() -> None:
+                del norm.__dict__["forward"]
+
+        return Handle
+
+    compare(model, register, "norm.forward")
+
+
+def test_what_declines_says_so():
+    model = forwards.build("dense")
+    ENGINE.apply()
+    model.layers[0].self_attn.rotary_emb.register_forward_hook(lambda *args: None)
+    ENGINE.runs["rope_store"]._decline_reason = ""
+    forwards.run(model)
+    assert "forward hooks" in ENGINE.runs["rope_store"].full_reason()
+    assert ENGINE.runs["qkv_norm"].counters.engaged > 0
+
+
+def test_a_module_in_the_place_of_another_ends_the_plan():
+    """A wrapper that comes when the layer has run: it is called, whatever it is made of."""
+    model = forwards.build("dense")
+    ENGINE.apply()
+    forwards.run(model)
+    layer = model.layers[0]
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner: Any) -> None:
+            super().__init__()
+            self.inner = inner
+            self.calls = 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return self.inner(*args, **kwargs)
+
+    places = ("post_attention_layernorm", "post_feedforward_layernorm", "mlp")
+    for place in places:
+        setattr(layer, place, Wrapper(getattr(layer, place)))
+    for place in ("qkv_proj", "rotary_emb", "q_norm", "o_proj"):
+        setattr(layer.self_attn, place, Wrapper(getattr(layer.self_attn, place)))
+    found = forwards.run(model)
+    wrapped = [m for m in model.modules() if isinstance(m, Wrapper)]
+    # Stock reads q_norm's scale_shift on a GPU only: here it is called as any other.
+    assert [m.calls for m in wrapped] == [1] * len(wrapped)
+    ENGINE.revert()
+    assert distance(found, forwards.run(model)) < 0.06
+
+
+def test_watched_sees_hooks_that_come_and_go():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    watched = hooks.Watched([module])
+    assert not watched.hooked()
+    handle = module[0].register_forward_pre_hook(lambda *args: None)
+    assert watched.hooked()
+    assert hooks.hooked(module[0])
+    assert not hooks.hooked(module)
+    handle.remove()
+    assert not watched.hooked()
