@@ -41,7 +41,7 @@ AT_LOADING = {
 @pytest.fixture
 def engine(world: World, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """One patch that is on; every way into spawned processes is open."""
-    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setenv("PYTHONPATH", "nowhere")
     monkeypatch.delenv("SGLANG_PLUGINS", raising=False)
     made = world.engine((record("one", world.target("answer")), returning("ours")))
     made.apply()

@@ -254,3 +254,156 @@ def test_without_its_gate_strict_ends_the_process(python: Python, tree: Path) ->
     assert "WARNING gemma4_turbo: no summary will be logged" in lenient.stdout
     assert lenient.stdout.splitlines()[-1] == "WENT ON"
     assert "SWALLOWED" not in lenient.stdout
+
+
+# -- launches by other ways -----------------------------------------------------------------------
+
+# As SGLang's: it loads the plugins of a program that has not done so only here.
+PLUGINS_LATE = """\
+class Engine:
+    @classmethod
+    def _launch_subprocesses(cls, server_args):
+        import gemma4_turbo
+        gemma4_turbo.bootstrap()
+        return cls._launch_scheduler_processes(server_args, None, None)
+
+    @classmethod
+    def _launch_scheduler_processes(cls, server_args, port_args, run_scheduler_process_func):
+        print("LAUNCHED")
+        return server_args
+"""
+RAY = """\
+from sglang.srt.entrypoints.engine import Engine
+
+class RayEngine(Engine):
+    @classmethod
+    def _launch_scheduler_processes(cls, server_args, port_args, run_scheduler_process_func):
+        print("LAUNCHED")
+        return server_args
+"""
+
+
+@pytest.fixture
+def supported(tree: Path) -> Path:
+    """The stand-in of a release that no patch is for, with SGLang's two steps of a launch."""
+    (tree / "sglang/srt/models/gemma4_causal.py").unlink()
+    (tree / "sglang/srt/entrypoints/engine.py").write_text(PLUGINS_LATE)
+    return tree
+
+
+@pytest.mark.parametrize("first", ["", "gemma4_turbo.apply()\n"])
+def test_a_launch_that_loads_us_only_as_it_goes(
+    python: Python, supported: Path, first: str
+) -> None:
+    """As `http_server.launch_server` from Python; looked at once, whether we came before or not."""
+    code = f"{first}engine().Engine._launch_subprocesses(1000)"
+    lenient = ran(python, supported, code, SGLANG_PLUGINS="other")
+    assert lenient.returncode == 0, lenient.stderr
+    assert lenient.stdout.count("spawned processes would stay stock") == 1
+    assert "LAUNCHED" in lenient.stdout
+    strict = ran(python, supported, code, SGLANG_PLUGINS="other", GEMMA4_TURBO_STRICT="1")
+    assert strict.returncode == 1
+    last_line = strict.stderr.splitlines()[-1]
+    assert last_line.startswith(
+        "gemma4_turbo.gates.StrictModeError: GEMMA4_TURBO_STRICT=1: spawned"
+    )
+    assert last_line.count("GEMMA4_TURBO_STRICT") == 1
+    assert "LAUNCHED" not in strict.stdout
+
+
+@pytest.mark.parametrize("first", ["", "gemma4_turbo.apply()\n"])
+def test_ray(python: Python, supported: Path, first: str) -> None:
+    """Its actors load no plugins: said, and refused by strict mode."""
+    package = supported / "sglang/srt/ray"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "engine.py").write_text(RAY)
+    code = (
+        f"from sglang.srt.ray.engine import RayEngine\n{first}RayEngine._launch_subprocesses(1000)"
+    )
+    code = (
+        code if first else code.replace("from sglang", "import sglang.srt.entrypoints\nfrom sglang")
+    )
+    lenient = ran(python, supported, code)
+    assert lenient.returncode == 0, lenient.stderr
+    assert (
+        lenient.stdout.count("WARNING gemma4_turbo: --use-ray: the schedulers would be stock") == 1
+    )
+    assert "LAUNCHED" in lenient.stdout
+    strict = ran(python, supported, code, GEMMA4_TURBO_STRICT="1")
+    assert strict.returncode == 1
+    assert "StrictModeError: GEMMA4_TURBO_STRICT=1: --use-ray" in strict.stderr.splitlines()[-1]
+    assert "LAUNCHED" not in strict.stdout
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "call"),
+    [
+        ("entrypoints/engine.py", "_launch_subprocesses", "engine().Engine.renamed(1000)"),
+        ("model_executor/model_runner.py", "load_model", "runner().ModelRunner()"),
+    ],
+)
+def test_where_another_gate_holds_strict_mode_refuses_there(
+    python: Python, supported: Path, file: str, old: str, call: str
+) -> None:
+    """A release that renamed one function: importing it ends nothing, starting a server does."""
+    path = supported / "sglang/srt" / file
+    text = path.read_text().replace(old, "renamed")
+    path.write_text(
+        text + ("    def __init__(self):\n        pass\n" if old == "load_model" else "")
+    )
+    code = f"gemma4_turbo.apply()\nengine(), runner()\nprint('WENT ON')\n{call}\nprint('STARTED')"
+    strict = ran(python, supported, code, GEMMA4_TURBO_STRICT="1")
+    assert strict.returncode == 1
+    assert "WENT ON" in strict.stdout
+    assert "STARTED" not in strict.stdout
+    assert "StrictModeError" in strict.stderr.splitlines()[-1]
+    assert "strict mode has no hold on sglang" in strict.stderr.splitlines()[-1]
+    lenient = ran(python, supported, code)
+    assert lenient.returncode == 0, lenient.stderr
+    assert "STARTED" in lenient.stdout
+
+
+def test_applied_while_sglang_is_being_imported(python: Python, supported: Path) -> None:
+    """Half a module has no function to replace yet: the gate is put in at the launch."""
+    path = supported / "sglang/srt/model_executor/model_runner.py"
+    path.write_text("import gemma4_turbo\ngemma4_turbo.apply()\n" + RUNNER)
+    code = """
+runner()
+found = [gates()["load"]]
+engine().Engine._launch_subprocesses(1000)
+print(json.dumps([*found, gates()["load"]]))
+"""
+    found = last(ran(python, supported, code, GEMMA4_TURBO_STRICT="1"))
+    assert found == ["function", "FunctionWrapper"]
+
+
+REAL = """
+from types import SimpleNamespace
+gemma4_turbo.apply()
+from sglang.srt.disaggregation import encode_grpc_server, encode_server
+from sglang.srt.entrypoints import grpc_server
+from sglang.srt import server_args
+from gemma4_turbo import gates
+told = [type(f).__name__ for f in (
+    encode_server.launch_server, encode_grpc_server.serve_grpc_encoder, grpc_server.serve_grpc,
+    vars(encode_server.MMEncoder)["__init__"], vars(server_args.ServerArgs)["__post_init__"])]
+for start in (encode_server.launch_server, encode_grpc_server.serve_grpc_encoder):
+    try:
+        start(SimpleNamespace(tp_size=2))
+    except gates.StrictModeError as error:
+        told.append(str(error))
+told.append([t for t in gates._GATES
+             if t.partition(":")[0] in sys.modules and t not in patching.ENGINE.gates])
+print(json.dumps(told))
+"""
+
+
+def test_sglangs_own_encoder_and_grpc_servers(python: Python) -> None:
+    """The gates are in, and strict mode refuses before anything is started."""
+    done = python(START + REAL, PYTHONPATH=str(REPOSITORY), GEMMA4_TURBO_STRICT="1", timeout=400)
+    *types, encoder, encoder_grpc, missing = last(done)
+    assert types == ["FunctionWrapper"] * 5
+    for error in (encoder, encoder_grpc):
+        assert "--encoder-only with 2 ranks: all but the first would be stock" in error
+    assert missing == []
