@@ -331,7 +331,10 @@ def without_root_rights(locked: Path, path: list[str], notes: list[str]) -> list
     code = (
         "import os, sys\n"
         "try:\n    os.listdir(sys.argv[1])\n"
-        "except PermissionError:\n    import gemma4_turbo, sglang, torch\n"
+        "except PermissionError:\n"
+        "    import importlib.util\n    import gemma4_turbo\n"
+        "    for name in ('sglang', 'torch'):\n"
+        "        open(importlib.util.find_spec(name).origin).read()\n"
         "else:\n    sys.exit('root can search everything')\n"
     )
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(path))
@@ -1036,12 +1039,13 @@ def main(
         failed = [row for row in bench.rows if row.verdict == "FAIL"]
         unseen = [row for row in bench.rows if row.verdict == "NOT SHOWN"]
         aside = f", {len(unseen)} not shown: stock does not start" if unseen else ""
-        verdict = "FAIL" if failed or not bench.rows else "PASS"
+        shown = len(bench.rows) > len(unseen)
+        verdict = "PASS" if shown and not failed else "FAIL"
         print(f"{verdict}: {len(failed)} of {len(bench.rows)} failed{aside}", flush=True)
         shutil.rmtree(scratch, ignore_errors=True)
     # Threads that wait for what no longer comes do not hold the process.
     sys.stdout.flush()
-    os._exit(1 if failed else 0)
+    os._exit(0 if verdict == "PASS" else 1)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 
 pytest.importorskip("pandas", reason="the bench's own packages are not installed")
 from bench import checkpoints, hostile
+from tests.cpu.conftest import REPOSITORY
 
 SMALL = checkpoints.Size(
     hidden=128,
@@ -47,7 +51,10 @@ def load(folder: Path, dtype: torch.dtype, quantisation: Any = None) -> tuple[An
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model = Gemma4ForCausalLM(config, quantisation)
+        with pytest.MonkeyPatch.context() as patch:
+            # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
+            patch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)
+            model = Gemma4ForCausalLM(config, quantisation)
     finally:
         torch.set_default_dtype(before)
     with torch.no_grad():
@@ -227,3 +234,109 @@ def test_slots_never_hold_more_than_there_are():
     with slots.taken(5):
         assert slots.free == 0
     assert slots.free == 2
+
+
+# Stands in for SGLang: answers at once, does what its plugins say, and lives as long as it is told.
+FAKE = """
+import hashlib, json, os, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.metadata import entry_points
+
+found = [entry.value for entry in entry_points(group="sglang.srt.plugins")]
+assert "gemma4_turbo.plugin:register" in found, found
+patched = os.environ.get("GEMMA4_TURBO") != "0"
+if patched:
+    print("[now] gemma4_turbo 0.1.0: installed: router; standing aside: none", flush=True)
+spoil = os.environ.get("FAKE_SPOILS", "")
+state = os.environ.get("GEMMA4_TURBO_STATE_DIR", "")
+
+
+def answer(ids, new):
+    digest = hashlib.sha256(str(ids).encode()).digest()
+    tokens = [digest[i % 32] for i in range(new)]
+    if patched and spoil == "tokens":
+        tokens[3] += 1000
+    best = [[-0.5, t, None] for t in tokens]
+    return {
+        "output_ids": tokens,
+        "meta_info": {
+            "prompt_tokens": len(ids),
+            "output_token_logprobs": best,
+            "output_top_logprobs": [[one, [-2.5, 7, None]] for one in best],
+        },
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    def reply(self, found):
+        body = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        notes = os.path.join(state, "notes.txt")
+        if patched and spoil == "files" and os.path.exists(notes):
+            os.unlink(notes)
+        self.reply({})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        ids, new = asked["input_ids"], asked["sampling_params"]["max_new_tokens"]
+        self.reply(answer(ids, new) if isinstance(ids[0], int) else [answer(i, new) for i in ids])
+
+    def log_message(self, *words):
+        pass
+
+
+if patched and spoil == "start":
+    raise RuntimeError("no start")
+ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+RUN = """
+import sys
+from bench import hostile
+
+hostile.write_models = lambda name, folder: folder.mkdir() or folder
+hostile.SCENARIOS = (hostile.SCENARIOS[0]._replace(runs=("patched", "hostile folder", "taken folder")),)
+hostile.TestedServer.doctor = lambda server: {"servers": [], "problems": [], "exit_code": 0}
+hostile.typer.run(hostile.main)
+"""
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("spoils", "said"),
+    [
+        ("", "PASS: 0 of 3 failed"),
+        ("tokens", "12 answer(s) differ from stock"),
+        ("files", "notes.txt: gone"),
+        ("start", "RuntimeError: no start"),
+    ],
+)
+def test_a_whole_run_with_a_stand_in_for_the_server(tmp_path: Path, spoils: str, said: str) -> None:
+    package = tmp_path / "fake" / "sglang"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "launch_server.py").write_text(FAKE)
+    (tmp_path / "run.py").write_text(RUN)
+    path = os.pathsep.join([str(package.parent), str(REPOSITORY)])
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py"), "--start-limit", "120", "--out", str(out)],
+        env=os.environ | {"PYTHONPATH": path, "FAKE_SPOILS": spoils, "COLUMNS": "200"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == int(bool(spoils)), done.stdout + done.stderr
+    assert said in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("FAIL" if spoils else "PASS")
+    rows = json.loads((out / "rows.json").read_text())
+    assert [row["run"] for row in rows] == ["patched", "hostile folder", "taken folder"]
+    if not spoils:
+        assert [row["alone"]["equal"] for row in rows] == [192] * 3
+        assert {row["verdict"] for row in rows} == {"PASS"}
+    assert len(list(out.iterdir())) == 4

@@ -1,0 +1,127 @@
+"""Two versions of this package in SGLang's own engine: decode steps and prefill, stock beside them.
+
+    git worktree add .carry/old COMMIT
+    python bench/before_after.py .carry/old --model 26b-a4b --layers 12
+    python bench/before_after.py .carry/old --model 26b-a4b --stock apart
+
+All engines are alive at once on one GPU and measured in turn, in another order every round; with
+``--stock apart`` stock's comes after the two others, where three models do not fit. Reported are
+medians and the ratios after / before and after / stock. Rows of the CSV are those of ``engine.py``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import tempfile
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
+sys.path.insert(0, str(HERE.parent))
+
+import typer  # noqa: E402
+
+from bench import engine as ours  # noqa: E402
+from bench.engine import PATCHED, STOCK  # noqa: E402
+from gemma4_turbo import geometry  # noqa: E402
+
+BEFORE, AFTER = "before", "after"
+
+
+class Stock(StrEnum):
+    """When stock's engine runs."""
+
+    TOGETHER = "together"
+    APART = "apart"
+    NONE = "none"
+
+
+def engine_class(checkout: Path) -> Any:
+    """The class of engines that import the package from this checkout."""
+    path = checkout.resolve() / "bench" / "engine.py"
+    spec = importlib.util.spec_from_file_location("engine_before", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise typer.BadParameter(f"{path} is not there")
+    module, kept = importlib.util.module_from_spec(spec), sys.path[:]
+    spec.loader.exec_module(module)
+    sys.path[:] = kept
+    return module.Engine
+
+
+def main(
+    old: Annotated[Path, typer.Argument(help="A checkout of the other version")],
+    model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "26b-a4b",
+    layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
+    batches: Annotated[str, typer.Option(help="Decode batch sizes")] = "1,8,32,64",
+    prefill: Annotated[str, typer.Option(help="Comma list of BATCHxLENGTH")] = "1x1024,8x4096",
+    rounds: Annotated[int, typer.Option(min=1)] = 5,
+    stock: Annotated[Stock, typer.Option(help="When stock's engine runs")] = Stock.TOGETHER,
+    max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
+    mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
+    out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-before-after.csv"),
+) -> None:
+    """Before against after, whole engine."""
+    ours.end_on_sigterm()
+    sizes = [int(size) for size in batches.split(",") if size]
+    prefills = [ours.parse_prefill(text) for text in prefill.split(",") if text]
+    results = ours.Results(model, layers or None, [])
+    os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")
+    scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
+    arguments: dict[str, Any] = {
+        "model_path": str(geometry.write_model(scratch / "model", model, layers or None)),
+        **ours.ARGUMENTS,
+        "disable_radix_cache": True,
+        "max_total_tokens": max_total_tokens,
+        "mem_fraction_static": mem_fraction,
+        "cuda_graph_max_bs": max(sizes, default=1),
+    }
+    if geometry.GEOMETRIES[model].kv_shared_layers:
+        # Stock 0.5.12.post1 cannot start models that share KV with piecewise graphs.
+        arguments["disable_piecewise_cuda_graph"] = True
+    classes = {BEFORE: engine_class(old), AFTER: ours.Engine, STOCK: ours.Engine}
+
+    def make(name: str) -> Any:
+        log = out.with_name(f"{out.stem}-{model}-{name}.log").resolve()
+        return classes[name](STOCK if name == STOCK else PATCHED, [], arguments, log)
+
+    def measure(name: str, engine: Any, round_: int) -> None:
+        """Round -1 only compiles what is compiled on first use."""
+        found = []
+        for size in sizes:
+            asked = {"batch": size, "length": 128 if size == 1 else 512, "seed": round_ + 1}
+            found.append(("decode step", size, engine("decode", **asked)["value"]))
+        for count, length, new in prefills:
+            asked = {"batch": count, "length": length, "seed": round_ + 1, "new": new}
+            found.append((f"prefill of {length}", count, engine("prefill", **asked)["value"]))
+        for quantity, x, value in found if round_ >= 0 else []:
+            results.add(name, quantity, x, round_, value, "ms")
+
+    groups = [[BEFORE, AFTER]]
+    if stock is Stock.TOGETHER:
+        groups = [[BEFORE, AFTER, STOCK]]
+    elif stock is Stock.APART:
+        groups.append([STOCK])
+    try:
+        for group in groups:
+            with ours.engines(make, group) as live:
+                for round_ in range(-1, rounds):
+                    turned = round_ % len(group)
+                    for name in group[turned:] + group[:turned]:
+                        measure(name, live[name], round_)
+    finally:  # where a limit on its time cuts a run off, what there is still counts
+        if results.rows:
+            table = results.summary()
+            for other in (BEFORE, STOCK):
+                if {AFTER, other} <= set(table.columns):
+                    table[f"{AFTER} / {other}"] = table[AFTER] / table[other]
+            print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
+            frame = results.frame()
+            frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
