@@ -18,7 +18,7 @@ import torch
 
 HIDDEN, INTERMEDIATE, HEAD, HEADS, EXPERTS = 256, 256, 128, 2, 128
 KINDS = ("dense", "moe", "ple", "kv")
-"""Dense, with experts, with per-layer embeddings, with layers that share KV."""
+"""Dense, with experts, with per-layer embeddings, with a layer that shares KV."""
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -130,20 +130,20 @@ class Small:
         self.model = model
         self.calls: list[str] = []
 
-    def run(self, tokens: int = 2) -> torch.Tensor:
-        """One prefill step."""
+    def run(self) -> torch.Tensor:
+        """One prefill step of one token: a product's rows know nothing of each other."""
         from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
         self.calls.clear()
-        ids, places, one = torch.arange(tokens) + 5, torch.arange(tokens), torch.tensor([0])
+        ids, places, one = torch.tensor([5]), torch.tensor([3]), torch.tensor([1])
         batch = ForwardBatch(
             forward_mode=ForwardMode.EXTEND,
             batch_size=1,
             input_ids=ids,
             req_pool_indices=one,
-            seq_lens=one + tokens,
-            out_cache_loc=places,
-            seq_lens_sum=tokens,
+            seq_lens=one,
+            out_cache_loc=one,
+            seq_lens_sum=1,
             positions=places,
         )
         return self.model(ids, places, batch)
@@ -189,12 +189,12 @@ def build(
 def _config(kind: str) -> Any:
     from transformers import Gemma4TextConfig
 
-    layers, moe = (4 if kind == "kv" else 2), kind == "moe"
+    moe, shared = kind == "moe", kind == "kv"
     config = Gemma4TextConfig(
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
-        num_hidden_layers=layers,
-        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+        num_hidden_layers=2,
+        layer_types=["sliding_attention", "sliding_attention" if shared else "full_attention"],
         num_attention_heads=HEADS,
         num_key_value_heads=1,
         head_dim=HEAD,
@@ -202,7 +202,7 @@ def _config(kind: str) -> Any:
         vocab_size=64,
         vocab_size_per_layer_input=64,
         hidden_size_per_layer_input=256 if kind == "ple" else 0,
-        num_kv_shared_layers=2 if kind == "kv" else 0,
+        num_kv_shared_layers=1 if shared else 0,
         enable_moe_block=moe,
         num_experts=EXPERTS if moe else None,
         top_k_experts=8 if moe else None,
