@@ -194,7 +194,7 @@ def _config(kind: str) -> Any:
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
         num_hidden_layers=2,
-        layer_types=["sliding_attention", "sliding_attention" if shared else "full_attention"],
+        layer_types=["sliding_attention", "full_attention"],
         num_attention_heads=HEADS,
         num_key_value_heads=1,
         head_dim=HEAD,
@@ -209,6 +209,10 @@ def _config(kind: str) -> Any:
         moe_intermediate_size=128 if moe else None,
         max_position_embeddings=128,
     )
+    if (
+        shared
+    ):  # with a layer of its own type; the configuration wants the last one to be a full one
+        config.layer_types = ["full_attention", "full_attention"]
     config.swa_head_dim = config.swa_v_head_dim = HEAD
     config.swa_num_key_value_heads = 1
     return config
