@@ -155,7 +155,7 @@ class Ledger:
                 if self._process is not None and self._file is not None:
                     with suppress(OSError), state_folder.opened(where=self._where) as folder:
                         held = folder.holds(file_name(self._process, "counters"), self._file)
-                if not held:
+                if not held or self._failed:
                     self._write()
             return self.problem
 

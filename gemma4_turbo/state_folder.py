@@ -100,7 +100,7 @@ def settle() -> None:
     """Make the variable absolute, so that it means the same after a ``chdir`` and in children."""
     with suppress(UnfitError):
         where = path()
-        if where != _as_given():
+        if os.environ.get(STATE_DIR, "").strip() or where != _as_given():
             os.environ[STATE_DIR] = where
 
 

@@ -99,6 +99,7 @@ def test_the_prologue(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
     from gemma4_turbo.patches import step_prologue
 
     monkeypatch.setattr(step_prologue, "_kinds", {})
+    monkeypatch.setattr(step_prologue, "_rms_norm", lambda: None)
     monkeypatch.setattr(step_prologue, "find_kind", raising(ERRORS[1]))
     like = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda:0")
     kind = step_prologue.norm_kind(run, like, False, False)  # type: ignore[arg-type]

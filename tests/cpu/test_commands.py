@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gemma4_turbo import geometry
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE
-from gemma4_turbo.commands import demo, serve
+from gemma4_turbo.commands import demo, doctor, serve
 from gemma4_turbo.commands.modules import CannotRunError
 from tests.cpu.conftest import state_by_default
 
@@ -79,6 +79,38 @@ def test_doctor_says_what_switched_a_patch_off(environment):
     assert (router["state"], router["reason"]) == ("off", "GEMMA4_TURBO_ROUTER=0")
     others = {name: patch["state"] for name, patch in patches.items()}
     assert others == {p.name: state_by_default(p) for p in CATALOGUE if p.name != "router"}
+
+
+def test_doctor_says_why_no_server_can_be_seen(environment, tmp_path):
+    """In the JSON; in strict mode it is a problem, as it is for a server."""
+    tmp_path.chmod(0o777)
+    variables = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path), "GEMMA4_TURBO": "0"}
+    done = command(environment, "doctor", "--json", **variables)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    told = f"GEMMA4_TURBO_STATE_DIR: {str(tmp_path)!r} can be written by others (mode 0777)"
+    assert found["state_folder"].startswith(told)
+    assert (found["problems"], found["servers"]) == ([], [])
+    assert {told in patch["reason"] for patch in found["patches"]} == {True}
+    done = command(environment, "doctor", "--json", GEMMA4_TURBO_STRICT="1", **variables)
+    assert done.returncode == 2
+    assert json.loads(done.stdout)["problems"] == [found["state_folder"]]
+    tmp_path.chmod(0o700)
+    done = command(environment, "doctor", "--json", **variables)
+    assert json.loads(done.stdout)["state_folder"] is None
+
+
+def test_doctor_prints_why_no_server_can_be_seen(monkeypatch, capsys):
+    """As it is, whatever brackets the path has."""
+    why = "GEMMA4_TURBO_STATE_DIR: '/tmp/[bold]a[/nonsense]' is a symbolic link"
+    found = {key: [] for key in ("patches", "servers", "notes", "problems", "bootstrap")}
+    found |= {"versions": {}, "device": None, "state_folder": why}
+    monkeypatch.setattr(doctor, "examine", lambda: found)
+    assert doctor.run(as_json=False) == 0
+    assert f"Other processes cannot be seen: {why}\n" in capsys.readouterr().out
+    found["state_folder"] = None
+    doctor.run(as_json=False)
+    assert "cannot be seen" not in capsys.readouterr().out
 
 
 def test_doctor_table(environment):

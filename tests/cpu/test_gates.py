@@ -407,3 +407,30 @@ def test_sglangs_own_encoder_and_grpc_servers(python: Python) -> None:
     for error in (encoder, encoder_grpc):
         assert "--encoder-only with 2 ranks: all but the first would be stock" in error
     assert missing == []
+
+
+@pytest.mark.parametrize(("code", "word"), [(LAUNCH, "LAUNCHED"), (LOAD, "LOADED")])
+def test_a_state_folder_that_cannot_be_used(
+    python: Python, tree: Path, tmp_path: Path, code: str, word: str
+) -> None:
+    """Strict mode refuses; otherwise it is said once, and the server goes on."""
+    (tree / "sglang/srt/models/gemma4_causal.py").unlink()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    state = str(tmp_path / "link")
+    count = "\npatching.ENGINE.runs['router'].set('active', 'as if')\ngemma4_turbo.status()"
+    lenient = ran(python, tree, code + count, GEMMA4_TURBO_STATE_DIR=state)
+    assert lenient.returncode == 0, lenient.stderr
+    assert word in lenient.stdout
+    warnings = [line for line in lenient.stdout.splitlines() if line.startswith("WARNING")]
+    assert len(warnings) == 1
+    assert f"GEMMA4_TURBO_STATE_DIR: {state!r} is a symbolic link" in warnings[0]
+    strict = ran(python, tree, code, GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_STATE_DIR=state)
+    assert strict.returncode == 1
+    assert "LAUNCHED" not in strict.stdout
+    error = strict.stderr.splitlines()[-1]
+    assert "StrictModeError: GEMMA4_TURBO_STRICT=1: GEMMA4_TURBO_STATE_DIR: " in error
+    assert "is a symbolic link" in error
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    good = ran(python, tree, code, GEMMA4_TURBO_STRICT="1")
+    assert good.returncode == 0, good.stderr

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gemma4_turbo import states
+from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.patching import ENGINE
 from tests.cpu.conftest import patched_sglang, state_by_default
 
@@ -72,7 +73,7 @@ def test_before_the_installation(
 ):
     owner, name = resolve(target)
     monkeypatch.setattr(owner, name, how(getattr(owner, name)), raising=False)
-    ENGINE.apply(only=[patch])
+    ENGINE.apply(only=[patch, *by_name(patch).requires])
     run = ENGINE.runs[patch]
     assert run.state == states.CONFLICT
     assert target in run.reason
@@ -82,7 +83,7 @@ def test_before_the_installation(
 @pytest.mark.parametrize(("target", "patch"), list(CASES.items())[:4])
 def test_when_the_model_stands(target: str, patch: str, monkeypatch: pytest.MonkeyPatch):
     """As SGLang applies other plugins' hooks: after ours were registered."""
-    ENGINE.apply(only=[patch])
+    ENGINE.apply(only=[patch, *by_name(patch).requires])
     assert ENGINE.runs[patch].state == states.ACTIVE
     owner, name = resolve(target)
     monkeypatch.setattr(owner, name, wrapped(getattr(owner, name)))
@@ -117,13 +118,11 @@ def test_a_class_in_the_place_of_stocks(monkeypatch: pytest.MonkeyPatch):
         pass
 
     monkeypatch.setattr(memory_pool, "MHATokenToKVPool", Pool)
-    ENGINE.apply(only=["rope_store"])
+    ENGINE.apply(only=["rope_store", "qkv_norm"])
     assert ENGINE.runs["rope_store"].state == states.CONFLICT
 
 
 def test_nothing_is_told_of_stock_and_of_our_own():
-    from gemma4_turbo.catalogue import by_name
-
     ENGINE.apply()
     ENGINE.look_at_neighbours()
     for row in ENGINE.status():

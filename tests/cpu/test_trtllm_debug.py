@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import switches
+from gemma4_turbo import processes, switches
 from gemma4_turbo.patches import trtllm_debug as patch
 from gemma4_turbo.patching import ENGINE
 from tests.cpu.conftest import turn_on
@@ -317,6 +318,44 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> Non
     broken.swa_attn_allocator.free_pages[0] = -5
     with pytest.raises(patch.TrapError, match="not kept: "):
         broken.alloc(1)
+
+
+@pytest.mark.parametrize("where", ["folder", "file"])
+def test_a_dump_follows_no_link(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder's place, or at the name that the dump would get."""
+    turn_on(NAME)
+    victim = tmp_path / "victim"
+    if where == "folder":
+        victim.mkdir()
+        (tmp_path / "link").symlink_to(victim)
+        monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path / "link"))
+    else:
+        victim.write_text("precious")
+        monkeypatch.setattr(patch, "_dumps", itertools.count(1))
+        (tmp_path / f"trtllm_debug-{processes.own()}-1.pt").symlink_to(victim)
+    broken = allocator(1)
+    broken.swa_attn_allocator.free_pages[0] = -5
+    with pytest.raises(patch.TrapError, match="not kept: "):
+        broken.alloc(1)
+    assert list(victim.iterdir()) == [] if victim.is_dir() else victim.read_text() == "precious"
+
+
+def test_a_dump_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk: half of it is of no use."""
+    turn_on(NAME)
+
+    def full(values: Any, file: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    broken = allocator(1)
+    broken.swa_attn_allocator.free_pages[0] = -5
+    with pytest.raises(patch.TrapError, match=r"not kept: .*No space left"):
+        broken.alloc(1)
+    assert list(tmp_path.glob("trtllm_debug-*")) == []
 
 
 def test_switched_by_its_own_variable_and_by_the_alias() -> None:
