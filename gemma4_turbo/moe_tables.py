@@ -10,10 +10,12 @@ import json
 import os
 import re
 from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
-FOLDER = Path(__file__).with_name("moe_configs")
+FOLDER = resources.files("gemma4_turbo") / "moe_configs"  # in a zip, if the package is
 REQUIRED = (
     "BLOCK_SIZE_M",
     "BLOCK_SIZE_N",
@@ -70,27 +72,34 @@ def check(pair: Pair) -> None:
             raise ValueError(f"down[{tokens}].BLOCK_SIZE_M must be that of up")
 
 
-def load(key: Key, folder: Path = FOLDER) -> Pair | None:
+def load(key: Key, folder: Traversable | None = None) -> Pair | None:
     """The tables for a shape and GPU, None if there are none.
 
     Raises:
-        ValueError: if they are there and wrong.
+        ValueError: if they are there and wrong, or cannot be read.
     """
-    paths = [folder / file_name(key, down) for down in (False, True)]
-    if not all(path.is_file() for path in paths):
-        return None
-    up, down = (
-        {int(tokens): config for tokens, config in json.loads(path.read_text()).items()}
-        for path in paths
-    )
-    pair = Pair(up, down)
-    check(pair)
+    folder = FOLDER if folder is None else folder
+    try:
+        paths = [folder / file_name(key, down) for down in (False, True)]
+        if not all(path.is_file() for path in paths):
+            return None
+        up, down = (
+            {int(tokens): config for tokens, config in json.loads(path.read_bytes()).items()}
+            for path in paths
+        )
+        pair = Pair(up, down)
+        check(pair)
+    except ValueError:
+        raise
+    except Exception as error:  # no permission, a damaged zip, JSON of another shape
+        raise ValueError(f"{type(error).__name__}: {error}") from error
     return pair
 
 
-def save(key: Key, pair: Pair, folder: Path = FOLDER) -> list[Path]:
+def save(key: Key, pair: Pair, folder: Path | None = None) -> list[Path]:
     """Write both files; the tables are checked before."""
     check(pair)
+    folder = Path(str(FOLDER)) if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for down, table in ((False, pair.up), (True, pair.down)):
@@ -101,10 +110,12 @@ def save(key: Key, pair: Pair, folder: Path = FOLDER) -> list[Path]:
     return paths
 
 
-def shipped(folder: Path = FOLDER) -> list[Key]:
+def shipped(folder: Traversable | None = None) -> list[Key]:
     """What there are tables for."""
+    folder = FOLDER if folder is None else folder
     pattern = re.compile(r"E=(\d+),N=(\d+),device_name=(\w+)\.json")
-    found = (pattern.fullmatch(path.name) for path in sorted(folder.glob("*.json")))
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = map(pattern.fullmatch, names)
     return [
         Key(int(match[1]), int(match[2]), match[3])
         for match in found
@@ -139,7 +150,10 @@ def users_own(folder: Path, names: tuple[str, ...]) -> Path | None:
     for name in names:
         for path in sorted(folder.glob(f"configs/triton_*/{name}")):
             known = of_the_release().get(os.path.realpath(path))
-            digest = hashlib.sha256(path.read_bytes()).digest()
+            try:
+                digest = hashlib.sha256(path.read_bytes()).digest()
+            except OSError:
+                return path  # not ours to read: what stock makes of it is stock's
             if known != base64.urlsafe_b64encode(digest).decode().rstrip("="):
                 return path
     return None

@@ -115,6 +115,7 @@ class PatchRun:
     def forget(self) -> None:
         """Back to waiting, as before `install`."""
         self.swaps = []
+        self._decline_reason = ""
         self.state = states.WAITING
         self.reason = "SGLang has not imported the target yet"
 
@@ -287,6 +288,7 @@ class Engine:
                 if foreign is not None:
                     if run.state != states.OFF:
                         self._uninstall(run)
+                        run.forget()
                         run.set(states.UNSUPPORTED, foreign)
                 elif run.state == states.UNSUPPORTED and self.models.is_reason(run.reason):
                     run.forget()

@@ -14,6 +14,7 @@ from gemma4_turbo.states import PatchStatus
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
 
 def summary_line(rows: Sequence[PatchStatus]) -> str:
@@ -78,11 +79,18 @@ def as_records(rows: Sequence[PatchStatus]) -> list[dict[str, Any]]:
     return records
 
 
+def plain(text: object, style: str = "") -> Text:
+    """For the terminal as it is: what comes from data may hold brackets, colons, half characters."""
+    from rich.text import Text
+
+    return Text(str(text).encode(errors="backslashreplace").decode(), style)
+
+
 def table(rows: Sequence[PatchStatus | dict[str, Any]], title: str = "Patches") -> Table:
     """The rows as a table for the terminal: `PatchStatus`, or records that hold the same."""
     from rich.table import Table
 
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=plain(title), title_justify="left")
     for heading in ("patch", "switch", "state", "engaged", "numerics", "reason"):
         grid.add_column(heading, overflow="fold")
     for row in rows:
@@ -91,7 +99,7 @@ def table(rows: Sequence[PatchStatus | dict[str, Any]], title: str = "Patches") 
         engaged = str(record["engaged"])
         if record.get("captured"):
             engaged += f" ({record['captured']} into CUDA graphs)"
-        grid.add_row(
+        cells = (
             record["name"],
             patch.env if patch else "?",  # a server that runs another version of this package
             record["state"],
@@ -99,4 +107,5 @@ def table(rows: Sequence[PatchStatus | dict[str, Any]], title: str = "Patches") 
             patch.numerics if patch else "?",
             record["reason"],
         )
+        grid.add_row(*map(plain, cells))
     return grid

@@ -69,9 +69,11 @@ def on_cpu(console: Console) -> int:
     weights = int((patched[0] != stock[0]).sum())
     distance = float((patched[2].float() - stock[2].float()).norm() / stock[2].float().norm())
     console.print(
-        "Gemma4MoE, 16 tokens without ties, 128 experts, top-8, stock against patched: "
-        f"ids {'equal' if same_ids else 'DIFFERENT'}, {weights} of {stock[0].numel()} weights "
-        f"differ, relative distance of the outputs {distance:.1e}"
+        report.plain(
+            "Gemma4MoE, 16 tokens without ties, 128 experts, top-8, stock against patched: "
+            f"ids {'equal' if same_ids else 'DIFFERENT'}, {weights} of {stock[0].numel()} weights "
+            f"differ, relative distance of the outputs {distance:.1e}"
+        )
     )
     console.print(verify.check_table(checks))
     # bf16 weights may round differently where numpy's exp and torch's differ by an ulp.
@@ -110,13 +112,16 @@ def on_gpu(console: Console, layers: int, port: int) -> int:
                     report.table(process.patches, f"pid {process.pid}: {process.command}")
                 )
     console.print(report.table(rows, "Patches, all processes of the server"))
+    rate = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s"
     console.print(
-        f"{REQUESTS} requests answered, {CONCURRENCY} at a time: {tokens} tokens in {seconds:.1f} s, "
-        f"{tokens / seconds:.0f} tokens/s ({report.device()}, random weights, {layers} layers)"
+        report.plain(
+            f"{REQUESTS} requests answered, {CONCURRENCY} at a time: {rate} "
+            f"({report.device()}, random weights, {layers} layers)"
+        )
     )
     silent = [row.name for row in rows if row.state == "active" and row.engaged == 0]
     if silent:
-        console.print(f"[red]installed but never engaged: {', '.join(silent)}[/red]")
+        console.print(report.plain(f"installed but never engaged: {', '.join(silent)}", "red"))
     return 1 if silent else 0
 
 

@@ -68,10 +68,10 @@ def run(as_json: bool) -> int:
         return exit_code(found)
     console = Console()
     names = ", ".join(f"{k} {v or 'not installed'}" for k, v in found["versions"].items())
-    console.print(names, highlight=False)
-    console.print(f"GPU: {found['device'] or 'none'}", highlight=False)
+    console.print(report.plain(names))
+    console.print(report.plain(f"GPU: {found['device'] or 'none'}"))
     routes = " and ".join(found["bootstrap"]) or "nothing: they would stay stock"
-    console.print(f"Spawned processes get the patches by: {routes}", highlight=False)
+    console.print(report.plain(f"Spawned processes get the patches by: {routes}"))
     if found["state_folder"]:
         line = f"Other processes cannot be seen: {found['state_folder']}"
         console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
@@ -80,7 +80,7 @@ def run(as_json: bool) -> int:
         title = f"Running: pid {server['pid']}: {server['command']}"
         console.print(report.table(server["patches"], title))
     for note in found["notes"]:
-        console.print(f"[yellow]note:[/yellow] {note}", highlight=False)
+        console.print(report.plain("note: ", "yellow").append_text(report.plain(note)))
     for problem in found["problems"]:
-        console.print(f"[red]error:[/red] {problem}", highlight=False)
+        console.print(report.plain("error: ", "red").append_text(report.plain(problem)))
     return exit_code(found)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from gemma4_turbo import switches
+from gemma4_turbo import report, switches
 from gemma4_turbo.catalogue import Patch
 from gemma4_turbo.commands import process_group
 
@@ -72,7 +72,7 @@ class Trials:
         stdout, stderr = (self.folder / f"run-{number:02}.{name}" for name in ("stdout", "stderr"))
         label = f"run {number}" + (f" ({attempt + 1} of {self.repeat})" if self.repeat > 1 else "")
         what = f"on: {', '.join(names) or f'nothing ({switches.MASTER}=0)'}"
-        with self.console.status(f"{label}, {what}"):
+        with self.console.status(report.plain(f"{label}, {what}")):
             environment = self.environment(on)
             outcome = process_group.run(self.command, environment, stdout, stderr, self.timeout)
         self.runs.append(Run(number, names, outcome, stdout, stderr))
@@ -117,4 +117,4 @@ class Trials:
 
 def say(console: Console, line: str, style: str = "") -> None:
     """One line, however long, as it is."""
-    console.print(line, style=style, soft_wrap=True, markup=False, highlight=False)
+    console.print(report.plain(line, style), soft_wrap=True)

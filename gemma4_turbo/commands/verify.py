@@ -43,13 +43,11 @@ def check_table(checks: Sequence[Check]) -> Table:
         grid.add_column(heading, overflow="fold")
     for check in checks:
         grid.add_row(
-            check.patch,
-            check.what,
-            check.against,
+            *map(report.plain, (check.patch, check.what, check.against)),
             f"{check.compared:,}",
             f"{check.differing:,}",
-            check.allowed,
-            "[green]equal[/green]" if check.passed else "[red]DIFFERENT[/red]",
+            report.plain(check.allowed),
+            report.plain("equal", "green") if check.passed else report.plain("DIFFERENT", "red"),
         )
     return grid
 

@@ -110,7 +110,11 @@ def _look(experts: int, width: int) -> tuple[Pair | None, str]:
 def verify(run: PatchRun, device: str) -> list[Check]:
     """Every table that the package ships obeys the release's rules."""
     checks = []
-    for key in moe_tables.shipped():
+    try:
+        shipped = moe_tables.shipped()
+    except OSError as error:
+        return [Check("moe_configs", "the shipped tables", "-", 0, 1, str(error), False)]
+    for key in shipped:
         try:
             pair = moe_tables.load(key)
             problem = "" if pair is not None else "the down projection's table is missing"
