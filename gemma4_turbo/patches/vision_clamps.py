@@ -148,7 +148,7 @@ def _known(module: Any, target: str, captured: bool) -> frozenset[str] | str:
     if known is None or known.stamp != now:
         if captured:  # reading the bounds would end the capture
             return "the bounds were not read before the capture"
-        known = Known(now, bounds, read_bounds(module, PAIRS[target]))  # type: ignore[arg-type]
+        known = Known(now, bounds, read_bounds(module, PAIRS[target]))
         module.__dict__[_KNOWN] = known
     if len(known.bounded) == len(PAIRS[target]):
         return "all bounds are finite"
