@@ -225,11 +225,12 @@ def test_a_hook_inside_gets_stocks_copy():
     """What it does in place is nothing that the caller's tensor is to show."""
     made = layer("row")
     x = X.clone()
-    handle = made.linear.register_forward_pre_hook(lambda module, given: given[0].zero_() and None)
-    try:
+
+    def zeroed(module: Any, given: Any) -> None:
+        given[0].zero_()
+
+    with made.linear.register_forward_pre_hook(zeroed):
         made(x)
-    finally:
-        handle.remove()
     assert torch.equal(x.nan_to_num(), X.nan_to_num())
     assert "linear has forward hooks" in ENGINE.runs[NAME].full_reason()
 
