@@ -70,12 +70,12 @@ def _wrapper(module: Any, qualname: str, definitions: Definitions) -> str | None
     if isinstance(found, type):
         if found.__module__ != module.__name__:
             return f"another {name}: {found!r}"
-        reasons = (
-            _replaced(module, f"{qualname}.{method}", value, definitions)
-            for method, value in vars(found).items()
-            if not _generated(method, value)
-        )
-        return next(filter(None, reasons), None)
+        for method, value in list(vars(found).items()):
+            if not _generated(method, value):
+                reason = _replaced(module, f"{qualname}.{method}", value, definitions)
+                if reason is not None:
+                    return f"{reason}, as {qualname}.{method}"
+        return None
     if found is None or (not outer and not isinstance(found, types.FunctionType)):
         return None  # inherited; or imported, whose source is another module's
     return _replaced(module, qualname, found, definitions)

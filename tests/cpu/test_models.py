@@ -122,6 +122,7 @@ def test_an_off_patch_stays_off_and_strict_mode_has_nothing_against_it(
 ):
     monkeypatch.setenv("GEMMA4_TURBO_ROUTER", "0")
     monkeypatch.setenv("GEMMA4_TURBO_STRICT", "1")
+    ENGINE.revert()
     ENGINE.apply()
     model = built(made("LlamaForCausalLM", "sglang.srt.models.llama"))
     assert ENGINE.runs["router"].state == states.OFF

@@ -76,7 +76,7 @@ def test_before_the_installation(
     ENGINE.apply(only=[patch, *by_name(patch).requires])
     run = ENGINE.runs[patch]
     assert run.state == states.CONFLICT
-    assert target in run.reason
+    assert ".".join(target.partition(":")[2].split(".")[-2:]) in run.reason
     assert not run.swaps
 
 
