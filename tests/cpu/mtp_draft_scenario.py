@@ -175,10 +175,12 @@ def make_worker(graphs: bool, **changed: Any) -> Any:
         disable_cuda_graph=False,
     )
     assistant = Assistant(pool, attention, made.VOCAB, made.HIDDEN)
+    model = settings.get("model", SimpleNamespace())
+    model.backbone_hidden_size = made.HIDDEN
     model_runner = SimpleNamespace(
         assistant=assistant,
         forward=assistant.forward,
-        model=settings.get("model", SimpleNamespace(backbone_hidden_size=made.HIDDEN)),
+        model=model,
         server_args=arguments,
         tp_size=2 if "tp_group" in settings else 1,
         tp_group=settings.get("tp_group"),
