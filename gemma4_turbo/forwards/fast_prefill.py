@@ -87,6 +87,13 @@ def cut(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any])
         return None
 
 
+def cut_failed(error: Exception) -> None:
+    """What was cut could not be run on its own, and all rows went on: the patch is `failed`."""
+    run = YOCO.run
+    if run is not None:
+        run.declined(_fallback.failed(run, None, error))
+
+
 def forget() -> None:
     """What has failed is tried again."""
     _fallback.clear()

@@ -54,8 +54,14 @@ def forward(
         state = layers(range(cut.first), start, positions, per_layer_inputs, forward_batch)
         if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
             return torch.zeros_like(state[0])
-        tail = fast_prefill.tail(cut, forward_batch, positions, *state, per_layer_inputs)
-        return fast_prefill.restore(cut, tail, tail_graph.run(self, cut, tail, forward_batch))
+        try:
+            tail = fast_prefill.tail(cut, forward_batch, positions, *state, per_layer_inputs)
+            return fast_prefill.restore(cut, tail, tail_graph.run(self, cut, tail, forward_batch))
+        except Exception as error:  # the rows before the cut are as they were: all go on
+            failure = error.with_traceback(None)
+        found = run_layers(self, cut.first, state, positions, per_layer_inputs, forward_batch)
+        fast_prefill.cut_failed(failure)  # had stock's way failed too, it would not be ours
+        return found
     count = len(self.layers)
     state = layers(range(count), start, positions, per_layer_inputs, forward_batch)
     if count in self.layers_to_capture:

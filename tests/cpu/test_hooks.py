@@ -100,37 +100,41 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
-def compare(model: Any, register: Callable[[Any], Any], what: str, warm: bool = True) -> None:
-    """Stock's result and calls of the hook are the patched model's."""
-    ENGINE.revert()
-    stock, ours = Seen(), Seen()
-    handle = register(stock)
-    expected = forwards.run(model, tokens=3)
+def hooked(model: Any, register: Callable[[Any], Any]) -> tuple[torch.Tensor, Any]:
+    """The model's result with the hook, and what the hook saw."""
+    seen = Seen()
+    handle = register(seen)
+    found = forwards.run(model, tokens=1)
     handle.remove()
+    return found, seen.shapes
+
+
+def compare(model: Any, hooks_of: dict[str, Callable[[Any], Any]], warm: bool = True) -> None:
+    """One hook after another: stock's result and calls are the patched model's."""
+    ENGINE.revert()
+    stock = {what: hooked(model, register) for what, register in hooks_of.items()}
     ENGINE.apply()
     if warm:
-        forwards.run(model, tokens=3)  # the hook comes when plans and verdicts are there
-    handle = register(ours)
-    found = forwards.run(model, tokens=3)
-    handle.remove()
-    assert ours.shapes == stock.shapes, what
-    assert distance(found, expected) < 0.06, what
+        forwards.run(model, tokens=1)  # the hooks come when plans and verdicts are there
+    for what, register in hooks_of.items():
+        found, shapes = hooked(model, register)
+        expected, stocks = stock[what]
+        assert shapes == stocks, what
+        assert distance(found, expected) < 0.06, what
 
 
 @pytest.mark.parametrize("kind", WHERE)
 def test_a_hook_sees_and_changes_what_it_does_under_stock(kind: str):
     """On the first layer of two, registered when the model has run already."""
     model = forwards.build(kind)
-    for where in WHERE[kind]:
-        module = model.layers[0].get_submodule(where)
-        compare(model, module.register_forward_hook, f"{kind}: {where or 'the layer'}")
+    places = {where: model.layers[0].get_submodule(where) for where in WHERE[kind]}
+    compare(model, {where: module.register_forward_hook for where, module in places.items()})
 
 
 def test_a_hook_that_is_there_first_and_one_before_a_call():
     model = forwards.build("dense")
-    for where in ("self_attn.rotary_emb", "post_attention_layernorm"):
-        module = model.layers[1].get_submodule(where)
-        compare(model, module.register_forward_hook, where, warm=False)
+    norm = model.layers[1].post_attention_layernorm
+    compare(model, {"norm": norm.register_forward_hook}, warm=False)
 
     def pre(seen: Seen) -> Any:
         def hook(module: Any, args: Any, kwargs: Any) -> Any:
@@ -139,7 +143,7 @@ def test_a_hook_that_is_there_first_and_one_before_a_call():
 
         return model.layers[1].register_forward_pre_hook(hook, with_kwargs=True)
 
-    compare(model, pre, "a pre-hook on a layer, which sees stock's arguments and no others")
+    compare(model, {"a pre-hook, which sees stock's arguments and no others": pre})
 
 
 def test_a_hook_for_all_modules():
@@ -153,7 +157,7 @@ def test_a_hook_for_all_modules():
             lambda module, args, output: seen.shapes.append(type(module).__name__)
         )
 
-    compare(model, register, "all modules")
+    compare(model, {"all modules": register})
 
 
 def test_a_forward_that_was_set_on_the_module():
@@ -176,7 +180,7 @@ def test_a_forward_that_was_set_on_the_module():
 
         return Handle
 
-    compare(model, register, "norm.forward")
+    compare(model, {"norm.forward": register})
 
 
 def test_what_declines_says_so():

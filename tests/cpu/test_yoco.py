@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma4_turbo import states, switches
-from gemma4_turbo.forwards import fast_prefill
+from gemma4_turbo.forwards import fast_prefill, tail_graph
 from gemma4_turbo.patches import yoco as patch
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import shared_kv
@@ -612,6 +612,24 @@ def test_an_error_of_ours_leaves_all_rows(model: Any, where: str, monkeypatch: p
         outputs = [forward(model, prefilled({})) for _ in range(2)]
     assert len(tries) == 1
     assert engaged() == before
+    assert ENGINE.runs[NAME].state == states.FAILED
+    ENGINE.revert()
+    expected = forward(model, prefilled({}))
+    assert all(torch.equal(found, expected) for found in outputs)
+
+
+@pytest.mark.parametrize("where", [(fast_prefill, "tail"), (tail_graph, "run")])
+def test_an_error_behind_the_cut_sends_all_rows_on(
+    model: Any, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+):
+    """The layers before the cut have run already, and are not run again."""
+
+    def fails(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+
+    with monkeypatch.context() as context:
+        context.setattr(*where, fails)
+        outputs = [forward(model, prefilled({})) for _ in range(2)]
     assert ENGINE.runs[NAME].state == states.FAILED
     ENGINE.revert()
     expected = forward(model, prefilled({}))
