@@ -153,6 +153,7 @@ def _hooked(layer: Any, after: Any) -> bool:
     """As `gemma4_turbo.hooks.hooked`, where Dynamo looks on too."""
     return bool(
         layer._forward_hooks
+        or layer._forward_pre_hooks
         or after._forward_pre_hooks
         or FOR_ALL[0]
         or FOR_ALL[1]

@@ -14,38 +14,40 @@ from tests.cpu import test_forwards as forwards
 from tests.cpu.conftest import patched_sglang
 
 # One name for each module that some fusion does not call, or calls on something else than stock does.
-ATTENTION = (
-    "self_attn",
-    "self_attn.qkv_proj",
-    "self_attn.q_norm",
-    "self_attn.v_norm",
-    "self_attn.rotary_emb",
-    "self_attn.attn",
-    "self_attn.o_proj",
-)
-LAYER = (
-    "",
-    "input_layernorm",
-    "post_attention_layernorm",
-    "pre_feedforward_layernorm",
-    "post_feedforward_layernorm",
-    "mlp",
-    "mlp.gate_up_proj",
-    "mlp.act_fn",
-    "mlp.down_proj",
-)
-MOE = (
-    "router",
-    "router.norm",
-    "router.proj",
-    "moe",
-    "moe.topk",
-    "moe.experts",
-    "pre_feedforward_layernorm_2",
-    "post_feedforward_layernorm_1",
-)
-PLE = ("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm")
-WHERE = {"dense": (*ATTENTION, *LAYER), "moe": MOE, "ple": PLE}
+# Linear layers in a run of their own: `skinny_gemm` takes most of the interpreter's time.
+WHERE = {
+    ("dense", "fusions"): (
+        "",
+        "input_layernorm",
+        "post_attention_layernorm",
+        "post_feedforward_layernorm",
+        "self_attn.q_norm",
+        "self_attn.v_norm",
+        "self_attn.rotary_emb",
+        "self_attn.attn",
+    ),
+    ("dense", "linear"): (
+        "mlp",
+        "mlp.gate_up_proj",
+        "mlp.act_fn",
+        "mlp.down_proj",
+        "self_attn.qkv_proj",
+        "self_attn.o_proj",
+    ),
+    ("moe", "fusions"): (
+        "router",
+        "router.norm",
+        "moe",
+        "moe.experts",
+        "pre_feedforward_layernorm_2",
+        "post_feedforward_layernorm_1",
+    ),
+    ("ple", "fusions"): ("post_per_layer_input_norm", "per_layer_input_gate"),
+}
+PATCHES: dict[str, dict[str, Any]] = {
+    "fusions": {"skip": ["skinny_gemm"]},
+    "linear": {"only": ["skinny_gemm", "qkv_norm"]},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,11 +111,16 @@ def hooked(model: Any, register: Callable[[Any], Any]) -> tuple[torch.Tensor, An
     return found, seen.shapes
 
 
-def compare(model: Any, hooks_of: dict[str, Callable[[Any], Any]], warm: bool = True) -> None:
+def compare(
+    model: Any,
+    hooks_of: dict[str, Callable[[Any], Any]],
+    patches: str = "fusions",
+    warm: bool = True,
+) -> None:
     """One hook after another: stock's result and calls are the patched model's."""
     ENGINE.revert()
     stock = {what: hooked(model, register) for what, register in hooks_of.items()}
-    ENGINE.apply()
+    ENGINE.apply(**PATCHES[patches])
     if warm:
         forwards.run(model, tokens=1)  # the hooks come when plans and verdicts are there
     for what, register in hooks_of.items():
@@ -123,12 +130,15 @@ def compare(model: Any, hooks_of: dict[str, Callable[[Any], Any]], warm: bool = 
         assert distance(found, expected) < 0.06, what
 
 
-@pytest.mark.parametrize("kind", WHERE)
-def test_a_hook_sees_and_changes_what_it_does_under_stock(kind: str):
+@pytest.mark.parametrize(("kind", "patches"), WHERE)
+def test_a_hook_sees_and_changes_what_it_does_under_stock(kind: str, patches: str):
     """On the first layer of two, registered when the model has run already."""
     model = forwards.build(kind)
-    places = {where: model.layers[0].get_submodule(where) for where in WHERE[kind]}
-    compare(model, {where: module.register_forward_hook for where, module in places.items()})
+    hooks_of = {
+        where: model.layers[0].get_submodule(where).register_forward_hook
+        for where in WHERE[kind, patches]
+    }
+    compare(model, hooks_of, patches)
 
 
 def test_a_hook_that_is_there_first_and_one_before_a_call():
@@ -185,10 +195,10 @@ def test_a_forward_that_was_set_on_the_module():
 
 def test_what_declines_says_so():
     model = forwards.build("dense")
-    ENGINE.apply()
+    ENGINE.apply(**PATCHES["fusions"])
     model.layers[0].self_attn.rotary_emb.register_forward_hook(lambda *args: None)
     ENGINE.runs["rope_store"]._decline_reason = ""
-    forwards.run(model)
+    forwards.run(model, tokens=1)
     assert "forward hooks" in ENGINE.runs["rope_store"].full_reason()
     assert ENGINE.runs["qkv_norm"].counters.engaged > 0
 
@@ -197,7 +207,7 @@ def test_a_module_in_the_place_of_another_ends_the_plan():
     """A wrapper that comes when the layer has run: it is called, whatever it is made of."""
     model = forwards.build("dense")
     ENGINE.apply()
-    forwards.run(model)
+    forwards.run(model, tokens=1)
     layer = model.layers[0]
 
     class Wrapper(torch.nn.Module):
@@ -215,12 +225,12 @@ def test_a_module_in_the_place_of_another_ends_the_plan():
         setattr(layer, place, Wrapper(getattr(layer, place)))
     for place in ("qkv_proj", "rotary_emb", "q_norm", "o_proj"):
         setattr(layer.self_attn, place, Wrapper(getattr(layer.self_attn, place)))
-    found = forwards.run(model)
+    found = forwards.run(model, tokens=1)
     wrapped = [m for m in model.modules() if isinstance(m, Wrapper)]
     # Stock reads q_norm's scale_shift on a GPU only: here it is called as any other.
     assert [m.calls for m in wrapped] == [1] * len(wrapped)
     ENGINE.revert()
-    assert distance(found, forwards.run(model)) < 0.06
+    assert distance(found, forwards.run(model, tokens=1)) < 0.06
 
 
 def test_watched_sees_hooks_that_come_and_go():
