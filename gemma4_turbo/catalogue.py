@@ -112,6 +112,7 @@ _MLP_CALLS = (
     "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
     "sglang.srt.layers.activation:GeluAndMul.forward",
     "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+    "sglang.srt.layers.activation:gelu_tanh_and_mul",
 )
 _ROPE_CALLS = (
     _OP,
@@ -119,6 +120,7 @@ _ROPE_CALLS = (
     "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
     "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward",
     "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward_cuda",
+    "sglang.srt.layers.rotary_embedding.base:apply_rope_with_cos_sin_cache_inplace",
 )
 _EXPERTS_CALLS = (
     _OP,

@@ -210,6 +210,18 @@ class Definitions:
         node = self.node(target)
         return None if node is None else fingerprint(node)
 
+    def origins(self, module: str, name: str) -> list[tuple[str, str]]:
+        """From which modules, and under which names there, a module imports ``name``."""
+        self.node(f"{module}:{name}")
+        tree = self._trees.get(module)
+        return [
+            (node.module, alias.name)
+            for node in ast.walk(tree or ast.Module([], []))
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level
+            for alias in node.names
+            if (alias.asname or alias.name) == name
+        ]
+
     def uses(self, target: str, name: str) -> bool:
         """Whether the definition of ``target`` mentions ``name``."""
         node = self.node(target)

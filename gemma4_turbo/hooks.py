@@ -33,17 +33,37 @@ def hooked(*modules: Any) -> bool:
 
 
 class Watched:
-    """Hooks of modules and all that is inside them: 30 ns a module to look at again."""
+    """Hooks of modules and all that is inside them, whatever is put in there later."""
 
     def __init__(self, modules: Iterable[Any]) -> None:
-        every = dict.fromkeys(inner for module in modules for inner in module.modules())
+        self._roots = tuple(modules)
+        self._changed = False
+        self._look()
+
+    def _look(self) -> None:
+        every = dict.fromkeys(inner for root in self._roots for inner in root.modules())
         self._states = [module.__dict__ for module in every]
+        self._inside = [
+            (module._modules, name, child)
+            for module in every
+            for name, child in module._modules.items()
+        ]
+
+    def changed(self) -> bool:
+        """Whether a module inside was ever replaced since this was made."""
+        for store, name, child in self._inside:
+            if store.get(name) is not child:
+                self._changed = True
+                self._look()
+                break
+        return self._changed
 
     def hooked(self) -> bool:
         """Whether a hook runs when one of them is called."""
         if FOR_ALL[0] or FOR_ALL[1]:
             return True
-        return any(
-            state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state
-            for state in self._states
-        )
+        self.changed()
+        for state in self._states:
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                return True
+        return False

@@ -8,6 +8,7 @@ model stands.
 
 from __future__ import annotations
 
+import ast
 import functools
 import os
 import sys
@@ -66,67 +67,85 @@ def _wrapper(module: Any, qualname: str, definitions: Definitions) -> str | None
             return None
         if not isinstance(owner, type) or owner.__module__ != module.__name__:
             return f"another {part}: {owner!r}"
+        called = _called(owner)
+        if called is not None:
+            return called
     found = vars(owner).get(name)
-    if isinstance(found, type):
-        if found.__module__ != module.__name__:
-            return f"another {name}: {found!r}"
-        for method, value in list(vars(found).items()):
-            if not _generated(method, value):
-                reason = _replaced(module, f"{qualname}.{method}", value, definitions)
-                if reason is not None:
-                    return f"{reason}, as {qualname}.{method}"
+    if found is None:  # inherited, as far as the class knows
         return None
-    if found is None or (not outer and not isinstance(found, types.FunctionType)):
-        return None  # inherited; or imported, whose source is another module's
-    return _replaced(module, qualname, found, definitions)
+    if not isinstance(found, type):
+        return _replaced(module, qualname, found, definitions)
+    if found.__module__ != module.__name__:
+        return f"another {name}: {found!r}"
+    for method, value in list(vars(found).items()):
+        if not method.startswith("__") or method in ("__init__", "__call__"):
+            reason = _replaced(module, f"{qualname}.{method}", value, definitions)
+            if reason is not None:
+                return f"{reason}, as {qualname}.{method}"
+    return _called(found)
 
 
-def _generated(name: str, value: Any) -> bool:
-    """Whether a class's attribute is no function that its source defines, as what a dataclass adds."""
-    if name.startswith("__") and name not in ("__init__", "__call__"):
-        return True
-    function = _plain(value)
-    return function is None or function.__code__.co_filename.startswith("<")
+def _called(kind: type) -> str | None:
+    """Who has changed how modules of a class are called, or None: SGLang's define no such thing."""
+    module = sys.modules.get("torch.nn")
+    if module is None or not issubclass(kind, module.Module):
+        return None
+    for base in kind.__mro__[: kind.__mro__.index(module.Module)]:
+        for name in ("__call__", "_call_impl", "_wrapped_call_impl"):
+            if name in vars(base):
+                return f"{base.__qualname__}.{name}, which is {_where(vars(base)[name])}"
+    return None
 
 
 def _replaced(module: Any, qualname: str, found: Any, definitions: Definitions) -> str | None:
-    function = _plain(found)
-    if function is None:
-        return None
-    code, source = getattr(function, "__code__", None), module.__file__ or ""
-    if code is not None and (
-        (code.co_qualname == qualname and _same(code.co_filename, source))
-        or os.path.dirname(os.path.dirname(code.co_filename)) == OURS
-    ):
-        return None
+    """Who has put ``found`` in the place of the source's function, or None where it is no function's."""
+    function = _bare(found)
+    if type(function) is types.FunctionType:
+        code, source = function.__code__, module.__file__ or ""
+        if code.co_filename.startswith("<"):  # what a dataclass adds
+            return None
+        own = code.co_qualname == qualname and _same(code.co_filename, source)
+        if own or os.path.dirname(os.path.dirname(code.co_filename)) == OURS:
+            return None
     node: Any = definitions.node(f"{module.__name__}:{qualname}")
     if node is None:
-        imported = "." not in qualname
-        return None if imported else _where(function)
-    wrong = not_stock(function, source, first_line(node), wrappers(node))
+        if "." in qualname:  # a class's attribute that its source does not define
+            return _where(function) if type(function) is types.FunctionType else None
+        return _imported(module, qualname, found, definitions)
+    if isinstance(node, ast.ClassDef):
+        return f"{found!r}"
+    if node.decorator_list and type(function).__module__.partition(".")[0] == "torch":
+        return None  # an operator, made by a decorator
+    wrong = not_stock(function, module.__file__ or "", first_line(node), wrappers(node))
     return None if wrong is None else _where(function)
+
+
+def _imported(module: Any, name: str, found: Any, definitions: Definitions) -> str | None:
+    """Who has replaced a name that the module imports, or None: the origin has the same object."""
+    origins = definitions.origins(module.__name__, name)
+    theirs = [
+        vars(sys.modules[origin]).get(known)
+        for origin, known in origins
+        if origin in sys.modules and known in vars(sys.modules[origin])
+    ]
+    return None if not theirs or any(found is one for one in theirs) else _where(found)
 
 
 def _same(path: str, other: str) -> bool:
     return path == other or os.path.realpath(path) == os.path.realpath(other)
 
 
-def _plain(found: Any) -> Any:
-    """The function behind a method, property or Triton kernel; None if it is none that can be told."""
-    if isinstance(found, staticmethod | classmethod):
+def _bare(found: Any) -> Any:
+    """The function behind a method, property or Triton kernel; anything else as it is."""
+    if type(found) in (staticmethod, classmethod):
         found = found.__func__
-    if isinstance(found, property):
+    elif type(found) is property:
         found = found.fget
-    if isinstance(found, functools.cached_property):
+    elif type(found) is functools.cached_property:
         found = found.func
-    if not isinstance(found, types.FunctionType) and isinstance(
-        getattr(found, "fn", None), types.FunctionType
-    ):
-        found = found.fn  # triton.jit
-    wrapped = found
-    while wrapped is not None and not isinstance(wrapped, types.FunctionType):
-        wrapped = getattr(wrapped, "__wrapped__", None)
-    return None if wrapped is None else found
+    if type(found).__module__.startswith("triton."):
+        found = getattr(found, "fn", found)
+    return found
 
 
 def _where(function: Any) -> str:

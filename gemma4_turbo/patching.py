@@ -288,7 +288,8 @@ class Engine:
                 if foreign is not None:
                     if run.state != states.OFF:
                         self._uninstall(run)
-                        run.forget()
+                        if run.state != states.WAITING:
+                            continue  # ours is there still: that is what the row says
                         run.set(states.UNSUPPORTED, foreign)
                 elif run.state == states.UNSUPPORTED and self.models.is_reason(run.reason):
                     run.forget()

@@ -74,6 +74,8 @@ class Plan(steps.Plan):
         names = ("q_norm", "k_norm", "v_norm", "rotary_emb", "qkv_proj", "attn")
         parts = [(attention, name) for name in names]
         parts += [(attention.qkv_proj, name) for name in ("quant_method", "weight", "bias")]
+        parts += [(attention.rotary_emb, "_forward_method")]
+        parts += known.method_parts(attention.qkv_proj)
         self.made_for(*parts)
 
 
@@ -139,7 +141,10 @@ def forward(
     if not fits:
         q, k, v = _plain_norms(self, plan, q, k, v)
     elif not _norms(self, plan, q, k, v):
-        _stock_norms(self, plan, q, k, v)
+        if q.is_cuda:
+            _stock_norms(self, plan, q, k, v)
+        else:
+            q, k, v = _plain_norms(self, plan, q, k, v)
     if k is not None:
         q, k = self.rotary_emb(positions, q, k.flatten(1))
     else:
@@ -298,6 +303,8 @@ def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:
     if not known.is_triton_backend(forward_batch.attn_backend):
         return None
     layer = self.attn
+    if type(layer) is not known.types().attention or "forward" in layer.__dict__:
+        return None
     if layer.k_scale is not None or layer.v_scale is not None:
         return None
     pool, locations, index = (
@@ -305,12 +312,16 @@ def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:
         forward_batch.out_cache_loc,
         layer.layer_id,
     )
+    if "set_kv_buffer" in vars(pool):  # somebody's own
+        return None
     if type(pool) is known.types().swa_pool:
         index, sliding = pool.layers_mapping[index]
         if sliding:
             locations = pool.swa_loc
         pool = pool.swa_kv_pool if sliding else pool.full_kv_pool
     if type(pool) is not known.types().pool or locations is None:
+        return None
+    if "set_kv_buffer" in vars(pool):
         return None
     if pool.dtype != k.dtype or pool.store_dtype != k.dtype:
         return None

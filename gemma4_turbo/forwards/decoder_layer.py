@@ -96,7 +96,11 @@ class Plan(steps.Plan):
             parts += [(layer, "router"), (layer, "moe")]
             parts += [(layer.router, "norm")] if routing else []
             parts += [(layer.moe, "experts")] if experts else []
-            parts += [(layer.moe.experts, "quant_method")] if experts else []
+            if experts:
+                parts += [(experts[1], "quant_method"), (experts[1], "dispatcher")]
+            if experts and known.reduction_unfit(experts[1]) is None:
+                parts += known.reduction_parts(experts[1])
+        parts += [(n, "_forward_method") for n in (*firsts, *tails) if hasattr(n, "__dict__")]
         self.made_for(*parts)
 
     def following_unfit(self, norm: Any) -> str | None:
@@ -379,7 +383,7 @@ def _finish(
             *following_norm,
         )
         return out, None, normed
-    return _three(
+    return _outputs(
         layer_tail.launch_layer_tail(
             mlp_output, norm.weight.data, eps_of(norm), residual, self.layer_scalar, experts, after
         )
@@ -393,8 +397,9 @@ def _branch(self: Any, output: torch.Tensor) -> layer_tail.Experts:
     )
 
 
-def _three(pair: tuple[Any, Any]) -> tuple[Any, None, Any]:
-    return pair[0], None, pair[1]
+def _outputs(pair: tuple[Any, Any]) -> tuple[Any, ...]:
+    """Stock's two results, and the third only where the next layer wants it."""
+    return (pair[0], None) if pair[1] is None else (pair[0], None, pair[1])
 
 
 def _following(
@@ -548,8 +553,8 @@ def _finish_ple(
         out, normed = _ops["norm_add"](
             contribution, weight, eps, out, scalar, next_weight, next_eps, plan.kinds.traced
         )
-        return out, None, None if after is None else normed
-    return _three(
+        return _outputs((out, None if after is None else normed))
+    return _outputs(
         ple_tail.launch_norm_add(
             contribution, weight, eps, out, scalar, next_weight, next_eps, plan.kinds.eager
         )

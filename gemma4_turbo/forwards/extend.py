@@ -10,6 +10,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from gemma4_turbo.forwards import known
+
 TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend"
 
 Forward = Callable[..., Any]
@@ -24,6 +26,7 @@ _functions: dict[str, Forward] = {}  # "stock", and "whole": stock in its wraps
 
 def enable(patch: str, wrap: Wrap, stock: Forward) -> dict[str, Any]:
     """Wrap ``stock`` for a patch, in its place among the others; returns the replacement."""
+    known.load()
     _wraps[patch] = wrap
     _functions["stock"] = stock
     _compose()
@@ -39,10 +42,8 @@ def disable(patch: str) -> None:
 def new_slots(layer: Any, forward_batch: Any) -> Any:
     """Where the step's own tokens lie in the buffers of this ``RadixAttention``'s pool."""
     pool, slots = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
-    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-
     # As stock's backend has it.
-    if isinstance(pool, SWAKVPool) and pool.layers_mapping[layer.layer_id][1]:
+    if isinstance(pool, known.types().swa_pool) and pool.layers_mapping[layer.layer_id][1]:
         return pool.translate_loc_from_full_to_swa(slots)  # a sliding layer has a pool of its own
     return slots
 

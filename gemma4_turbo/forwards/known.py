@@ -31,6 +31,8 @@ class Types(NamedTuple):
     moe: Any
     fused_moe: Any
     moe_methods: tuple[type, ...]  # whose result is the buffer that the reduction wrote
+    dispatcher: Any
+    attention: Any
     swa_pool: Any
     pool: Any
 
@@ -42,8 +44,9 @@ def load() -> None:
     """Look the classes up. Call it while a patch is built, never from traced code."""
     if _types:
         return
-    from sglang.srt.layers import activation, layernorm, linear
+    from sglang.srt.layers import activation, layernorm, linear, radix_attention
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher
     from sglang.srt.layers.quantization import fp8, unquant
     from sglang.srt.layers.rotary_embedding import base, rope_variant
     from sglang.srt.mem_cache import memory_pool, swa_memory_pool
@@ -71,6 +74,8 @@ def load() -> None:
             gemma4_causal.Gemma4MoE,
             FusedMoE,
             (unquant.UnquantizedFusedMoEMethod, fp8.Fp8MoEMethod),
+            StandardDispatcher,
+            radix_attention.RadixAttention,
             swa_memory_pool.SWAKVPool,
             memory_pool.MHATokenToKVPool,
         )
@@ -139,6 +144,8 @@ def linear_unfit(module: Any) -> str | None:
     method = getattr(module, "quant_method", None)
     if type(method) is not known.unquantized:
         return f"a linear layer's method is {name(method)}"
+    if "apply" in vars(method):
+        return "a linear layer's method has an apply of its own"
     weight = getattr(module, "weight", None)
     if weight is None:
         return "a linear layer has no weight"
@@ -162,6 +169,12 @@ def router_unfit(router: Any) -> str | None:
     if reason is None and router.norm.with_scale:
         reason = "the router's norm has a weight"
     return reason
+
+
+def method_parts(module: Any) -> list[tuple[Any, str]]:
+    """What somebody may set on a linear layer's method, for `steps.Plan.made_for`."""
+    method = getattr(module, "quant_method", None)
+    return [(method, "apply")] if hasattr(method, "__dict__") else []
 
 
 def rope_unfit(rope: Any, head_dim: int) -> str | None:
@@ -198,7 +211,27 @@ def reduction_unfit(experts: Any) -> str | None:
         return f"the experts run on {backend or 'no runner'}, not on triton"
     if getattr(method, "use_flashinfer_cutlass", False):
         return "the experts run on flashinfer_cutlass, not on triton"
+    dispatcher = experts.dispatcher
+    if type(dispatcher) is not types().dispatcher:
+        return f"the experts' dispatcher is a {name(dispatcher)}"
+    for of, attribute in reduction_parts(experts):
+        if attribute in vars(of):
+            return f"the experts have {attribute} of somebody else's"
     return None
+
+
+def reduction_parts(experts: Any) -> list[tuple[Any, str]]:
+    """What somebody may set between the reduction and the layer, for `steps.Plan.made_for`."""
+    method = experts.quant_method
+    return [
+        (method, "apply"),
+        (method, "forward"),
+        (method.runner, "run"),
+        (experts.dispatcher, "combine"),
+        (experts.dispatcher, "dispatch"),
+        (experts, "forward_impl"),
+        (experts, "run_moe_core"),
+    ]
 
 
 def is_triton_backend(backend: Any) -> bool:

@@ -5,7 +5,6 @@ Without the patch every function here makes stock's calls.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -38,7 +37,8 @@ class Plan(steps.Plan):
             self.many = kernel.choose(*cut, rows=kernel.MAX_ROWS)
         super().__init__(key, None)
         self.cover(NAME, module)
-        self.made_for(*((module, name) for name in ("quant_method", "weight", "bias")))
+        parts = [(module, name) for name in ("quant_method", "weight", "bias")]
+        self.made_for(*parts, *known.method_parts(module))
         # Zeros that a launch leaves as zeros; one of its own for each layer, as layers of two
         # streams may run at the same time. Never made while a CUDA graph is captured.
         self.arrived: torch.Tensor | None = None
@@ -82,7 +82,8 @@ def mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
     if SKINNY_GEMM.run is None:
         return module(x)  # type: ignore[no-any-return]
     if not torch.compiler.is_compiling():
-        reason = _mlp_unfit(module)
+        # Every call of a prefill: no time for more than its rows.
+        reason = TOO_MANY_ROWS if x.shape[0] > kernel.MAX_ROWS else _mlp_unfit(module)
         if reason is not None:
             SKINNY_GEMM.run.declined(reason)
             return module(x)  # type: ignore[no-any-return]
@@ -114,12 +115,14 @@ def _run(
 ) -> torch.Tensor | None:
     if SKINNY_GEMM.run is None or torch.compiler.is_compiling():
         return None
-    plan = steps.plan_of(module, functools.partial(Plan, epilogue=epilogue))
+    if x.shape[0] > kernel.MAX_ROWS:
+        SKINNY_GEMM.run.declined(TOO_MANY_ROWS)
+        return None
+    plan = module.__dict__.get(steps.PLAN)
+    if plan is None or plan.moved():
+        plan = module.__dict__[steps.PLAN] = Plan(module, epilogue)
     if plan.skinny_gemm is not None and plan.skinny_gemm is not UNPROVEN:
         SKINNY_GEMM.run.declined(plan.skinny_gemm)
-        return None
-    if plan.skinny_gemm is None and x.shape[0] > kernel.MAX_ROWS:
-        SKINNY_GEMM.run.declined(TOO_MANY_ROWS)  # every call of a prefill: no time for more
         return None
     weight = module.weight
     reason = kernel.decline_reason(x, weight, epilogue, extra)

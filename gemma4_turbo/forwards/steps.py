@@ -120,7 +120,9 @@ class Step:
         if self.run is None:
             return False
         if torch.compiler.is_compiling():
-            if plan.norm.is_torch_compile:  # the module runs its native form, for Inductor
+            if getattr(
+                plan.norm, "is_torch_compile", False
+            ):  # the module runs its native form, for Inductor
                 return False
             proven = normed is None or plan.kinds.traced_reason is None
             reason = reason or plan.hooks(name)

@@ -169,7 +169,8 @@ class Watched:
     """Parameters, buffers and hooks of modules that a graph runs: cheap to look at again."""
 
     def __init__(self, modules: Iterable[Any]) -> None:
-        every = list(dict.fromkeys(inner for module in modules for inner in module.modules()))
+        roots = list(modules)
+        every = list(dict.fromkeys(inner for module in roots for inner in module.modules()))
         self._tensors = [
             (store, name, tensor.data_ptr())
             for module in every
@@ -177,11 +178,11 @@ class Watched:
             for name, tensor in store.items()
             if tensor is not None
         ]
-        self._hooks = hooks.Watched(every)
+        self._hooks = hooks.Watched(roots)
 
     def moved(self) -> bool:
-        """Whether a tensor is not where it was. One that was written over in place is."""
-        return any(
+        """Whether a module or a tensor is not the one that was. One written over in place is."""
+        return self._hooks.changed() or any(
             store.get(name) is None or store[name].data_ptr() != at
             for store, name, at in self._tensors
         )

@@ -44,7 +44,9 @@ def forward(
     start = input_embeds, None, None
     cut = None
     if torch.compiler.is_compiling():
-        first = traced_cut.first_layer(self)
+        first = None
+        if traced_cut.YOCO_PIECEWISE.run is not None:
+            first = traced_cut.first_layer(self)
         if first is not None:
             state = layers(range(first), start, positions, per_layer_inputs, forward_batch)
             return traced_cut.call(self, state, positions, per_layer_inputs)
@@ -155,6 +157,7 @@ def _hooked(layer: Any, after: Any) -> bool:
         layer._forward_hooks
         or layer._forward_pre_hooks
         or after._forward_pre_hooks
+        or after._forward_hooks
         or FOR_ALL[0]
         or FOR_ALL[1]
         or "forward" in layer.__dict__

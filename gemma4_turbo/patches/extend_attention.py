@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma4_turbo import custom_ops
 from gemma4_turbo.checks import Check
-from gemma4_turbo.fallback import DeclinedError, Fallback
-from gemma4_turbo.forwards import extend
+from gemma4_turbo.fallback import Fallback
+from gemma4_turbo.forwards import extend, known
 from gemma4_turbo.kernels import extend_attention as kernel
 from gemma4_turbo.kernels import window_indices
 
@@ -65,33 +66,36 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        def ours() -> torch.Tensor:
-            reason = _layer_reason(self, layer, k, v, sinks)
-            if reason is not None:
-                raise DeclinedError(reason)
-            call = _Call(self, q, k, v, layer, forward_batch)
-            reason = call.reason()
-            if reason is not None:
-                raise DeclinedError(reason)
-            return call.run(save_kv_cache)
-
         def stocks() -> torch.Tensor:
-            # After a launch of ours that failed K and V are stored again: the same, at the same place.
             return stock(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
 
         if torch.compiler.is_compiling():
             return stocks()
         key = q.device, q.dtype, layer.tp_q_head_num, layer.qk_head_dim, layer.sliding_window_size
-        return _fallback.call(run, ours, stocks, key)
+        reason = _fallback.why_not(key) or _layer_reason(self, layer, k, v, sinks)
+        if reason is None:
+            try:
+                call = _Call(self, q, k, v, layer, forward_batch)
+                reason = call.reason()
+                found = None if reason is not None else call.run(save_kv_cache)
+            except Exception as error:
+                failure = error.with_traceback(None)  # whose frames hold the call's tensors
+                # K and V are stored again: the same, at the same place.
+                found = stocks()
+                run.declined(_fallback.failed(run, key, failure))
+                return found
+            if found is not None:
+                run.engaged(custom_ops.capturing())
+                return found
+        run.declined(str(reason))
+        return stocks()
 
     return forward_extend
 
 
 def _layer_reason(backend: Any, layer: Any, k: Any, v: Any, sinks: Any) -> str | None:
     """Why this layer takes stock's path in this backend, or None."""
-    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-
-    if type(backend) is not TritonAttnBackend:
+    if not known.is_triton_backend(backend):
         return f"the attention backend is {type(backend).__name__}"
     if backend.enable_deterministic:
         return "deterministic inference has a kernel of its own"
