@@ -136,6 +136,7 @@ _EXPERTS_CALLS = (
     "sglang.srt.layers.moe.moe_runner.runner:MoeRunner.run",
     "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts",
 )
+_QKV_CALLS = ("sglang.srt.models.gemma4_causal:gemma_qkv_rmsnorm",)
 _ATTENTION_CALLS = (
     "sglang.srt.layers.radix_attention:RadixAttention.forward",
     "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.forward",
@@ -327,6 +328,7 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         origin="sgl-project/sglang#26588, #25461",
+        goes_round=_QKV_CALLS,
     ),
     Patch(
         name="rope_store",
@@ -347,7 +349,7 @@ CATALOGUE: tuple[Patch, ...] = (
         traced=True,
         default=True,
         requires=("qkv_norm",),
-        goes_round=(*_ROPE_CALLS, *_ATTENTION_CALLS),
+        goes_round=(*_QKV_CALLS, *_ROPE_CALLS, *_ATTENTION_CALLS),
     ),
     Patch(
         name="qkv_proj",

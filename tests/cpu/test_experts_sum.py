@@ -114,6 +114,29 @@ def test_something_else_than_the_buffer(after: Callable[[torch.Tensor], torch.Te
     assert distance(forwards.run(model, tokens=2), expected) < 0.06
 
 
+@pytest.mark.parametrize("where", ["apply", "combine"])
+def test_somebody_adds_to_the_buffer_in_place(where: str):
+    """Set on the objects between the reduction and the layer, also when the layer has run."""
+    model = model_that_ends(lambda out: out)
+    ENGINE.apply(only=[NAME])
+    forwards.run(model, tokens=2)
+    for layer in model.layers:
+        experts = layer.moe.experts
+        of = experts.quant_method if where == "apply" else experts.dispatcher
+        stock = getattr(of, where)
+
+        def adds(*args: Any, stock: Any = stock, **kwargs: Any) -> Any:
+            found = stock(*args, **kwargs)
+            (found if isinstance(found, torch.Tensor) else found.hidden_states).add_(1.5)
+            return found
+
+        of.__dict__[where] = adds
+    expected, found, engaged = both(model)
+    assert engaged == 0
+    assert distance(found, expected) < 0.06
+    assert f"{where} of somebody else's" in ENGINE.runs[NAME].full_reason()
+
+
 def test_a_call_in_which_nothing_was_taken_is_declined():
     """SGLang's native experts, as Marlin, CUTLASS and DeepGEMM, end in no such reduction."""
     expected, found, engaged = both(forwards.build("moe"))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import wrapt
 
 from gemma4_turbo import states
 from gemma4_turbo.catalogue import by_name
@@ -50,6 +51,24 @@ def plain(function: Any) -> Any:
     return lambda *args, **kwargs: function(*args, **kwargs)
 
 
+class Called:
+    """A wrapper that is no function."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def proxy(function: Any) -> Any:
+    """Which says of itself that it is the function."""
+    return wrapt.FunctionWrapper(function, lambda f, instance, args, kwargs: f(*args, **kwargs))
+
+
+KINDS = (wrapped, plain, Called, functools.partial, functools.lru_cache, proxy)
+
+
 # The KV pool's store, linear and activation methods, norms, the router, a forward that is inherited, a
 # function behind a decorator: what the patches of the second column go round.
 CASES = {
@@ -78,6 +97,34 @@ def test_before_the_installation(
     assert run.state == states.CONFLICT
     assert ".".join(target.partition(":")[2].split(".")[-2:]) in run.reason
     assert not run.swaps
+
+
+@pytest.mark.parametrize("how", KINDS)
+@pytest.mark.parametrize(
+    ("target", "patch"),
+    [
+        ("sglang.srt.layers.layernorm:RMSNorm.forward_cuda", "layer_norms"),
+        ("sglang.srt.models.gemma4_causal:gemma_qkv_rmsnorm", "qkv_norm"),
+        ("sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel", "qkv_norm"),
+    ],
+)
+def test_whatever_the_wrapper_is(
+    target: str, patch: str, how: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """On a method, a function that is imported from elsewhere, and a kernel."""
+    owner, name = resolve(target)
+    monkeypatch.setattr(owner, name, how(getattr(owner, name)))
+    ENGINE.apply(only=[patch])
+    assert ENGINE.runs[patch].state == states.CONFLICT
+
+
+def test_how_modules_are_called(monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    monkeypatch.setattr(RMSNorm, "__call__", wrapped(RMSNorm.__call__), raising=False)
+    ENGINE.apply(only=["layer_norms"])
+    assert ENGINE.runs["layer_norms"].state == states.CONFLICT
+    assert "RMSNorm.__call__" in ENGINE.runs["layer_norms"].reason
 
 
 @pytest.mark.parametrize(("target", "patch"), list(CASES.items())[:4])
