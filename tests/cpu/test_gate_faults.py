@@ -136,7 +136,8 @@ def test_strict_refuses_what_it_cannot_look_at(
     with pytest.raises(gates.StrictModeError) as refused:
         gate(engine)(stock, None, (1,), {})
     assert raised
-    assert f"could not be looked at: {type(error).__name__}: injected" in str(refused.value)
+    # Told by the gate, or by the state of the patch whose source could not be judged.
+    assert f"{type(error).__name__}: injected" in str(refused.value)
     assert len(stock.calls) == (gate is gates._after_load and place[1] != "catch_up")
 
 
