@@ -115,7 +115,6 @@ class PatchRun:
     def forget(self) -> None:
         """Back to waiting, as before `install`."""
         self.swaps = []
-        self._decline_reason = ""
         self.state = states.WAITING
         self.reason = "SGLang has not imported the target yet"
 
@@ -290,6 +289,7 @@ class Engine:
                         self._uninstall(run)
                         if run.state != states.WAITING:
                             continue  # ours is there still: that is what the row says
+                        run._decline_reason = ""
                         run.set(states.UNSUPPORTED, foreign)
                 elif run.state == states.UNSUPPORTED and self.models.is_reason(run.reason):
                     run.forget()

@@ -560,6 +560,7 @@ def main(folder: Path) -> None:
     prepare_sglang()
     from sglang.srt.layers.attention import triton_backend
 
+    stock_backend = triton_backend.TritonAttnBackend
     triton_backend.TritonAttnBackend = TritonAttnBackend  # SGLang's, here
     for name in ("require_gathered_buffer", "require_mlp_tp_gather", "require_mlp_sync"):
         setattr(runners, name, lambda arguments: False)
@@ -569,7 +570,9 @@ def main(folder: Path) -> None:
     live = None
     sets = (*((patch, (patch,)) for patch in PATCHES), ("both", PATCHES), ("all", ALL))
     for name, patches in sets:
+        triton_backend.TritonAttnBackend = stock_backend  # a stand-in would be a conflict
         rows = {row.name: row for row in gemma4_turbo.apply(only=patches)}
+        triton_backend.TritonAttnBackend = TritonAttnBackend
         assert {rows[patch].state for patch in patches} == {"active"}, rows
         before = {patch: ENGINE.runs[patch].engaged_count() for patch in ALL}
         live = make_worker(graphs=True)

@@ -775,7 +775,7 @@ def test_somebody_elses_routine_is_a_conflict(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(mm_utils, "general_mm_embed_routine", other)
     ENGINE.apply(only=[NAME])
     assert ENGINE.runs[NAME].state == states.CONFLICT
-    assert "was replaced before us" in ENGINE.runs[NAME].reason
+    assert "general_mm_embed_routine" in ENGINE.runs[NAME].reason
     assert mm_utils.general_mm_embed_routine is other
     ENGINE.revert()
 

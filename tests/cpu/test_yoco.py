@@ -455,9 +455,9 @@ def test_a_model_without_shared_layers_and_a_decode_batch(model: Any):
     assert fast_prefill.cut(shared_kv.build(shared=0), batch, batch.positions, {}) is None
     assert "no layers that share" in ENGINE.runs[NAME].full_reason()
     batch.forward_mode = ForwardMode.DECODE
-    declined = ENGINE.runs[NAME].counters._cells[:]
+    declined = ENGINE.runs[NAME].counters.cells[:]
     assert fast_prefill.cut(model, batch, batch.positions, {}) is None
-    assert ENGINE.runs[NAME].counters._cells[:] == declined
+    assert ENGINE.runs[NAME].counters.cells[:] == declined
 
 
 def test_single_tokens_gain_nothing(model: Any):
