@@ -67,6 +67,7 @@ def test_doctor(
         "problems": [text],
         "notes": [text],
         "bootstrap": [text],
+        "state_folder": None,
         "servers": [{"pid": 1, "command": text, "patches": [patch]}],
     }
     monkeypatch.setenv("COLUMNS", "300")
