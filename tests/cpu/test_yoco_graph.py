@@ -178,7 +178,7 @@ def test_random_batches_bit_by_bit(model: Any):
     assert {key[0] for key in graphs(model).captured} == set(tail_graph.SIZES)
     assert sum(recorded.replays for recorded in Recorded.every) > len(Recorded.every)
     assert len({id(recorded.pool) for recorded in Recorded.every}) == 1  # one memory for all
-    assert "more than 16 rows" in ENGINE.runs[NAME].full_reason()
+    assert tail_graph.FIRST in ENGINE.runs[NAME].full_reason()  # the first of the reasons
     assert ENGINE.runs[NAME].state == states.ACTIVE
 
 
