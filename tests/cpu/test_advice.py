@@ -107,6 +107,7 @@ def test_doctor_shows_the_note(monkeypatch):
         "problems": [],
         "notes": ["transformers 5.6.0 cannot read"],
         "bootstrap": [],
+        "state_folder": None,
         "servers": [],
     }
     monkeypatch.setattr(doctor, "examine", lambda: found)
