@@ -30,7 +30,6 @@ def _model_is_built(call: Call) -> list[str]:
 
 
 def _neighbours(call: Call) -> list[str]:
-    weights.written()
     call.engine.look_at_neighbours()
     return []
 
@@ -39,4 +38,4 @@ gates.add(BUILT, guarded(after=[_model_is_built]))
 for _target in WRITERS:
     # Before as well: a write that fails half-way has written.
     gates.add(_target, guarded(before=[_weights_are_written], after=[_weights_are_written]))
-gates.AFTER_LOADING.insert(0, _neighbours)
+gates.AFTER_LOADING[:0] = [_weights_are_written, _neighbours]

@@ -38,7 +38,7 @@ class Verdicts(dict[tuple[Any, ...], str | None]):
 
             with torch.no_grad():
                 found, broken = attempt(run, f"self-check for {key}", compare)
-            self[key] = found if broken is None else broken
+            self[key] = found or broken
             if found is not None:
                 run.set(states.FAILED, found)
         return self[key]

@@ -78,9 +78,8 @@ class Plan(steps.Plan):
         self.input_norm: str | None = _first(reasons)
         apart = known.experts_unfit(layer.moe) if moe else "the layer has no experts"
         self.mlp_stream: str | None = apart  # no arithmetic to compare
-        if moe and apart is None:
-            reasons.append(known.reduction_unfit(layer.moe.experts))
-        self.experts_sum: str | None = _first([*reasons, apart])
+        more = apart or known.reduction_unfit(layer.moe.experts)
+        self.experts_sum: str | None = _first([*reasons, more])
         self.following: tuple[Any, str | None] = (None, None)
 
         routing = (layer.router, layer.router.norm) if self.layer_norms is UNPROVEN and moe else ()
@@ -95,11 +94,10 @@ class Plan(steps.Plan):
         if moe:
             parts += [(layer, "router"), (layer, "moe")]
             parts += [(layer.router, "norm")] if routing else []
-            parts += [(layer.moe, "experts")] if experts else []
-            if experts:
-                parts += [(experts[1], "quant_method"), (experts[1], "dispatcher")]
-            if experts and known.reduction_unfit(experts[1]) is None:
-                parts += known.reduction_parts(experts[1])
+        if experts:
+            parts += [(layer.moe, "experts"), (experts[1], "quant_method")]
+            parts += [(experts[1], "dispatcher")]
+            parts += known.reduction_parts(experts[1]) if more is None else []
         parts += [(n, "_forward_method") for n in (*firsts, *tails) if hasattr(n, "__dict__")]
         self.made_for(*parts)
 

@@ -19,6 +19,7 @@ import torch
 
 from gemma4_turbo import custom_ops, hooks
 from gemma4_turbo.fallback import Fallback
+from gemma4_turbo.forwards import known
 from gemma4_turbo.forwards.steps import Step
 
 if TYPE_CHECKING:
@@ -177,12 +178,12 @@ def _hooks_reason(model: Any, batch: Any) -> str | None:
 def behind_the_cut(model: Any) -> hooks.Watched:
     """The hooks of the layers that share KV, of the last norm, and of all that is inside them."""
     layers = list(model.layers._modules.values())
-    first = first_shared(model)
-    parts = [*layers[len(layers) if first is None else first :], model.norm]
+    every = [*layers, model.norm]
     kept, watched = _watched.get(model, (None, None))
-    if watched is None or kept is None or list(map(id, kept)) != list(map(id, parts)):
-        watched = hooks.Watched(parts)
-        _watched[model] = parts, watched
+    if watched is None or kept is None or list(map(id, kept)) != list(map(id, every)):
+        first = first_shared(model)
+        watched = hooks.Watched(every[len(layers) if first is None else first :])
+        _watched[model] = every, watched
     return watched
 
 
@@ -258,9 +259,7 @@ def _layout_reason(batch: Any, positions: torch.Tensor) -> str | None:
 
 def backend_refusal(backend: Any) -> str | None:
     """Why this attention backend's metadata are not ours to make, or None."""
-    from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-
-    if type(backend) is not TritonAttnBackend:
+    if not known.is_triton_backend(backend):
         return f"the attention backend is {type(backend).__name__}"
     if backend.enable_deterministic:
         return "deterministic inference has an attention of its own"

@@ -104,7 +104,10 @@ def weight_unfit(weight: Any) -> str | None:
 
 
 def norm_unfit(norm: Any) -> str | None:
-    """Why a norm module does not run ``sgl_kernel.rmsnorm`` over its whole width, or None."""
+    """Why a norm module does not run ``sgl_kernel.rmsnorm`` over its whole width, or None.
+
+    Hooks are asked apart, at every call.
+    """
     known, kind = types(), type(norm)
     if kind is known.rms_norm:
         if norm.variance_size_override is not None or norm.cast_x_before_out_mul:
@@ -116,7 +119,7 @@ def norm_unfit(norm: Any) -> str | None:
             return f"a Gemma4RMSNorm has scale_shift {norm.scale_shift}"
     else:
         return f"a norm is a {kind.__module__}.{kind.__qualname__}"
-    return weight_unfit(norm.weight) or method_unfit(norm) or hooks_unfit(norm)
+    return weight_unfit(norm.weight) or method_unfit(norm)
 
 
 def method_unfit(module: Any) -> str | None:

@@ -118,9 +118,7 @@ def _run(
     if x.shape[0] > kernel.MAX_ROWS:
         SKINNY_GEMM.run.declined(TOO_MANY_ROWS)
         return None
-    plan = module.__dict__.get(steps.PLAN)
-    if plan is None or plan.moved():
-        plan = module.__dict__[steps.PLAN] = Plan(module, epilogue)
+    plan = steps.plan_of(module, Plan, epilogue)
     if plan.skinny_gemm is not None and plan.skinny_gemm is not UNPROVEN:
         SKINNY_GEMM.run.declined(plan.skinny_gemm)
         return None

@@ -72,11 +72,11 @@ def _place(of: Any, name: str) -> tuple[dict[str, Any], str, Any]:
     return vars(of), name, None
 
 
-def plan_of(module: Any, make: Callable[[Any], T]) -> T:
-    """The module's plan; a new one when a part of it was replaced."""
+def plan_of(module: Any, make: Callable[..., T], *more: Any) -> T:
+    """The module's plan; a new one, ``make(module, *more)``, when a part of it was replaced."""
     plan: T | None = module.__dict__.get(PLAN)
     if plan is None or (not torch.compiler.is_compiling() and plan.moved()):
-        plan = module.__dict__[PLAN] = make(module)
+        plan = module.__dict__[PLAN] = make(module, *more)
     return plan
 
 
@@ -120,9 +120,8 @@ class Step:
         if self.run is None:
             return False
         if torch.compiler.is_compiling():
-            if getattr(
-                plan.norm, "is_torch_compile", False
-            ):  # the module runs its native form, for Inductor
+            # The module runs its native form, for Inductor.
+            if getattr(plan.norm, "is_torch_compile", False):
                 return False
             proven = normed is None or plan.kinds.traced_reason is None
             reason = reason or plan.hooks(name)

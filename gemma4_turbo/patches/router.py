@@ -183,15 +183,14 @@ def self_check(
     if key not in _verdicts:
         if per_expert_scale.device.type == "meta":
             return None  # no data yet: checked at the first call
-        if per_expert_scale.device.type != "cuda":
-            _verdicts[key] = None
-        else:
+        found = broken = None
+        if per_expert_scale.device.type == "cuda":
             found, broken = attempt(
                 None,
                 "self-check of the routing",
                 lambda: _compare(stock, per_expert_scale, dtype, topk),
             )
-            _verdicts[key] = found if broken is None else broken
+        _verdicts[key] = found or broken
     return _verdicts[key]
 
 

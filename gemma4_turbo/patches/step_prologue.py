@@ -380,7 +380,7 @@ def norm_kind(
         f"self-check for {like.dtype}",
         lambda: find_kind(_traced_rms_norm if traced else _rms_norm(), like),
     )
-    kind = _kinds[key] = broken or "" if found is None else found
+    kind = _kinds[key] = found or str(broken)
     if isinstance(found, str):
         run.set(states.FAILED, found)
     return kind
