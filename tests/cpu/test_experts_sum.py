@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,26 +11,9 @@ import torch
 from gemma4_turbo.forwards import decoder_layer
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import test_forwards as forwards
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.test_forwards import applied, no_grad  # noqa: F401 - fixtures of every test here
 
 NAME = "experts_sum"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SGLang's Gemma 4 module imported with the patches applied; reverted at the end."""
-    with patched_sglang(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from gemma4_turbo.forwards import steps
-
-    monkeypatch.setattr(steps, "_prove", lambda *args: None)
-    with torch._dynamo.config.patch(disable=True), torch.no_grad():
-        yield
-    ENGINE.revert()
 
 
 def rows_of(x: torch.Tensor, layer: Any, topk: Any) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from gemma4_turbo import hooks
 from gemma4_turbo.patching import ENGINE
 from tests.cpu import test_forwards as forwards
-from tests.cpu.conftest import patched_sglang
+from tests.cpu.test_forwards import applied, no_grad  # noqa: F401 - fixtures of every test here
 
 # One name for each module that some fusion does not call, or calls on something else than stock does.
 # Linear layers in a run of their own: `skinny_gemm` takes most of the interpreter's time.
@@ -48,23 +48,6 @@ PATCHES: dict[str, dict[str, Any]] = {
     "fusions": {"skip": ["skinny_gemm"]},
     "linear": {"only": ["skinny_gemm", "qkv_norm"]},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """SGLang's Gemma 4 module imported with the patches applied; reverted at the end."""
-    with patched_sglang(tmp_path_factory):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from gemma4_turbo.forwards import steps
-
-    monkeypatch.setattr(steps, "_prove", lambda *args: None)
-    with torch._dynamo.config.patch(disable=True), torch.no_grad():
-        yield
-    ENGINE.revert()
 
 
 class Seen:
