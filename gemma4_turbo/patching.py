@@ -61,13 +61,14 @@ class PatchRun:
         self._counters: Counters | None = None
         self._decline_reason = ""
 
-    def set(self, state: str, reason: str) -> None:
+    def set(self, state: str, reason: str, log: bool = True) -> None:
         """Change the state, log it once, and tell the other processes."""
         if (state, reason) == (self.state, self.reason):
             return
         self.state, self.reason = state, reason
-        level = logging.WARNING if state in states.REFUSED_WHEN_STRICT else logging.INFO
-        logger.log(level, "gemma4_turbo: %s is %s: %s", self.patch.name, state, reason)
+        if log:
+            level = logging.WARNING if state in states.REFUSED_WHEN_STRICT else logging.INFO
+            logger.log(level, "gemma4_turbo: %s is %s: %s", self.patch.name, state, reason)
         self._publish()
 
     @property
@@ -280,6 +281,7 @@ class Engine:
 
     def model_made(self, model: Any) -> None:
         """SGLang has built ``model``, nothing of which has run: patches come and go with it."""
+        aside: dict[str, list[str]] = {}
         with self._lock:
             self.models.made(model)
             for run in self.runs.values():
@@ -290,10 +292,13 @@ class Engine:
                         if run.state != states.WAITING:
                             continue  # ours is there still: that is what the row says
                         run._decline_reason = ""
-                        run.set(states.UNSUPPORTED, foreign)
+                        run.set(states.UNSUPPORTED, foreign, log=False)
+                        aside.setdefault(foreign, []).append(run.patch.name)
                 elif run.state == states.UNSUPPORTED and self.models.is_reason(run.reason):
                     run.forget()
                     self._install(run)
+        for foreign, names in aside.items():  # one line, not forty
+            logger.info("gemma4_turbo: unsupported: %s: %s", foreign, ", ".join(names))
 
     def look_at_neighbours(self) -> None:
         """Take out what would now bypass another package's wrapper."""

@@ -98,7 +98,7 @@ class Plan(steps.Plan):
             parts += [(layer.moe, "experts"), (experts[1], "quant_method")]
             parts += [(experts[1], "dispatcher")]
             parts += known.reduction_parts(experts[1]) if more is None else []
-        parts += [(n, "_forward_method") for n in (*firsts, *tails) if hasattr(n, "__dict__")]
+        parts += [(n, "_forward_method") for n in (*firsts, *tails)]
         self.made_for(*parts)
 
     def following_unfit(self, norm: Any) -> str | None:

@@ -42,8 +42,11 @@ class Plan:
         self._parts: tuple[tuple[dict[str, Any], str, Any], ...] = ()
 
     def made_for(self, *parts: tuple[Any, str]) -> None:
-        """Attributes, ``(object, name)``, whose replacement ends the plan."""
-        self._parts = tuple(_place(of, name) for of, name in parts)
+        """Attributes, ``(object, name)``, whose replacement ends the plan.
+
+        None and others without attributes of their own are passed over: nothing can be set on them.
+        """
+        self._parts = tuple(_place(of, name) for of, name in parts if hasattr(of, "__dict__"))
 
     def moved(self) -> bool:
         """Whether a part is another object than when the plan was made."""

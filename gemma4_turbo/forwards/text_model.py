@@ -44,9 +44,7 @@ def forward(
     start = input_embeds, None, None
     cut = None
     if torch.compiler.is_compiling():
-        first = None
-        if traced_cut.YOCO_PIECEWISE.run is not None:
-            first = traced_cut.first_layer(self)
+        first = traced_cut.first_layer(self)
         if first is not None:
             state = layers(range(first), start, positions, per_layer_inputs, forward_batch)
             return traced_cut.call(self, state, positions, per_layer_inputs)

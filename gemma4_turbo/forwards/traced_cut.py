@@ -72,7 +72,11 @@ def unregister() -> None:
 def prepare(model: Any, batch: Any, kwargs: dict[str, Any]) -> bool:
     """Whether SGLang is about to compile ``model``, which is to be cut then: noted on it."""
     run = YOCO_PIECEWISE.run
-    if run is None or not _about_to_compile():
+    if run is None:
+        if hasattr(model, _CUT) and _about_to_compile():  # noted before the patch was taken out
+            delattr(model, _CUT)
+        return False
+    if not _about_to_compile():
         return False
     try:
         first = fast_prefill.first_shared(model)

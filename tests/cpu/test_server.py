@@ -1,6 +1,7 @@
 """The real server on its real start path, on a CPU: what the patches say and what strict mode stops.
 
-A small GPT-2 with random weights: nothing here is about a model, all about processes.
+Nothing here is about arithmetic, all about processes. A small Gemma 4 with random weights is loaded,
+which is when the patches say what they did; a small GPT-2 also answers, as its forward needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bench import checkpoints
 from gemma4_turbo.catalogue import CATALOGUE
 from tests.cpu.conftest import REPOSITORY, state_by_default
 
 pytestmark = pytest.mark.server
 
 START_LIMIT = 180.0  # seconds; it takes a fraction of that
-CONFIG = {
+GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "model_type": "gpt2",
     "n_embd": 64,
@@ -40,6 +43,14 @@ CONFIG = {
     "n_ctx": 512,
     "activation_function": "gelu_new",
 }
+GEMMA4 = checkpoints.gemma_config(
+    checkpoints.Size(
+        **{"hidden": 128, "mlp": 64, "layers": 2, "experts": 8, "expert_width": 32, "heads": 2},
+        **{"kv_sliding": 2, "kv_full": 1, "head_sliding": 32, "head_full": 64, "vocabulary": 512},
+    )
+)
+# Rotary embeddings import it on a CPU when they are made; it is never called.
+ROTARY = "def rotary_embedding(*args):\n    raise NotImplementedError\n"
 # What sgl_kernel wants of the driver when it is loaded; it is never called on a CPU.
 DRIVER = (
     "cuGetErrorString",
@@ -133,16 +144,24 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def launch(environment: dict[str, str], driver: dict[str, str], tmp_path: Path) -> Iterator[Launch]:
     """Starts the server with the given environment variables; all of it is killed afterwards."""
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "config.json").write_text(json.dumps(CONFIG))
     servers: list[Server] = []
+    rotary = tmp_path / "rotary"
+    (rotary / "vllm").mkdir(parents=True)
+    (rotary / "vllm" / "__init__.py").touch()
+    (rotary / "vllm" / "_custom_ops.py").write_text(ROTARY)
 
-    def launched(port: int | None = None, **variables: str) -> Server:
+    def launched(
+        config: dict[str, Any], port: int | None = None, site: str = "", **variables: str
+    ) -> Server:
+        model = tmp_path / f"model{len(servers)}"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(config))
         arguments = ["--model-path", str(model), "--port", str(port or free_port())]
         arguments += ["--device", "cpu", "--attention-backend", "torch_native"]
         arguments += ["--load-format", "dummy", "--skip-tokenizer-init"]
+        arguments += ["--disable-piecewise-cuda-graph"]
         arguments += ["--max-total-tokens", "4096"]  # else it takes all of the memory
+        variables["PYTHONPATH"] = ":".join(filter(None, (site, str(rotary))))
         state = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"}
         environ = environment | driver | state | variables
         servers.append(Server(arguments, environ, tmp_path / f"server{len(servers)}.log"))
@@ -193,24 +212,34 @@ def installed_by_default() -> list[str]:
     ]
 
 
-def test_installed_in_the_scheduler_and_healthy(launch: Launch) -> None:
-    """Stock's own start line, nothing set: the entry point does it, and the server serves."""
-    port = free_port()
-    server = launch(port)
+def test_installed_in_the_scheduler(launch: Launch) -> None:
+    """Stock's own start line, nothing set: the entry point does it."""
+    server = launch(GEMMA4)
     every = ", ".join(installed_by_default())
     assert re.search(
         rf"gemma4_turbo \S+: installed: {every}; standing aside: ",
         server.line(r"gemma4_turbo \S+: inst"),
     )
     assert SPAWNED in server.output
-    server.until(lambda: healthy(port), "healthy")
+    server.line("Using KV cache dtype")  # load_model came back and its caller went on
     assert server.output.count("installed: router") == 1
+    assert "Traceback" not in server.output
+
+
+def test_another_model_is_served_by_stock(launch: Launch) -> None:
+    """No patch is in, the log says why once, and the server serves."""
+    port = free_port()
+    server = launch(GPT2, port)
+    aside = server.line(r"gemma4_turbo \S+: inst")
+    assert "installed: none; standing aside: router, step_prologue, " in aside
+    assert aside.count("unsupported (the model is a GPT2LMHeadModel)") == 1
+    server.until(lambda: healthy(port), "healthy")
     assert "Traceback" not in server.output
 
 
 def test_a_bad_value_with_strict_spawns_nothing(launch: Launch) -> None:
     """The main process ends with the sentence that names variable and choices."""
-    server = launch(GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_ROUTER="maybe")
+    server = launch(GPT2, GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_ROUTER="maybe")
     assert server.exit_code() == 1
     (error,) = [line for line in server.output.splitlines() if "StrictModeError:" in line]
     assert BAD_VALUE in error
@@ -220,7 +249,7 @@ def test_a_bad_value_with_strict_spawns_nothing(launch: Launch) -> None:
 
 def test_a_bad_value_without_strict_is_told(launch: Launch) -> None:
     """The server starts, the router alone is off, the log says why."""
-    server = launch(GEMMA4_TURBO_ROUTER="maybe")
+    server = launch(GEMMA4, GEMMA4_TURBO_ROUTER="maybe")
     server.line("Using KV cache dtype")  # load_model came back and its caller went on
     assert BAD_VALUE in server.output
     others = ", ".join(name for name in installed_by_default() if name != "router")
@@ -245,7 +274,7 @@ def test_a_conflict_in_the_scheduler_with_strict_ends_the_server(
     launch: Launch, tmp_path: Path
 ) -> None:
     """Another package's patch, seen only where the models are imported: no server stays up."""
-    server = launch(GEMMA4_TURBO_STRICT="1", PYTHONPATH=site(tmp_path, CONFLICT))
+    server = launch(GEMMA4, GEMMA4_TURBO_STRICT="1", site=site(tmp_path, CONFLICT))
     assert server.exit_code() != 0
     assert SPAWNED in server.output
     assert "StrictModeError: GEMMA4_TURBO_STRICT=1: router is conflict" in server.output
@@ -265,7 +294,7 @@ fingerprints.known_releases = lambda: {
 
 def test_drift_with_strict_spawns_nothing(launch: Launch, tmp_path: Path) -> None:
     """The installed source is none that is known, which the main process can tell."""
-    server = launch(GEMMA4_TURBO_STRICT="1", PYTHONPATH=site(tmp_path, DRIFT))
+    server = launch(GPT2, GEMMA4_TURBO_STRICT="1", site=site(tmp_path, DRIFT))
     assert server.exit_code() == 1
     assert "StrictModeError: GEMMA4_TURBO_STRICT=1: router is drifted: SGLang" in server.output
     assert "Gemma4MoE.__init__" in server.output
