@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gemma4_turbo import geometry
+from gemma4_turbo.models import geometry
 
 LAYERS = 4
 CENTROIDS = 2048

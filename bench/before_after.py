@@ -27,7 +27,7 @@ import typer  # noqa: E402
 
 from bench import engine as ours  # noqa: E402
 from bench.engine import PATCHED, STOCK  # noqa: E402
-from gemma4_turbo import geometry  # noqa: E402
+from gemma4_turbo.models import geometry  # noqa: E402
 
 BEFORE, AFTER = "before", "after"
 

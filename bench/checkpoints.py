@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gemma4_turbo import geometry
+from gemma4_turbo.models import geometry
 
 VOCABULARY = 32_768
 GROUP = 64  # inputs per scale of an AWQ weight

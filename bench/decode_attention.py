@@ -29,9 +29,9 @@ from rich.progress import track  # noqa: E402
 
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
-from gemma4_turbo import geometry  # noqa: E402
 from gemma4_turbo.kernels import decode_attention as kernel  # noqa: E402
 from gemma4_turbo.kernels.decode_attention import Config  # noqa: E402
+from gemma4_turbo.models import geometry  # noqa: E402
 
 STOCK_SPLITS = 8  # of stock at most, by default
 SHARED_BYTES = 227 * 1024

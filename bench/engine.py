@@ -36,7 +36,8 @@ sys.path.insert(0, str(HERE.parent))
 
 from bench.provenance import provenance  # noqa: E402
 from bench.turns import turn  # noqa: E402
-from gemma4_turbo import geometry, report  # noqa: E402
+from gemma4_turbo.cli import report  # noqa: E402
+from gemma4_turbo.models import geometry  # noqa: E402
 
 VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"

@@ -240,7 +240,7 @@ class Worker:
 
     def status(self) -> dict[str, Any]:
         """What the patches say of themselves in all processes of this engine."""
-        from gemma4_turbo.counters import descendants
+        from gemma4_turbo.engine.counters import descendants
 
         return {
             "processes": [

@@ -37,7 +37,7 @@ def main(
     from sglang.srt.models.gemma4_causal import Gemma4MoE
 
     from gemma4_turbo.kernels.router import LOGIT_DTYPES, fused_routing
-    from gemma4_turbo.patches.router import stock_routing
+    from gemma4_turbo.ports.v0_5_12.router import stock_routing
 
     construct: Any = Gemma4MoE.__init__
     construct = getattr(construct, "__wrapped__", construct)

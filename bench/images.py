@@ -45,8 +45,9 @@ from bench.engine import (  # noqa: E402
 )
 from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
 from bench.turns import turn  # noqa: E402
-from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
-from gemma4_turbo.counters import descendants  # noqa: E402
+from gemma4_turbo.cli import report  # noqa: E402
+from gemma4_turbo.engine.counters import descendants  # noqa: E402
+from gemma4_turbo.models import geometry, geometry_mm  # noqa: E402
 
 AGAIN, OTHER_IMAGES = "stock again", "stock, other images"
 CALLS = ("engaged", "captured", "declined")

@@ -13,20 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gemma4_turbo.forwards import attention, norm_kinds
-from gemma4_turbo.geometry import (
+from gemma4_turbo.fusions import norm_kinds
+from gemma4_turbo.kernels import layer_norms as layer_norms_kernel
+from gemma4_turbo.kernels import layer_tail, moe_align, ple_tail, qkv, step_prologue
+from gemma4_turbo.kernels import router as router_kernel
+from gemma4_turbo.kernels import router_norm as router_norm_kernel
+from gemma4_turbo.kernels.qkv import Mode
+from gemma4_turbo.models.geometry import (
     GEOMETRIES,
     HEAD_DIM_FULL,
     HEAD_DIM_SLIDING,
     VOCABULARY,
     Geometry,
 )
-from gemma4_turbo.kernels import layer_norms as layer_norms_kernel
-from gemma4_turbo.kernels import layer_tail, moe_align, ple_tail, qkv, step_prologue
-from gemma4_turbo.kernels import router as router_kernel
-from gemma4_turbo.kernels import router_norm as router_norm_kernel
-from gemma4_turbo.kernels.qkv import Mode
-from gemma4_turbo.patches import step_prologue as step_prologue_patch
+from gemma4_turbo.ports.v0_5_12 import attention
+from gemma4_turbo.ports.v0_5_12 import step_prologue as step_prologue_patch
 
 Call = Callable[[], Any]
 
@@ -387,7 +388,7 @@ def router(dtype: torch.dtype, model: Geometry, rows: int, device: str) -> Calls
     """Logits to weights and experts."""
     from sglang.srt.models.gemma4_causal import Gemma4MoE
 
-    from gemma4_turbo.patches.router import stock_routing
+    from gemma4_turbo.ports.v0_5_12.router import stock_routing
 
     construct: Any = Gemma4MoE.__init__
     draw = Draw(device)

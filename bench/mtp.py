@@ -48,7 +48,8 @@ from bench.engine import (  # noqa: E402
     end_on_sigterm,
     in_turn,
 )
-from gemma4_turbo import geometry, report  # noqa: E402
+from gemma4_turbo.cli import report  # noqa: E402
+from gemma4_turbo.models import geometry  # noqa: E402
 
 PLAIN = "no speculation"
 PATCHES = "mtp_chain,mtp_seed_graph,mtp_metadata,mtp_merge_batch,frozen_kv_views,kv_scales"

@@ -35,7 +35,8 @@ from bench.engine import (  # noqa: E402
     end_on_sigterm,
     engines,
 )
-from gemma4_turbo import geometry, report  # noqa: E402
+from gemma4_turbo.cli import report  # noqa: E402
+from gemma4_turbo.models import geometry  # noqa: E402
 
 ALONE = "stock, one at a time"
 SIZES = re.compile(r"full_layer_tokens=(\d+), swa_layer_tokens=(\d+)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from gemma4_turbo import report
+from gemma4_turbo.cli import report
 
 
 def provenance() -> dict[str, str | None]:

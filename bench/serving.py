@@ -29,9 +29,10 @@ from bench.engine import PATCHED, STOCK, Results, end_on_sigterm, in_turn  # noq
 from bench.load_client import LoadClient  # noqa: E402
 from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
 from bench.turns import turn  # noqa: E402
-from gemma4_turbo import geometry, geometry_mm, report  # noqa: E402
 from gemma4_turbo.catalogue import CATALOGUE  # noqa: E402
-from gemma4_turbo.counters import descendants  # noqa: E402
+from gemma4_turbo.cli import report  # noqa: E402
+from gemma4_turbo.engine.counters import descendants  # noqa: E402
+from gemma4_turbo.models import geometry, geometry_mm  # noqa: E402
 
 # Of bench_serving's output: its name, ours, the unit.
 MEASURED = (

@@ -31,7 +31,7 @@ from bench.table_text import (
     short,
     sources,
 )
-from gemma4_turbo.geometry import GEOMETRIES
+from gemma4_turbo.models.geometry import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"

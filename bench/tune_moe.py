@@ -2,7 +2,7 @@
 
     python bench/tune_moe.py --width 704            # 26B-A4B; 352: its experts on two GPUs
 
-Writes the tables of `gemma4_turbo.moe_tables` (up and down projection, equal BLOCK_SIZE_M) and a CSV with
+Writes the tables of `gemma4_turbo.kernels.moe_tables` (up and down projection, equal BLOCK_SIZE_M) and a CSV with
 every measurement. All variants of the kernel are compiled first, in parallel. Then a few numbers of
 tokens are measured with every variant that makes sense there, the best ones with more groupings, and
 the other numbers of tokens with the winners of their neighbours.
@@ -36,7 +36,7 @@ from rich.progress import track  # noqa: E402
 
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import Timer, readings  # noqa: E402
-from gemma4_turbo import moe_tables  # noqa: E402
+from gemma4_turbo.kernels import moe_tables  # noqa: E402
 
 HIDDEN, EXPERTS, TOPK = 2816, 128, 8
 UP, DOWN = "up", "down"

@@ -28,7 +28,6 @@ from rich.progress import track  # noqa: E402
 
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import L2_BYTES, Call, Timer, readings  # noqa: E402
-from gemma4_turbo import geometry  # noqa: E402
 from gemma4_turbo.kernels.skinny_gemm import (  # noqa: E402
     Config,
     Epilogue,
@@ -36,6 +35,7 @@ from gemma4_turbo.kernels.skinny_gemm import (  # noqa: E402
     reference_skinny_gemm,
     tiles,
 )
+from gemma4_turbo.models import geometry  # noqa: E402
 
 REPLAYS = 7
 

@@ -28,7 +28,7 @@ if not torch.cuda.is_available():
 
 import gemma4_turbo
 from bench.provenance import provenance
-from gemma4_turbo.commands import small_moe
+from gemma4_turbo.cli import small_moe
 
 PATCHES = [
     "vision_batch",

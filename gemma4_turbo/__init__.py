@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gemma4_turbo.states import PatchStatus
+    from gemma4_turbo.engine.states import PatchStatus
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "apply", "bootstrap", "revert", "status"]
@@ -39,7 +39,7 @@ def apply(
     Raises:
         ValueError: naming the argument, if it holds a name that is no patch.
     """
-    from gemma4_turbo.patching import ENGINE
+    from gemma4_turbo.instance import ENGINE
 
     return ENGINE.apply(only, skip)
 
@@ -49,7 +49,7 @@ def bootstrap() -> None:
 
     Never raises, and leaves a process alone whose `revert` was called.
     """
-    from gemma4_turbo.patching import ENGINE
+    from gemma4_turbo.instance import ENGINE
 
     ENGINE.bootstrap()
 
@@ -60,13 +60,13 @@ def revert() -> None:
     Processes spawned from here on stay stock too, until `apply` is called again. CUDA graphs
     that were captured with a patch keep it.
     """
-    from gemma4_turbo.patching import ENGINE
+    from gemma4_turbo.instance import ENGINE
 
     ENGINE.revert()
 
 
 def status() -> list[PatchStatus]:
     """State of every patch, ``engaged`` counted over this process and its descendants."""
-    from gemma4_turbo.patching import ENGINE
+    from gemma4_turbo.instance import ENGINE
 
     return ENGINE.status()

@@ -26,7 +26,7 @@ def doctor(as_json: Json = False) -> None:
 
     Exit 2: a variable has a wrong value. Exit 1: a patch that is on drifted, conflicts or failed.
     """
-    from gemma4_turbo.commands import doctor as command
+    from gemma4_turbo.cli import doctor as command
 
     raise typer.Exit(command.run(as_json))
 
@@ -34,7 +34,7 @@ def doctor(as_json: Json = False) -> None:
 @app.command()
 def verify(as_json: Json = False) -> None:
     """Run stock and patched side by side and compare. Exit 1 on any mismatch."""
-    from gemma4_turbo.commands import verify as command
+    from gemma4_turbo.cli import verify as command
 
     raise typer.Exit(command.run(as_json))
 
@@ -70,7 +70,7 @@ def bisect(
     with all. Exit 2: COMMAND cannot be started, a variable or an option is
     wrong, or no patch is on. Exit 130: interrupted.
     """
-    from gemma4_turbo.commands import bisect as implementation
+    from gemma4_turbo.cli import bisect as implementation
 
     raise typer.Exit(implementation.run(command, timeout, repeat, as_json, logs))
 
@@ -84,7 +84,7 @@ def demo(
 
     With a GPU: the real server, requests over HTTP. Without: the stock model classes on the CPU.
     """
-    from gemma4_turbo.commands import demo as command
+    from gemma4_turbo.cli import demo as command
 
     raise typer.Exit(command.run(layers, port))
 
@@ -92,14 +92,14 @@ def demo(
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def serve(context: typer.Context) -> None:
     """sglang.launch_server with the patches on: serve -- --model-path ..."""
-    from gemma4_turbo.commands import serve as command
+    from gemma4_turbo.cli import serve as command
 
     raise typer.Exit(command.run(context.args))
 
 
 def main() -> None:
     """The command line. What the machine lacks is said in one line, without a traceback."""
-    from gemma4_turbo.commands.modules import CannotRunError
+    from gemma4_turbo.cli.modules import CannotRunError
 
     try:
         app()

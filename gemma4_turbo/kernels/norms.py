@@ -7,7 +7,7 @@ For a row ``x`` of width N with weight ``w``::
 
 SGLang's RMSNorm calls flashinfer, and that calls the first of these that is installed; traced by
 ``torch.compile`` it calls sgl_kernel. Which one runs is found by comparison
-(`gemma4_turbo.forwards.norm_kinds`), never assumed.
+(`gemma4_turbo.fusions.norm_kinds`), never assumed.
 
 `Kind.CUTE` (flashinfer's CuTe kernels, with nvidia-cutlass-dsl): T = 32 threads a row up to 3072
 columns, 64 up to 6144. A thread owns 8 neighbours in every stretch of 8 T columns and adds all its

@@ -14,8 +14,10 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import patching, states
+from gemma4_turbo import instance
 from gemma4_turbo.catalogue import Patch
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.run import PatchRun, ledger
 from tests.cpu.synthetic import World, clean_environment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,12 +36,12 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A stand-in package of a name never used before."""
     clean_environment(monkeypatch)
     monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path / "state"))
-    patching.ledger.cache_clear()
+    ledger.cache_clear()
     made = World(tmp_path, f"standin{os.getpid()}_{next(_numbers)}", monkeypatch)
     yield made
     made.close()
-    patching.ledger().close()
-    patching.ledger.cache_clear()
+    ledger().close()
+    ledger.cache_clear()
 
 
 def state_by_default(patch: Patch) -> str:
@@ -47,7 +49,8 @@ def state_by_default(patch: Patch) -> str:
     if not patch.default:
         return states.OFF
     # None of the defects that patches look for by themselves is in the baseline.
-    return states.UPSTREAMED if patch.finds_defect else states.ACTIVE
+    (port,) = instance.PORTS[patch.name]
+    return states.UPSTREAMED if port.finds_defect else states.ACTIVE
 
 
 @contextlib.contextmanager
@@ -59,33 +62,33 @@ def patched_sglang(
     for name in kept:
         del os.environ[name]
     os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
-    from gemma4_turbo.commands.modules import require_targets
+    from gemma4_turbo.cli.modules import require_targets
 
-    patching.ENGINE.apply(only=only)
+    instance.ENGINE.apply(only=only)
     require_targets()
     yield
-    patching.ENGINE.revert()
+    instance.ENGINE.revert()
     for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
         del os.environ[name]
     os.environ.update(kept)
 
 
 @contextlib.contextmanager
-def only_patch(name: str) -> Iterator[patching.PatchRun]:
+def only_patch(name: str) -> Iterator[PatchRun]:
     """This patch on and no other, none of its calls declined so far; reverted at the end."""
-    patching.ENGINE.apply(only=[name])
-    run = patching.ENGINE.runs[name]
+    instance.ENGINE.apply(only=[name])
+    run = instance.ENGINE.runs[name]
     assert run.state == states.ACTIVE, run.reason
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run, "_decline_reason", "")
         yield run
-        patching.ENGINE.revert()
+        instance.ENGINE.revert()
 
 
 def turn_on(name: str) -> None:
     """This patch on and no other; it must be active."""
-    patching.ENGINE.apply(only=[name])
-    run = patching.ENGINE.runs[name]
+    instance.ENGINE.apply(only=[name])
+    run = instance.ENGINE.runs[name]
     assert run.state == states.ACTIVE, run.reason
 
 
@@ -101,9 +104,9 @@ def patch_imported(
 @pytest.fixture
 def stock_first(patch_imported: None) -> Iterator[None]:
     """A test starts with stock; `turn_on` puts the patch in."""
-    patching.ENGINE.revert()
+    instance.ENGINE.revert()
     yield
-    patching.ENGINE.revert()
+    instance.ENGINE.revert()
 
 
 def run_scenario(module: str, environment: dict[str, str], folder: Path, timeout: float) -> Any:

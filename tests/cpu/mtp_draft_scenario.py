@@ -350,7 +350,7 @@ def play(worker: Any) -> dict[str, Any]:
 
 def limits() -> dict[str, Any]:
     """Seed steps that no graph takes; what the engine says of each."""
-    from gemma4_turbo.patching import ENGINE
+    from gemma4_turbo.instance import ENGINE
 
     found: dict[str, Any] = {}
     run = ENGINE.runs["mtp_seed_graph"]
@@ -396,7 +396,7 @@ def limits() -> dict[str, Any]:
     told("without it again", watched, batch("a", "b"))
 
     state = run.state
-    from gemma4_turbo.patches import mtp_seed_graph
+    from gemma4_turbo.ports.v0_5_12.mtp import mtp_seed_graph
 
     worker = make_worker(graphs=True)
     with mock.patch.object(mtp_seed_graph, "_replay", side_effect=RuntimeError("no such graph")):
@@ -554,8 +554,8 @@ def main(folder: Path) -> None:
     from sglang.srt.speculative import frozen_kv_mtp_worker
 
     import gemma4_turbo
-    from gemma4_turbo.commands.small_moe import prepare_sglang
-    from gemma4_turbo.patching import ENGINE
+    from gemma4_turbo.cli.small_moe import prepare_sglang
+    from gemma4_turbo.instance import ENGINE
 
     prepare_sglang()
     from sglang.srt.layers.attention import triton_backend

@@ -165,7 +165,7 @@ def build(
     """
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
 
-    from gemma4_turbo.commands import small_moe
+    from gemma4_turbo.cli import small_moe
 
     small_moe.prepare_sglang()
     before = torch.get_default_dtype()

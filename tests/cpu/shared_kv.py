@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.commands import small_moe
+from gemma4_turbo.cli import small_moe
 
 SHARED_FROM = 3
 TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2

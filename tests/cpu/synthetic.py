@@ -7,17 +7,19 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from gemma4_turbo import fingerprints, gates, patching, switches
 from gemma4_turbo.catalogue import BITWISE, Alias, Patch
-from gemma4_turbo.checks import Check
-from gemma4_turbo.states import PatchStatus
+from gemma4_turbo.engine import fingerprints, gates, imports, installer, switches
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.engine.port import Port
+from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.engine.states import PatchStatus
 
 RELEASE = "1.0"
-Build = Callable[[patching.PatchRun, dict[str, Any]], dict[str, Any]]
+Build = Callable[[PatchRun, dict[str, Any]], dict[str, Any]]
 
 LEAF = '''\
 """Stock."""
@@ -44,23 +46,30 @@ class Model:
 '''
 
 
-def record(name: str, *targets: str, **fields: Any) -> Patch:
-    """A catalogue record with plain values for everything that is not given."""
-    values: dict[str, Any] = {
-        "name": name,
-        "summary": name,
+class Record(NamedTuple):
+    """A patch of the catalogue with its ports."""
+
+    patch: Patch
+    ports: tuple[Port, ...]
+
+    @property
+    def name(self) -> str:
+        """The patch's."""
+        return self.patch.name
+
+
+def record(name: str, *targets: str, **fields: Any) -> Record:
+    """A patch with one port; plain values for everything that is not given."""
+    of_patch: dict[str, Any] = {"summary": name, "numerics": BITWISE, "default": True}
+    of_port: dict[str, Any] = {
+        "module": f"code_of_{name}",
         "targets": targets,
-        "relies_on": (),
         "written_for": (RELEASE,),
         "superseded_when": (targets[0] if targets else "nowhere:nothing", "stock_has_it_now"),
-        "superseded_since": "",
-        "numerics": BITWISE,
-        "traced": False,
-        "default": True,
-        "origin": "test",
-        "aliases": (),
     }
-    return Patch(**{**values, **fields})
+    for field, value in fields.items():
+        (of_patch if field in Patch._fields else of_port)[field] = value
+    return Record(Patch(name, **of_patch), (Port(**of_port),))
 
 
 def alias(env: str, disables: bool = True) -> Alias:
@@ -69,18 +78,18 @@ def alias(env: str, disables: bool = True) -> Alias:
 
 
 class Code(types.ModuleType):
-    """What ``patches/<name>.py`` is in the package."""
+    """What a port's module is in the package."""
 
-    def __init__(self, patch: Patch, build: Build) -> None:
-        super().__init__(f"gemma4_turbo.patches.{patch.name}")
+    def __init__(self, port: Port, build: Build) -> None:
+        super().__init__(port.module)
         self.build = build
         self.undone = 0
 
-    def undo(self, run: patching.PatchRun) -> None:
+    def undo(self, run: PatchRun) -> None:
         """Count the calls."""
         self.undone += 1
 
-    def verify(self, run: patching.PatchRun, device: str) -> list[Check]:
+    def verify(self, run: PatchRun, device: str) -> list[Check]:
         """Nothing to compare."""
         return []
 
@@ -94,12 +103,12 @@ class World:
         self.leaf = f"{package}.leaf"
         self.table: dict[str, dict[str, str]] = {RELEASE: {}}
         self._monkeypatch = monkeypatch
-        self._engines: list[patching.Engine] = []
+        self._engines: list[installer.Engine] = []
         (root / package).mkdir(exist_ok=True)
         self.write("__init__", "")
         self.write("leaf", LEAF)
         monkeypatch.syspath_prepend(str(root))
-        monkeypatch.setattr(patching, "ROOT", package)
+        monkeypatch.setattr(imports, "ROOT", package)
         monkeypatch.setattr(fingerprints, "known_releases", lambda: self.table)
         for function in ("register", "install", "remove"):  # they stand in SGLang's own modules
             monkeypatch.setattr(gates, function, lambda engine: None)
@@ -126,15 +135,16 @@ class World:
         """A module of the package, imported now if it is not yet."""
         return importlib.import_module(f"{self.package}.{module}")
 
-    def engine(self, *patches: tuple[Patch, Build]) -> patching.Engine:
+    def engine(self, *patches: tuple[Record, Build]) -> installer.Engine:
         """An engine for ``patches``, written for the package's source as it is now."""
-        records = [patch for patch, _ in patches]
+        ports = {made.name: made.ports for made, _ in patches}
+        every = [port for of_patch in ports.values() for port in of_patch]
         source = fingerprints.folder_source(self.root)
-        self.table[RELEASE] |= fingerprints.record_release(source, records)
-        for patch, build in patches:
-            code = Code(patch, build)
-            self._monkeypatch.setitem(sys.modules, code.__name__, code)
-        made = patching.Engine(records)
+        self.table[RELEASE] |= fingerprints.record_release(source, every)
+        for record, build in patches:
+            for port in record.ports:
+                self._monkeypatch.setitem(sys.modules, port.module, Code(port, build))
+        made = installer.Engine([record.patch for record, _ in patches], ports, "elsewhere")
         self._engines.append(made)
         return made
 
@@ -142,7 +152,7 @@ class World:
         """Leave the process as it was."""
         for engine in self._engines:
             engine.revert()
-        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, patching._FirstImport)]
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, installer._FirstImport)]
         for name in [n for n in sys.modules if n.partition(".")[0] == self.package]:
             del sys.modules[name]
 
@@ -150,7 +160,7 @@ class World:
 def returning(value: Any) -> Build:
     """A build whose replacements all return ``value``."""
 
-    def build(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         def replacement(*args: Any, **kwargs: Any) -> Any:
             return value
 
@@ -169,7 +179,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable)
 
 
-def only_row(engine: patching.Engine) -> PatchStatus:
+def only_row(engine: installer.Engine) -> PatchStatus:
     """The status of the only patch."""
     (row,) = engine.status()
     return row

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import attempts, states
-from gemma4_turbo.patching import ENGINE, PatchRun
-from gemma4_turbo.verdicts import Verdicts
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.runtime import attempts
+from gemma4_turbo.runtime.verdicts import Verdicts
 
 # Of the three kinds: memory, compiler, a symbol that SGLang does not have.
 ERRORS = (
@@ -49,7 +51,7 @@ def test_a_verdict(error: Exception, run: PatchRun):
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 def test_a_step(error: Exception, run: PatchRun):
-    from gemma4_turbo.forwards import steps
+    from gemma4_turbo.fusions import steps
 
     step = steps.Step()
     step.run = run
@@ -65,7 +67,7 @@ def test_the_search_for_stocks_norm(
     error: Exception, run: PatchRun, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where stock's norm is not even there."""
-    from gemma4_turbo.forwards import norm_kinds, steps
+    from gemma4_turbo.fusions import norm_kinds, steps
 
     monkeypatch.setattr(norm_kinds, "_found", {})
     like = SimpleNamespace(is_cuda=True, shape=(1, 256), dtype=torch.bfloat16, device="cuda:0")
@@ -84,7 +86,7 @@ def test_the_search_for_stocks_norm(
 
 
 def test_the_router(monkeypatch: pytest.MonkeyPatch):
-    from gemma4_turbo.patches import router
+    from gemma4_turbo.ports.v0_5_12 import router
 
     monkeypatch.setattr(router, "_verdicts", {})
     monkeypatch.setattr(router, "_compare", raising(ERRORS[0]))
@@ -96,7 +98,7 @@ def test_the_router(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_prologue(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
-    from gemma4_turbo.patches import step_prologue
+    from gemma4_turbo.ports.v0_5_12 import step_prologue
 
     monkeypatch.setattr(step_prologue, "_kinds", {})
     monkeypatch.setattr(step_prologue, "_rms_norm", lambda: None)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import geometry_mm
+from gemma4_turbo.models import geometry_mm
 from tests.cpu.conftest import REPOSITORY
 
 images = pytest.importorskip("bench.images", reason="the bench's own packages are not installed")

@@ -22,10 +22,11 @@ from typer.testing import CliRunner
 from bench import kernel_cases as cases
 from bench import kernels as bench
 from gemma4_turbo.catalogue import CATALOGUE
-from gemma4_turbo.forwards import attention, norm_kinds
-from gemma4_turbo.geometry import GEOMETRIES
+from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels import layer_tail, moe_align, norms, qkv
 from gemma4_turbo.kernels.qkv import Mode
+from gemma4_turbo.models.geometry import GEOMETRIES
+from gemma4_turbo.ports.v0_5_12 import attention
 from tests.cpu.conftest import REPOSITORY
 
 MOE = GEOMETRIES["26b-a4b"]._replace(hidden=256, layers=2, experts=16)

@@ -19,7 +19,7 @@ import torch
 
 from bench import assistant, mtp, mtp_worker
 from bench.agreeing import Agreement, fill_assistant, fill_target
-from gemma4_turbo import geometry
+from gemma4_turbo.models import geometry
 from tests.cpu import small_mtp
 from tests.cpu.conftest import REPOSITORY
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_turbo import geometry_mm
 from gemma4_turbo.catalogue import CATALOGUE
-from gemma4_turbo.switches import Selection, read
+from gemma4_turbo.engine.switches import Selection, read
+from gemma4_turbo.models import geometry_mm
 
 typer = pytest.importorskip("typer")
 servers = pytest.importorskip("bench.servers")

@@ -10,8 +10,8 @@ import pytest
 
 from bench import kernels as bench
 from bench import tables, tune_moe
-from gemma4_turbo import moe_tables
 from gemma4_turbo.catalogue import BITWISE, CATALOGUE
+from gemma4_turbo.kernels import moe_tables
 
 OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
 VERSIONS = {"sglang": "1.0", "torch": "2.0", "triton": "3.0"}

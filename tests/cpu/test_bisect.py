@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import TOLERANCE, Patch
-from gemma4_turbo.commands import bisect
-from gemma4_turbo.commands.minimise import minimise
-from gemma4_turbo.commands.trials import Trials, standing
+from gemma4_turbo.cli import bisect
+from gemma4_turbo.cli.minimise import minimise
+from gemma4_turbo.cli.trials import Trials, standing
 from tests.cpu.conftest import REPOSITORY
 from tests.cpu.synthetic import alias, clean_environment, record
 
@@ -375,7 +375,7 @@ def test_an_interruption_ends_the_child_and_tells_what_is_known(
     script = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from gemma4_turbo.__main__ import main\n"
-        "from gemma4_turbo.commands import bisect\n"
+        "from gemma4_turbo.cli import bisect\n"
         "from tests.cpu.synthetic import record\n"
         f"bisect.catalogue = lambda: tuple(record(name) for name in {NAMES})\n"
         "main()\n"

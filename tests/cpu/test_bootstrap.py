@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_turbo import gates
+from gemma4_turbo.ports.any import routes
 from tests.cpu.conftest import REPOSITORY, Python
 
 EXAMPLE = REPOSITORY / "sitecustomize_example"
@@ -16,10 +16,10 @@ LOOK = """
 import os, sys
 import sitecustomize
 print("gemma4_turbo" in sys.modules)
-from gemma4_turbo import patching
+from gemma4_turbo.engine import installer
 print(os.environ.get("SHADOWED_RAN"))
 print(sitecustomize.__file__)
-print(any(isinstance(finder, patching._FirstImport) for finder in sys.meta_path))
+print(any(isinstance(finder, installer._FirstImport) for finder in sys.meta_path))
 """
 
 
@@ -93,7 +93,7 @@ def test_without_the_package_one_line_and_on(python: Python, shadowed: Path) -> 
 def test_a_broken_package_does_not_stop_the_process(python: Python, shadowed: Path) -> None:
     """`bootstrap` swallows and logs what goes wrong inside it."""
     code = (
-        "import gemma4_turbo.patching as p\n"
+        "import gemma4_turbo.engine.installer as p\n"
         "def broken(*args): raise RuntimeError('our mistake')\n"
         "p.ENGINE._select = broken\n"
         "import gemma4_turbo; gemma4_turbo.bootstrap(); print('ran')"
@@ -130,14 +130,14 @@ def test_routes(
     monkeypatch.setenv("SGLANG_PLUGINS", plugins)
     monkeypatch.setenv("PYTHONPATH", joined(*[places[name] for name in folders]))
     monkeypatch.chdir(tmp_path)
-    assert gates.bootstrap_routes() == routes
+    assert routes.bootstrap_routes() == routes
 
 
 def test_the_entry_point_is_registered() -> None:
     """In the group that SGLang's plugin loader reads, and it can be loaded."""
     from importlib.metadata import entry_points
 
-    (entry,) = entry_points(group=gates.PLUGIN_GROUP, name="gemma4_turbo")
+    (entry,) = entry_points(group=routes.PLUGIN_GROUP, name="gemma4_turbo")
     assert entry.value == "gemma4_turbo.plugin:register"
     assert entry.load().__module__ == "gemma4_turbo.plugin"
     assert sys.modules["gemma4_turbo.plugin"].register is entry.load()

@@ -5,19 +5,22 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from gemma4_turbo import fingerprints, gates, patching, states
-from gemma4_turbo.catalogue import CATALOGUE, Patch
-from tests.cpu.synthetic import RELEASE, World, record, returning
+from gemma4_turbo import instance
+from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.engine import fingerprints, gates, installer, states
+from gemma4_turbo.engine.run import PatchRun
+from tests.cpu.synthetic import RELEASE, Record, World, record, returning
 
 known_releases = fingerprints.known_releases
-RECORD = "python -m gemma4_turbo.fingerprints WHEEL"
+RECORD = "gemma4-turbo record WHEEL"
 
 
-def with_good(world: World, bad: Patch, build: Any = None) -> patching.Engine:
+def with_good(world: World, bad: Record, build: Any = None) -> installer.Engine:
     """An engine with the patch in question between two that are in order."""
     return world.engine(
         (record("first", world.target("Model.scale")), returning("first")),
@@ -26,7 +29,7 @@ def with_good(world: World, bad: Patch, build: Any = None) -> patching.Engine:
     )
 
 
-def settled(engine: patching.Engine, world: World) -> dict[str, str]:
+def settled(engine: installer.Engine, world: World) -> dict[str, str]:
     """Applied before the import, then imported: the reason of the bad one; the good ones work."""
     engine.apply()
     leaf = world.imported()
@@ -48,7 +51,7 @@ def test_a_misspelt_target(world: World, name: str) -> None:
     assert engine.outlook(engine.runs["bad"].patch)[0] == states.FAILED
     reason = settled(engine, world)["reason"]
     assert reason.startswith(
-        f"releases.json has no fingerprint of {target} for {RELEASE}: {RECORD}"
+        f"fingerprints/{RELEASE}.json has no fingerprint of {target}: {RECORD}"
     )
     assert "misspelt" in reason
 
@@ -68,7 +71,7 @@ def test_a_misspelt_target_of_a_patch_that_looks_by_itself(world: World) -> None
     assert "misspelt" in settled(with_good(world, bad), world)["reason"]
     world.table["2.0"] = {world.target("anser"): "0" * 16}
     source = fingerprints.folder_source(world.root)
-    assert fingerprints.judge(bad, RELEASE, source).state == states.UNSUPPORTED
+    assert fingerprints.judge(bad.ports, RELEASE, source).state == states.UNSUPPORTED
 
 
 def test_a_fingerprint_that_was_not_recorded(world: World) -> None:
@@ -77,7 +80,7 @@ def test_a_fingerprint_that_was_not_recorded(world: World) -> None:
     bad = record("bad", target, relies_on=(basis,))
     engine = with_good(world, bad)
     world.table["2.0"] = {basis: world.table[RELEASE].pop(basis)}
-    told = f"releases.json has no fingerprint of {basis} for {RELEASE}: {RECORD}"
+    told = f"fingerprints/{RELEASE}.json has no fingerprint of {basis}: {RECORD}"
     assert settled(engine, world)["reason"] == told
 
 
@@ -90,8 +93,9 @@ def test_a_release_that_was_not_recorded(world: World, empty: bool) -> None:
     world.table[RELEASE][target] = "0" * 16
     if empty:
         world.table["9.9"] = {}
-    what = f"fingerprint of {target} for 9.9" if empty else "release 9.9"
-    assert settled(engine, world)["reason"] == f"releases.json has no {what}: {RECORD}"
+    told = f"fingerprints/9.9.json has no fingerprint of {target}"
+    told = told if empty else "there is no fingerprints/9.9.json"
+    assert settled(engine, world)["reason"] == f"{told}: {RECORD}"
 
 
 @pytest.mark.parametrize(
@@ -114,24 +118,58 @@ def test_a_field_of_the_record(world: World, fields: dict[str, Any], told: str) 
 
 def test_the_records_are_in_order() -> None:
     """Those of the package."""
-    assert [fingerprints.mistake(patch) for patch in CATALOGUE] == [None] * len(CATALOGUE)
+    assert [fingerprints.mistake(instance.PORTS[patch.name]) for patch in CATALOGUE] == [
+        None
+    ] * len(CATALOGUE)
 
 
-@pytest.mark.parametrize("name", ["build", "undo", "verify"])
-def test_a_function_that_the_patch_s_module_lacks(
-    world: World, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
-    """It would be missed by revert() or by ``verify``, when the patch is in."""
+def test_a_port_without_build(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one function that each must have."""
     engine = with_good(world, record("bad", world.target("answer")))
-    monkeypatch.setattr(sys.modules["gemma4_turbo.patches.bad"], name, None)
-    assert f"patches/bad.py has no {name}()" in settled(engine, world)["reason"]
+    monkeypatch.setattr(sys.modules["code_of_bad"], "build", None)
+    assert "code_of_bad has no build()" in settled(engine, world)["reason"]
+
+
+@pytest.mark.parametrize("name", ["undo", "verify"])
+def test_a_port_without_the_rest(world: World, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """It is put back, and compares nothing."""
+    engine = with_good(world, record("bad", world.target("answer")))
+    monkeypatch.setattr(sys.modules["code_of_bad"], name, None)
+    engine.apply()
+    leaf = world.imported()
+    assert leaf.answer(1) == "bad"
+    assert engine.runs["bad"].verify("cpu") == []
+    engine.revert()
+    assert leaf.answer(1) == 2
+    assert {row.state for row in engine.status()} <= {states.OFF, states.WAITING}
+
+
+def test_a_patch_without_a_port(world: World) -> None:
+    """A record that no release line knows."""
+    bad = record("bad", world.target("answer"))
+    engine = with_good(world, bad._replace(ports=()))
+    assert "the patch has no port" in settled(engine, world)["reason"]
+
+
+def test_a_port_inside_a_module(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of a table of ports: named by its attribute."""
+    bad = record("bad", world.target("answer"), module="code_of_bad:there")
+    engine = with_good(world, record("bad", world.target("answer"), module="code_of_bad"))
+    code: Any = sys.modules["code_of_bad"]
+    code.there = SimpleNamespace(build=code.build)
+    engine.runs["bad"].ports = bad.ports
+    engine.apply()
+    assert world.imported().answer(1) == "bad"
+    engine.revert()
+    engine.runs["bad"].ports = (bad.ports[0]._replace(module="code_of_bad:nowhere"),)
+    assert "nowhere" in settled(engine, world)["reason"]
 
 
 def test_no_module_of_the_patch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record whose file is called otherwise."""
     engine = with_good(world, record("bad", world.target("answer")))
-    monkeypatch.delitem(sys.modules, "gemma4_turbo.patches.bad")
-    assert "No module named 'gemma4_turbo.patches.bad'" in settled(engine, world)["reason"]
+    monkeypatch.delitem(sys.modules, "code_of_bad")
+    assert "No module named 'code_of_bad'" in settled(engine, world)["reason"]
 
 
 @pytest.mark.parametrize(
@@ -145,8 +183,8 @@ def test_a_target_without_a_replacement(world: World, returned: Any) -> None:
         values = {world.target(name): value for name, value in values.items()}
     engine = with_good(world, record("bad", *targets), lambda run, stock: values)
     reason = settled(engine, world)["reason"]
-    assert "build() of patches/bad.py has no replacement for" in reason
-    code: Any = sys.modules["gemma4_turbo.patches.bad"]
+    assert "build() of code_of_bad has no replacement for" in reason
+    code: Any = sys.modules["code_of_bad"]
     assert code.undone == 1
 
 
@@ -158,12 +196,12 @@ def fails(*args: Any) -> None:
     raise RuntimeError("cannot")
 
 
-def break_undo(engine: patching.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def break_undo(engine: installer.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """The patch's own."""
-    monkeypatch.setattr(sys.modules["gemma4_turbo.patches.bad"], "undo", fails)
+    monkeypatch.setattr(sys.modules["code_of_bad"], "undo", fails)
 
 
-def break_restore(engine: patching.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def break_restore(engine: installer.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one of its two targets."""
     monkeypatch.setattr(engine.runs["bad"].swaps[1], "restore", fails)
 
@@ -199,8 +237,8 @@ def test_the_rest_is_reverted(
 def test_an_installation_that_cannot_be_undone(world: World) -> None:
     """Both exceptions are told, and the others go in."""
 
-    def build(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
-        sys.modules["gemma4_turbo.patches.bad"].undo = fails  # type: ignore[attr-defined]
+    def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+        sys.modules["code_of_bad"].undo = fails  # type: ignore[attr-defined]
         raise states.NotNeededError("nothing to mend")
 
     engine = with_good(world, record("bad", world.target("answer")), build)
@@ -212,23 +250,25 @@ def test_an_installation_that_cannot_be_undone(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "[1]", '"x"', '{"1.0": []}', "[" * 100_000, b"\xff\xfe\xff", None]
+    "content", ["", "{", "[]", "[1]", '"x"', "[" * 100_000, b"\xff\xfe\xff", None]
 )
 def test_a_table_of_fingerprints_that_cannot_be_used(
     world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, content: Any
 ) -> None:
     """Every patch says so; nothing is raised into apply, status or the gate."""
-    table = tmp_path / "releases.json"
+    table = tmp_path / "fingerprints"
     if content is not None:
+        table.mkdir()
+        table = table / "1.0.json"
         table.write_bytes(content if isinstance(content, bytes) else content.encode())
     engine = with_good(world, record("bad", world.target("answer")))
     known_releases.cache_clear()
     monkeypatch.setattr(fingerprints, "known_releases", known_releases)
-    monkeypatch.setattr(fingerprints, "TABLE", table)
+    monkeypatch.setattr(fingerprints, "TABLES", tmp_path / "fingerprints")
     assert len(gates.launch_refusals(engine)) == 3
     engine.apply()
     assert world.imported().answer(1) == 2
     for row in engine.status():
         assert row.state == states.FAILED
-        assert row.reason.startswith("releases.json cannot be used: ")
+        assert row.reason.startswith("fingerprints cannot be used: ")
     known_releases.cache_clear()

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gemma4_turbo import geometry
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE
-from gemma4_turbo.commands import demo, doctor, serve
-from gemma4_turbo.commands.modules import CannotRunError
+from gemma4_turbo.cli import demo, doctor, serve
+from gemma4_turbo.cli.modules import CannotRunError
+from gemma4_turbo.models import geometry
 from tests.cpu.conftest import state_by_default
 
 PATCH_KEYS = {

@@ -11,17 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_turbo import patching, processes, states
-from gemma4_turbo.counters import Ledger, descendants, live_processes
-from gemma4_turbo.state_folder import file_name
-from gemma4_turbo.switches import STATE_DIR
+from gemma4_turbo.engine import processes, states
+from gemma4_turbo.engine.counters import Ledger, descendants, live_processes
+from gemma4_turbo.engine.run import ledger
+from gemma4_turbo.engine.state_folder import file_name
+from gemma4_turbo.engine.switches import STATE_DIR
 from tests.cpu.conftest import REPOSITORY
 from tests.cpu.synthetic import World, only_row, record, returning
 
 # Counts as a scheduler does, then stays: until it is killed, or told on its stdin to count on.
 CHILD = """
 import sys
-from gemma4_turbo.counters import Ledger
+from gemma4_turbo.engine.counters import Ledger
 ledger = Ledger()
 one, two = ledger.counters(0), ledger.counters(1)
 one.add_engaged(captured=False)
@@ -139,7 +140,7 @@ def test_the_living_are_not_swept(start: Start, folder: Path) -> None:
 
 def test_counters_without_states_are_swept_too(folder: Path) -> None:
     """Of a process that was killed between opening its counters and publishing its states."""
-    code = "import os; from gemma4_turbo.counters import Ledger; Ledger().open(); os.kill(os.getpid(), 9)"
+    code = "import os; from gemma4_turbo.engine.counters import Ledger; Ledger().open(); os.kill(os.getpid(), 9)"
     in_another_process(code)
     (orphan,) = folder.iterdir()
     survivor = Ledger()
@@ -197,7 +198,7 @@ def test_a_name_with_parentheses_is_read_right() -> None:
     """``/proc/<pid>/stat`` holds the command's name between parentheses, whatever it is."""
     code = (
         "import os; open('/proc/self/comm', 'wb').write(b'a) R 1 (\\xff');"
-        "from gemma4_turbo import processes;"
+        "from gemma4_turbo.engine import processes;"
         "print(processes.parent(os.getpid()) == os.getppid())"
     )
     done = in_another_process(code)
@@ -221,7 +222,7 @@ def test_strangers_are_no_descendants(start: Start) -> None:
     """A sibling sees the other process, but not as its own."""
     start(CHILD)
     code = (
-        "from gemma4_turbo.counters import descendants, live_processes;"
+        "from gemma4_turbo.engine.counters import descendants, live_processes;"
         "print(len(live_processes()), len(descendants()))"
     )
     done = in_another_process(code)
@@ -241,7 +242,7 @@ def test_status_counts_this_process_and_the_ones_below(
     world.imported()
     engine.runs["one"].engaged(captured=False)
     assert only_row(engine).engaged == 3
-    assert patching.ledger().counters(0).engaged == 1
+    assert ledger().counters(0).engaged == 1
 
 
 def test_the_worst_of_the_processes_below_is_told(world: World, start: Start) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import decode_attention as kernel
-from gemma4_turbo.patches import decode_attention as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.ports.v0_5_12 import decode_attention as patch
 from tests.cpu.conftest import patched_sglang
 
 pytestmark = [

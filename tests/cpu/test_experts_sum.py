@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.forwards import decoder_layer
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12 import decoder_layer
 from tests.cpu import test_forwards as forwards
 from tests.cpu.test_forwards import applied, no_grad  # noqa: F401 - fixtures of every test here
 

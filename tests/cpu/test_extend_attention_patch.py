@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo import states
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import extend_attention as kernel
 from gemma4_turbo.kernels import window_indices
-from gemma4_turbo.patches import extend_attention as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.ports.v0_5_12 import extend_attention as patch
 from tests.cpu.conftest import patched_sglang
 from tests.extend_inputs import relative_error
 

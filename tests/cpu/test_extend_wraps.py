@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
-from gemma4_turbo.forwards import extend
-from gemma4_turbo.patches import extend_attention, kv_scales
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12 import extend_attention, extend_wraps, kv_scales
 from tests.cpu.conftest import patched_sglang
 
 PATCHES = ("extend_attention", "kv_scales")
@@ -82,7 +81,7 @@ def test_one_leaves_and_the_other_stays(calls: list[str], staying: str) -> None:
     ENGINE.apply(only=PATCHES)
     ours = vars(backend_class())["forward_extend"]
     ENGINE.apply(only=[staying])
-    assert vars(backend_class())["forward_extend"] is ours is extend.forward_extend
+    assert vars(backend_class())["forward_extend"] is ours is extend_wraps.forward_extend
     call_it()
     assert calls == [staying]
     ENGINE.revert()

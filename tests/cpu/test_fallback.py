@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import states
-from gemma4_turbo.fallback import DeclinedError, Fallback
+from gemma4_turbo.engine import states
+from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
 
 class Run:

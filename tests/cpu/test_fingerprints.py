@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_turbo import fingerprints, states
-from gemma4_turbo.fingerprints import Definitions, find_definition, fingerprint, judge
+from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.engine.fingerprints import Definitions, find_definition, fingerprint, judge
 from tests.cpu.synthetic import LEAF, RELEASE, World, record
 
 STOCK = '''\
@@ -157,24 +157,24 @@ def test_definitions_use() -> None:
 def test_a_mix_of_two_releases_is_drifted(world: World) -> None:
     """Each source is known, but not the two together."""
     target, basis = world.target("answer"), world.target("Model.forward")
-    patch = record("one", target, relies_on=(basis,), written_for=("1.0", "2.0"))
+    ports = record("one", target, relies_on=(basis,), written_for=("1.0", "2.0")).ports
     source = fingerprints.folder_source(world.root)
-    world.table[RELEASE] = fingerprints.record_release(source, [patch])
+    world.table[RELEASE] = fingerprints.record_release(source, ports)
     world.edit("x * 2", "x * 4")
     world.edit("x + 1", "x + 4")
-    world.table["2.0"] = fingerprints.record_release(source, [patch])
-    assert judge(patch, "2.0", source).state == states.ACTIVE
+    world.table["2.0"] = fingerprints.record_release(source, ports)
+    assert judge(ports, "2.0", source).state == states.ACTIVE
     world.edit("x + 4", "x + 1")
-    verdict = judge(patch, "2.0", source)
+    verdict = judge(ports, "2.0", source)
     assert verdict.state == states.DRIFTED
     assert f"a mix of {target}, {basis}" in verdict.reason
 
 
 def test_a_release_that_the_patch_was_not_written_for_does_not_count(world: World) -> None:
     """Knowing a release's fingerprint is not the same as having been written for it."""
-    patch = record("one", world.target("answer"), written_for=("0.9",))
+    ports = record("one", world.target("answer"), written_for=("0.9",)).ports
     source = fingerprints.folder_source(world.root)
-    world.table[RELEASE] = fingerprints.record_release(source, [patch])
-    verdict = judge(patch, RELEASE, source)
+    world.table[RELEASE] = fingerprints.record_release(source, ports)
+    verdict = judge(ports, RELEASE, source)
     assert verdict.state == states.UNSUPPORTED
     assert verdict.reason == f"written for 0.9, not for SGLang {RELEASE}"

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
-from gemma4_turbo.patching import ENGINE
 from tests.cpu.conftest import patched_sglang
 
 STEPS = {
@@ -32,7 +32,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def no_grad(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """SGLang's compiled rotation runs as it is written: compiling it takes most of a minute."""
-    from gemma4_turbo.forwards import steps
+    from gemma4_turbo.fusions import steps
 
     monkeypatch.setattr(steps, "_prove", lambda *args: None)  # no stock kernel to compare with
     with torch._dynamo.config.patch(disable=True), torch.no_grad():
@@ -55,7 +55,7 @@ def build(kind: str, layers: int = 2) -> Any:
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
     from transformers import Gemma4TextConfig
 
-    from gemma4_turbo.commands import small_moe
+    from gemma4_turbo.cli import small_moe
 
     small_moe.prepare_sglang()
     ple = kind == "ple"

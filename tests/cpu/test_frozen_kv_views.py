@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import fingerprints, states
 from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.patches import frozen_kv_views as patch
-from gemma4_turbo.patching import ENGINE, PatchRun
-from gemma4_turbo.swap import Swap
+from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.engine.swap import Swap
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12.mtp import frozen_kv_views as patch
 from tests.cpu.conftest import patched_sglang
 
 NAME = "frozen_kv_views"
-TARGETS = by_name(NAME).targets
+TARGETS = ENGINE.runs[NAME].targets
 SLIDING, FULL = 0, 1  # layers
 
 
@@ -122,9 +123,9 @@ def test_a_tree_whose_backend_asks_its_own_pool_is_taken() -> None:
         text = fingerprints.installed_source(module)
         return text and text.replace("token_to_kv_pool_allocator", "token_to_kv_pool")
 
-    verdict = fingerprints.judge(by_name(NAME), "0.5.13.dev1", source)
+    verdict = fingerprints.judge(ENGINE.runs[NAME].ports, "0.5.13.dev1", source)
     assert verdict.state == states.ACTIVE
-    assert fingerprints.judge(by_name(NAME), None, lambda module: None).state == (
+    assert fingerprints.judge(ENGINE.runs[NAME].ports, None, lambda module: None).state == (
         states.UNSUPPORTED
     )
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import advice, fingerprints, gates, late_arguments, patching, report, routes
-from gemma4_turbo.patching import Engine
+from gemma4_turbo.cli import report
+from gemma4_turbo.engine import fingerprints, gates, installer
+from gemma4_turbo.engine.installer import Engine
+from gemma4_turbo.ports.any import advice, late_arguments, routes, ways_in
 from tests.cpu.synthetic import World, record, returning
 
 ERRORS = (
@@ -83,8 +85,8 @@ IN_STRICT_MODE_ONLY = ("decision", "outlook", "sources")
 PLACES = [
     pytest.param(gate, place, id=f"{where}-{name}")
     for where, gate, table in (
-        ("launch", gates._before_launch, AT_LAUNCH),
-        ("loading", gates._after_load, AT_LOADING),
+        ("launch", ways_in._before_launch, AT_LAUNCH),
+        ("loading", ways_in._after_load, AT_LOADING),
     )
     for name, place in table.items()
 ]
@@ -138,12 +140,12 @@ def test_strict_refuses_what_it_cannot_look_at(
     assert raised
     # Told by the gate, or by the state of the patch whose source could not be judged.
     assert f"{type(error).__name__}: injected" in str(refused.value)
-    assert len(stock.calls) == (gate is gates._after_load and place[1] != "catch_up")
+    assert len(stock.calls) == (gate is ways_in._after_load and place[1] != "catch_up")
 
 
 @pytest.mark.parametrize("strict", ["0", "1"])
 @pytest.mark.parametrize("error", [ValueError("stock's own"), SystemExit(3), KeyboardInterrupt()])
-@pytest.mark.parametrize("gate", [gates._before_launch, gates._after_load])
+@pytest.mark.parametrize("gate", [ways_in._before_launch, ways_in._after_load])
 def test_what_stock_raises_passes_through(
     engine: Engine,
     monkeypatch: pytest.MonkeyPatch,
@@ -172,11 +174,11 @@ def test_one_check_that_raises_leaves_the_others_their_say(
 
     monkeypatch.setattr(Engine, "switches", broken)
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
-    assert gates._before_launch(engine)(Stock(), None, (), {}) == "stock's"
+    assert ways_in._before_launch(engine)(Stock(), None, (), {}) == "stock's"
     assert any("would stay stock" in line for line in caplog.messages)
     monkeypatch.setenv("GEMMA4_TURBO_STRICT", "1")  # read from the environment then
     with pytest.raises(gates.StrictModeError, match=r"injected.*would stay stock"):
-        gates._before_launch(engine)(Stock(), None, (), {})
+        ways_in._before_launch(engine)(Stock(), None, (), {})
 
 
 def test_checks_can_be_added(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,15 +189,15 @@ def test_checks_can_be_added(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
         seen.append(call)
         return ["something else is wrong"]
 
-    wrapper = gates._before_launch(engine)
-    gates.BEFORE_LAUNCH.append(check)
+    wrapper = ways_in._before_launch(engine)
+    ways_in.BEFORE_LAUNCH.append(check)
     try:
         assert wrapper(Stock(), None, (7,), {}) == "stock's"
         monkeypatch.setenv("GEMMA4_TURBO_STRICT", "1")
         with pytest.raises(gates.StrictModeError, match="something else is wrong"):
             wrapper(Stock(), None, (7,), {})
     finally:
-        gates.BEFORE_LAUNCH.remove(check)
+        ways_in.BEFORE_LAUNCH.remove(check)
     assert [call.args for call in seen] == [(7,), (7,)]
     made = gates.guarded(after=[check])(engine)
     monkeypatch.delenv("GEMMA4_TURBO_STRICT")
@@ -224,10 +226,10 @@ def test_what_was_swallowed_before_is_told_at_the_launch(
     assert raised
     assert engine.mistakes
     assert "RecursionError: injected" in engine.mistakes[0]
-    assert gates._before_launch(engine)(Stock(), None, (), {}) == "stock's"
+    assert ways_in._before_launch(engine)(Stock(), None, (), {}) == "stock's"
     monkeypatch.setenv("GEMMA4_TURBO_STRICT", "1")
     with pytest.raises(gates.StrictModeError, match="RecursionError: injected"):
-        gates._before_launch(engine)(Stock(), None, (), {})
+        ways_in._before_launch(engine)(Stock(), None, (), {})
     engine.revert()
     assert not engine.mistakes
 
@@ -239,6 +241,6 @@ def test_gates_are_there_even_if_bootstrap_fails(
     registered: list[Engine] = []
     monkeypatch.setattr(gates, "register", registered.append)
     engine = world.engine((record("one", world.target("answer")), returning("ours")))
-    raises_once(monkeypatch, (patching.Engine, "_select"), RuntimeError("injected"))
+    raises_once(monkeypatch, (installer.Engine, "_select"), RuntimeError("injected"))
     engine.bootstrap()
     assert registered == [engine]

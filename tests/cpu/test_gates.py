@@ -38,7 +38,7 @@ START = """
 import json, logging, sys
 logging.basicConfig(level="INFO", stream=sys.stdout, format="%(levelname)s %(message)s")
 import gemma4_turbo
-from gemma4_turbo import patching
+from gemma4_turbo import instance
 def engine():
     from sglang.srt.entrypoints import engine
     return engine
@@ -170,7 +170,7 @@ def test_strict_refuses_a_drifted_patch_before_anything_is_launched(
     assert "LAUNCHED" not in done.stdout
     error = done.stderr.splitlines()[-1]
     assert error.startswith(
-        "gemma4_turbo.gates.StrictModeError: GEMMA4_TURBO_STRICT=1: router is drifted: SGLang "
+        "gemma4_turbo.engine.gates.StrictModeError: GEMMA4_TURBO_STRICT=1: router is drifted: SGLang "
     )
     assert "Gemma4MoE.__init__" in error
 
@@ -207,7 +207,7 @@ def test_strict_refuses_after_loading_what_shows_only_then(
     python: Python, tree: Path, state: str
 ) -> None:
     """In a scheduler: the model stands, but a patch that is on does not do its work."""
-    code = f"gemma4_turbo.apply()\nrun = patching.ENGINE.runs['router']\nrun.set({state!r}, 'as found')\nrunner().ModelRunner().load_model()"
+    code = f"gemma4_turbo.apply()\nrun = instance.ENGINE.runs['router']\nrun.set({state!r}, 'as found')\nrunner().ModelRunner().load_model()"
     done = ran(python, tree, code, GEMMA4_TURBO_STRICT="1")
     assert done.returncode == 1
     assert "LOADED" in done.stdout
@@ -305,7 +305,7 @@ def test_a_launch_that_loads_us_only_as_it_goes(
     assert strict.returncode == 1
     last_line = strict.stderr.splitlines()[-1]
     assert last_line.startswith(
-        "gemma4_turbo.gates.StrictModeError: GEMMA4_TURBO_STRICT=1: spawned"
+        "gemma4_turbo.engine.gates.StrictModeError: GEMMA4_TURBO_STRICT=1: spawned"
     )
     assert last_line.count("GEMMA4_TURBO_STRICT") == 1
     assert "LAUNCHED" not in strict.stdout
@@ -384,7 +384,7 @@ gemma4_turbo.apply()
 from sglang.srt.disaggregation import encode_grpc_server, encode_server
 from sglang.srt.entrypoints import grpc_server
 from sglang.srt import server_args
-from gemma4_turbo import gates
+from gemma4_turbo.engine import gates
 told = [type(f).__name__ for f in (
     encode_server.launch_server, encode_grpc_server.serve_grpc_encoder, grpc_server.serve_grpc,
     vars(encode_server.MMEncoder)["__init__"], vars(server_args.ServerArgs)["__post_init__"])]
@@ -394,7 +394,7 @@ for start in (encode_server.launch_server, encode_grpc_server.serve_grpc_encoder
     except gates.StrictModeError as error:
         told.append(str(error))
 told.append([t for t in gates._GATES
-             if t.partition(":")[0] in sys.modules and t not in patching.ENGINE.gates])
+             if t.partition(":")[0] in sys.modules and t not in instance.ENGINE.gates])
 print(json.dumps(told))
 """
 
@@ -418,7 +418,7 @@ def test_a_state_folder_that_cannot_be_used(
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "link").symlink_to("elsewhere")
     state = str(tmp_path / "link")
-    count = "\npatching.ENGINE.runs['router'].set('active', 'as if')\ngemma4_turbo.status()"
+    count = "\ninstance.ENGINE.runs['router'].set('active', 'as if')\ngemma4_turbo.status()"
     lenient = ran(python, tree, code + count, GEMMA4_TURBO_STATE_DIR=state)
     assert lenient.returncode == 0, lenient.stderr
     assert word in lenient.stdout

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import geometry, geometry_mm
+from gemma4_turbo.models import geometry, geometry_mm
 
 IMAGE = geometry_mm.SPECIAL_TOKENS[geometry_mm.IMAGE_TOKEN]
 

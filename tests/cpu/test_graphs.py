@@ -9,8 +9,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gemma4_turbo import graphs
-from gemma4_turbo.forwards import tail_graph
+from gemma4_turbo.ports.v0_5_12.yoco import tail_graph
+from gemma4_turbo.runtime import graphs
 
 
 class Cuda:

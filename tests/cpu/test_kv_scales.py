@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
-from gemma4_turbo.patches import kv_scales as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12 import kv_scales as patch
 from tests.cpu import small_mtp
 from tests.cpu.conftest import turn_on
 

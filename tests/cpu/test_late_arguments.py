@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import gates, late_arguments, routes
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import gates
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.any import late_arguments, routes, ways_in
 from tests.cpu.conftest import patched_sglang
 from tests.cpu.test_swa_ratio import folder, from_keywords
 
@@ -36,7 +37,7 @@ def stock() -> Iterator[None]:
 def launch(server_args: Any) -> Any:
     """Through the gate."""
     calls: list[Any] = []
-    gates._before_launch(ENGINE)(calls.append, None, (server_args,), {})
+    ways_in._before_launch(ENGINE)(calls.append, None, (server_args,), {})
     return calls
 
 
@@ -150,8 +151,8 @@ def test_what_is_no_server_args(tmp_path: Path) -> None:
 def test_every_patch_of_server_args_is_known_here() -> None:
     """A new one needs its line."""
     found = {
-        patch.name
-        for patch in ENGINE.catalogue
-        if any(target.startswith(late_arguments._CLASS) for target in patch.targets)
+        run.patch.name
+        for run in ENGINE.runs.values()
+        if any(target.startswith(late_arguments._CLASS) for target in run.targets)
     }
     assert found == set(late_arguments._ACTS)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import catalogue, geometry_mm, states, switches
-from gemma4_turbo.patches import mm_prefill_graph as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo import catalogue
+from gemma4_turbo.engine import states, switches
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.models import geometry_mm
+from gemma4_turbo.ports.v0_5_12.prefill_graphs import mm_prefill_graph as patch
 from tests.cpu import vision
 from tests.cpu.conftest import REPOSITORY, only_patch, patched_sglang
 
@@ -48,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, folder in made.items():
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(geometry_mm.config(name)))
-    from gemma4_turbo import geometry
+    from gemma4_turbo.models import geometry
 
     made["text"] = geometry.write_model(root / "text", "26b-a4b")
     return made

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import gates, states
-from gemma4_turbo.catalogue import CATALOGUE, by_name
-from gemma4_turbo.models import Models
-from gemma4_turbo.patching import ENGINE
-from gemma4_turbo.swap import Swap
+from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.served_models import Models
+from gemma4_turbo.engine.swap import Swap
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.any import ways_in
 from tests.cpu.conftest import patched_sglang, state_by_default
 
 
@@ -26,7 +27,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ENGINE, "models", Models())
+    monkeypatch.setattr(ENGINE, "models", Models("sglang.srt.models.gemma4_"))
     ENGINE.apply()
     yield
     ENGINE.revert()
@@ -65,7 +66,7 @@ def built(model: Any) -> Any:
 )
 def test_another_model_runs_stock(name: str, module: str):
     """Also Gemma 4 through another implementation, which is not SGLang's class."""
-    functions = {t: Swap(t).raw for p in CATALOGUE for t in p.targets if ENGINE.runs[p.name].swaps}
+    functions = {t: Swap(t).raw for r in ENGINE.runs.values() if r.swaps for t in r.targets}
     ours = [t for t, raw in functions.items() if _is_ours(raw)]
     assert len(ours) > 30
     model = built(made(name, module))
@@ -128,14 +129,14 @@ def test_an_off_patch_stays_off_and_strict_mode_has_nothing_against_it(
     assert ENGINE.runs["router"].state == states.OFF
     assert not [r for r in ENGINE.status() if r.state in states.REFUSED_WHEN_STRICT]
     assert model is not None
-    assert gates.AFTER_LOADING
+    assert ways_in.AFTER_LOADING
 
 
 def test_weights_that_are_written_are_noticed():
     """By SGLang's own writers, before and after; and a write that fails half-way."""
     from sglang.srt.model_executor import model_runner
 
-    from gemma4_turbo import weights
+    from gemma4_turbo.runtime import weights
 
     linear = torch.nn.Linear(2, 2, bias=False)
     before = weights.stamp([linear.weight])

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import moe_align as kernel
-from gemma4_turbo.patches import moe_align as patch
-from gemma4_turbo.patching import ENGINE
-from gemma4_turbo.verdicts import Verdicts
+from gemma4_turbo.ports.v0_5_12 import moe_align as patch
+from gemma4_turbo.runtime.verdicts import Verdicts
 from tests.cpu.conftest import patched_sglang
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")

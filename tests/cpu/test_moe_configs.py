@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import moe_tables, states
-from gemma4_turbo.moe_tables import Key, Pair
-from gemma4_turbo.patches import moe_configs as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.kernels import moe_tables
+from gemma4_turbo.kernels.moe_tables import Key, Pair
+from gemma4_turbo.ports.v0_5_12 import moe_configs as patch
 from tests.cpu.conftest import patched_sglang
 
 H200 = Key(128, 704, "NVIDIA_H200")
@@ -48,7 +49,7 @@ class World:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_config
 
-        from gemma4_turbo.commands.small_moe import prepare_sglang
+        from gemma4_turbo.cli.small_moe import prepare_sglang
 
         prepare_sglang()
         self.stock = fused_moe_triton_config

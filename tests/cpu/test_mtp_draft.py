@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
-from gemma4_turbo.patches import mtp_chain, mtp_metadata, mtp_seed_graph
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12.mtp import mtp_chain, mtp_metadata, mtp_seed_graph
 from tests.cpu.conftest import patched_sglang, run_scenario
 
 PATCHES = ("mtp_chain", "mtp_seed_graph")

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import fingerprints, states
 from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.patches import mtp_launch, mtp_moe_runner
-from gemma4_turbo.patching import ENGINE, PatchRun
-from gemma4_turbo.swap import Swap
+from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.engine.swap import Swap
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12.mtp import mtp_launch, mtp_moe_runner
 from tests.cpu import small_mtp
 from tests.cpu.conftest import patched_sglang
 
@@ -40,7 +41,7 @@ def test_this_release_has_none_of_them(name: str) -> None:
     run = ENGINE.runs[name]
     assert run.state == states.UPSTREAMED
     assert "this source" in run.reason
-    for target in by_name(name).targets:
+    for target in run.targets:
         assert "gemma4_turbo" not in Swap(target).function.__code__.co_filename
 
 
@@ -106,7 +107,7 @@ def defective(monkeypatch: pytest.MonkeyPatch, defects: list[str]) -> PatchRun:
 
     run = run_of("mtp_launch")
     monkeypatch.setattr(mtp_launch, "defects", lambda definitions: defects)
-    stock = {target: Swap(target).function for target in run.patch.targets}
+    stock = {target: Swap(target).function for target in run.targets}
     replacements = mtp_launch.build(run, stock)
     assistant = gemma4_mtp.Gemma4AssistantForCausalLM
     monkeypatch.setattr(assistant, "__init__", replacements[mtp_launch.CONSTRUCT])
@@ -167,7 +168,7 @@ def test_the_real_assistant_under_a_base_that_counts_experts(
 
 def test_only_the_defect_that_is_there_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
     run = run_of("mtp_launch")
-    stock = {target: Swap(target).function for target in run.patch.targets}
+    stock = {target: Swap(target).function for target in run.targets}
     monkeypatch.setattr(mtp_launch, "defects", lambda definitions: [mtp_launch.NO_EXPERTS])
     built = mtp_launch.build(run, stock)
     assert built[mtp_launch.CONSTRUCT] is stock[mtp_launch.CONSTRUCT]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.instance import ENGINE
 from tests.cpu import mtp_batches as made
 from tests.cpu.conftest import run_scenario, turn_on
 
@@ -143,8 +143,8 @@ def test_the_real_worker_some_finished(worker_runs) -> None:
 
 
 def test_an_error_of_ours_leaves_stocks_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma4_turbo import states
-    from gemma4_turbo.patches import mtp_merge_batch as patch
+    from gemma4_turbo.engine import states
+    from gemma4_turbo.ports.v0_5_12.mtp import mtp_merge_batch as patch
 
     turn_on(NAME)
     monkeypatch.setattr(patch, "idle_draft_input", lambda *given: 1 / 0)

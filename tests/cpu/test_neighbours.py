@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import wrapt
 
-from gemma4_turbo import states
 from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from tests.cpu.conftest import patched_sglang, state_by_default
 
 

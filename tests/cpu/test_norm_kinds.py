@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gemma4_turbo import states
-from gemma4_turbo.forwards import norm_kinds, steps
+from gemma4_turbo.engine import states
+from gemma4_turbo.fusions import norm_kinds, steps
 from gemma4_turbo.kernels import norms
 from gemma4_turbo.kernels.norms import Kind
 

@@ -17,13 +17,14 @@ from typing import Any
 import pytest
 
 import gemma4_turbo
-from gemma4_turbo import patching, states
-from gemma4_turbo.switches import SELECTION
+from gemma4_turbo.engine import fingerprints, installer, states
+from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.engine.switches import SELECTION
 from tests.cpu.conftest import REPOSITORY
 from tests.cpu.synthetic import Build, World, alias, only_row, record, returning
 
 
-def one_patch(world: World, build: Build | None = None, **fields: Any) -> patching.Engine:
+def one_patch(world: World, build: Build | None = None, **fields: Any) -> installer.Engine:
     """An engine with the patch ``one``, which replaces the leaf's ``answer``."""
     patch = record("one", world.target("answer"), **fields)
     return world.engine((patch, build or returning("ours")))
@@ -32,7 +33,7 @@ def one_patch(world: World, build: Build | None = None, **fields: Any) -> patchi
 def counted(builds: list[str]) -> Build:
     """A build that notes each of its calls."""
 
-    def build(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         builds.append(run.patch.name)
         return returning("ours")(run, stock)
 
@@ -109,13 +110,13 @@ def test_called_while_the_target_is_being_imported(world: World) -> None:
     path = world.root / world.package / "leaf.py"
     engine = one_patch(world)
     importlib.import_module(world.package)
-    called = "import gemma4_turbo.patching as p; p.BEING_IMPORTED.apply()\n"
+    called = "import gemma4_turbo.engine.installer as p; p.BEING_IMPORTED.apply()\n"
     world.write("leaf", called + path.read_text())
-    patching.BEING_IMPORTED = engine  # type: ignore[attr-defined]
+    installer.BEING_IMPORTED = engine  # type: ignore[attr-defined]
     try:
         leaf = world.imported()
     finally:
-        del patching.BEING_IMPORTED  # type: ignore[attr-defined]
+        del installer.BEING_IMPORTED  # type: ignore[attr-defined]
     assert only_row(engine)[1:3] == (states.ACTIVE, "installed")
     assert leaf.answer(1) == "ours"
 
@@ -139,7 +140,7 @@ def test_a_single_string(argument: str) -> None:
         gemma4_turbo.apply(**calls)
 
 
-def two_patches(world: World) -> patching.Engine:
+def two_patches(world: World) -> installer.Engine:
     """``one`` replaces `answer`, ``two`` replaces `Model.forward`."""
     return world.engine(
         (record("one", world.target("answer")), returning("one")),
@@ -147,7 +148,7 @@ def two_patches(world: World) -> patching.Engine:
     )
 
 
-def states_of(engine: patching.Engine) -> dict[str, str]:
+def states_of(engine: installer.Engine) -> dict[str, str]:
     """State by patch."""
     return {row.name: row.state for row in engine.status()}
 
@@ -302,11 +303,11 @@ def test_unsupported(world: World) -> None:
     assert world.target("answer") in row.reason
 
 
-def _raises(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+def _raises(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     raise RuntimeError("no kernel today")
 
 
-def _forgets_the_second(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+def _forgets_the_second(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {next(iter(stock)): lambda *args: "ours"}
 
 
@@ -361,7 +362,7 @@ def test_a_hook_never_raises_into_the_import(
     """Whatever goes wrong: the model class stays importable, and the log tells."""
     engine = one_patch(world)
 
-    def broken(run: patching.PatchRun) -> None:
+    def broken(run: PatchRun) -> None:
         raise RuntimeError("our own mistake")
 
     monkeypatch.setattr(engine, "_install", broken)
@@ -374,7 +375,7 @@ def test_a_hook_never_raises_into_the_import(
 def test_a_source_that_does_not_parse_here(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """As when SGLang uses a syntax that the reader does not know: failed, not an exception."""
     engine = one_patch(world)
-    monkeypatch.setattr(patching, "_imported_source", lambda module: "def broken(:\n")
+    monkeypatch.setattr(fingerprints, "imported_source", lambda module: "def broken(:\n")
     engine.apply()
     assert world.imported().answer(1) == 2
     row = only_row(engine)
@@ -437,7 +438,7 @@ def test_revert_leaves_alone_what_another_replaced(world: World) -> None:
 def test_revert_lets_the_patch_put_live_objects_back(world: World) -> None:
     """Once, and only if it was installed."""
     engine = one_patch(world)
-    code: Any = sys.modules["gemma4_turbo.patches.one"]
+    code: Any = sys.modules["code_of_one"]
     engine.apply()
     engine.revert()
     assert code.undone == 0
@@ -523,7 +524,7 @@ def shared(value: str) -> Build:
     def replacement(*args: Any) -> Any:
         return value
 
-    def build(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         return dict.fromkeys(stock, replacement)
 
     return build
@@ -563,7 +564,7 @@ def test_sharing_gives_both_stock_s_function(world: World) -> None:
     seen: list[Any] = []
     build = shared("both")
 
-    def noting(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    def noting(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         seen.extend(stock.values())
         return build(run, stock)
 
@@ -627,7 +628,7 @@ def test_a_failed_installation_is_undone(world: World, build: Build) -> None:
     """What build did to live objects is put back, once; a patch that shares is not touched."""
     same = shared("both")
 
-    def half(run: patching.PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    def half(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         return same(run, {next(iter(stock)): None}) if build is not _raises else build(run, stock)
 
     engine = world.engine(
@@ -638,7 +639,7 @@ def test_a_failed_installation_is_undone(world: World, build: Build) -> None:
     stock = leaf.answer
     good, pair = engine.apply()
     assert (good.state, pair.state) == (states.ACTIVE, states.FAILED)
-    code: Any = sys.modules["gemma4_turbo.patches.pair"]
+    code: Any = sys.modules["code_of_pair"]
     assert code.undone == 1
     assert leaf.answer(1) == "both"
     engine.revert()

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import gemma4_turbo
-from gemma4_turbo import states
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from tests.cpu import quantised
 from tests.cpu.conftest import patched_sglang
 
@@ -101,7 +101,7 @@ class Outcome:
 @contextlib.contextmanager
 def eager() -> Iterator[pytest.MonkeyPatch]:
     """Nothing is compiled, compared with a stock that needs a GPU, or multiplied in the interpreter."""
-    from gemma4_turbo.forwards import steps
+    from gemma4_turbo.fusions import steps
     from gemma4_turbo.kernels import skinny_gemm as kernel
 
     def launch(x: Any, weight: Any, config: Any, epilogue: Any, extra: Any, arrived: Any) -> Any:

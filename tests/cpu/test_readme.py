@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from gemma4_turbo import states, switches
 from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.engine import states, switches
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "README.md").read_text()

@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_turbo import fingerprints, states
-from gemma4_turbo.catalogue import CATALOGUE, by_name
+from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.instance import PORTS, every_port
 from tests.cpu.conftest import REPOSITORY
 
 CACHE = REPOSITORY / ".wheels"  # git-ignored
 BASELINE = "0.5.12.post1"
-ROUTER = by_name("router")
+(ROUTER,) = PORTS["router"]
 TARGET, RELIES_ON = ROUTER.sources
 
 EDITS = [
@@ -62,7 +63,7 @@ def wheel(release: str) -> Path:
 )
 def test_router_on_a_release(release: str, state: str) -> None:
     """Written for the old ones, needless from the release that ships its own."""
-    verdict = fingerprints.judge(ROUTER, release, fingerprints.wheel_source(wheel(release)))
+    verdict = fingerprints.judge([ROUTER], release, fingerprints.wheel_source(wheel(release)))
     assert verdict.state == state
     assert f"SGLang {release}" in verdict.reason
     if state == states.UPSTREAMED:
@@ -73,7 +74,10 @@ def test_router_on_a_release(release: str, state: str) -> None:
 def test_no_patch_drifts_on_a_release_that_is_known(release: str) -> None:
     """A later release is recognised: its own patch, or none for it. Strict mode starts there."""
     source = fingerprints.wheel_source(wheel(release))
-    found = {patch.name: fingerprints.judge(patch, release, source).state for patch in CATALOGUE}
+    found = {
+        patch.name: fingerprints.judge(PORTS[patch.name], release, source).state
+        for patch in CATALOGUE
+    }
     assert set(found.values()) <= {states.ACTIVE, states.UPSTREAMED, states.UNSUPPORTED}
     upstreamed = {name for name, state in found.items() if state == states.UPSTREAMED}
     assert upstreamed >= {"router", "router_norm"}
@@ -81,8 +85,8 @@ def test_no_patch_drifts_on_a_release_that_is_known(release: str) -> None:
 
 @pytest.mark.parametrize("release", ["0.5.11", BASELINE, "0.5.13", "0.5.23"])
 def test_the_table_is_what_the_wheels_hold(release: str) -> None:
-    """``releases.json`` was made from these very files."""
-    recorded = fingerprints.record_release(fingerprints.wheel_source(wheel(release)))
+    """The tables were made from these very files."""
+    recorded = fingerprints.record_release(fingerprints.wheel_source(wheel(release)), every_port())
     assert recorded == fingerprints.known_releases()[release]
     assert recorded
 
@@ -90,14 +94,14 @@ def test_the_table_is_what_the_wheels_hold(release: str) -> None:
 def test_every_release_that_a_patch_is_written_for_is_in_the_table() -> None:
     """With all of its sources: a record that names an absent release would never be active."""
     table = fingerprints.known_releases()
-    for patch in CATALOGUE:
-        for release in patch.written_for:
-            assert set(patch.sources) <= set(table[release]), (patch.name, release)
+    for port in every_port():
+        for release in port.written_for:
+            assert set(port.sources) <= set(table[release]), (port.module, release)
 
 
 def test_the_installed_release_is_the_baseline() -> None:
     """Found without importing SGLang, and equal to the registry's."""
-    installed = fingerprints.record_release(fingerprints.installed_source)
+    installed = fingerprints.record_release(fingerprints.installed_source, every_port())
     assert installed == fingerprints.known_releases()[BASELINE]
 
 
@@ -112,7 +116,7 @@ def unpacked(tmp_path: Path) -> Path:
 
 def judged(root: Path, release: str | None = BASELINE) -> fingerprints.Verdict:
     """The verdict over an unpacked copy."""
-    return fingerprints.judge(ROUTER, release, fingerprints.folder_source(root))
+    return fingerprints.judge([ROUTER], release, fingerprints.folder_source(root))
 
 
 def edit(root: Path, target: str, old: str, new: str) -> None:

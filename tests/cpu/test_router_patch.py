@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gemma4_turbo import states
 from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import router as kernel
-from gemma4_turbo.patches import router as patch
-from gemma4_turbo.patching import ENGINE, PatchRun
+from gemma4_turbo.ports.v0_5_12 import router as patch
 from tests.cpu.conftest import patched_sglang
 from tests.router_inputs import bits_differ, logits
 
@@ -37,7 +38,7 @@ def patched() -> Iterator[None]:
 
 
 def build():  # -> SmallMoE
-    from gemma4_turbo.commands import small_moe
+    from gemma4_turbo.cli import small_moe
 
     return small_moe.build()
 
@@ -48,7 +49,7 @@ def routing_of(small) -> types.FunctionType:
 
 def test_a_constructed_moe_routes_through_the_kernel():
     """Same router, same tokens: the very bits of stock's closure, and the call is counted."""
-    from gemma4_turbo.commands import small_moe
+    from gemma4_turbo.cli import small_moe
 
     run = ENGINE.runs["router"]
     small = build()
@@ -68,7 +69,7 @@ def test_a_constructed_moe_routes_through_the_kernel():
 
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch):
     """A sentinel in the kernel's place changes the layer's output."""
-    from gemma4_turbo.commands import small_moe
+    from gemma4_turbo.cli import small_moe
 
     small = build()
     tokens = small_moe.tokens_without_ties(small, 4)

@@ -27,6 +27,7 @@ import pytest
 
 from bench import checkpoints
 from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.instance import ENGINE
 from tests.cpu.conftest import REPOSITORY, state_by_default
 
 pytestmark = pytest.mark.server
@@ -208,7 +209,8 @@ def installed_by_default() -> list[str]:
     return [
         patch.name
         for patch in CATALOGUE
-        if state_by_default(patch) == "active" and not set(patch.modules).intersection(later)
+        if state_by_default(patch) == "active"
+        and not set(ENGINE.runs[patch.name].modules).intersection(later)
     ]
 
 

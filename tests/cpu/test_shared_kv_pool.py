@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.commands import small_moe
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.cli import small_moe
+from gemma4_turbo.instance import ENGINE
 from tests.cpu import shared_kv
 from tests.cpu.conftest import only_patch, patched_sglang
 
@@ -218,7 +218,7 @@ def test_the_model_never_asks_for_a_layer_without_memory():
     """Prefill and decode over pools of the owners alone: stock's hidden states, bit for bit."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    from gemma4_turbo.patches.shared_kv_pool import owners
+    from gemma4_turbo.ports.v0_5_12.memory.shared_kv_pool import owners
 
     model = shared_kv.build()
     types = list(enumerate(shared_kv.TYPES))
@@ -249,8 +249,8 @@ def test_the_model_never_asks_for_a_layer_without_memory():
 def test_a_look_that_fails_leaves_stocks_pools(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from gemma4_turbo import states
-    from gemma4_turbo.patches import shared_kv_pool as patch
+    from gemma4_turbo.engine import states
+    from gemma4_turbo.ports.v0_5_12.memory import shared_kv_pool as patch
 
     run, whole = ENGINE.runs["shared_kv_pool"], patch.owners
     asked: list[Any] = []

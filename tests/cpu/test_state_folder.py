@@ -18,11 +18,13 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo import counters, gates, processes, report, state_folder, states
-from gemma4_turbo.counters import Ledger, descendants, live_processes
-from gemma4_turbo.processes import Process
-from gemma4_turbo.state_folder import file_head, file_name
-from gemma4_turbo.switches import STATE_DIR
+from gemma4_turbo.cli import report
+from gemma4_turbo.engine import counters, processes, state_folder, states
+from gemma4_turbo.engine.counters import Ledger, descendants, live_processes
+from gemma4_turbo.engine.processes import Process
+from gemma4_turbo.engine.state_folder import file_head, file_name
+from gemma4_turbo.engine.switches import STATE_DIR
+from gemma4_turbo.ports.any import ways_in
 from tests.cpu.conftest import REPOSITORY, Python
 from tests.cpu.synthetic import World, only_row, record, returning
 
@@ -278,7 +280,7 @@ def test_status_never_raises(world: World, unfit: str) -> None:
     assert row.state == states.ACTIVE
     assert "only this process is counted" in row.reason
     assert unfit in row.reason
-    assert gates._after_load(engine)(lambda: "loaded", None, (), {}) == "loaded"
+    assert ways_in._after_load(engine)(lambda: "loaded", None, (), {}) == "loaded"
 
 
 def as_nobody(function: Callable[[], Any]) -> str:
@@ -311,7 +313,7 @@ def test_below_a_folder_that_may_not_be_searched(world: World, folder: Path) -> 
 
     def go() -> Any:
         assert live_processes() == live_processes(folder) == []
-        assert gates._after_load(engine)(lambda: "loaded", None, (), {}) == "loaded"
+        assert ways_in._after_load(engine)(lambda: "loaded", None, (), {}) == "loaded"
         return state_folder.problem(), state_folder.problem(trial=False), only_row(engine).reason
 
     told = as_nobody(go)
@@ -390,7 +392,7 @@ import os, subprocess, sys
 import gemma4_turbo
 getattr(gemma4_turbo, sys.argv[1])()
 os.chdir("/")
-from gemma4_turbo import state_folder
+from gemma4_turbo.engine import state_folder
 print(state_folder.path())
 print(os.environ["GEMMA4_TURBO_STATE_DIR"])
 """
@@ -625,7 +627,7 @@ def test_what_this_process_left_before_an_exec(folder: Path) -> None:
     """PID and start time stay; the program is another one."""
     code = f"""
 import os, sys
-from gemma4_turbo.counters import Ledger, live_processes
+from gemma4_turbo.engine.counters import Ledger, live_processes
 ledger = Ledger()
 ledger.counters(0).add_engaged(captured=False)
 ledger.publish([{ROW!r}])

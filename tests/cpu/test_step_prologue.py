@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo import states
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
-from gemma4_turbo.patches import step_prologue as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.ports.v0_5_12 import step_prologue as patch
 from tests.cpu.conftest import only_patch, patched_sglang
 
 LAYERS, HIDDEN, VOCAB, PLE_VOCAB = 2, 128, 50, 40
@@ -199,7 +199,7 @@ def text_model(ple: bool = True) -> Any:
     from sglang.srt.models import gemma4_causal
     from transformers import Gemma4TextConfig
 
-    from gemma4_turbo.commands import small_moe
+    from gemma4_turbo.cli import small_moe
 
     small_moe.prepare_sglang()
     config = Gemma4TextConfig(

@@ -14,13 +14,18 @@ from typing import Any
 import pytest
 
 from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.instance import PORTS, every_port
 from tests.cpu.conftest import REPOSITORY, state_by_default
 
 MODULE = "sglang.srt.models.gemma4_causal"
 OPTIONAL = {patch.env: "1" for patch in CATALOGUE if not patch.default}
 SWITCHED_ON = {patch.name: state_by_default(patch._replace(default=True)) for patch in CATALOGUE}
 REPLACED = {  # by the patches that are active when every one is switched on
-    target for patch in CATALOGUE if SWITCHED_ON[patch.name] == "active" for target in patch.targets
+    target
+    for patch in CATALOGUE
+    if SWITCHED_ON[patch.name] == "active"
+    for port in PORTS[patch.name]
+    for target in port.targets
 }
 
 LOOK = f"""
@@ -28,15 +33,15 @@ import importlib, json, multiprocessing, os, sys
 
 def look():
     import gemma4_turbo
-    from gemma4_turbo.catalogue import CATALOGUE
+    from gemma4_turbo.instance import every_port
     model = importlib.import_module({MODULE!r})
-    for name in {{name for patch in CATALOGUE for name in patch.modules}}:
+    for name in {{name for port in every_port() for name in port.modules}}:
         importlib.import_module(name)
     construct = vars(model.Gemma4MoE)["__init__"]
     rows = {{row.name: row for row in gemma4_turbo.status()}}
     router = rows["router"]
     targets = {{}}
-    for target in {{target for patch in CATALOGUE for target in patch.targets}}:
+    for target in {{target for port in every_port() for target in port.targets}}:
         module, _, qualname = target.partition(":")
         owner = module = sys.modules[module]
         *scopes, name = qualname.split(".")
@@ -58,7 +63,7 @@ def look():
         "states": {{name: [row.state, row.reason] for name, row in rows.items()}},
         "targets": targets,
         "stock": construct.__code__.co_filename == model.__file__,
-        "ours": construct.__code__.co_filename.endswith("gemma4_turbo/patches/router.py"),
+        "ours": construct.__code__.co_filename.endswith("gemma4_turbo/ports/v0_5_12/router.py"),
         "id": id(construct),
     }}
 """
@@ -70,7 +75,7 @@ def child(results, done):
     assert "gemma4_turbo" not in sys.modules
     load_plugins()
     found = look()
-    from gemma4_turbo.patching import ENGINE
+    from gemma4_turbo.instance import ENGINE
     if found["ours"]:
         ENGINE.runs["router"].engaged(False)
     results.put(found)
@@ -117,7 +122,7 @@ if __name__ == "__main__":
 
 SITE = f"""{LOOK}
 from sglang.srt.plugins import load_plugins
-bootstrapped = "gemma4_turbo.patching" in sys.modules
+bootstrapped = "gemma4_turbo.engine.installer" in sys.modules
 load_plugins()
 print(json.dumps(look() | {{"bootstrapped": bootstrapped}}))
 """
@@ -204,7 +209,7 @@ def test_the_very_same_object(found: dict[str, dict[str, Any]]) -> None:
 def test_the_very_same_objects_of_every_patch(found: dict[str, dict[str, Any]]) -> None:
     """Each target, shared or not, is stock's again after a revert, and ours only in between."""
     stock = found["switched off"]["targets"]
-    assert stock.keys() == {target for patch in CATALOGUE for target in patch.targets}
+    assert stock.keys() == {target for port in every_port() for target in port.targets}
     assert not any(ours for _, ours in stock.values())
     assert found["reverted"]["targets"] == stock
     applied = found["applied after the import"]["targets"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo.patches import swa_ratio as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12.memory import swa_ratio as patch
 from tests.cpu.conftest import REPOSITORY, only_patch, patched_sglang
 
 NAME = "swa_ratio"
@@ -159,7 +159,7 @@ def test_pools_of_the_default(tmp_path: Path):
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.pool_configurator import HybridSWAPoolConfigurator
 
-    from gemma4_turbo.commands import small_moe
+    from gemma4_turbo.cli import small_moe
 
     small_moe.prepare_sglang()
     model = folder(tmp_path)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
 from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from tests.cpu import small_mtp
 from tests.cpu.conftest import turn_on
 
@@ -119,7 +119,7 @@ def test_off_unless_asked_for() -> None:
 
 def test_a_layer_with_another_window_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else has already set it: not once more."""
-    from gemma4_turbo.patches import swa_window as patch
+    from gemma4_turbo.ports.v0_5_12.memory import swa_window as patch
 
     def construct(self: Any) -> None:
         self.config = SimpleNamespace(sliding_window=16)
@@ -135,7 +135,7 @@ def test_a_layer_with_another_window_is_left_alone(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_layer_that_cannot_be_read_keeps_stocks_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma4_turbo.patches import swa_window as patch
+    from gemma4_turbo.ports.v0_5_12.memory import swa_window as patch
 
     turn_on(NAME)
     monkeypatch.setattr(patch, "_set_window", lambda *given: 1 / 0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 import wrapt
 
-from gemma4_turbo import fingerprints
-from gemma4_turbo.swap import NotStockError, Swap
+from gemma4_turbo.engine import fingerprints
+from gemma4_turbo.engine.swap import NotStockError, Swap
 from tests.cpu.synthetic import World
 
 

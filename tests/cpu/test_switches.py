@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma4_turbo import switches
 from gemma4_turbo.catalogue import BITWISE, CATALOGUE, TOLERANCE
-from gemma4_turbo.switches import Decision, Selection, Switches, read
+from gemma4_turbo.engine import switches
+from gemma4_turbo.engine.switches import Decision, Selection, Switches, read
 from tests.cpu.synthetic import alias, record
 
 ALIAS = "SGLANG_GEMMA4_DISABLE_FUSED_ROUTER"
@@ -22,7 +22,7 @@ def router(environ: dict[str, str], selection: Selection | None = None) -> Decis
 
 def loose(environ: dict[str, str], selection: Selection | None = None) -> Switches:
     """The switches of a patch that is not bit-exact and off by default."""
-    patch = record("loose", "m:f", numerics=TOLERANCE, default=False)
+    patch = record("loose", "m:f", numerics=TOLERANCE, default=False).patch
     return read(environ, selection, [patch])
 
 
@@ -65,7 +65,7 @@ def test_alias_takes_its_forerunner_s_spelling(value: str, on: bool) -> None:
 
 def test_alias_that_enables() -> None:
     """An alias of the other polarity."""
-    patch = record("fast", "m:f", default=False, aliases=(alias("OLD_FAST", disables=False),))
+    patch = record("fast", "m:f", default=False, aliases=(alias("OLD_FAST", disables=False),)).patch
     assert read({"OLD_FAST": "1"}, None, [patch]).decisions["fast"].on
     assert not read({"OLD_FAST": "0"}, None, [patch]).decisions["fast"].on
 
@@ -97,8 +97,8 @@ def test_profile_exact_keeps_the_bit_exact_ones() -> None:
     """The profile beats the default, and says why."""
     exact = {"GEMMA4_TURBO_PROFILE": "exact"}
     patches = [
-        record("tight", "m:f", numerics=BITWISE),
-        record("loose", "m:f", numerics=TOLERANCE),
+        record("tight", "m:f", numerics=BITWISE).patch,
+        record("loose", "m:f", numerics=TOLERANCE).patch,
     ]
     decisions = read(exact, None, patches).decisions
     assert decisions["tight"].on
@@ -139,7 +139,7 @@ def test_a_bad_log_level_speaks_of_no_patch() -> None:
 
 def test_a_bad_own_variable_leaves_the_other_patches_alone() -> None:
     """Only what it speaks of."""
-    patches = [record("one", "m:f"), record("two", "m:g")]
+    patches = [record("one", "m:f").patch, record("two", "m:g").patch]
     decisions = read({"GEMMA4_TURBO_ONE": "yes"}, None, patches).decisions
     assert not decisions["one"].on
     assert decisions["two"].on

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gemma4_turbo import report
-from gemma4_turbo.checks import Check
-from gemma4_turbo.commands import demo, doctor, trials, verify
-from gemma4_turbo.states import PatchStatus
+from gemma4_turbo.cli import demo, doctor, report, trials, verify
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.engine.states import PatchStatus
 
 TEXTS = (
     "gcc failed [/usr/bin/ld: cannot find -lcuda]",

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import processes, switches
-from gemma4_turbo.patches import trtllm_debug as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import processes, switches
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12 import trtllm_debug as patch
 from tests.cpu.conftest import turn_on
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")

@@ -10,8 +10,8 @@ import torch
 
 from bench import tune_moe
 from bench.tune_moe import DOWN, UP, Tile, Times
-from gemma4_turbo import moe_tables
 from gemma4_turbo.kernels import moe_align as align
+from gemma4_turbo.kernels import moe_tables
 
 pytestmark = [
     pytest.mark.skipif(not align.INTERPRETED, reason="needs Triton's interpreter"),

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
-from gemma4_turbo.forwards import vision_batches as batches
-from gemma4_turbo.patches import vision_batch as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.plans import vision_batches as batches
+from gemma4_turbo.ports.any import vision_batch as patch
 from tests.cpu import vision
 from tests.cpu.conftest import only_patch, patched_sglang
 

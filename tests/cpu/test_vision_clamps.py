@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo import custom_ops, states, weights
-from gemma4_turbo.commands import small_moe
-from gemma4_turbo.patches import vision_clamps as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.cli import small_moe
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12.vision import vision_clamps as patch
+from gemma4_turbo.runtime import custom_ops, weights
 from tests.cpu import vision
 from tests.cpu.conftest import only_patch, patched_sglang
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.instance import ENGINE
 from tests.cpu import vision
 from tests.cpu.conftest import only_patch, patched_sglang
 

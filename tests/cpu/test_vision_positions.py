@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
-from gemma4_turbo.patches import vision_positions as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.any import vision_positions as patch
 from tests.cpu.conftest import only_patch, patched_sglang
 
 NAME = "vision_positions"

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import custom_ops, states
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import vision_rope as kernel
-from gemma4_turbo.patches import vision_rope as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.ports.any import vision_rope as patch
+from gemma4_turbo.runtime import custom_ops
 from tests.cpu import vision
 from tests.cpu.conftest import REPOSITORY, only_patch, patched_sglang
 

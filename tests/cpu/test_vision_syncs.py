@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.instance import ENGINE
 from tests.cpu import vision
 from tests.cpu.conftest import only_patch, patched_sglang
 
@@ -111,8 +111,8 @@ def test_a_vision_graph_takes_stocks_path(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_call_that_raises_is_stocks(monkeypatch: pytest.MonkeyPatch):
-    from gemma4_turbo import states
-    from gemma4_turbo.patches import vision_syncs as patch
+    from gemma4_turbo.engine import states
+    from gemma4_turbo.ports.v0_5_12.vision import vision_syncs as patch
 
     attention, received = flash(monkeypatch)
     q, tries = torch.zeros(12, 2, 8), []

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states, switches
-from gemma4_turbo.forwards import fast_prefill, tail_graph
-from gemma4_turbo.patches import yoco as patch
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states, switches
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12.yoco import row_cut, tail_graph
+from gemma4_turbo.ports.v0_5_12.yoco import yoco as patch
 from tests.cpu import shared_kv
 from tests.cpu.conftest import only_patch, patched_sglang
 
@@ -215,7 +215,7 @@ def test_an_unfinished_prompt_costs_nothing_in_the_shared_layers(
 ):
     memory = shared_kv.Memory()
     batch = memory.prefill({1: 10, 2: 6, 3: 8}, {})
-    setattr(batch.seq_lens_cpu, fast_prefill.UNFINISHED, [False, True, False])
+    setattr(batch.seq_lens_cpu, row_cut.UNFINISHED, [False, True, False])
     seen = rows_per_layer(model, monkeypatch)
     found = forward(model, batch)
     assert seen == [24] * 3 + [2] * 3
@@ -232,7 +232,7 @@ def test_a_batch_of_unfinished_prompts_skips_the_shared_layers(
     """Zeros for every row; the next chunk finds the cache that stock would have written."""
     memory = shared_kv.Memory()
     batch = memory.prefill({1: 12}, {})
-    setattr(batch.seq_lens_cpu, fast_prefill.UNFINISHED, [True])
+    setattr(batch.seq_lens_cpu, row_cut.UNFINISHED, [True])
     with monkeypatch.context() as counting:
         seen = rows_per_layer(model, counting)
         assert not forward(model, batch).any()
@@ -275,7 +275,7 @@ def test_the_batch_is_told():
     run = SimpleNamespace()
     replaced = patch.build(run, {patch.BATCH: lambda cls, batch, runner: made})[patch.BATCH]
     assert replaced(ForwardBatch, worker_batch(), None) is made
-    assert getattr(made.seq_lens_cpu, fast_prefill.UNFINISHED) == [False, True, False]
+    assert getattr(made.seq_lens_cpu, row_cut.UNFINISHED) == [False, True, False]
     made.seq_lens_cpu = None
     assert replaced(ForwardBatch, worker_batch(seq_lens_cpu=None), None) is made
     ENGINE.apply(only=[NAME])
@@ -361,11 +361,11 @@ def test_every_gate(model: Any, case: int):
     reason, changes = refusals()[case]
     batch = prefilled(changes)
     before = engaged()
-    assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+    assert row_cut.cut(model, batch, batch.positions, {}) is None
     assert engaged() == before
     assert reason in ENGINE.runs[NAME].full_reason()
     allowed = prefilled({})
-    assert fast_prefill.cut(model, allowed, allowed.positions, {}) is not None
+    assert row_cut.cut(model, allowed, allowed.positions, {}) is not None
 
 
 def test_there_is_a_case_for_every_refusal():
@@ -384,7 +384,7 @@ def test_what_looks_alike_and_is_cut(model: Any, change: dict[str, Any]):
     if "spec_algorithm" in change:
         change = {"spec_algorithm": algorithm(True)}
     batch = prefilled(change)
-    assert fast_prefill.cut(model, batch, batch.positions, {}) is not None
+    assert row_cut.cut(model, batch, batch.positions, {}) is not None
 
 
 def test_a_declined_batch_is_stocks_bit_for_bit(model: Any):
@@ -409,7 +409,7 @@ def test_other_backends(model: Any, reason: str, change: dict[str, Any]):
     else:
         for name, value in change.items():
             setattr(batch.attn_backend, name, value)
-    assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+    assert row_cut.cut(model, batch, batch.positions, {}) is None
     assert reason in ENGINE.runs[NAME].full_reason()
 
 
@@ -422,7 +422,7 @@ def test_gates_of_model_and_server(model: Any, monkeypatch: pytest.MonkeyPatch):
     def reason(**kwargs: Any) -> str:
         monkeypatch.setattr(run, "_decline_reason", "")
         batch = prefilled({})
-        assert fast_prefill.cut(model, batch, batch.positions, kwargs) is None
+        assert row_cut.cut(model, batch, batch.positions, kwargs) is None
         return run.full_reason()
 
     assert "get_embedding" in reason(get_embedding=True)
@@ -439,7 +439,7 @@ def test_gates_of_model_and_server(model: Any, monkeypatch: pytest.MonkeyPatch):
             m.setattr(get_global_server_args(), name, value)
             assert word in reason()
     with monkeypatch.context() as m:
-        m.setattr(fast_prefill.custom_ops, "capturing", lambda: True)
+        m.setattr(row_cut.custom_ops, "capturing", lambda: True)
         assert "captured into" in reason()
     with set_forward_context(None, [], None, [], []):
         assert "piecewise" in reason()
@@ -452,24 +452,24 @@ def test_a_model_without_shared_layers_and_a_decode_batch(model: Any):
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     batch = prefilled({})
-    assert fast_prefill.cut(shared_kv.build(shared=0), batch, batch.positions, {}) is None
+    assert row_cut.cut(shared_kv.build(shared=0), batch, batch.positions, {}) is None
     assert "no layers that share" in ENGINE.runs[NAME].full_reason()
     batch.forward_mode = ForwardMode.DECODE
     declined = ENGINE.runs[NAME].counters.cells[:]
-    assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+    assert row_cut.cut(model, batch, batch.positions, {}) is None
     assert ENGINE.runs[NAME].counters.cells[:] == declined
 
 
 def test_single_tokens_gain_nothing(model: Any):
     batch = shared_kv.Memory().prefill({1: 1, 2: 1}, {1: 4, 2: 9})
-    assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+    assert row_cut.cut(model, batch, batch.positions, {}) is None
     assert "every row" in ENGINE.runs[NAME].full_reason()
 
 
 def test_together_with_the_patches_of_the_layers(model: Any):
     """The norm that a layer makes for the next one is cut as well."""
     ENGINE.apply(only=[NAME, "input_norm", "ple_tail", "layer_norms"])
-    from gemma4_turbo.forwards import steps
+    from gemma4_turbo.fusions import steps
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(steps, "_prove", lambda *args: None)  # no stock kernel to compare with
@@ -488,7 +488,7 @@ def test_traced_code_sees_no_cut(model: Any):
     batch = prefilled({})
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        found = fast_prefill.cut(model, batch, x, {})
+        found = row_cut.cut(model, batch, x, {})
         return x + (1 if found is None else 2)
 
     before = engaged()
@@ -548,13 +548,13 @@ def test_a_hook_sees_all_rows_and_changes_them(model: Any, part: int, how: str):
 def test_hooks_before_the_cut_change_nothing(model: Any):
     with model.layers[0].register_forward_hook(lambda *given: None):
         batch = prefilled({})
-        assert fast_prefill.cut(model, batch, batch.positions, {}) is not None
+        assert row_cut.cut(model, batch, batch.positions, {}) is not None
 
 
 def test_a_hook_on_all_modules(model: Any):
     with torch.nn.modules.module.register_module_forward_pre_hook(lambda *given: None):
         batch = prefilled({})
-        assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+        assert row_cut.cut(model, batch, batch.positions, {}) is None
 
 
 @pytest.mark.parametrize("ours", [False, True])
@@ -567,16 +567,16 @@ def test_a_forward_that_somebody_has_set(model: Any, ours: bool, monkeypatch: py
         trampoline.__module__ = "sglang.srt.compilation.compile"
     monkeypatch.setitem(vars(model), "forward", trampoline)
     batch = prefilled({})
-    assert (fast_prefill.cut(model, batch, batch.positions, {}) is not None) == ours
+    assert (row_cut.cut(model, batch, batch.positions, {}) is not None) == ours
 
 
 def test_a_layer_that_was_exchanged_is_looked_at(model: Any, monkeypatch: pytest.MonkeyPatch):
     batch = prefilled({})
-    assert fast_prefill.cut(model, batch, batch.positions, {}) is not None
+    assert row_cut.cut(model, batch, batch.positions, {}) is not None
     norm = copy.deepcopy(model.norm)
     norm.register_forward_hook(lambda *given: None)
     monkeypatch.setitem(model._modules, "norm", norm)
-    assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+    assert row_cut.cut(model, batch, batch.positions, {}) is None
 
 
 def test_a_hook_on_who_gets_the_result(model: Any):
@@ -588,10 +588,10 @@ def test_a_hook_on_who_gets_the_result(model: Any):
     processor = torch.nn.Identity()
     runner = SimpleNamespace(model=SimpleNamespace(logits_processor=processor))
     build[patch.BATCH](ForwardBatch, worker_batch(), runner)
-    setattr(made.seq_lens_cpu, fast_prefill.UNFINISHED, None)
-    assert fast_prefill.cut(model, made, made.positions, {}) is not None
+    setattr(made.seq_lens_cpu, row_cut.UNFINISHED, None)
+    assert row_cut.cut(model, made, made.positions, {}) is not None
     with processor.register_forward_pre_hook(lambda *given: None):
-        assert fast_prefill.cut(model, made, made.positions, {}) is None
+        assert row_cut.cut(model, made, made.positions, {}) is None
     assert "the logits processor has forward hooks" in ENGINE.runs[NAME].full_reason()
 
 
@@ -607,7 +607,7 @@ def test_an_error_of_ours_leaves_all_rows(model: Any, where: str, monkeypatch: p
         raise AttributeError("no such thing")
 
     with monkeypatch.context() as context:
-        context.setattr(fast_prefill, where, fails)
+        context.setattr(row_cut, where, fails)
         before = engaged()
         outputs = [forward(model, prefilled({})) for _ in range(2)]
     assert len(tries) == 1
@@ -618,7 +618,7 @@ def test_an_error_of_ours_leaves_all_rows(model: Any, where: str, monkeypatch: p
     assert all(torch.equal(found, expected) for found in outputs)
 
 
-@pytest.mark.parametrize("where", [(fast_prefill, "tail"), (tail_graph, "run")])
+@pytest.mark.parametrize("where", [(row_cut, "tail"), (tail_graph, "run")])
 def test_an_error_behind_the_cut_sends_all_rows_on(
     model: Any, where: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -643,7 +643,7 @@ def test_requests_that_tell_nothing_are_no_error():
     run = ENGINE.runs[NAME]
     build = patch.build(run, {patch.BATCH: lambda cls, batch, runner: made})
     build[patch.BATCH](ForwardBatch, worker_batch(reqs=[SimpleNamespace()] * 3), None)
-    assert getattr(made.seq_lens_cpu, fast_prefill.UNFINISHED) is None
+    assert getattr(made.seq_lens_cpu, row_cut.UNFINISHED) is None
     assert run.state == states.FAILED
 
 
@@ -651,5 +651,5 @@ def test_a_backend_of_the_same_name_is_not_known(model: Any, monkeypatch: pytest
     batch = prefilled({})
     kind = type(batch.attn_backend)
     monkeypatch.setattr(batch.attn_backend, "__class__", type(kind.__name__, (kind,), {}))
-    assert fast_prefill.cut(model, batch, batch.positions, {}) is None
+    assert row_cut.cut(model, batch, batch.positions, {}) is None
     assert "the attention backend is TritonAttnBackend" in ENGINE.runs[NAME].full_reason()

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from gemma4_turbo import states
-from gemma4_turbo.forwards import fast_prefill, tail_graph
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12.yoco import row_cut, tail_graph
 from tests.cpu import shared_kv
 from tests.cpu.conftest import patched_sglang
 
@@ -86,8 +86,8 @@ def memory() -> shared_kv.Memory:
 class Case(NamedTuple):
     """A batch right before the cut."""
 
-    cut: fast_prefill.Cut
-    tail: fast_prefill.Tail
+    cut: row_cut.Cut
+    tail: row_cut.Tail
     batch: Any
 
 
@@ -108,21 +108,19 @@ def case(
     batch = at.prefill(dict(zip(order, lengths, strict=True)), before)
     at.allocator.free(batch.out_cache_loc)
     at.allocator.full_to_swa_index_mapping[1 : SLOTS + 1] = torch.arange(SLOTS, 0, -1)
-    setattr(batch.seq_lens_cpu, fast_prefill.UNFINISHED, unfinished)
-    found = fast_prefill.cut(model, batch, batch.positions, {})
+    setattr(batch.seq_lens_cpu, row_cut.UNFINISHED, unfinished)
+    found = row_cut.cut(model, batch, batch.positions, {})
     assert found is not None
     tokens, width = sum(lengths), model.config.hidden_size
     hidden, norm = torch.randn(2, tokens, width).to(shared_kv.DTYPE)
     ple = torch.randn(tokens, len(model.layers), 256).to(shared_kv.DTYPE)
-    tail = fast_prefill.tail(
-        found, batch, batch.positions, hidden, None, norm if normed else None, ple
-    )
+    tail = row_cut.tail(found, batch, batch.positions, hidden, None, norm if normed else None, ple)
     return Case(found, tail, batch)
 
 
 def eagerly(model: Any, given: Case) -> torch.Tensor:
     """The layers on the tail as it is. It stays as it is."""
-    from gemma4_turbo.forwards import text_model
+    from gemma4_turbo.ports.v0_5_12 import text_model
 
     mine = given.tail._replace(hidden_states=given.tail.hidden_states.clone())
     return text_model.run_tail(model, given.cut.first, mine)
@@ -189,7 +187,7 @@ def forward(model: Any, batch: Any) -> torch.Tensor:
 @pytest.mark.parametrize("more", [(), ("input_norm", "ple_tail", "layer_norms")])
 def test_the_whole_model(model: Any, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
     """Three prefills through the model's forward are `yoco`'s to the bit, with a normed input too."""
-    from gemma4_turbo.forwards import steps
+    from gemma4_turbo.fusions import steps
 
     monkeypatch.setattr(steps, "_prove", lambda *args: None)  # no stock kernel to compare with
     lengths = [{1: 6, 2: 3, 3: 2}, {4: 5, 1: 1, 2: 2}, {3: 4, 2: 1, 5: 3}]
@@ -246,9 +244,9 @@ def poison_floats(model: Any) -> None:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of the layers a sum of everything that a tail holds, row by row."""
-    from gemma4_turbo.forwards import text_model
+    from gemma4_turbo.ports.v0_5_12 import text_model
 
-    def run_tail(model: Any, first: int, tail: fast_prefill.Tail) -> torch.Tensor:
+    def run_tail(model: Any, first: int, tail: row_cut.Tail) -> torch.Tensor:
         metadata = tail.batch.attn_backend.forward_metadata
         found = tail.hidden_states + tail.positions[:, None]
         for prefix in ("", "window_"):
@@ -443,11 +441,11 @@ def test_a_graph_that_cannot_be_recorded(model: Any, short: None, monkeypatch: p
 
 def test_a_first_run_that_fails(model: Any, short: None, monkeypatch: pytest.MonkeyPatch):
     """What the layers read of a batch beyond a decode step's is not there; the tail is as it was."""
-    from gemma4_turbo.forwards import text_model
+    from gemma4_turbo.ports.v0_5_12 import text_model
 
     cheap = text_model.run_tail
 
-    def reads_more(model: Any, first: int, tail: fast_prefill.Tail) -> torch.Tensor:
+    def reads_more(model: Any, first: int, tail: row_cut.Tail) -> torch.Tensor:
         tail.batch.seq_lens.sum()
         return cheap(model, first, tail)
 

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo import states
-from gemma4_turbo.commands import small_moe
-from gemma4_turbo.forwards import fast_prefill, tail_graph, traced_cut
-from gemma4_turbo.patching import ENGINE
+from gemma4_turbo.cli import small_moe
+from gemma4_turbo.engine import states
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.v0_5_12.yoco import row_cut, tail_graph, traced_cut
 from tests.cpu import piecewise, shared_kv
 from tests.cpu.conftest import patched_sglang
 
@@ -220,12 +220,12 @@ def test_unfinished_prompts_cost_nothing_behind_the_cut(
     """What the batch was told reaches the one that SGLang makes of it for the graphs."""
     memory, batch = made(*BATCHES[0])
     model, runner = compiled(memory)
-    setattr(batch.seq_lens_cpu, fast_prefill.UNFINISHED, unfinished)
+    setattr(batch.seq_lens_cpu, row_cut.UNFINISHED, unfinished)
     rows = last_rows(batch)[[not one for one in unfinished]]
     found = runner.prefill(batch)
     assert found.abs().sum(1).nonzero().flatten().tolist() == rows.tolist()
     _, again = made(*BATCHES[0])
-    setattr(again.seq_lens_cpu, fast_prefill.UNFINISHED, unfinished)
+    setattr(again.seq_lens_cpu, row_cut.UNFINISHED, unfinished)
     assert torch.equal(found[rows], eager(model, again)[rows])
     seen = layer_rows(model, monkeypatch)
     call_operator(runner, batch)
@@ -237,14 +237,14 @@ def test_the_first_layers_input_comes_normed(monkeypatch: pytest.MonkeyPatch):
     apply("input_norm", "ple_tail")
     memory, batch = made(*BATCHES[0])
     model, runner = compiled(memory)
-    seen: list[fast_prefill.Tail] = []
-    cut = fast_prefill.tail
+    seen: list[row_cut.Tail] = []
+    cut = row_cut.tail
 
-    def tail(*args: Any) -> fast_prefill.Tail:
+    def tail(*args: Any) -> row_cut.Tail:
         seen.append(cut(*args))
         return seen[-1]
 
-    monkeypatch.setattr(fast_prefill, "tail", tail)
+    monkeypatch.setattr(row_cut, "tail", tail)
     rows = last_rows(batch)
     found = runner.prefill(batch)[rows].clone()
     _, batch = made(*BATCHES[0])
@@ -316,7 +316,7 @@ def test_every_row_is_wanted():
 def test_a_batch_that_is_refused(monkeypatch: pytest.MonkeyPatch):
     memory, batch = made(*BATCHES[0])
     _, runner = compiled(memory)
-    monkeypatch.setattr(fast_prefill, "batch_refusal", lambda *args: "of a reason")
+    monkeypatch.setattr(row_cut, "batch_refusal", lambda *args: "of a reason")
     before = engaged()
     found = runner.prefill(batch).clone()
     assert engaged() == before
@@ -380,7 +380,7 @@ def test_every_refusal_of_the_server(monkeypatch: pytest.MonkeyPatch):
         patch.setattr(ENGINE.runs["optional_kv"], "state", states.DRIFTED)
         assert "`optional_kv` is off" in (traced_cut.refusal(model, batch, {}) or "")
     with monkeypatch.context() as patch:
-        patch.setattr(fast_prefill.YOCO, "run", None)
+        patch.setattr(row_cut.YOCO, "run", None)
         assert traced_cut.refusal(model, batch, {}) == "`yoco` is off"
     with monkeypatch.context() as patch:
         patch.setattr(arguments, "is_embedding", True)  # one of those that `yoco` has too
@@ -474,7 +474,7 @@ def test_an_error_of_ours_leaves_all_rows(where: str, monkeypatch: pytest.Monkey
         raise AttributeError("no such thing")
 
     with monkeypatch.context() as context:
-        context.setattr(fast_prefill, where, fails)
+        context.setattr(row_cut, where, fails)
         outputs = [runner.prefill(batch).clone() for _ in range(2)]
     assert len(tries) == 1
     assert ENGINE.runs[NAME].state == states.FAILED

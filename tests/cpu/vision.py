@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.commands import small_moe
+from gemma4_turbo.cli import small_moe
 
 PATCH, POOL, POSITIONS, WIDTH = 4, 2, 32, 96  # WIDTH: of the language model
 

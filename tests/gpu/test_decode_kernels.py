@@ -11,9 +11,11 @@ from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
 from sglang.srt.layers import gemma4_fused_ops as stock
 
 from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.forwards import norm_kinds, ops
+from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.fusions import norm_kinds
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail, qkv, router_norm
-from gemma4_turbo.patching import ENGINE, PatchRun
+from gemma4_turbo.ports.v0_5_12 import ops
 
 EPS = 1e-6
 DTYPE = torch.bfloat16

@@ -12,12 +12,12 @@ from sglang.srt import server_args
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from gemma4_turbo import states
 from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import moe_align as kernel
-from gemma4_turbo.patches import moe_align as patch
-from gemma4_turbo.patching import PatchRun
-from gemma4_turbo.verdicts import Verdicts
+from gemma4_turbo.ports.v0_5_12 import moe_align as patch
+from gemma4_turbo.runtime.verdicts import Verdicts
 
 # The package exports functions under the names of its modules.
 TRITON_UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma4_turbo.forwards import norm_kinds
+from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels.norms import Kind
 
 WIDTHS = [256, 1536, 2560, 2816, 5376]

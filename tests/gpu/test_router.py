@@ -8,11 +8,11 @@ import pytest
 import torch
 from sglang.srt.models.gemma4_causal import Gemma4MoE
 
-from gemma4_turbo import states
 from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import router as kernel
-from gemma4_turbo.patches import router as patch
-from gemma4_turbo.patching import PatchRun
+from gemma4_turbo.ports.v0_5_12 import router as patch
 from tests.router_inputs import KINDS, bits_differ, logits
 
 CONSTRUCT = getattr(Gemma4MoE.__init__, "__wrapped__", Gemma4MoE.__init__)
@@ -138,7 +138,7 @@ def test_under_torch_compile(generator):
     routing = patch.routing_function(make_run(), stock, scale)
     x = logits("few values", 64, 128, 8, torch.bfloat16, generator)
 
-    from gemma4_turbo.patching import ENGINE
+    from gemma4_turbo.instance import ENGINE
 
     before = ENGINE.runs["router"].engaged_count()
     compiled = torch.compile(lambda t: routing(t, t, 8, True), fullgraph=True)

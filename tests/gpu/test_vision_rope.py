@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma4_turbo.commands import small_moe
+from gemma4_turbo.cli import small_moe
 from gemma4_turbo.kernels import vision_rope as kernel
-from gemma4_turbo.patches import vision_rope as patch
+from gemma4_turbo.ports.any import vision_rope as patch
 
 
 @pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from gemma4_turbo.forwards import tail_graph
+from gemma4_turbo.ports.v0_5_12.yoco import tail_graph
 
 
 def test_replays_read_the_buffers_and_share_memory():

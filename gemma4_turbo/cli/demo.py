@@ -1,0 +1,203 @@
+"""``demo``: the main job on what this machine has."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from json import dumps, loads
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gemma4_turbo.cli import report, verify
+from gemma4_turbo.cli.modules import CannotRunError, require_sglang, require_targets
+from gemma4_turbo.engine.counters import descendants
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.models import geometry
+
+START_LIMIT_S = 420
+EXAMPLE = Path(__file__).resolve().parents[2] / "sitecustomize_example"
+REQUESTS, CONCURRENCY, PROMPT, NEW_TOKENS = 32, 8, 256, 64
+
+
+def run(layers: int, port: int) -> int:
+    """The command."""
+    console = Console()
+    device = verify.prepare_device()
+    require_sglang()
+    return on_gpu(console, layers, port) if device == "cuda" else on_cpu(console)
+
+
+# -- without a GPU ------------------------------------------------------------------------------
+
+
+def on_cpu(console: Console) -> int:
+    """Stock's Gemma 4 MoE on the CPU, stock against patched, the kernels in Triton's interpreter."""
+    console.print(
+        "No GPU: SGLang's own Gemma 4 classes on the CPU, kernels in Triton's interpreter"
+    )
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    with console.status("importing SGLang"):
+        ENGINE.bootstrap()
+        require_targets()
+        from gemma4_turbo.cli import small_moe
+    with console.status("running stock and patched"):
+        small = small_moe.build()
+        hidden_states = small_moe.tokens_without_ties(small, 16)
+        patched = small_moe.run(small, hidden_states)
+        rows = ENGINE.status()  # while it is on, with what it has done
+        checks = verify.check_all("cpu")
+        ENGINE.revert()
+        stock = small_moe.run(small_moe.build(), hidden_states)
+        ENGINE.apply()
+    console.print(report.table(rows))
+    same_ids = bool((patched[1] == stock[1]).all())
+    weights = int((patched[0] != stock[0]).sum())
+    distance = float((patched[2].float() - stock[2].float()).norm() / stock[2].float().norm())
+    console.print(
+        report.plain(
+            "Gemma4MoE, 16 tokens without ties, 128 experts, top-8, stock against patched: "
+            f"ids {'equal' if same_ids else 'DIFFERENT'}, {weights} of {stock[0].numel()} weights "
+            f"differ, relative distance of the outputs {distance:.1e}"
+        )
+    )
+    console.print(verify.check_table(checks))
+    # bf16 weights may round differently where numpy's exp and torch's differ by an ulp.
+    equal = same_ids and distance < 1e-2 and all(check.passed for check in checks)
+    return 0 if equal else 1
+
+
+# -- with a GPU ---------------------------------------------------------------------------------
+
+
+def on_gpu(console: Console, layers: int, port: int) -> int:
+    """The real server through sitecustomize_example, requests over HTTP, then the report."""
+    if not EXAMPLE.is_dir():
+        raise CannotRunError(
+            f"{EXAMPLE} is not there: run the demonstration from a source checkout"
+        )
+    port = port or _free_port()
+    if not _is_free(port):
+        raise CannotRunError(f"port {port} is busy: choose another one with --port")
+    with tempfile.TemporaryDirectory(prefix="gemma4_turbo-demo-") as scratch:
+        try:
+            model = geometry.write_model(Path(scratch, "model"), "26b-a4b", layers)
+        except ValueError as error:
+            raise CannotRunError(str(error)) from None
+        log = Path(scratch, "server.log")
+        with _server(model, port, log) as server:
+            with console.status(
+                f"starting sglang.launch_server, 26B-A4B geometry, {layers} layers"
+            ):
+                _wait_until_healthy(server, port, log)
+            with console.status("sending requests"):
+                tokens, seconds = _send_requests(port)
+            rows = ENGINE.status()
+            for process in descendants():
+                console.print(
+                    report.table(process.patches, f"pid {process.pid}: {process.command}")
+                )
+    console.print(report.table(rows, "Patches, all processes of the server"))
+    rate = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s"
+    console.print(
+        report.plain(
+            f"{REQUESTS} requests answered, {CONCURRENCY} at a time: {rate} "
+            f"({report.device()}, random weights, {layers} layers)"
+        )
+    )
+    silent = [row.name for row in rows if row.state == "active" and row.engaged == 0]
+    if silent:
+        console.print(report.plain(f"installed but never engaged: {', '.join(silent)}", "red"))
+    return 1 if silent else 0
+
+
+@contextmanager
+def _server(model: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    path = [str(EXAMPLE), str(EXAMPLE.parent), os.environ.get("PYTHONPATH", "")]
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join(part for part in path if part))
+    command = [
+        *(sys.executable, "-m", "sglang.launch_server"),
+        *("--model-path", str(model), "--port", str(port)),
+        *("--load-format", "dummy", "--skip-tokenizer-init"),
+        *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
+        *("--grammar-backend", "none", "--cuda-graph-max-bs", "16"),
+    ]
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield server
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        try:
+            server.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _wait_until_healthy(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_LIMIT_S
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health_generate", timeout=10):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(1)
+    kept = Path(tempfile.gettempdir(), "gemma4_turbo-demo-server.log")
+    kept.write_bytes(log.read_bytes())
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    raise CannotRunError(
+        f"the server did not start ({kept}): {lines[-1] if lines else 'no output'}"
+    )
+
+
+def _send_requests(port: int) -> tuple[int, float]:
+    def one(number: int) -> int:
+        body: dict[str, Any] = {
+            "input_ids": [(number * 7919 + i * 104729) % 200_000 + 10 for i in range(PROMPT)],
+            "sampling_params": {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True},
+        }
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/generate",
+            data=dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return len(loads(answer.read())["output_ids"])
+
+    one(0)  # the first request pays for what is compiled on first use
+    started = time.perf_counter()
+    with ThreadPoolExecutor(CONCURRENCY) as pool:
+        tokens = sum(pool.map(one, range(1, REQUESTS + 1)))
+    return tokens, time.perf_counter() - started
+
+
+def _free_port() -> int:
+    # SGLang derives other ports from this one: a high one would lead it beyond 65535.
+    for port in random.sample(range(20_000, 30_000), 100):
+        if _is_free(port):
+            return port
+    raise CannotRunError("no free port between 20000 and 30000: choose one with --port")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

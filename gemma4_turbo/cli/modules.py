@@ -1,0 +1,61 @@
+"""Importing the patches' targets in a process that is no server."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterable
+from importlib import import_module
+
+from gemma4_turbo.engine import fingerprints
+from gemma4_turbo.engine.imports import installed_release
+from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.instance import ENGINE
+
+NOT_INSTALLED = "SGLang is not installed: pip install 'gemma4-turbo[sglang]'"
+
+
+class CannotRunError(Exception):
+    """Something outside the package is missing; the message says it in one line."""
+
+
+def import_targets(names: Iterable[str] | None = None) -> list[str]:
+    """Import every module that these patches, by name, or all touch: the problems, one line each.
+
+    Of several ports those count whose modules SGLang has.
+
+    SGLang prints while it is imported: that goes to stderr, so that stdout stays the command's.
+    """
+    if installed_release() is None:
+        return [NOT_INSTALLED]
+    problems = []
+    chosen = ENGINE.runs if names is None else names
+    modules = sorted({module for name in chosen for module in _modules(ENGINE.runs[name])})
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for module in modules:
+            try:
+                import_module(module)
+            except Exception as error:
+                problems.append(f"{module} cannot be imported: {type(error).__name__}: {error}")
+    return problems
+
+
+def _modules(run: PatchRun) -> Iterable[str]:
+    source_of = fingerprints.installed_source
+    ports = [port for port in run.ports if fingerprints.any_there([port], source_of)]
+    return [module for port in ports or run.ports[:1] for module in port.modules]
+
+
+def require_sglang() -> None:
+    """Raise `CannotRunError` if SGLang is not installed. Imports nothing."""
+    if installed_release() is None:
+        raise CannotRunError(NOT_INSTALLED)
+
+
+def require_targets() -> None:
+    """As `import_targets`, but a problem raises `CannotRunError`."""
+    problems = import_targets()
+    if problems:
+        raise CannotRunError("; ".join(problems))

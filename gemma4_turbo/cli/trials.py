@@ -1,0 +1,120 @@
+"""Runs of a command with some of the patches on, and the verdict on each set of patches."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from gemma4_turbo.catalogue import Patch
+from gemma4_turbo.cli import process_group, report
+from gemma4_turbo.engine import switches
+
+
+class Run(NamedTuple):
+    """One run of the command."""
+
+    number: int
+    on: tuple[str, ...]
+    outcome: process_group.Outcome
+    stdout: Path
+    stderr: Path
+
+
+def standing(names: Collection[str], patches: Iterable[Patch]) -> frozenset[str]:
+    """``names`` without the patches that stay off because one that they require is off."""
+    needs = {patch.name: patch.requires for patch in patches}
+    on = frozenset(names)
+    while (kept := frozenset(name for name in on if on.issuperset(needs[name]))) != on:
+        on = kept
+    return on
+
+
+class Trials:
+    """Runs the command with some of the patches on, each set once, and remembers the verdicts."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        patches: Sequence[Patch],
+        folder: Path,
+        console: Console,
+        timeout: float | None = None,
+        repeat: int = 1,
+    ) -> None:
+        self.command, self.patches, self.folder, self.console = command, patches, folder, console
+        self.timeout, self.repeat = timeout, repeat
+        self.runs: list[Run] = []
+        self.verdicts: dict[frozenset[str], bool] = {}  # True: fails
+        self.flaky: dict[frozenset[str], int] = {}  # how often the set passed before it failed
+
+    def fails(self, names: frozenset[str]) -> bool:
+        """Whether any of the runs with exactly ``names`` on fails."""
+        on = standing(names, self.patches)
+        if on not in self.verdicts:
+            self.verdicts[on] = self._fails(on)
+        return self.verdicts[on]
+
+    def _fails(self, on: frozenset[str]) -> bool:
+        for attempt in range(self.repeat):
+            if not self._run(on, attempt).passed:
+                if attempt:
+                    self.flaky[on] = attempt
+                return True
+        return False
+
+    def _run(self, on: frozenset[str], attempt: int) -> process_group.Outcome:
+        number = len(self.runs) + 1
+        names = self.ordered(on)
+        stdout, stderr = (self.folder / f"run-{number:02}.{name}" for name in ("stdout", "stderr"))
+        label = f"run {number}" + (f" ({attempt + 1} of {self.repeat})" if self.repeat > 1 else "")
+        what = f"on: {', '.join(names) or f'nothing ({switches.MASTER}=0)'}"
+        with self.console.status(report.plain(f"{label}, {what}")):
+            environment = self.environment(on)
+            outcome = process_group.run(self.command, environment, stdout, stderr, self.timeout)
+        self.runs.append(Run(number, names, outcome, stdout, stderr))
+        verdict, style = ("passes", "green") if outcome.passed else ("fails", "red")
+        line = f"{label} {verdict}: {outcome.how}, {outcome.seconds:.1f} s, {what}"
+        say(self.console, line, style)
+        return outcome
+
+    def environment(self, on: Collection[str]) -> dict[str, str]:
+        """Ours, with every patch switched explicitly: that wins over profile and aliases."""
+        chosen = {patch.env: "1" if patch.name in on else "0" for patch in self.patches}
+        return {**os.environ, **chosen, **({} if on else {switches.MASTER: "0"})}
+
+    def ordered(self, names: Collection[str]) -> tuple[str, ...]:
+        """In the catalogue's order."""
+        return tuple(patch.name for patch in self.patches if patch.name in names)
+
+    def last_failure(self) -> Run | None:
+        """The last run that failed."""
+        return next((run for run in reversed(self.runs) if not run.outcome.passed), None)
+
+    def doubts(self) -> list[str]:
+        """What speaks against taking the verdicts at their word, one sentence each."""
+        found = [
+            f"flaky: with {self._listed(on)} on, only run {passes + 1} of {self.repeat} failed"
+            for on, passes in self.flaky.items()
+        ]
+        failing = sorted((on for on, fails in self.verdicts.items() if fails), key=len)
+        passing = sorted((on for on, fails in self.verdicts.items() if not fails), key=len)
+        for less, more in ((less, more) for less in failing for more in passing if less < more):
+            found.append(
+                f"inconsistent: it fails with {self._listed(less)} on but passes with "
+                f"{self._listed(more)} on: a patch hides the failure of another one, or the command "
+                "is flaky (see --repeat)"
+            )
+            break
+        return found
+
+    def _listed(self, names: Collection[str]) -> str:
+        return ", ".join(self.ordered(names)) or "nothing"
+
+
+def say(console: Console, line: str, style: str = "") -> None:
+    """One line, however long, as it is."""
+    console.print(report.plain(line, style), soft_wrap=True)

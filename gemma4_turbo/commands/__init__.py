@@ -1,1 +1,0 @@
-"""What ``python -m gemma4_turbo`` does, one file per command."""

@@ -1,0 +1,1 @@
+"""Installs, reports and reverts patches; the only place that swaps."""

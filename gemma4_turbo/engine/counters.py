@@ -1,0 +1,308 @@
+"""Counters of what the patches did, readable from other processes.
+
+SGLang runs the model in spawned processes and ends them with SIGKILL, so nothing can be asked of
+them at exit. Each process that installs a patch therefore keeps its counters in a small mapped
+file and its states in a JSON file beside it, in the folder of `gemma4_turbo.engine.state_folder`. Where
+that folder cannot be used, the counters are kept in memory and only this process sees them.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import json
+import mmap
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from gemma4_turbo.engine import processes, state_folder
+from gemma4_turbo.engine.processes import Process
+from gemma4_turbo.engine.state_folder import Folder, file_head, file_name
+from gemma4_turbo.engine.states import STATES
+from gemma4_turbo.engine.switches import STATE_DIR
+
+ENGAGED, CAPTURED, DECLINED = range(3)  # CAPTURED: those of ENGAGED that a CUDA graph recorded
+_PER_PATCH = 4
+_MAX_PATCHES = 128
+_CELLS = _PER_PATCH * _MAX_PATCHES
+_HEAD = 256  # bytes before the counters
+_BYTES = _HEAD + 8 * _CELLS
+_MAX_NAME, _MAX_REASON = 64, 1000  # characters
+_MAX_STATES = 2 << 20  # bytes: more than `_MAX_PATCHES` of them take
+
+
+class _Cells(Protocol):
+    def __getitem__(self, index: int, /) -> int: ...
+
+    def __setitem__(self, index: int, value: int, /) -> None: ...
+
+
+class Counters:
+    """The three counters of one patch in this process."""
+
+    __slots__ = ("_base", "cells")
+
+    def __init__(self, cells: _Cells, index: int) -> None:
+        self.cells = cells
+        self._base = index * _PER_PATCH
+
+    def add_engaged(self, captured: bool) -> None:
+        """Count one call of the patch's code. Cheap: additions in mapped memory."""
+        self.cells[self._base + ENGAGED] += 1
+        if captured:
+            self.cells[self._base + CAPTURED] += 1
+
+    def add_declined(self) -> None:
+        """Count one call that took stock's path."""
+        self.cells[self._base + DECLINED] += 1
+
+    @property
+    def engaged(self) -> int:
+        """Calls of the patch's code in this process."""
+        return self.cells[self._base + ENGAGED]
+
+
+class _Unopened:
+    """Zeros, until the first count."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def __getitem__(self, index: int, /) -> int:
+        return 0
+
+    def __setitem__(self, index: int, value: int, /) -> None:
+        self._ledger.open()
+        self._ledger.cells[index] = value
+
+
+class ProcessReport(NamedTuple):
+    """What another live process wrote."""
+
+    pid: int
+    command: str
+    patches: list[dict[str, Any]]  # name, state, reason, engaged, captured, declined
+
+
+_ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
+
+
+class Ledger:
+    """This process's counters and states. One file pair, opened at the first thing to report."""
+
+    def __init__(self) -> None:
+        self._handed: dict[int, Counters] = {}
+        self._patches: list[dict[str, Any]] | None = None
+        self._where: str | None = None  # for good: the variable may change later
+        self._start_over()
+        _ledgers.add(self)
+
+    def _start_over(self) -> None:
+        """As in a new process: after a fork the files are the parent's."""
+        self._lock = threading.RLock()
+        self._pid = 0
+        self._process: Process | None = None
+        self._file: os.stat_result | None = None
+        self._failed: str | None = None
+        self._lost: str | None = None
+        self._switch(_Unopened(self))
+
+    def _switch(self, cells: _Cells) -> None:
+        self.cells = cells
+        for counters in self._handed.values():
+            counters.cells = cells
+
+    @property
+    def problem(self) -> str | None:
+        """Why other processes do not see all of this, or this one all of theirs."""
+        return self._failed or self._lost
+
+    def open(self) -> None:
+        """Map the counters into the state folder; on failure keep them in memory."""
+        with self._lock:
+            if self._pid != os.getpid():
+                if self._pid:  # a fork that Python was not told of
+                    self._start_over()
+                self._pid = os.getpid()
+                self._switch(array.array("q", bytes(8 * _CELLS)))
+                atexit.register(self.close)
+                self._write()
+
+    def counters(self, index: int) -> Counters:
+        """Counters of the catalogue's patch number ``index``."""
+        with self._lock:
+            return self._handed.setdefault(index, Counters(self.cells, index))
+
+    def publish(self, patches: list[dict[str, Any]]) -> None:
+        """Write the states for other processes; ``patches`` in the catalogue's order."""
+        with self._lock:
+            self._patches = [dict(patch, reason=_clipped(patch["reason"])) for patch in patches]
+            if self._pid == os.getpid():
+                self._write()
+            else:
+                self.open()
+
+    def look(self) -> str | None:
+        """`problem`, after a look whether the files are there still."""
+        with self._lock:
+            if self._pid == os.getpid():
+                held = False
+                if self._process is not None and self._file is not None:
+                    with suppress(OSError), state_folder.opened(where=self._where) as folder:
+                        held = folder.holds(file_name(self._process, "counters"), self._file)
+                if not held or self._failed:
+                    self._write()
+            return self.problem
+
+    def _write(self) -> None:
+        """The states, and before them the counters' file where it is not there (any more)."""
+        try:
+            with state_folder.opened(create=True, where=self._where) as folder:
+                me = processes.own()
+                name = file_name(me, "counters")
+                if self._file is None or not folder.holds(name, self._file):
+                    if self._file is not None:
+                        self._lost = (
+                            f"{STATE_DIR}: {folder.where!r} was emptied or moved "
+                            "while it was in use, and who has not written since is not seen"
+                        )
+                    folder.sweep(me)
+                    self._map(folder, me)
+                if self._patches is not None:
+                    self._write_states(folder, me)
+                self._failed = None
+        except OSError as error:
+            self._failed = str(error)
+
+    def _map(self, folder: Folder, me: Process) -> None:
+        descriptor = folder.renew(me, "counters")
+        try:
+            state_folder.fill(descriptor, file_head(me, "counters"), _BYTES)
+            mapped = memoryview(mmap.mmap(descriptor, _BYTES))[_HEAD:].cast("q")
+            self._file = os.fstat(descriptor)
+        except BaseException:
+            folder.discard(file_name(me, "counters"))
+            raise
+        finally:
+            os.close(descriptor)
+        for index in range(_CELLS):
+            mapped[index] = self.cells[index]
+        self._process, self._where = me, folder.where
+        self._switch(mapped)
+
+    def _write_states(self, folder: Folder, me: Process) -> None:
+        content = (
+            file_head(me, "json") + b', "patches": ' + json.dumps(self._patches).encode() + b"}"
+        )
+        descriptor = folder.renew(me, "tmp")
+        try:
+            state_folder.write(descriptor, content)
+            folder.rename(me, "tmp", "json")
+        except BaseException:
+            folder.discard(file_name(me, "tmp"))
+            raise
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Remove this process's files. Nothing else is needed: a dead process's are swept."""
+        with self._lock:
+            if self._process is None or self._pid != os.getpid():
+                return
+            with suppress(OSError), state_folder.opened(where=self._where) as folder:
+                for kind in ("json", "counters"):
+                    folder.remove(self._process, kind)
+            self._process = self._file = None
+
+
+def _forked() -> None:
+    for ledger in list(_ledgers):
+        ledger._start_over()
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
+def _clipped(reason: str) -> str:
+    return reason[:_MAX_REASON].encode("utf-8", "backslashreplace").decode()[:_MAX_REASON]
+
+
+def live_processes(folder: Path | None = None) -> list[ProcessReport]:
+    """Every live process that reports in ``folder``, this one included; none if it is unfit."""
+    reports = []
+    with suppress(OSError):
+        where = None if folder is None else os.path.abspath(folder)
+        with state_folder.opened(where=where) as opened:
+            me = processes.own()
+            for process, kind in opened.files(me):
+                if kind == "json" and processes.lives(process, me):
+                    with _skipping():
+                        patches = _patches(opened, process)
+                        reports.append(
+                            ProcessReport(process.pid, processes.command(process.pid), patches)
+                        )
+    return reports
+
+
+@contextmanager
+def _skipping() -> Iterator[None]:
+    """A file that is no report: being written, gone meanwhile, or planted."""
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        yield
+
+
+def _patches(folder: Folder, process: Process) -> list[dict[str, Any]]:
+    """What a process wrote; an error of `_skipping` if it is not what `Ledger` writes."""
+    record = json.loads(
+        folder.read(file_name(process, "json"), _MAX_STATES), parse_constant=_no_constant
+    )
+    counted = folder.read(file_name(process, "counters"), _BYTES)
+    head = file_head(process, "counters")
+    if record["process"] != str(process) or record["gemma4_turbo_states"] != 1:
+        raise ValueError("states of another process")
+    if len(counted) != _BYTES or not counted.startswith(head):
+        raise ValueError("counters of another process")
+    cells = array.array("q", counted[_HEAD:])
+    told = record["patches"]
+    if not isinstance(told, list) or len(told) > _MAX_PATCHES or min(cells) < 0:
+        raise ValueError("not what a process counts")
+    return [
+        {
+            "name": _text(patch["name"], _MAX_NAME),
+            "state": STATES[STATES.index(patch["state"])],
+            "reason": _text(patch["reason"], _MAX_REASON),
+            "engaged": cells[i * _PER_PATCH + ENGAGED],
+            "captured": cells[i * _PER_PATCH + CAPTURED],
+            "declined": cells[i * _PER_PATCH + DECLINED],
+        }
+        for i, patch in enumerate(told)
+    ]
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(text)
+
+
+def _text(value: Any, limit: int) -> str:
+    if not isinstance(value, str) or len(value) > limit:
+        raise ValueError("no text, or too long")
+    value.encode()  # half of a surrogate pair could not be printed
+    return value
+
+
+def descendants() -> list[ProcessReport]:
+    """The live reporting processes below this one."""
+    me = os.getpid()
+    found = []
+    for report in live_processes():
+        pid: int | None = report.pid
+        while pid and pid != me:
+            pid = processes.parent(pid)
+        if pid == me and report.pid != me:
+            found.append(report)
+    return found

@@ -1,0 +1,370 @@
+"""Fingerprints of the patch targets' source, read without importing SGLang.
+
+A fingerprint is a hash over the target's syntax tree without docstrings, comments and layout. It is
+the same under every Python from 3.11 on, because the tree is written out by our own walk: empty
+fields are left out, and so are fields that say nothing of behaviour or that only newer Pythons
+have. ``fingerprints/<release>.json`` holds those of a known release; ``gemma4-turbo record`` adds one.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+import logging
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.port import Port
+
+logger = logging.getLogger("gemma4_turbo")
+
+FOLDER = "fingerprints"
+RECORD = "gemma4-turbo record WHEEL"
+TABLES = resources.files("gemma4_turbo") / FOLDER  # in a zip, if the package is
+_SKIPPED_FIELDS = ("ctx", "kind", "type_comment", "type_params", "type_ignores")
+
+SourceOf = Callable[[str], str | None]
+"""From a module's name to its source, None if it is not there."""
+
+
+class Verdict(NamedTuple):
+    """Whether a patch fits a release: ``active``, ``upstreamed``, ``drifted`` or ``unsupported``.
+
+    ``failed``: its record in the catalogue, or the table of fingerprints, is wrong.
+    """
+
+    state: str
+    reason: str
+    port: Port | None = None  # that fits, where the state is ``active``
+
+
+@cache
+def known_releases() -> dict[str, dict[str, str]]:
+    """``{release: {target: fingerprint}}``, a file per release; absent targets are left out."""
+    table: dict[str, dict[str, str]] = {}
+    for file in TABLES.iterdir():
+        if file.name.endswith(".json"):
+            prints = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(prints, dict):
+                raise ValueError(f"{file.name} holds no object")
+            table[file.name.removesuffix(".json")] = prints
+    return dict(sorted(table.items(), key=lambda item: release_key(item[0])))
+
+
+def installed_source(module: str) -> str | None:
+    """Source of a module of the installed SGLang, None if it cannot be had. Imports nothing."""
+    try:
+        spec = importlib.util.find_spec("sglang")
+        # One that is loaded by a finder of its own may be anywhere; a namespace has several places.
+        places = list(spec.submodule_search_locations or ()) if spec is not None else []
+    except Exception as error:  # whatever finders there are, and folders that nobody may search
+        _tell(f"sglang cannot be looked for: {error}")
+        return None
+    found = (folder_source(Path(place).parent)(module) for place in places)
+    return next((source for source in found if source is not None), None)
+
+
+def folder_source(root: Path) -> SourceOf:
+    """Sources below ``root``, the folder that holds ``sglang/``; it may be inside a zip."""
+
+    def source(module: str) -> str | None:
+        stem = root.joinpath(*module.split("."))
+        for path in (stem.with_name(stem.name + ".py"), stem / "__init__.py"):
+            try:
+                return file_source(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                continue
+            except Exception as error:
+                _tell(f"{path} cannot be read: {type(error).__name__}: {error}")
+        return None
+
+    return source
+
+
+@cache  # once: every patch looks into the same few files
+def _tell(what: str) -> None:
+    logger.warning("gemma4_turbo: %s", what)
+
+
+def file_source(path: str | Path) -> str:
+    """Source in a file, or in one inside a zip, where Python's importer finds modules too."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except NotADirectoryError:
+        archive = next(parent for parent in path.parents if parent.exists())
+        if not zipfile.is_zipfile(archive):
+            raise
+        with zipfile.ZipFile(archive) as opened:
+            try:
+                content = opened.read(path.relative_to(archive).as_posix())
+            except KeyError:
+                raise FileNotFoundError(f"{path} is not in the zip") from None
+    return importlib.util.decode_source(content)
+
+
+def wheel_source(wheel: Path) -> SourceOf:
+    """Sources inside a wheel."""
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
+
+    def source(module: str) -> str | None:
+        stem = module.replace(".", "/")
+        for name in (f"{stem}.py", f"{stem}/__init__.py"):
+            if name in names:
+                return archive.read(name).decode("utf-8")
+        return None
+
+    return source
+
+
+def find_definition(tree: ast.Module, qualname: str) -> ast.AST | None:
+    """The last definition of ``A.b`` in a module, also below ``if`` and ``try``."""
+    scope: ast.AST = tree
+    for name in qualname.split("."):
+        found: ast.AST | None = None
+        pending: list[ast.AST] = list(ast.iter_child_nodes(scope))
+        while pending:
+            node = pending.pop(0)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                if node.name == name:
+                    found = node
+            elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+                pending = list(ast.iter_child_nodes(node)) + pending
+        if found is None:
+            return None
+        scope = found
+    return scope
+
+
+def _write(value: object, out: list[str]) -> None:
+    if isinstance(value, ast.AST):
+        out.append(f"({type(value).__name__}")
+        body = getattr(value, "body", None)
+        for field, child in ast.iter_fields(value):
+            if field in _SKIPPED_FIELDS or child is None or child == []:
+                continue
+            if field == "body" and isinstance(body, list) and _has_docstring(value):
+                child = body[1:]
+            if isinstance(value, ast.JoinedStr) and field == "values":
+                # Some Pythons put empty strings between the parts of an f-string.
+                child = [part for part in value.values if getattr(part, "value", None) != ""]
+            out.append(f" {field}=")
+            _write(child, out)
+        out.append(")")
+    elif isinstance(value, list):
+        out.append("[")
+        for child in value:
+            _write(child, out)
+            out.append(",")
+        out.append("]")
+    else:
+        out.append(f"{type(value).__name__}:{value!r}")
+
+
+def _has_docstring(node: ast.AST) -> bool:
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return False
+    first = node.body[0]
+    return (
+        isinstance(first, ast.Expr)
+        and isinstance(first.value, ast.Constant)
+        and isinstance(first.value.value, str)
+    )
+
+
+def fingerprint(node: ast.AST) -> str:
+    """16 hexadecimal digits for a syntax tree, docstrings aside."""
+    out: list[str] = []
+    _write(node, out)
+    return hashlib.sha256("".join(out).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=4)
+def _parse(source: str) -> ast.Module:
+    # Several patches, and judge() and its caller, look into the same few modules one after another.
+    return ast.parse(source)
+
+
+class Definitions:
+    """Definitions found through a `SourceOf`, each module parsed once."""
+
+    def __init__(self, source_of: SourceOf) -> None:
+        self._source_of = source_of
+        self._trees: dict[str, ast.Module | None] = {}
+
+    def node(self, target: str) -> ast.AST | None:
+        """The definition of ``module:qualname``, None if there is none."""
+        module, _, qualname = target.partition(":")
+        if module not in self._trees:
+            source = self._source_of(module)
+            self._trees[module] = None if source is None else _parse(source)
+        tree = self._trees[module]
+        return None if tree is None else find_definition(tree, qualname)
+
+    def fingerprint(self, target: str) -> str | None:
+        """Of ``module:qualname``, None if there is none."""
+        node = self.node(target)
+        return None if node is None else fingerprint(node)
+
+    def origins(self, module: str, name: str) -> list[tuple[str, str]]:
+        """From which modules, and under which names there, a module imports ``name``."""
+        self.node(f"{module}:{name}")
+        tree = self._trees.get(module)
+        return [
+            (node.module, alias.name)
+            for node in ast.walk(tree or ast.Module([], []))
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level
+            for alias in node.names
+            if (alias.asname or alias.name) == name
+        ]
+
+    def uses(self, target: str, name: str) -> bool:
+        """Whether the definition of ``target`` mentions ``name``."""
+        node = self.node(target)
+        return node is not None and any(
+            (isinstance(child, ast.Name) and child.id == name)
+            or (isinstance(child, ast.Attribute) and child.attr == name)
+            for child in ast.walk(node)
+        )
+
+
+def judge(ports: Sequence[Port], release: str | None, source_of: SourceOf) -> Verdict:
+    """Which of a patch's ports fits the SGLang whose sources ``source_of`` gives, or why none does.
+
+    The source decides, not the release number: an unknown release with known source is fine, a known
+    release with edited source is ``drifted``. The number only words the reason. Where no port fits,
+    the verdict is the one that says most: of the port whose source is nearest.
+    """
+    problem = mistake(ports)
+    if problem is not None:
+        return Verdict(states.FAILED, problem)
+    definitions = Definitions(source_of)
+    verdicts = [_judge(port, release, definitions) for port in ports]
+    return min(verdicts, key=lambda verdict: _NEAREST.index(verdict.state))
+
+
+_NEAREST = (states.ACTIVE, states.UPSTREAMED, states.FAILED, states.DRIFTED, states.UNSUPPORTED)
+
+
+def any_there(ports: Iterable[Port], source_of: SourceOf) -> bool:
+    """Whether SGLang has every module of one of the ports."""
+    return any(all(source_of(module) is not None for module in port.modules) for port in ports)
+
+
+def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict:
+    label = f"SGLang {release}" if release else "this SGLang"
+    found = {target: definitions.fingerprint(target) for target in port.sources}
+    table = known_releases()
+    candidates = [table[r] for r in port.written_for if r in table]
+
+    def is_source_of(known: dict[str, str]) -> bool:
+        return all(value is not None and value == known.get(t) for t, value in found.items())
+
+    if any(map(is_source_of, candidates)):
+        return Verdict(states.ACTIVE, f"written for the source that {label} has", port)
+    if port.superseded_when is not None and definitions.uses(*port.superseded_when):
+        target, name = port.superseded_when
+        if port.finds_defect:
+            return Verdict(
+                states.UPSTREAMED,
+                f"{label} does not have the defect: {target.partition(':')[2]} uses {name}",
+            )
+        since = f" (since {port.superseded_since})" if port.superseded_since else ""
+        return Verdict(states.UPSTREAMED, f"{label} has it itself: {name}{since}")
+    missing = [target for target, value in found.items() if value is None]
+    nowhere = [t for t in missing if not any(t in known for known in table.values())]
+    if nowhere:  # only of a patch that looks for a defect: of the others it is a mistake
+        return Verdict(
+            states.FAILED, f"misspelt: neither {label} nor any known one has {nowhere[0]}"
+        )
+    if missing:
+        return Verdict(states.UNSUPPORTED, f"{label} has no {', '.join(missing)}")
+    if port.finds_defect:
+        return Verdict(states.ACTIVE, "looks for the defect in the source at hand", port)
+    if any(map(is_source_of, table.values())):
+        return Verdict(
+            states.UNSUPPORTED, f"written for {', '.join(port.written_for)}, not for {label}"
+        )
+    unrecorded = [
+        _unrecorded(target, written, table)
+        for written in port.written_for
+        for target in found
+        if target not in table.get(written, {})
+    ]
+    if unrecorded:  # the source may well be the one that the patch was written for
+        return Verdict(states.FAILED, unrecorded[0])
+    unknown = [t for t in found if not any(found[t] == known.get(t) for known in candidates)]
+    what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(found)
+    return Verdict(
+        states.DRIFTED, f"{label}: source of {what} is not that of {', '.join(port.written_for)}"
+    )
+
+
+def mistake(ports: Sequence[Port]) -> str | None:
+    """What is wrong with a patch's ports, or with the tables they need, whatever SGLang is there."""
+    if not ports:
+        return "the patch has no port: no sources.py names it"
+    try:
+        table = known_releases()
+    except Exception as error:  # unreadable, no JSON, or not of this shape
+        return f"{FOLDER} cannot be used: {type(error).__name__}: {error}"
+    return next(filter(None, (_mistake(port, table) for port in ports)), None)
+
+
+def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
+    holding = {target.partition(":")[0] for target in port.sources}
+    if not holding:
+        return "the patch names no target"
+    for module in port.lazy:
+        if module not in holding:
+            return f"lazy names a module that holds none of the patch's sources: {module}"
+    if port.finds_defect:
+        return None  # fingerprints do not decide
+    if not port.written_for:
+        return "written_for names no release, and the patch does not look for a defect"
+    for target in port.sources:
+        if not any(target in known for known in table.values()):
+            told = _unrecorded(target, port.written_for[-1], table)
+            return f"{told}, or the name is misspelt"
+    return None
+
+
+def _unrecorded(target: str, release: str, table: dict[str, dict[str, str]]) -> str:
+    if release in table:
+        return f"{FOLDER}/{release}.json has no fingerprint of {target}: {RECORD}"
+    return f"there is no {FOLDER}/{release}.json: {RECORD}"
+
+
+def record_release(source_of: SourceOf, ports: Iterable[Port]) -> dict[str, str]:
+    """Fingerprints of everything that the ports name, for ``fingerprints/<release>.json``."""
+    definitions = Definitions(source_of)
+    targets = sorted({target for port in ports for target in port.sources})
+    prints = {target: definitions.fingerprint(target) for target in targets}
+    return {target: value for target, value in prints.items() if value is not None}
+
+
+def imported_source(module: str) -> str | None:
+    """Source of an imported module, from the very file that it was loaded from.
+
+    Of one that is not imported yet: from the file that it would be loaded from.
+    """
+    loaded = sys.modules.get(module)
+    if loaded is None:
+        return installed_source(module)
+    path = getattr(loaded, "__file__", None)
+    return file_source(path) if path else None
+
+
+def release_key(release: str) -> tuple[int, ...]:
+    """For sorting; what is no number counts as nothing."""
+    return tuple(int(part) for part in re.findall(r"\d+", release))

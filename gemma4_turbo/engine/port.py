@@ -1,0 +1,41 @@
+"""A patch's code for one release line, as data: where it is, and what of SGLang it stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Port(NamedTuple):
+    """One patch in one release line. Functions are named ``"module:qualname"``."""
+
+    module: str  # of ours, or "module:attribute"; see `gemma4_turbo.engine.run.PatchModule`
+    targets: tuple[str, ...]  # replaced
+    relies_on: tuple[str, ...] = ()  # not replaced, but the source must be known
+    written_for: tuple[str, ...] = ()  # releases whose source of all of these it was written for
+    # (target, name): stock has it if the target uses the name; None: no release has it
+    superseded_when: tuple[str, str] | None = None
+    superseded_since: str = ""  # first release for which that holds, "" if none
+    # It mends a defect and looks for it by itself, whatever the release; no fingerprint decides.
+    finds_defect: bool = False
+    # Modules of relies_on that SGLang imports only when it builds the model: not waited for, their
+    # source is read from disk.
+    lazy: tuple[str, ...] = ()
+    # Functions that it does not call, or calls on something else than stock does: whoever has wrapped
+    # one of them would be bypassed. Those of relies_on are looked at as well.
+    goes_round: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Everything whose source decides whether the port fits."""
+        return self.targets + self.relies_on
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The modules that hold `sources` and are waited for."""
+        holding = {target.partition(":")[0] for target in self.sources}
+        return tuple(sorted(holding - set(self.lazy)))
+
+
+Ports = Mapping[str, tuple[Port, ...]]
+"""By the patch's name: its ports, one per release line, the newest line first."""

@@ -1,0 +1,178 @@
+"""Which of stock's RMSNorm kernels runs here, found by comparison on this very GPU.
+
+SGLang calls flashinfer's norms, which are CuTe kernels where nvidia-cutlass-dsl is installed and CUDA
+kernels where it is not; traced by Dynamo it calls sgl_kernel's. `gemma4_turbo.kernels.norms` follows
+each of them. The kinds differ in one to twenty of a million numbers, so the comparison takes millions.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from gemma4_turbo.kernels import layer_norms
+from gemma4_turbo.kernels.norms import Kind
+from gemma4_turbo.runtime.attempts import attempt
+
+EPS = 1e-6
+ROUNDS = 8
+NUMBERS = 2**21
+"""Elements of each operand in a round."""
+
+_found: dict[tuple[Any, ...], Kinds] = {}
+
+
+class Kinds(NamedTuple):
+    """What stock runs in eager mode and traced; a reason where none of ours agrees."""
+
+    eager: int = Kind.PRECISE
+    traced: int = Kind.PRECISE
+    reason: str | None = None
+    traced_reason: str | None = None
+
+
+class Functions(NamedTuple):
+    """Stock's two norms."""
+
+    rmsnorm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    fused_add_rmsnorm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]  # in place
+
+
+def find(like: torch.Tensor) -> Kinds:
+    """The kinds for rows like ``like``: its width, dtype and device. A look-up but once.
+
+    Synchronises: never call it into a CUDA graph. Off a GPU there is nothing to compare with.
+    """
+    if not like.is_cuda:
+        return Kinds()
+    key = (like.shape[-1], like.dtype, like.device)
+    if key not in _found:
+        eager, reason = _compared(eager_functions, like)
+        traced, traced_reason = _compared(traced_functions, like)
+        _found[key] = Kinds(eager, traced, reason, traced_reason)
+    return _found[key]
+
+
+def _compared(functions: Callable[[], Functions], like: torch.Tensor) -> tuple[int, str | None]:
+    """`compare`; a comparison that cannot be made says so instead of a difference."""
+    what = f"self-check of RMSNorm over {like.shape[-1]} {like.dtype}"
+    found, broken = attempt(None, what, lambda: compare(functions(), like))
+    return (int(Kind.PRECISE), broken) if found is None else found
+
+
+def forget() -> None:
+    """The next `find` compares again."""
+    _found.clear()
+
+
+def eager_functions() -> Functions:
+    """What ``RMSNorm.forward_cuda`` calls."""
+    from sglang.srt.layers import layernorm
+
+    return Functions(layernorm.rmsnorm, layernorm.fused_add_rmsnorm)
+
+
+def traced_functions() -> Functions:
+    """What it comes to when Dynamo traces it."""
+
+    def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        torch.ops.sgl_kernel.rmsnorm.default(out, x, weight, eps, False)
+        return out
+
+    def fused_add(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+        torch.ops.sgl_kernel.fused_add_rmsnorm.default(x, r, weight, eps, False)
+
+    return Functions(rmsnorm, fused_add)
+
+
+@torch.no_grad()
+def compare(stock: Functions, like: torch.Tensor, rounds: int = ROUNDS) -> tuple[int, str | None]:
+    """The kind with which every bit agrees with stock, and None; or any kind and what differs.
+
+    Args:
+        stock: the functions in question.
+        like: a tensor of the width, dtype and device in question.
+        rounds: how many times `NUMBERS` elements are compared.
+    """
+    wrong = {}
+    for kind in _by_likelihood():
+        wrong[kind.name] = 0
+        for seed in range(rounds):
+            wrong[kind.name] += differing(stock, kind, like, seed)
+            if wrong[kind.name]:
+                break
+        if not wrong[kind.name]:
+            return int(kind), None
+    counts = ", ".join(f"{count} as {name}" for name, count in wrong.items())
+    return int(Kind.PRECISE), (
+        f"self-check: RMSNorm over {like.shape[-1]} {like.dtype} differs from stock on "
+        f"{torch.cuda.get_device_name(like.device)} ({counts})"
+    )
+
+
+def _by_likelihood() -> list[Kind]:
+    """All kinds. What flashinfer says of itself only spares compilations."""
+    flashinfer: Any = sys.modules.get("flashinfer.norm")
+    cute = flashinfer is not None and not getattr(flashinfer, "_USE_CUDA_NORM", True)
+    return sorted(Kind, key=lambda kind: (kind == Kind.CUTE) != cute)
+
+
+def differing(stock: Functions, kind: Kind, like: torch.Tensor, seed: int) -> int:
+    """Elements in which our norms and stock's differ, two NaN counting as equal."""
+    x, residual, w1, w2, w3 = operands(like, seed)
+    theirs_residual = residual.clone()
+    ones = torch.ones_like(w1)
+    root = torch.ones((), dtype=like.dtype, device=like.device)
+    router = layer_norms.Router(ones, root, EPS, w3, EPS)
+    ours = layer_norms.launch_layer_norms(x, residual, w1, EPS, w2, EPS, router, kind)
+    mlp_input = stock.rmsnorm(x, w1, EPS)
+    stock.fused_add_rmsnorm(mlp_input, theirs_residual, w2, EPS)
+    theirs = (
+        mlp_input,
+        stock.rmsnorm(theirs_residual, ones, EPS),
+        stock.rmsnorm(theirs_residual, w3, EPS),
+    )
+    pairs = [(residual, theirs_residual), *zip(ours, theirs, strict=True)]
+    return sum(different_bits(a, b) for a, b in pairs if a is not None)
+
+
+def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many 16-bit elements differ, two NaN counting as equal."""
+    return int(((a.view(torch.int16) != b.view(torch.int16)) & ~(a.isnan() & b.isnan())).sum())
+
+
+def operands(like: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
+    """Activation, residual and three weights; zeros, subnormals, infinities and NaN among them."""
+    width = like.shape[-1]
+    rows = max(16, NUMBERS // width)
+    generator = torch.Generator(like.device).manual_seed(seed)  # the global state stays as it is
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32)
+
+    scale = torch.logspace(-2, 1.5, rows, device=like.device)[:, None]
+    x, residual = randn(rows, width) * scale, randn(rows, width) * scale.flip(0)
+    for place, some in enumerate((x, residual)):
+        odd_rows(some[place::2][:10])
+    weights = randn(3, width) + 1.0
+    weights[:, :4] = torch.tensor([0.0, -0.0, 1e-39, -1e-39])
+    return x.to(like.dtype), residual.to(like.dtype), *weights.to(like.dtype)
+
+
+def odd_rows(rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, of which the first ten became zero, subnormal, huge, infinite or not a number."""
+    rows[0] = 0.0
+    rows[1] *= -0.0
+    rows[2] *= 1e-39
+    rows[3] *= 1e-36
+    rows[4] *= 1e18
+    rows[5] *= 1e38
+    rows[6, 3] = float("inf")
+    rows[7, 4] = float("-inf")
+    rows[8, 5] = float("nan")
+    rows[9, ::2] *= 1e-38
+    return rows

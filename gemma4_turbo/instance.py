@@ -1,0 +1,28 @@
+"""The engine of this process: the catalogue, and the ports of every release line."""
+
+from __future__ import annotations
+
+from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.engine import run
+from gemma4_turbo.engine.installer import Engine
+from gemma4_turbo.engine.port import Port, Ports
+from gemma4_turbo.ports.any import sources as any_line
+from gemma4_turbo.ports.v0_5_12 import sources as v0_5_12
+
+LINES = (v0_5_12, any_line)  # the newest release line first
+PORTS: Ports = {
+    patch.name: tuple(line.PORTS[patch.name] for line in LINES if patch.name in line.PORTS)
+    for patch in CATALOGUE
+}
+ENGINE = Engine(
+    CATALOGUE,
+    PORTS,
+    own_models="sglang.srt.models.gemma4_",
+    ways_in="gemma4_turbo.ports.any.ways_in",
+)
+run.RUNS.update(ENGINE.runs)
+
+
+def every_port() -> list[Port]:
+    """Of all patches and lines."""
+    return [port for ports in PORTS.values() for port in ports]

@@ -1,0 +1,159 @@
+"""Tuned tables for SGLang's fused experts' kernel, as files in ``moe_configs/``.
+
+A table maps a number of tokens to the kernel's block sizes; the closest entry is used. The up and the
+down projection have one each, and the release requires equal ``BLOCK_SIZE_M`` in both.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = resources.files("gemma4_turbo.kernels") / "moe_configs"  # in a zip, if the package is
+REQUIRED = (
+    "BLOCK_SIZE_M",
+    "BLOCK_SIZE_N",
+    "BLOCK_SIZE_K",
+    "GROUP_SIZE_M",
+    "num_warps",
+    "num_stages",
+)
+
+Table = dict[int, dict[str, int]]
+
+
+class Pair(NamedTuple):
+    """The tables of one shape on one GPU."""
+
+    up: Table
+    down: Table
+
+
+class Key(NamedTuple):
+    """What a pair is for. Activations and weights in bf16 or fp16."""
+
+    experts: int
+    width: int  # of one expert's hidden layer, on this GPU
+    device: str  # name of the GPU, underscores for blanks
+
+
+def file_name(key: Key, down: bool) -> str:
+    """As SGLang names it."""
+    tail = "_down" if down else ""
+    return f"E={key.experts},N={key.width},device_name={key.device}{tail}.json"
+
+
+def check(pair: Pair) -> None:
+    """Raise ValueError, naming the table and the entry, if SGLang could not run with these."""
+    for name, table in (("up", pair.up), ("down", pair.down)):
+        if not table:
+            raise ValueError(f"{name} has no entries")
+        for tokens, config in table.items():
+            if tokens < 1:
+                raise ValueError(f"{name} has an entry for {tokens} tokens")
+            if sorted(config) != sorted(REQUIRED):
+                raise ValueError(f"{name}[{tokens}] must have exactly {', '.join(REQUIRED)}")
+            for field, value in config.items():
+                if value < 1 or (field != "num_stages" and value & (value - 1)):
+                    raise ValueError(
+                        f"{name}[{tokens}].{field} must be a power of two, got {value}"
+                    )
+    if pair.up.keys() != pair.down.keys():
+        # The closest entry to a number of tokens must be the same one in both.
+        raise ValueError("down must have entries for the same numbers of tokens as up")
+    for tokens, config in pair.up.items():
+        if config["BLOCK_SIZE_M"] != pair.down[tokens]["BLOCK_SIZE_M"]:
+            raise ValueError(f"down[{tokens}].BLOCK_SIZE_M must be that of up")
+
+
+def load(key: Key, folder: Traversable | None = None) -> Pair | None:
+    """The tables for a shape and GPU, None if there are none.
+
+    Raises:
+        ValueError: if they are there and wrong, or cannot be read.
+    """
+    folder = FOLDER if folder is None else folder
+    try:
+        paths = [folder / file_name(key, down) for down in (False, True)]
+        if not all(path.is_file() for path in paths):
+            return None
+        up, down = (
+            {int(tokens): config for tokens, config in json.loads(path.read_bytes()).items()}
+            for path in paths
+        )
+        pair = Pair(up, down)
+        check(pair)
+    except ValueError:
+        raise
+    except Exception as error:  # no permission, a damaged zip, JSON of another shape
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return pair
+
+
+def save(key: Key, pair: Pair, folder: Path | None = None) -> list[Path]:
+    """Write both files; the tables are checked before."""
+    check(pair)
+    folder = Path(str(FOLDER)) if folder is None else folder
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for down, table in ((False, pair.up), (True, pair.down)):
+        path = folder / file_name(key, down)
+        ordered = {str(tokens): table[tokens] for tokens in sorted(table)}
+        path.write_text(json.dumps(ordered, indent=1) + "\n")
+        paths.append(path)
+    return paths
+
+
+def shipped(folder: Traversable | None = None) -> list[Key]:
+    """What there are tables for."""
+    folder = FOLDER if folder is None else folder
+    pattern = re.compile(r"E=(\d+),N=(\d+),device_name=(\w+)\.json")
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = map(pattern.fullmatch, names)
+    return [
+        Key(int(match[1]), int(match[2]), match[3])
+        for match in found
+        if match is not None and not match[3].endswith("_down")
+    ]
+
+
+@cache
+def of_the_release() -> dict[str, str]:
+    """SHA-256 (urlsafe base64) of every table that SGLang itself ships, by path.
+
+    Empty if the installation has no record of its files: then every table there counts as the user's.
+    """
+    from importlib.metadata import PackageNotFoundError, files
+
+    try:
+        listed = files("sglang") or []
+    except PackageNotFoundError:
+        return {}
+    return {
+        os.path.realpath(file.locate()): file.hash.value
+        for file in listed
+        if file.hash is not None and file.match("moe_runner/triton_utils/configs/*/*.json")
+    }
+
+
+def users_own(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """A table of these names below SGLang's ``configs`` that SGLang did not ship, if there is one."""
+    import base64
+    import hashlib
+
+    for name in names:
+        for path in sorted(folder.glob(f"configs/triton_*/{name}")):
+            known = of_the_release().get(os.path.realpath(path))
+            try:
+                digest = hashlib.sha256(path.read_bytes()).digest()
+            except OSError:
+                return path  # not ours to read: what stock makes of it is stock's
+            if known != base64.urlsafe_b64encode(digest).decode().rstrip("="):
+                return path
+    return None

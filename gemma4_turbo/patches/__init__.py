@@ -1,1 +1,0 @@
-"""One file per patch: how the kernels are wired into SGLang. No arithmetic here."""

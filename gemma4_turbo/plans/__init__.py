@@ -1,0 +1,1 @@
+"""Decisions on the host as pure functions."""

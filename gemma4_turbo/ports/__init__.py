@@ -1,0 +1,1 @@
+"""The only code that names SGLang: a folder per release line."""

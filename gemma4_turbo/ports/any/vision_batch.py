@@ -1,0 +1,204 @@
+"""`vision_batch`: images and video frames go through the vision encoder in batches.
+
+``get_image_feature`` and ``get_video_feature`` collect the entries, encode those of one patch count
+together (`gemma4_turbo.plans.vision_batches`) and project all valid tokens in one call. Inputs of
+another form than SGLang's processor makes take stock's path, and so do stock's errors. A hook in the
+encoder or on the projection is to see image after image: stock's path as well.
+
+Numerics: a GEMM over more rows may choose another kernel, so values differ from stock's by the
+rounding of the weights' type; the order of the tokens is stock's.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.engine.run import peer
+from gemma4_turbo.plans import vision_batches as batches
+from gemma4_turbo.runtime import hooks
+from gemma4_turbo.runtime.attempts import attempt
+from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import MultimodalDataItem
+
+    from gemma4_turbo.engine.run import PatchRun
+
+IMAGE = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_image_feature"
+VIDEO = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_video_feature"
+
+# By their class: whether a vision attention takes several images at once. Others run stock's way.
+TAKE_BATCHES = ("VisionTritonAttention", "VisionFlash3Attention", "VisionFlash4Attention")
+SDPA = "VisionSdpaAttention"
+
+_fallback = Fallback("a batch of images")
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """Both functions."""
+    image, video = stock[IMAGE], stock[VIDEO]
+
+    def get_image_feature(self: Any, items: list[MultimodalDataItem]) -> torch.Tensor:
+        return _features(run, self, items, "image_position_ids", image)
+
+    def get_video_feature(self: Any, items: list[MultimodalDataItem]) -> torch.Tensor:
+        return _features(run, self, items, "video_position_ids", video)
+
+    return {IMAGE: get_image_feature, VIDEO: get_video_feature}
+
+
+def undo(run: PatchRun) -> None:
+    """Live objects were not changed."""
+    _fallback.clear()
+
+
+def _features(
+    run: PatchRun, model: Any, items: list[Any], attribute: str, stock: Any
+) -> torch.Tensor:
+    """The embeddings of all items."""
+
+    def stocks() -> torch.Tensor:
+        return stock(model, items)  # type: ignore[no-any-return]
+
+    if torch.compiler.is_compiling():
+        return stocks()
+    ranks, problem = attempt(run, "the number of ranks", _ranks)
+    if ranks is None:
+        run.declined(str(problem))
+        return stocks()
+    return _fallback.call(
+        run,
+        lambda: _batched(model, items, attribute, ranks),
+        stocks,
+        # One of several ranks alone must not begin anew: the others wait for its part.
+        through=torch.OutOfMemoryError if ranks > 1 else (),
+    )
+
+
+def _batched(model: Any, items: list[Any], attribute: str, ranks: int) -> torch.Tensor:
+    """The embeddings of all items; `DeclinedError` where stock's path is to run."""
+    entries = [entry for item in items for entry in _entries(model, item, attribute)]
+    if not any(entry.positions is not None for entry in entries):
+        raise DeclinedError("no image and no frame to encode")
+    reason = model_refusal(model)
+    if reason is not None:
+        raise DeclinedError(reason)
+    tower = model.vision_tower
+    device, dtype = tower.device, model.language_model.dtype()
+    pixels = [entry for entry in entries if entry.positions is not None]
+    described = describe(tower)
+    # To ask the allocator takes longer than a single entry's share of anything here.
+    budget = batches.free_budget(device, ranks) if len(pixels) > 1 else 0
+    chunks = batches.plan(
+        [entry.pixels.shape[1] for entry in pixels],
+        lambda patches: batches.entry_bytes(described, patches),
+        budget,
+        1 if _one_at_a_time(tower) else None,
+    )
+    encoded = batches.encode(pixels, chunks, tower, device, dtype, halve=ranks == 1)
+    projected, masks = batches.project(encoded, _embedder(model))
+    return batches.in_order(entries, encoded, projected, masks, model.language_model.device)
+
+
+def model_refusal(model: Any) -> str | None:
+    """Why this model's encoder is called image by image, or None."""
+    from sglang.srt.layers.attention import vision
+    from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration, Gemma4MultimodalEmbedder
+    from sglang.srt.models.gemma4_vision import Gemma4VisionEncoder
+
+    for part, known in (
+        (model, Gemma4ForConditionalGeneration),
+        (model.vision_tower, Gemma4VisionEncoder),
+        (model.embed_vision, Gemma4MultimodalEmbedder),
+    ):
+        if type(part) is not known:
+            return f"{type(part).__name__} is not SGLang's {known.__name__}"
+    known_backends = [getattr(vision, name, None) for name in (*TAKE_BATCHES, SDPA)]
+    for layer in model.vision_tower.encoder.layers:
+        kind = type(layer.self_attn.qkv_backend)
+        if kind not in known_backends:
+            return f"{kind.__name__} may not take several images at once"
+    if hooks.Watched([model.vision_tower, model.embed_vision]).hooked():
+        return hooks.HOOKED.format("the encoder")
+    return None
+
+
+def _embedder(model: Any) -> Any:
+    return lambda tokens: model.embed_vision(inputs_embeds=tokens)
+
+
+def _entries(model: Any, item: Any, attribute: str) -> list[batches.Entry]:
+    """An item's images or frames. `DeclinedError` if it holds anything unexpected."""
+    from sglang.srt.managers.schedule_batch import flatten_nested_list
+
+    features = flatten_nested_list([item.feature])
+    places = flatten_nested_list([getattr(item, attribute, None)])
+    width = model.config.text_config.hidden_size
+    video = attribute == "video_position_ids"
+    entries = []
+    for index, pixels in enumerate(features):
+        if not isinstance(pixels, torch.Tensor):
+            raise DeclinedError(f"pixel values are a {type(pixels).__name__}")
+        if pixels.dim() in (2, 3) and pixels.shape[-1] == width:
+            if pixels.dim() != 2:
+                raise DeclinedError("an embedding that was given has three dimensions")
+            entries.append(batches.Entry(pixels, None))
+            continue
+        positions = places[index] if index < len(places) else None
+        if not isinstance(positions, torch.Tensor):
+            raise DeclinedError(f"pixel values have no {attribute}")
+        if video and pixels.dim() == 4:
+            pixels = pixels.flatten(0, 1)
+        if video and positions.dim() == 4:
+            positions = positions.flatten(0, 1)
+        if not video and pixels.dim() == 2:
+            pixels = pixels.unsqueeze(0)
+        if not video and positions.dim() == 2:
+            positions = positions.unsqueeze(0)
+        if pixels.dim() != 3 or positions.shape != (*pixels.shape[:2], 2):
+            raise DeclinedError(
+                f"pixel values {tuple(pixels.shape)} and {attribute} {tuple(positions.shape)} "
+                "do not belong together"
+            )
+        entries += [
+            batches.Entry(pixels[i : i + 1], positions[i : i + 1]) for i in range(len(pixels))
+        ]
+    return entries
+
+
+def describe(tower: Any) -> batches.Encoder:
+    """What the memory of SGLang's vision encoder depends on, under the patches that are in."""
+    from gemma4_turbo.engine import states
+
+    config = tower.config
+    weight = tower.patch_embedder.position_embedding_table
+    return batches.Encoder(
+        config.hidden_size,
+        config.intermediate_size,
+        config.position_embedding_size,
+        weight.element_size(),
+        one_hot=peer("vision_positions").state != states.ACTIVE,
+        masks=peer("vision_masks").state != states.ACTIVE,
+    )
+
+
+def _one_at_a_time(tower: Any) -> bool:
+    """SGLang's attention through torch refuses a batch in the form that Gemma 4 asks for."""
+    from sglang.srt.layers.attention import vision
+
+    backends = [layer.self_attn.qkv_backend for layer in tower.encoder.layers]
+    return any(type(b) is vision.VisionSdpaAttention and b.flatten_batch for b in backends)
+
+
+def _ranks() -> int:
+    from sglang.srt.distributed import get_tensor_model_parallel_world_size
+
+    return int(get_tensor_model_parallel_world_size())
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Nothing without a model: what is batched is SGLang's own encoder."""
+    return []

@@ -1,0 +1,335 @@
+"""``Gemma4Attention.forward``, in steps that patches can take over one by one.
+
+Without any step it makes stock's calls in stock's order. A step whose arguments do not fit makes
+stock's calls for that part.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemma4_turbo.fusions import steps
+from gemma4_turbo.fusions.steps import UNPROVEN, Step, differing, samples
+from gemma4_turbo.kernels import qkv as kernel
+from gemma4_turbo.kernels.qkv import Rope, Store
+from gemma4_turbo.ports.v0_5_12 import linear, ops, sglang_types
+
+TARGET = "sglang.srt.models.gemma4_causal:Gemma4Attention.forward"
+
+QKV_NORM = Step()
+ROPE_STORE = Step()
+QKV_PROJ = Step()
+
+NORM_ROWS = 256
+"""Above this many tokens one program per token, as stock has it, is as fast."""
+
+ROPE_ROWS, ROPE_WIDTH = 1024, 3072
+"""With more tokens of no more numbers in Q, K and V, stock's two launches are faster than our one."""
+
+STEPS = ((QKV_PROJ, "qkv_proj"), (QKV_NORM, "qkv_norm"), (ROPE_STORE, "rope_store"))
+
+_ops: dict[str, Any] = {}
+_stock: dict[str, Any] = {}
+
+
+class Plan(steps.Plan):
+    """What an attention's modules allow, looked at once. None: allowed, else why not."""
+
+    def __init__(self, attention: Any) -> None:
+        norms = attention.q_norm, attention.k_norm, attention.v_norm
+        self.shared = attention.is_kv_shared_layer and attention.kv_shared_layer_index is not None
+        # Without types that are known, nothing here may even read the norms' options: stock decides.
+        self.stocks: str | None = next(filter(None, map(_norm_unknown, norms)), None)
+        key: tuple[Any, ...] = ()
+        if self.stocks is None:
+            weight = attention.q_norm.weight
+            key = (
+                attention.head_dim,
+                attention.num_heads,
+                attention.num_kv_heads,
+                self.shared,
+                weight.dtype,
+                str(weight.device),
+            )
+        super().__init__(key, attention.q_norm)
+        self.canonical = self.stocks is None and (
+            attention.q_norm.scale_shift == 0.0
+            and attention.k_norm.scale_shift == 0.0
+            and not attention.v_norm.with_scale
+        )
+        self.qkv_norm: str | None = UNPROVEN
+        if self.stocks is not None:
+            self.qkv_norm = self.stocks
+        elif not self.canonical or attention.k_norm.eps != attention.q_norm.eps:
+            self.qkv_norm = "the norms of Q, K and V are not Gemma 4's usual ones"
+        self.rope_store: str | None = self.qkv_norm
+        if self.rope_store is UNPROVEN:
+            self.rope_store = (
+                sglang_types.rope_unfit(attention.rotary_emb, attention.head_dim) or UNPROVEN
+            )
+        self.qkv_proj: str | None = _projection_unfit(attention) or UNPROVEN
+        self.cover("qkv_norm", *norms)
+        # The attention is called without K and V that are in the pool already.
+        self.cover("rope_store", *norms, attention.rotary_emb, attention.attn)
+        self.cover("qkv_proj", attention.qkv_proj)
+        names = ("q_norm", "k_norm", "v_norm", "rotary_emb", "qkv_proj", "attn")
+        parts = [(attention, name) for name in names]
+        parts += [(attention.qkv_proj, name) for name in ("quant_method", "weight", "bias")]
+        parts += [(attention.rotary_emb, "_forward_method")]
+        parts += sglang_types.method_parts(attention.qkv_proj)
+        self.made_for(*parts)
+
+
+def _norm_unknown(norm: Any) -> str | None:
+    if type(norm) is not sglang_types.types().gemma4_rms_norm:
+        return f"a norm of Q, K or V is a {sglang_types.name(norm)}"
+    return sglang_types.weight_unfit(norm.weight) or sglang_types.method_unfit(norm)
+
+
+def _projection_unfit(attention: Any) -> str | None:
+    """Why all rows of the QKV weight are multiplied, or None: only Q's are read.
+
+    Whether V's rows equal K's (``attention_k_eq_v``) is a fact about data that any write may end, so
+    nothing is left out for it.
+    """
+    if type(attention.qkv_proj) is not sglang_types.types().qkv_linear:
+        return f"the projection is a {sglang_types.name(attention.qkv_proj)}"
+    reason = sglang_types.linear_unfit(attention.qkv_proj)
+    if reason is None and not attention.is_kv_shared_layer:
+        reason = "the layer needs Q, K and V"
+    elif reason is None and attention.kv_shared_layer_index is None:
+        reason = "the layer whose KV it shares is not known"
+    return reason
+
+
+def enable(step: Step, run: Any, stock: dict[str, Any]) -> dict[str, Any]:
+    """Give a step to a patch; returns the replacement."""
+    _stock[TARGET] = stock[TARGET]
+    sglang_types.load()
+    _ops["qkv"] = ops.qkv_op()
+    step.run = run
+    return {TARGET: forward}
+
+
+def forward(
+    self: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    forward_batch: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Projection, norms, rotation, attention, output projection."""
+    plan = steps.plan_of(self, Plan)
+    if plan.stocks is not None:
+        for step, name in STEPS:
+            step.settled(plan, name)  # counts
+        return _stock[TARGET](self, positions, hidden_states, forward_batch, **kwargs)  # type: ignore[no-any-return]
+    q, k, v = _project(self, plan, hidden_states)
+    fits = plan.canonical and (q.is_cuda or (kernel.INTERPRETED and not plan.hooks("qkv_norm")))
+    rope = _rope(self, plan, positions, q, k, v) if fits else None
+    compiling = torch.compiler.is_compiling()
+    if rope is not None:
+        store = _store(self, forward_batch, k, v)
+        weights = self.q_norm.weight.data, self.k_norm.weight.data
+        if compiling:
+            _ops["qkv"](q, k, v, *weights, self.q_norm.eps, self.head_dim, *rope)
+        else:
+            q, k, v = kernel.launch_qkv(
+                q, k, v, *weights, self.q_norm.eps, self.head_dim, rope, store
+            )
+        return _attend(self, q, k, v, forward_batch, store is not None)
+
+    if not fits:
+        q, k, v = _plain_norms(self, plan, q, k, v)
+    elif not _norms(self, plan, q, k, v):
+        if q.is_cuda:
+            _stock_norms(self, plan, q, k, v)
+        else:
+            q, k, v = _plain_norms(self, plan, q, k, v)
+    if k is not None:
+        q, k = self.rotary_emb(positions, q, k.flatten(1))
+    else:
+        q, _ = self.rotary_emb(positions, q, torch.zeros_like(q[:, : self.kv_size]))
+    return _attend(self, q, k, v, forward_batch, False)
+
+
+def _attend(
+    self: Any, q: torch.Tensor, k: Any, v: Any, forward_batch: Any, stored: bool
+) -> torch.Tensor:
+    q = q.unflatten(-1, (self.num_heads, self.head_dim))  # type: ignore[no-untyped-call]
+    if stored or k is None:
+        k = v = None
+    else:
+        k = k.reshape(-1, self.num_kv_heads, self.head_dim)
+        v = v.reshape(-1, self.num_kv_heads, self.head_dim)
+    keep = not self.is_kv_shared_layer and not stored
+    output = self.attn(q, k, v, forward_batch=forward_batch, save_kv_cache=keep)
+    if output.dim() == 3:
+        output = output.flatten(-2, -1)
+    return linear.project(self.o_proj, output)
+
+
+# -- projection -----------------------------------------------------------------------------------
+
+
+def _project(self: Any, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+    """Q, K and V before the norms; K and V None on layers that share them."""
+    if not QKV_PROJ.settled(plan, "qkv_proj"):
+        weight = self.qkv_proj.weight
+        reason = None
+        if x.dtype != weight.dtype:
+            reason = f"the weight is {weight.dtype}, the activations {x.dtype}"
+        if QKV_PROJ.may_run(plan, "qkv_proj", reason, lambda: 0):  # nothing to compare: GEMM rows
+            return torch.nn.functional.linear(x, weight[: self.q_size]), None, None
+    qkv = linear.project(self.qkv_proj, x)
+    q, k, v = torch.split(qkv, [self.q_size, self.kv_size, self.kv_size], dim=-1)
+    return (q, None, None) if plan.shared else (q, k, v)
+
+
+# -- norms ----------------------------------------------------------------------------------------
+
+
+def _plain_norms(self: Any, plan: Plan, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+    q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2, -1)
+    if k is None:
+        return q, None, None
+    k = self.k_norm(k.unflatten(-1, (self.num_kv_heads, self.head_dim)))
+    v = self.v_norm(v.unflatten(-1, (self.num_kv_heads, self.head_dim)))
+    return q, k.flatten(-2, -1), v
+
+
+def _stock_norms(self: Any, plan: Plan, q: Any, k: Any, v: Any) -> None:
+    """Stock's kernel, in place."""
+    from sglang.srt.models import gemma4_causal
+
+    gemma4_causal.gemma_qkv_rmsnorm(
+        q,
+        k,
+        v,
+        self.q_norm.weight.data,
+        None if k is None else self.k_norm.weight.data,
+        num_q_heads=self.num_heads,
+        num_kv_heads=self.num_kv_heads,
+        head_dim=self.head_dim,
+        eps=self.q_norm.eps,
+    )
+
+
+def _norms(self: Any, plan: Plan, q: torch.Tensor, k: Any, v: Any) -> bool:
+    """Norms alone, in place. False: nothing done."""
+    if QKV_NORM.settled(plan, "qkv_norm"):
+        return False
+    weights = self.q_norm.weight.data, self.k_norm.weight.data
+    reason = kernel.decline_reason(q, k, v, *weights, self.head_dim)
+    if reason is None and not torch.compiler.is_compiling() and q.shape[0] > NORM_ROWS:
+        reason = f"more than {NORM_ROWS} tokens"
+    if not QKV_NORM.may_run(plan, "qkv_norm", reason, lambda: _compare_norms(self, plan, q)):
+        return False
+    if torch.compiler.is_compiling():
+        _ops["qkv"](q, k, v, *weights, self.q_norm.eps, self.head_dim, None, None)
+    else:
+        kernel.launch_qkv(q, k, v, *weights, self.q_norm.eps, self.head_dim, None, None)
+    return True
+
+
+def _split(self: Any, plan: Plan, rows: int, like: torch.Tensor) -> tuple[Any, Any, Any]:
+    whole = samples(rows, like, self.q_size + 2 * self.kv_size)
+    q, k, v = torch.split(whole, [self.q_size, self.kv_size, self.kv_size], dim=-1)
+    return (q, None, None) if plan.shared else (q, k, v)
+
+
+def _compare_norms(self: Any, plan: Plan, like: torch.Tensor) -> int:
+    if not like.is_cuda:
+        return 0
+    weights = self.q_norm.weight.data, self.k_norm.weight.data
+    found = 0
+    for several in (False, True):  # heads of a program
+        ours, stock = _split(self, plan, 64, like), _split(self, plan, 64, like)
+        kernel.launch_qkv(*ours, *weights, self.q_norm.eps, self.head_dim, None, None, several)
+        _stock_norms(self, plan, *stock)
+        found += differing([(a, b) for a, b in zip(ours, stock, strict=True) if a is not None])
+    return found
+
+
+# -- rotation and store -----------------------------------------------------------------------------
+
+
+def _rope(self: Any, plan: Plan, positions: torch.Tensor, q: Any, k: Any, v: Any) -> Rope | None:
+    if ROPE_STORE.settled(plan, "rope_store"):
+        return None
+    rope = Rope(positions, self.rotary_emb.cos_sin_cache)
+    reason = kernel.decline_reason(
+        q, k, v, self.q_norm.weight.data, self.k_norm.weight.data, self.head_dim, rope
+    )
+    if reason is None and q.shape[0] > ROPE_ROWS and not torch.compiler.is_compiling():
+        heads = q.shape[1] + (0 if k is None else 2 * k.shape[1])
+        if heads <= ROPE_WIDTH and k is not None:
+            reason = f"more than {ROPE_ROWS} tokens of no more than {ROPE_WIDTH} numbers"
+    if ROPE_STORE.may_run(
+        plan, "rope_store", reason, lambda: _compare_rope(self, plan, positions, q)
+    ):
+        return rope
+    return None
+
+
+def _compare_rope(self: Any, plan: Plan, positions: torch.Tensor, like: torch.Tensor) -> int:
+    if not like.is_cuda:
+        return 0
+    rows = 64
+    last = self.rotary_emb.cos_sin_cache.shape[0] - 1
+    places = torch.linspace(0, last, rows, device=like.device).to(positions.dtype)
+    rope = Rope(places, self.rotary_emb.cos_sin_cache)
+    weights = self.q_norm.weight.data, self.k_norm.weight.data
+    q, k, v = _split(self, plan, rows, like)
+    _stock_norms(self, plan, q, k, v)
+    key = torch.zeros_like(q[:, : self.kv_size]) if k is None else k.flatten(1).contiguous()
+    q, key = self.rotary_emb(places, q, key)
+    found = 0
+    for several in (False, True):  # heads of a program
+        ours = _split(self, plan, rows, like)
+        kernel.launch_qkv(*ours, *weights, self.q_norm.eps, self.head_dim, rope, None, several)
+        pairs = [(ours[0], q)]
+        if k is not None:
+            pairs += [(ours[1], key), (ours[2], v)]
+        found += differing(pairs)
+    return found
+
+
+def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:
+    """The layer's slots in the KV pool, when stock would store there at once; else None."""
+    if k is None or self.is_kv_shared_layer or torch.compiler.is_compiling():
+        return None
+    if not forward_batch.forward_mode.is_decode():
+        return None
+    if not sglang_types.is_triton_backend(forward_batch.attn_backend):
+        return None
+    layer = self.attn
+    if type(layer) is not sglang_types.types().attention or "forward" in layer.__dict__:
+        return None
+    if layer.k_scale is not None or layer.v_scale is not None:
+        return None
+    pool, locations, index = (
+        forward_batch.token_to_kv_pool,
+        forward_batch.out_cache_loc,
+        layer.layer_id,
+    )
+    if "set_kv_buffer" in vars(pool):  # somebody's own
+        return None
+    if type(pool) is sglang_types.types().swa_pool:
+        index, sliding = pool.layers_mapping[index]
+        if sliding:
+            locations = pool.swa_loc
+        pool = pool.swa_kv_pool if sliding else pool.full_kv_pool
+    if type(pool) is not sglang_types.types().pool or locations is None:
+        return None
+    if "set_kv_buffer" in vars(pool):
+        return None
+    if pool.dtype != k.dtype or pool.store_dtype != k.dtype:
+        return None
+    at = index - (pool.start_layer or 0)
+    store = Store(locations, pool.k_buffer[at], pool.v_buffer[at])
+    weights = self.q_norm.weight.data, self.k_norm.weight.data
+    reason = kernel.decline_reason(k, k, v, *weights, self.head_dim, None, store)
+    return store if reason is None else None

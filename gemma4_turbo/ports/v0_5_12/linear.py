@@ -1,0 +1,183 @@
+"""The linear layers of a decoder layer: SGLang's modules, or `skinny_gemm` for a few tokens.
+
+Without the patch every function here makes stock's calls.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from gemma4_turbo.fusions import steps
+from gemma4_turbo.fusions.steps import UNPROVEN, Step
+from gemma4_turbo.kernels import skinny_gemm as kernel
+from gemma4_turbo.kernels.skinny_gemm import Epilogue
+from gemma4_turbo.ports.v0_5_12 import sglang_types
+from gemma4_turbo.runtime.custom_ops import capturing
+from gemma4_turbo.runtime.hooks import hooked
+
+SKINNY_GEMM = Step()
+NAME = "skinny_gemm"
+ARRIVED = "_gemma4_turbo_arrived"  # on a module
+
+TOO_MANY_ROWS = f"x must have at most {kernel.MAX_ROWS} rows"
+
+
+class Plan(steps.Plan):
+    """What one linear layer allows, looked at once."""
+
+    def __init__(self, module: Any, epilogue: Epilogue) -> None:
+        self.skinny_gemm: str | None = _module_unfit(module) or UNPROVEN
+        key: tuple[Any, ...] = ()
+        if self.skinny_gemm is UNPROVEN:  # a quantised layer may have no weight at all
+            weight = module.weight
+            key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
+            cut = weight.shape, epilogue, _processors(weight.device)
+            self.few = kernel.choose(*cut)
+            self.many = kernel.choose(*cut, rows=kernel.MAX_ROWS)
+        super().__init__(key, None)
+        self.cover(NAME, module)
+        parts = [(module, name) for name in ("quant_method", "weight", "bias")]
+        self.made_for(*parts, *sglang_types.method_parts(module))
+        # Zeros that a launch leaves as zeros; one of its own for each layer, as layers of two
+        # streams may run at the same time. Never made while a CUDA graph is captured.
+        self.arrived: torch.Tensor | None = None
+
+    def config(self, rows: int) -> kernel.Config:
+        """How so many rows are cut."""
+        return self.few if rows <= kernel.FEW_ROWS else self.many
+
+
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 8
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _module_unfit(module: Any) -> str | None:
+    reason = sglang_types.linear_unfit(module)
+    if reason is not None:
+        return reason
+    if type(module) is sglang_types.types().row_linear and module.tp_size > 1:
+        return "the output is reduced over several GPUs"
+    if getattr(module, "gather_output", False) and module.tp_size > 1:
+        return "the output is gathered from several GPUs"
+    from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
+
+    if is_batch_invariant_mode_enabled():  # set before the first forward, never unset
+        return "batch-invariant mode: the order of the sums depends on the number of rows here"
+    return None
+
+
+def project(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """``module(x)``, without the bias that it returns beside."""
+    out = _run(module, x, Epilogue.NONE, None)
+    if out is None:
+        out, _ = module(x)
+    return out
+
+
+def mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """Gemma 4's dense MLP, its activation in the launch of the first product."""
+    if SKINNY_GEMM.run is None:
+        return module(x)  # type: ignore[no-any-return]
+    if not torch.compiler.is_compiling():
+        # Every call of a prefill: no time for more than its rows.
+        reason = TOO_MANY_ROWS if x.shape[0] > kernel.MAX_ROWS else _mlp_unfit(module)
+        if reason is not None:
+            SKINNY_GEMM.run.declined(reason)
+            return module(x)  # type: ignore[no-any-return]
+    hidden = _run(module.gate_up_proj, x, Epilogue.GELU_AND_MUL, None)
+    if hidden is None:
+        return module(x)  # type: ignore[no-any-return]
+    return project(module.down_proj, hidden)
+
+
+def _mlp_unfit(module: Any) -> str | None:
+    """Why a dense MLP is to be called as a whole, or None: a few look-ups at every call."""
+    if type(module) is not sglang_types.types().mlp:
+        return f"the dense MLP is a {sglang_types.name(module)}"
+    activation = module.act_fn
+    if (
+        type(activation) is not sglang_types.types().gelu_and_mul
+        or activation.approximate != "tanh"
+    ):
+        return f"the dense MLP's activation is a {sglang_types.name(activation)}"
+    if hooked(module, activation):
+        return "the dense MLP has forward hooks"
+    return sglang_types.method_unfit(activation)
+
+
+def gate_times(module: Any, x: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor | None:
+    """``gelu(module(x)) * per_layer_input`` in one launch, or None: nothing done."""
+    return _run(module, x, Epilogue.GELU_TIMES, per_layer_input)
+
+
+def _run(
+    module: Any, x: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
+) -> torch.Tensor | None:
+    if SKINNY_GEMM.run is None or torch.compiler.is_compiling():
+        return None
+    if x.shape[0] > kernel.MAX_ROWS:
+        SKINNY_GEMM.run.declined(TOO_MANY_ROWS)
+        return None
+    plan = steps.plan_of(module, Plan, epilogue)
+    if plan.skinny_gemm is not None and plan.skinny_gemm is not UNPROVEN:
+        SKINNY_GEMM.run.declined(plan.skinny_gemm)
+        return None
+    weight = module.weight
+    reason = kernel.decline_reason(x, weight, epilogue, extra)
+    if plan.arrived is None and not capturing():
+        plan.arrived = _zeros(module, kernel.tiles(weight, epilogue, plan.few), weight.device)
+    if reason is None and plan.arrived is None:
+        reason = "a linear layer was not run before the capture"
+    if not SKINNY_GEMM.may_run(
+        plan, NAME, reason, lambda: _compare(module, plan, x, epilogue, extra)
+    ):
+        return None
+    assert plan.arrived is not None
+    config = plan.config(x.shape[0])
+    return kernel.launch_skinny_gemm(x, weight, config, epilogue, extra, plan.arrived)
+
+
+def _zeros(module: Any, count: int, device: torch.device) -> torch.Tensor:
+    """Kept on the module for good: a CUDA graph may go on using those of a plan that has ended."""
+    every = module.__dict__.setdefault(ARRIVED, [])
+    for zeros in every:
+        if zeros.shape[0] >= count and zeros.device == device:
+            return zeros  # type: ignore[no-any-return]
+    every.append(torch.zeros(count, dtype=torch.int32, device=device))
+    return every[-1]  # type: ignore[no-any-return]
+
+
+def _telling(weight: torch.Tensor) -> torch.Tensor:
+    """The weight, or random numbers where it says nothing of the code: not all finite, or mostly 0.
+
+    The verdict is shared by all layers of the shape and stays; what is in this one may be written later.
+    """
+    finite = torch.isfinite(weight.sum(dtype=torch.float32))
+    if bool(finite) and 2 * int(torch.count_nonzero(weight)) > weight.numel():
+        return weight.data
+    return steps.samples(weight.shape[0], weight)
+
+
+def _compare(
+    module: Any, plan: Plan, like: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
+) -> int:
+    """Elements farther from stock's than two roundings of the largest in their row."""
+    if not like.is_cuda:
+        return 0
+    assert plan.arrived is not None
+    weight = _telling(module.weight)
+    found = 0
+    for rows in (kernel.FEW_ROWS, kernel.MAX_ROWS):
+        x = steps.samples(rows, like)
+        factor = None if extra is None else steps.samples(rows, extra)
+        ours = kernel.launch_skinny_gemm(
+            x, weight, plan.config(rows), epilogue, factor, plan.arrived
+        ).float()
+        stock = kernel.reference_skinny_gemm(x, weight, epilogue, factor).float()
+        bound = stock.abs().amax(-1, keepdim=True) * 2.0**-6
+        found += int(((ours - stock).abs() > bound).sum()) + int((~ours.isfinite()).sum())
+    return found

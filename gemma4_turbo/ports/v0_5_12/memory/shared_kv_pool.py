@@ -1,0 +1,139 @@
+"""`shared_kv_pool`: no KV memory for layers that read another layer's.
+
+Stock counts every layer when it sizes the KV pools, and allocates for each. Layers that share KV
+(18 of 42 on E4B, 20 of 35 on E2B) hold the id of the layer whose KV they read, and their own buffers
+are never touched. They are taken off the two lists of layers before the pools are sized; the same
+lists make the pools later. More tokens fit into the same memory.
+
+Stock lets more tokens have more requests, each with a row of the table from tokens to slots, half a
+megabyte at 131072 tokens of context, and counts that table nowhere: up to 1 GiB. What it grows by is
+taken off the pools, down to stock's number of tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.runtime.attempts import attempt, told
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+
+logger = logging.getLogger("gemma4_turbo")
+
+CONFIGURATOR = "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator"
+TARGET = f"{CONFIGURATOR}.__init__"
+SIZES = f"{CONFIGURATOR}.calculate_pool_sizes"
+FOR_POOLS = "_gemma4_turbo_bytes_for_pools"  # on a configurator
+ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """Stock's configurator, over the layers that have KV of their own."""
+    init, calculate = stock[TARGET], stock[SIZES]
+
+    def __init__(self: Any, mr: Any) -> None:
+        reason, problem = attempt(run, "a look at the layers", lambda: refusal(mr))
+        reason = reason or problem
+        if reason is not None:
+            run.declined(reason)
+            init(self, mr)
+            return
+        config = mr.model_config
+        whole = config.full_attention_layer_ids, config.swa_attention_layer_ids
+        init(self, mr)
+        try:
+            before = self._cell_size
+            full, sliding = owners(config)
+            config.full_attention_layer_ids, config.swa_attention_layer_ids = full, sliding
+            init(self, mr)
+            after = self._cell_size
+            gain = before / after
+        except Exception as error:  # stock's lists, and what stock makes of them
+            config.full_attention_layer_ids, config.swa_attention_layer_ids = whole
+            run.set(states.FAILED, told(error))
+            run.declined(told(error))
+            init(self, mr)
+            return
+        logger.info(
+            "gemma4_turbo: shared_kv_pool: KV memory for %d full and %d sliding layers instead of "
+            "%d and %d; %.0f bytes a token instead of %.0f: up to %.2f times the tokens",
+            len(full),
+            len(sliding),
+            *map(len, whole),
+            after,
+            before,
+            gain,
+        )
+        setattr(self, FOR_POOLS, functools.partial(bytes_for_pools, mr, before, after))
+        run.engaged(False)
+
+    def calculate_pool_sizes(self: Any, available_bytes: int, page_size: int) -> Any:
+        for_pools = getattr(self, FOR_POOLS, None)
+        if for_pools is not None:
+            try:
+                available_bytes = for_pools(available_bytes)
+            except Exception as error:  # the table then takes from what is to stay free
+                logger.warning("gemma4_turbo: shared_kv_pool: the table of requests: %r", error)
+        return calculate(self, available_bytes, page_size)
+
+    return {TARGET: __init__, SIZES: calculate_pool_sizes}
+
+
+def bytes_for_pools(mr: Any, before: float, after: float, available_bytes: int) -> int:
+    """What stock's table of requests leaves of the bytes, at ``before`` and ``after`` bytes a token."""
+    stock, ours = int(available_bytes // before), int(available_bytes // after)
+    rows: int = mr._resolve_max_num_reqs(ours) - mr._resolve_max_num_reqs(stock)
+    # `ReqToTokenPool`, without speculation: int32, four more than the context.
+    growth: int = max(rows, 0) * (mr.model_config.context_len + 4) * 4
+    fewest = min(available_bytes, int((stock + 1) * after))  # room for as many tokens as stock's
+    return max(available_bytes - growth, fewest)
+
+
+def refusal(mr: Any) -> str | None:
+    """Why the pools stay as stock makes them, or None."""
+    arguments, config = mr.server_args, mr.model_config
+    architectures = getattr(config.hf_config, "architectures", None) or []
+    if not set(architectures) & set(ARCHITECTURES):
+        return f"the model is {', '.join(architectures) or 'unknown'}"
+    if not _shared(config):
+        return "the model has no layers that share KV"
+    if arguments.enable_hierarchical_cache or getattr(arguments, "enable_lmcache", False):
+        return "a hierarchical cache goes through all layers"
+    if arguments.disaggregation_mode != "null":
+        return "disaggregation sends the KV of all layers"
+    if getattr(mr, "enable_hisparse", False):
+        return "hierarchical sparse attention goes through all layers"
+    if arguments.speculative_algorithm is not None:
+        return "a draft model may read the target's pools"
+    if arguments.pp_size != 1:
+        return "pipeline stages have their own layers"
+    full, sliding = owners(config)
+    if not full or not sliding:
+        return "no layer of one kind has KV of its own"
+    return None
+
+
+def _shared(config: Any) -> int:
+    return int(getattr(config.hf_text_config, "num_kv_shared_layers", 0) or 0)
+
+
+def owners(config: Any) -> tuple[list[int], list[int]]:
+    """Full and sliding layers that write KV."""
+    first = config.hf_text_config.num_hidden_layers - _shared(config)
+    full = [layer for layer in config.full_attention_layer_ids if layer < first]
+    sliding = [layer for layer in config.swa_attention_layer_ids if layer < first]
+    return full, sliding
+
+
+def undo(run: PatchRun) -> None:
+    """Pools that were made stay as they are; the next ones are stock's."""
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Nothing: no arithmetic."""
+    return []

@@ -1,0 +1,180 @@
+"""`mtp_chain`: drafts of the MTP assistant with one candidate per step, without what a tree needs.
+
+With ``speculative_eagle_topk`` 1 every draft is a chain: stock's softmax over the vocabulary, its
+scores and its search among them choose nothing. Here the draft's token is the arg-max of the
+logits, the tree is written down, and the positions, which are the same in every step, are not set
+again: who calls the draft has set them.
+
+Nothing reads the probabilities then: they order the candidates of a tree with more of them than
+draft tokens, and the verification looks at tokens only. They are 1 where stock keeps them.
+
+The largest logit has the largest probability, and ``torch.max``, which stock uses too, takes the
+first of equal ones. So the token is stock's unless the softmax rounds two different logits to one
+probability, or the logits are infinite or NaN. Then another token may be proposed, and the target
+decides about it as about any other.
+
+Only a worker whose draft runs in CUDA graphs is changed: the one that captures them shows it.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.runtime.attempts import attempt
+from gemma4_turbo.runtime.fallback import Fallback
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+
+CONSTRUCT = (
+    "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPCudaGraphRunner.__init__"
+)
+METHODS = ("draft_forward", "_capture_for_decode")  # of the worker
+
+_fallback = Fallback("the draft")
+_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have our methods
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The constructor that captures the draft's graphs, after the worker got its methods."""
+    construct = stock[CONSTRUCT]
+
+    @functools.wraps(construct)
+    def __init__(self: Any, frozen_kv_mtp_worker: Any) -> None:
+        reason, problem = attempt(
+            run, "a look at the worker", lambda: refusal(frozen_kv_mtp_worker)
+        )
+        reason = reason or problem
+        if reason is None:
+            vars(frozen_kv_mtp_worker).update(
+                draft_forward=functools.partial(draft_forward, run, frozen_kv_mtp_worker),
+                _capture_for_decode=functools.partial(
+                    capture_for_decode, run, frozen_kv_mtp_worker
+                ),
+            )
+            _workers.add(frozen_kv_mtp_worker)
+        else:
+            run.declined(reason)
+        construct(self, frozen_kv_mtp_worker)
+
+    return {CONSTRUCT: __init__}
+
+
+def refusal(worker: Any) -> str | None:
+    """Why a ``FrozenKVMTPWorker`` keeps stock's methods, or None."""
+    if worker.topk != 1:
+        return f"{worker.topk} candidates per step"
+    if worker.speculative_num_draft_tokens != worker.speculative_num_steps + 1:
+        return f"{worker.speculative_num_draft_tokens} of the draft's tokens are chosen by score"
+    if any(name in vars(worker) for name in METHODS):
+        return "the worker has methods of its own"
+    return None
+
+
+def best(logits: torch.Tensor) -> torch.Tensor:
+    """Index of each row's largest: ``[rows, 1]``."""
+    return logits.max(dim=-1, keepdim=True).indices
+
+
+def capture_for_decode(run: PatchRun, worker: Any, logits_output: Any, draft_input: Any) -> None:
+    """What the seed step leaves in ``draft_input`` for the draft."""
+
+    def ours() -> None:
+        draft_input.topk_index = best(logits_output.next_token_logits)
+        draft_input.topk_p = torch.ones_like(draft_input.topk_index, dtype=torch.float32)
+        draft_input.hidden_states = logits_output.hidden_states
+
+    def stocks() -> None:
+        type(worker)._capture_for_decode(worker, logits_output, draft_input)
+
+    _fallback.call(run, ours, stocks)
+
+
+def draft_forward(
+    run: PatchRun, worker: Any, forward_batch: Any, skip_attn_backend_init: bool = False
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Parents, places and tokens of the draft, as stock's ``draft_forward`` returns them."""
+    draft_input = forward_batch.spec_info
+    given = forward_batch.input_ids, draft_input.hidden_states
+
+    def stocks() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        forward_batch.input_ids, draft_input.hidden_states = given
+        return type(worker).draft_forward(  # type: ignore[no-any-return]
+            worker, forward_batch, skip_attn_backend_init
+        )
+
+    return _fallback.call(
+        run,
+        lambda: _draft(worker, forward_batch, skip_attn_backend_init),
+        stocks,
+        through=torch.OutOfMemoryError,  # stock needs more
+    )
+
+
+def _draft(
+    worker: Any, forward_batch: Any, skip_attn_backend_init: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from sglang.srt.speculative.spec_utils import maybe_detect_nan, maybe_detect_oob
+
+    draft_input = forward_batch.spec_info
+    token, hidden_states = draft_input.topk_index, draft_input.hidden_states
+    tokens = [token]
+    steps = worker.speculative_num_steps
+    if not skip_attn_backend_init:
+        worker._init_frozen_kv_metadata(forward_batch)
+    for step in range(steps - 1):
+        forward_batch.input_ids = token.flatten()
+        draft_input.hidden_states = hidden_states
+        with worker._target_kv_pool_view(forward_batch):
+            output = worker.draft_model_runner.forward(
+                forward_batch, skip_attn_backend_init=True
+            ).logits_output
+        logits = output.next_token_logits
+        maybe_detect_nan(logits, f"mtp_chain step {step}")
+        token, hidden_states = best(logits), output.hidden_states
+        maybe_detect_oob(token, 0, logits.shape[-1], "mtp_chain: token OOB")
+        tokens.append(token)
+    return (*chain(len(token), steps, token.device), torch.cat(tokens, dim=1))
+
+
+def chain(rows: int, steps: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parents and places of a tree that has one node per step, a row for each request."""
+    places = torch.arange(steps, device=device)
+    return (places - 1).repeat(rows, 1), places.repeat(rows, 1)
+
+
+def undo(run: PatchRun) -> None:
+    """Give live workers stock's methods back; graphs that were captured stay as they are."""
+    for worker in list(_workers):
+        for name in METHODS:
+            vars(worker).pop(name, None)
+    _workers.clear()
+    _fallback.clear()
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """The token against the one that stock's softmax gives."""
+    checks = []
+    generator = torch.Generator(device).manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        drawn = torch.randn((64, 4096), generator=generator, device=device) * 8
+        logits = drawn.to(dtype)
+        stock = torch.softmax(logits, dim=-1).max(dim=-1, keepdim=True).indices
+        differing = int((best(logits) != stock).sum())
+        checks.append(
+            Check(
+                "mtp_chain",
+                f"{dtype} logits".replace("torch.", ""),
+                "arg-max of the softmax",
+                stock.numel(),
+                differing,
+                "none of these rows is rounded to a tie",
+                differing == 0,
+            )
+        )
+    return checks

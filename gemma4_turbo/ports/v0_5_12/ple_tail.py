@@ -1,0 +1,29 @@
+"""`ple_tail`: the end of a layer with per-layer embeddings in three launches beside its GEMMs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.fusions import steps
+from gemma4_turbo.ports.v0_5_12 import checks as checks_of
+from gemma4_turbo.ports.v0_5_12 import decoder_layer
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The shared forward, with this step on."""
+    return decoder_layer.enable(decoder_layer.PLE_TAIL, run)
+
+
+def undo(run: PatchRun) -> None:
+    """Switch the step off; the shared forward may live on for other patches."""
+    decoder_layer.PLE_TAIL.run = None
+    steps.forget("ple_tail")
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Kernel against stock's calls."""
+    return checks_of.ple_tail_checks(device)

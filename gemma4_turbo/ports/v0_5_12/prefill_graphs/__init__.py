@@ -1,0 +1,1 @@
+"""Piecewise CUDA graphs of a prefill."""

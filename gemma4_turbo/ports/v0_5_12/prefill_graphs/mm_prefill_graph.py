@@ -1,0 +1,462 @@
+"""`mm_prefill_graph`: piecewise CUDA graphs for the language model of models that take pictures.
+
+Stock records piecewise graphs of prefill for text-only models and switches them off for every
+multimodal one. This lifts that one rule for Gemma 4; all of SGLang's other rules stand. The vision
+encoder, the embeddings and the image masks run before the graphs, as without them.
+
+A graph reads its inputs where they lay when it was recorded. Of Gemma 4's, the embeddings lie in a
+buffer of SGLang's runner. The positions do as well, but the model adds one to them in place; the
+per-layer inputs are made anew at every step. Both are copied into buffers that stay, and the
+runner's positions are put back.
+
+The server's arguments are read in another process than the one that records. There it is looked
+again whether all that the graphs need is in place, and a server whose graphs cannot be recorded, or
+leave too little memory, runs without them, as stock does.
+
+Stock calls every module of the language model at every prefill. As soon as one of them has a hook,
+also one that was registered when the graphs were there, the graphs are dropped.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.engine.run import peer
+from gemma4_turbo.runtime import custom_ops, graphs, hooks
+from gemma4_turbo.runtime.attempts import told
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.engine.swap import Swap
+    from gemma4_turbo.ports.v0_5_12.yoco.tail_graph import Watched
+
+logger = logging.getLogger("gemma4_turbo")
+
+TARGET = "sglang.srt.server_args:ServerArgs._handle_piecewise_cuda_graph"
+# Both are replaced when their modules have been imported, long after the server's arguments were
+# read: at the first of the occasions that finds them whole. Of the occasions, those that are half
+# imported as we come are missed: never all of them.
+ROUTINE = "sglang.srt.managers.mm_utils:general_mm_embed_routine"
+START = "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs"
+OCCASIONS = (
+    "sglang.srt.managers.mm_utils",
+    "sglang.srt.models.gemma4_mm",
+    "sglang.srt.model_executor.model_runner",
+)
+ARCHITECTURE = "Gemma4ForConditionalGeneration"
+MODEL = ("sglang.srt.models.gemma4_mm", ARCHITECTURE)
+LANGUAGE_MODEL = ("sglang.srt.models.gemma4_causal", "Gemma4TextModel")
+LEFT_GB = 2.0  # of memory, beside the graphs: for pictures, and prefills that run without one
+Function = Callable[..., Any]
+
+OFF = {
+    "disable_cuda_graph": "CUDA graphs are switched off",
+    "enable_breakable_cuda_graph": "breakable CUDA graphs",
+    "enable_mixed_chunk": "mixed chunks: a graph would take them for prefill alone and mask their "
+    "images",
+    "speculative_algorithm": "speculative decoding, whose prefill SGLang never runs in these graphs",
+    "enable_return_hidden_states": "hidden states are returned, which these graphs never run for",
+    "enable_deterministic_inference": "deterministic inference",
+    "rl_on_policy_target": "deterministic inference, for reinforcement learning",
+    "forward_hooks": "hooks see what the layers compute",
+    "debug_tensor_dump_output_folder": "tensors are dumped, which is for eager steps",
+    "msprobe_dump_config": "tensors are dumped, which is for eager steps",
+    "enable_layerwise_nvtx_marker": "markers of every layer, which cannot be traced",
+}
+"""Arguments of the server, and what each of them means. Stock needs no rule for them: no model that
+takes pictures has these graphs."""
+
+
+class _Late:
+    """For whom the replacements of `LATE` go in."""
+
+    run: PatchRun | None = None
+
+
+_swaps: dict[str, Swap] = {}
+"""Those that are in."""
+
+
+class Recorded(NamedTuple):
+    """The graphs of a language model."""
+
+    runner: weakref.ref[Any]  # SGLang's ModelRunner
+    watched: Watched  # weights that they read
+    inner: hooks.Watched  # every module inside the language model
+
+
+_recorded: weakref.WeakKeyDictionary[Any, Recorded] = weakref.WeakKeyDictionary()
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The decision on the server's arguments; what the graphs need comes with its modules."""
+    import wrapt
+
+    decide = stock[TARGET]
+    _replace_late(run)
+    for name in OCCASIONS:  # at once for those that are there, also by half: nothing to do then
+        wrapt.register_post_import_hook(_on_import, name)
+    _Late.run = run
+
+    def _handle_piecewise_cuda_graph(self: Any) -> None:
+        if self.enforce_piecewise_cuda_graph or self.disable_piecewise_cuda_graph:
+            run.declined("piecewise CUDA graphs were asked for or refused on the command line")
+            return decide(self)  # type: ignore[no-any-return]
+        try:
+            reason = refusal(self)
+        except Exception as error:  # stock's decision is always there
+            reason = told(error)
+        if reason is not None:
+            run.declined(reason)
+            return decide(self)  # type: ignore[no-any-return]
+        config = self.get_model_config()
+        config.is_multimodal = False  # the one rule that is lifted
+        try:
+            decide(self)
+        finally:
+            config.is_multimodal = True
+        if self.disable_piecewise_cuda_graph:
+            run.declined("another of SGLang's rules switches piecewise CUDA graphs off")
+        else:
+            logger.info("gemma4_turbo: piecewise CUDA graphs for %s", ARCHITECTURE)
+        return None
+
+    return {TARGET: _handle_piecewise_cuda_graph}
+
+
+def undo(run: PatchRun) -> None:
+    """Stock's functions again, and its eager prefill: a graph would read positions of before."""
+    _Late.run = None
+    for graphs_of in list(_recorded.values()):
+        _forget_graphs(graphs_of.runner())
+    for swap in _swaps.values():
+        swap.restore()
+    _swaps.clear()
+
+
+# -- which servers get them ------------------------------------------------------------------------
+
+
+def refusal(arguments: Any) -> str | None:
+    """Why stock's rule stays, or None."""
+    config = arguments.get_model_config()
+    architectures = getattr(config.hf_config, "architectures", None) or []
+    if ARCHITECTURE not in architectures:
+        return f"the model is {', '.join(architectures) or 'unknown'}"
+    if not config.is_multimodal:
+        return "the model is served without its encoders"
+    if arguments.model_impl not in ("auto", "sglang"):
+        return f"another implementation of the model: {arguments.model_impl}"
+    sizes = arguments.piecewise_cuda_graph_max_tokens, arguments.piecewise_cuda_graph_tokens
+    if arguments.chunked_prefill_size == -1 and sizes == (None, None):
+        return "prompts are not cut into chunks, whose size would be that of the largest graph"
+    reason = server_refusal(arguments)
+    if reason is not None:
+        return reason
+    if arguments.tp_size > 1:
+        return "tensor parallelism: its tokens were not compared with stock's"
+    for given in (arguments.attention_backend, arguments.prefill_attention_backend):
+        if given not in (None, "triton"):
+            return f"attention backend {given}"
+    if getattr(config.hf_text_config, "num_kv_shared_layers", 0):
+        return shared_kv_refusal()
+    return None
+
+
+def server_refusal(arguments: Any) -> str | None:
+    """Those of the reasons that SGLang may still bring about after the decision."""
+    from sglang.srt.utils import common
+
+    if common._ENABLE_TORCH_INFERENCE_MODE:
+        return "torch.inference_mode: SGLang traces without it, and would have to trace again"
+    return graphs.argument_refusal(arguments, OFF)
+
+
+def shared_kv_refusal() -> str | None:
+    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
+    if not _on("optional_kv"):
+        return "layers that share KV run in these graphs with `optional_kv` only"
+    if not _on("yoco"):
+        return None
+    # Without the cut a long prompt would lose more than a short one gains.
+    if not _on("yoco_piecewise"):
+        return "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
+    return None
+
+
+def _on(name: str) -> bool:
+    """Whether a patch is switched on and fits this SGLang, imported or not."""
+    return peer(name).will_run()
+
+
+# -- where they are recorded -----------------------------------------------------------------------
+
+
+def start(run: PatchRun, stock: Function) -> Function:
+    """What replaces ``ModelRunner.init_piecewise_cuda_graphs``."""
+
+    def init_piecewise_cuda_graphs(self: Any) -> None:
+        arguments = self.server_args
+        if (
+            not _is(self.model, MODEL)
+            or not self.is_multimodal
+            or arguments.disable_piecewise_cuda_graph
+            or self.is_draft_worker
+        ):
+            return stock(self)  # type: ignore[no-any-return]
+        enforced = arguments.enforce_piecewise_cuda_graph
+        try:
+            reason = None if enforced else missing(self)
+        except Exception as error:
+            reason = told(error)
+            run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+        if reason is None:
+            reason = _record(run, self, stock, enforced)
+            if reason is None:
+                if self.piecewise_cuda_graph_runner is not None:
+                    _watch(run, self)
+                    run.engaged(True)
+                return None
+            _forget_graphs(self)
+        run.declined(reason)
+        self.piecewise_cuda_graph_runner = None
+        arguments.disable_piecewise_cuda_graph = True
+        return None
+
+    return init_piecewise_cuda_graphs
+
+
+def _record(run: PatchRun, runner: Any, stock: Function, enforced: bool) -> str | None:
+    """Why there are to be no graphs, or None: they are there."""
+    try:
+        stock(runner)
+    except Exception as error:
+        if enforced or run.is_strict():  # a server without them is not wanted
+            raise
+        reason = told(error)
+        run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+        return reason
+    return None if enforced else crowded(runner)
+
+
+def missing(runner: Any) -> str | None:
+    """What keeps this process from recording, though the arguments were fine, or None."""
+    from gemma4_turbo.ports.v0_5_12.yoco import tail_graph
+
+    reason = server_refusal(runner.server_args)
+    if reason is not None:
+        return reason
+    routine = _swaps.get(ROUTINE)
+    if routine is None or not routine.in_place:
+        return f"{ROUTINE} is not ours in the process that records"
+    model = runner.model
+    if tail_graph.Watched([model.language_model]).hooked():
+        return hooks.HOOKED.format("a layer")
+    shares = getattr(model.config.text_config, "num_kv_shared_layers", 0)
+    if shares and peer("optional_kv").state != states.ACTIVE:
+        return f"layers that share KV: `optional_kv` is {peer('optional_kv').state}"
+    return None
+
+
+def _is(thing: Any, known: tuple[str, str]) -> bool:
+    """Whether it is of this very class of SGLang's, by module and name; nothing is imported."""
+    module, name = known
+    return type(thing) is getattr(sys.modules.get(module), name, None)
+
+
+def _watch(run: PatchRun, runner: Any) -> None:
+    """From here on a graph that would read old weights, or pass hooks by, does not run.
+
+    SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
+    parameters in the place of all layers' old ones: the outermost layers tell.
+    """
+    from gemma4_turbo.ports.v0_5_12.yoco import tail_graph
+
+    model = runner.model.language_model
+    watched = tail_graph.Watched([model.layers[0], model.layers[-1]])
+    _recorded[model] = Recorded(weakref.ref(runner), watched, hooks.Watched(list(model.children())))
+    made = runner.piecewise_cuda_graph_runner
+    if hasattr(made, "can_run"):  # asked before SGLang pads the batch
+        made.can_run = functools.partial(_can_run, run, weakref.ref(model), made.can_run)
+
+
+def _can_run(run: PatchRun, model: weakref.ref[Any], can_run: Any, forward_batch: Any) -> Any:
+    """Stock's answer, unless the graphs have just been dropped."""
+    answer = can_run(forward_batch)
+    return answer and not _dropped(run, model())
+
+
+def _dropped(run: PatchRun, model: Any) -> bool:
+    """Whether the graphs of a language model had to go: this prefill is to run eagerly as well."""
+    graphs_of = _recorded.get(model)
+    if graphs_of is None:
+        return False
+    reason = None
+    if graphs_of.watched.moved():
+        reason = "a weight update put other parameters in the place of those in the graphs"
+    # Its own forward is SGLang's switch to what was compiled.
+    elif model._forward_hooks or model._forward_pre_hooks or graphs_of.inner.hooked():
+        reason = hooks.HOOKED.format("the language model")
+    if reason is None:
+        return False
+    run.declined(reason)
+    _forget_graphs(graphs_of.runner())
+    return True
+
+
+def crowded(runner: Any) -> str | None:
+    """Why the graphs that were recorded take too much, or None."""
+    from sglang.srt.utils import common
+
+    left = common.get_available_gpu_memory(runner.device, runner.gpu_id)
+    if runner.piecewise_cuda_graph_runner is None or left >= LEFT_GB:
+        return None
+    return f"{left:.1f} GB of memory would be left beside the graphs, less than {LEFT_GB:.0f}"
+
+
+def _forget_graphs(runner: Any) -> None:
+    """No graph, no mark that a recording is under way, and the memory free again."""
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    if runner is None:
+        return
+    runner.piecewise_cuda_graph_runner = None
+    context._in_pcg_torch_compile = False
+    context._pcg_capture_stream = None
+    graphs.settle()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a graph may be running
+    model = runner.model.language_model
+    vars(model).pop("forward", None)  # SGLang's switch to what was compiled, which holds the graphs
+    torch._dynamo.eval_frame.remove_from_cache(type(model).forward.__code__)
+    _inputs.pop(model, None)
+    _recorded.pop(model, None)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# -- what a graph reads ----------------------------------------------------------------------------
+
+
+class Inputs:
+    """Buffers at one address for as long as the language model lives."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, torch.Tensor] = {}
+
+    def keep(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """A copy of ``value`` in the buffer of that name, at the front of it."""
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            with torch.inference_mode(False):  # to be written to within that mode and without
+                buffer = torch.empty(
+                    (most_tokens(), *value.shape[1:]), dtype=value.dtype, device=value.device
+                )
+            self._buffers[name] = buffer
+        if len(value) > len(buffer):
+            raise ValueError(f"{len(value)} tokens do not fit into a graph of {len(buffer)}")
+        return buffer[: len(value)].copy_(value)
+
+
+_inputs: weakref.WeakKeyDictionary[Any, Inputs] = weakref.WeakKeyDictionary()
+
+
+def most_tokens() -> int:
+    """Tokens of the largest graph."""
+    from sglang.srt.server_args import get_global_server_args
+
+    return int(max(get_global_server_args().piecewise_cuda_graph_tokens))
+
+
+def routine(run: PatchRun, stock: Function) -> Function:
+    """What replaces ``general_mm_embed_routine``."""
+    from sglang.srt.compilation.piecewise_context_manager import is_in_piecewise_cuda_graph
+
+    def general_mm_embed_routine(
+        input_ids: torch.Tensor,
+        forward_batch: Any,
+        language_model: Any,
+        *others: Any,
+        **kwargs: Any,
+    ) -> Any:
+        positions = kwargs.get("positions")
+        if (
+            positions is None
+            or torch.compiler.is_compiling()
+            or not is_in_piecewise_cuda_graph()
+            or not _is(language_model, LANGUAGE_MODEL)
+            or _dropped(run, language_model)
+        ):
+            return stock(input_ids, forward_batch, language_model, *others, **kwargs)
+        kept = _inputs.setdefault(language_model, Inputs())
+        theirs = kwargs.get("per_layer_inputs")
+        ours = {}
+        try:
+            ours["positions"] = kept.keep("positions", positions)
+            if theirs is not None:
+                ours["per_layer_inputs"] = kept.keep("per_layer_inputs", theirs)
+        except Exception as error:
+            graphs_of = _recorded.get(language_model)
+            if graphs_of is None:  # while they are recorded: there are to be none
+                raise
+            run.set(states.FAILED, f"prefill runs without graphs: {told(error)}")
+            _forget_graphs(graphs_of.runner())
+            return stock(input_ids, forward_batch, language_model, *others, **kwargs)
+        positions.sub_(1)  # the model has just added one
+        found = stock(input_ids, forward_batch, language_model, *others, **kwargs | ours)
+        run.engaged(custom_ops.capturing())
+        return found
+
+    return general_mm_embed_routine
+
+
+# -- the late replacements -------------------------------------------------------------------------
+
+LATE: dict[str, Callable[[PatchRun, Function], Function]] = {ROUTINE: routine, START: start}
+
+
+def _replace_late(run: PatchRun, just_imported: str = "") -> None:
+    """Put in what is missing of `LATE` and can be. `NotStockError` if somebody else's is there.
+
+    Python calls a module half imported until the hooks for it have run as well.
+    """
+    from gemma4_turbo.engine import fingerprints
+    from gemma4_turbo.engine.imports import being_imported
+    from gemma4_turbo.engine.swap import Swap
+
+    for target, make in LATE.items():
+        module = target.partition(":")[0]
+        half = module != just_imported and being_imported(module)
+        if module not in sys.modules or half or target in _swaps:
+            continue
+        swap = Swap(target)
+        node: Any = fingerprints.Definitions(fingerprints.installed_source).node(target)
+        swap.require_stock(node.lineno)
+        swap.install(make(run, swap.function))
+        _swaps[target] = swap
+
+
+def _on_import(module: Any) -> None:
+    """Called by wrapt for each of `OCCASIONS`, and again for every `build`."""
+    if _Late.run is None:
+        return
+    try:
+        _replace_late(_Late.run, module.__name__)
+    except Exception as error:  # never into SGLang's import
+        _Late.run.set(states.CONFLICT, str(error))
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Nothing: no arithmetic."""
+    return []

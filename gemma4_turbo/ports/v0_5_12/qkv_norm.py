@@ -1,0 +1,29 @@
+"""`qkv_norm`: norms of Q, K and V, one program per token and head."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.fusions import steps
+from gemma4_turbo.ports.v0_5_12 import attention
+from gemma4_turbo.ports.v0_5_12 import checks as checks_of
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The shared forward, with this step on."""
+    return attention.enable(attention.QKV_NORM, run, stock)
+
+
+def undo(run: PatchRun) -> None:
+    """Switch the step off; the shared forward may live on for other patches."""
+    attention.QKV_NORM.run = None
+    steps.forget("qkv_norm")
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Kernel against stock's kernel."""
+    return checks_of.qkv_norm(device)

@@ -1,0 +1,686 @@
+"""What each port for SGLang 0.5.11 and 0.5.12 stands on, as data. Nothing here imports SGLang."""
+
+from __future__ import annotations
+
+from gemma4_turbo.engine.port import Port
+
+HERE = __package__
+
+
+# What the steps of a decoder layer's forward rely on, those of its end, and those of attention's.
+_LAYER = (
+    "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.__init__",
+    "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+)
+_TAIL = (
+    "sglang.srt.layers.gemma4_fused_ops:_gemma_dual_rmsnorm_residual_kernel",
+    "sglang.srt.layers.gemma4_fused_ops:_gemma_rmsnorm_residual_kernel",
+    "sglang.srt.layers.gemma4_fused_ops:gemma_dual_rmsnorm_residual_scalar",
+    "sglang.srt.layers.gemma4_fused_ops:gemma_rmsnorm_residual_scalar",
+)
+_ATTENTION = (
+    "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+    "sglang.srt.layers.gemma4_fused_ops:gemma_qkv_rmsnorm",
+    "sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel",
+)
+
+# What a layer calls by way of its modules.
+_OP = "sglang.srt.layers.utils.multi_platform:MultiPlatformOp.forward"
+_NORM_CALLS = (
+    _OP,
+    "sglang.srt.layers.layernorm:RMSNorm.forward",
+    "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:rmsnorm",
+    "sglang.srt.layers.layernorm:fused_add_rmsnorm",
+)
+_LINEAR_CALLS = (
+    "sglang.srt.layers.linear:ReplicatedLinear.forward",
+    "sglang.srt.layers.linear:ColumnParallelLinear.forward",
+    "sglang.srt.layers.linear:MergedColumnParallelLinear.forward",
+    "sglang.srt.layers.linear:QKVParallelLinear.forward",
+    "sglang.srt.layers.linear:RowParallelLinear.forward",
+    "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
+)
+_MLP_CALLS = (
+    *_LINEAR_CALLS,
+    _OP,
+    "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
+    "sglang.srt.layers.activation:GeluAndMul.forward",
+    "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+    "sglang.srt.layers.activation:gelu_tanh_and_mul",
+)
+_ROPE_CALLS = (
+    _OP,
+    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward",
+    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
+    "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward",
+    "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward_cuda",
+    "sglang.srt.layers.rotary_embedding.base:apply_rope_with_cos_sin_cache_inplace",
+)
+_EXPERTS_CALLS = (
+    _OP,
+    "sglang.srt.models.gemma4_causal:Gemma4MoE.forward",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward_impl",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.run_moe_core",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_cuda",
+    "sglang.srt.layers.quantization.fp8:Fp8MoEMethod.apply",
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatcher.combine",
+    "sglang.srt.layers.moe.moe_runner.runner:MoeRunner.run",
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts",
+)
+_QKV_CALLS = ("sglang.srt.models.gemma4_causal:gemma_qkv_rmsnorm",)
+_ATTENTION_CALLS = (
+    "sglang.srt.layers.radix_attention:RadixAttention.forward",
+    "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.forward",
+    "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.set_kv_buffer",
+    "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
+)
+# And all of it, for what runs in a graph that stock runs eagerly, or on fewer rows.
+_LAYER_CALLS = (
+    *_NORM_CALLS,
+    *_MLP_CALLS,
+    *_ROPE_CALLS,
+    *_EXPERTS_CALLS,
+    *_ATTENTION_CALLS,
+    "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+    "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
+    "sglang.srt.models.gemma4_causal:Gemma4Router.forward",
+)
+
+# The vision encoder is the same from 0.5.11 on; its linear layers and backends change later.
+_VISION_RELEASES = (
+    "0.5.11",
+    "0.5.12",
+    "0.5.12.post1",
+    "0.5.13",
+    "0.5.13.post1",
+    "0.5.14",
+    "0.5.15",
+    "0.5.15.post1",
+    "0.5.16",
+    "0.5.17",
+    "0.5.18",
+    "0.5.19",
+    "0.5.20",
+    "0.5.21",
+    "0.5.22",
+    "0.5.23",
+)
+_VISION_BACKENDS = (
+    "sglang.srt.layers.attention.vision:VisionTritonAttention.forward",
+    "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward",
+)
+
+_MTP_WORKER = "sglang.srt.speculative.frozen_kv_mtp_worker:FrozenKVMTPWorker"
+
+# From the server's arguments to the input buffers of a piecewise graph.
+_RUNNER = "sglang.srt.model_executor.piecewise_cuda_graph_runner:PiecewiseCudaGraphRunner"
+# How one is compiled and recorded, and which batches it runs.
+_RUNS = (
+    f"{_RUNNER}.warmup_compile",
+    f"{_RUNNER}.capture_one_batch_size",
+    f"{_RUNNER}.can_run",
+    f"{_RUNNER}.replay_prepare",
+    f"{_RUNNER}.replay",
+    "sglang.srt.compilation.compile:install_torch_compiled",
+)
+_MM_GRAPH = (
+    "sglang.srt.managers.mm_utils:general_mm_embed_routine",
+    "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward",
+    "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.prepare_attn_masks",
+    "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
+    "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs",
+    *_RUNS,
+    "sglang.srt.layers.radix_attention:unified_attention_with_output",
+)
+# And what it is cut into.
+_PIECEWISE = (
+    f"{_RUNNER}.__init__",
+    *_RUNS,
+    "sglang.srt.compilation.backend:split_graph",
+    "sglang.srt.compilation.cuda_piecewise_backend:CUDAPiecewiseBackend.__call__",
+    "sglang.srt.compilation.piecewise_context_manager:ForwardContext",
+)
+
+
+PORTS: dict[str, Port] = {
+    "router": Port(
+        module=f"{HERE}.router",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4MoE.__init__",),
+        relies_on=("sglang.srt.layers.moe.topk:TopK.forward_cuda",),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
+        superseded_when=(
+            "sglang.srt.models.gemma4_causal:Gemma4MoE.__init__",
+            "gemma4_fused_routing",
+        ),
+        superseded_since="0.5.13",
+    ),
+    "step_prologue": Port(
+        module=f"{HERE}.step_prologue",
+        targets=(
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward",
+            "sglang.srt.models.gemma4_causal:Gemma4TextModel.get_per_layer_inputs",
+            "sglang.srt.models.gemma4_causal:Gemma4TextModel.project_per_layer_inputs",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_per_layer_inputs",
+            "sglang.srt.models.gemma3_causal:Gemma3TextScaledWordEmbedding",
+            "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=_NORM_CALLS,
+    ),
+    "moe_align": Port(
+        module=f"{HERE}.moe_align",
+        targets=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
+            ":moe_align_block_size",
+        ),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels"
+            ":fused_moe_kernel",
+        ),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
+        # Upstream's own single launch takes up to 64 slots.
+        superseded_when=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
+            ":moe_align_block_size",
+            "moe_align_small_numel",
+        ),
+        superseded_since="0.5.18",
+    ),
+    "layer_norms": Port(
+        module=f"{HERE}.layer_norms",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=(*_NORM_CALLS, "sglang.srt.models.gemma4_causal:Gemma4Router.forward"),
+    ),
+    "router_norm": Port(
+        module=f"{HERE}.router_norm",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Router.forward",),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Router.__init__",
+            "sglang.srt.models.gemma4_causal:Gemma4Router.fuse_scale",
+            "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+        ),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
+        superseded_when=("sglang.srt.models.gemma4_causal:Gemma4Router.forward", "_scale_fused"),
+        superseded_since="0.5.13",
+        goes_round=_NORM_CALLS,
+    ),
+    "ple_tail": Port(
+        module=f"{HERE}.ple_tail",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=_NORM_CALLS,
+    ),
+    "qkv_norm": Port(
+        module=f"{HERE}.qkv_norm",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
+        relies_on=_ATTENTION,
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=("sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel", "BY_HEAD"),
+        superseded_since="0.5.13",
+        goes_round=_QKV_CALLS,
+    ),
+    "rope_store": Port(
+        module=f"{HERE}.rope_store",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
+        relies_on=(
+            *_ATTENTION,
+            "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
+            "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding",
+            "sglang.srt.layers.radix_attention:RadixAttention.forward",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.set_kv_buffer",
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
+            "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=(*_QKV_CALLS, *_ROPE_CALLS, *_ATTENTION_CALLS),
+    ),
+    "qkv_proj": Port(
+        module=f"{HERE}.qkv_proj",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
+        relies_on=_ATTENTION,
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=_LINEAR_CALLS,
+    ),
+    "input_norm": Port(
+        module=f"{HERE}.input_norm",
+        targets=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+            "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
+        ),
+        relies_on=(
+            *_LAYER,
+            *_TAIL,
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=_NORM_CALLS,
+    ),
+    "experts_sum": Port(
+        module=f"{HERE}.experts_sum",
+        targets=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_sum_reduce_torch_compile",
+        ),
+        relies_on=(
+            *_LAYER,
+            *_TAIL,
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+            "sglang.srt.models.gemma4_causal:Gemma4MoE.forward",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=_EXPERTS_CALLS,
+    ),
+    "mlp_stream": Port(
+        module=f"{HERE}.mlp_stream",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=_MLP_CALLS,
+    ),
+    "skinny_gemm": Port(
+        module=f"{HERE}.skinny_gemm",
+        targets=(
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
+        ),
+        relies_on=(
+            *_LAYER,
+            "sglang.srt.models.gemma3_causal:Gemma3MLP",
+            "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+            "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
+            "sglang.srt.layers.linear:RowParallelLinear.forward",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=_MLP_CALLS,
+    ),
+    "pdl": Port(
+        module=f"{HERE}.pdl",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=("0.5.12", "0.5.12.post1"),
+    ),
+    "extend_attention": Port(
+        module=f"{HERE}.extend_attention",
+        targets=(
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer_cuda_graph",
+        ),
+        relies_on=(
+            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_ops.extend_attention:extend_attention_fwd",
+            "sglang.srt.layers.attention.triton_ops.extend_attention:_fwd_kernel",
+            "sglang.srt.layers.attention.triton_ops.extend_attention"
+            ":_get_block_sizes_for_extend_attention",
+            "sglang.srt.layers.attention.utils:create_flashinfer_kv_indices_triton",
+            "sglang.srt.layers.radix_attention:RadixAttention.__init__",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.translate_loc_from_full_to_swa",
+            "sglang.srt.mem_cache.swa_memory_pool"
+            ":SWATokenToKVPoolAllocator.translate_loc_from_full_to_swa",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        # It asks for the GPU's capability while it is imported: not before the device is chosen.
+        lazy=("sglang.srt.layers.attention.triton_ops.extend_attention",),
+    ),
+    "vision_clamps": Port(
+        module=f"{HERE}.vision.vision_clamps",
+        targets=(
+            "sglang.srt.layers.clippable_linear:ClippableRowParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableColumnParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableQKVParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableGateUpParallelLinear.forward",
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.load_weights",
+        ),
+        relies_on=(),
+        written_for=("0.5.12", "0.5.12.post1"),
+    ),
+    "vision_masks": Port(
+        module=f"{HERE}.vision.vision_masks",
+        targets=("sglang.srt.models.gemma4_vision:Gemma4VisionAttention.forward",),
+        relies_on=(
+            *_VISION_BACKENDS,
+            "sglang.srt.layers.attention.vision:VisionFlash4Attention.forward",
+        ),
+        written_for=_VISION_RELEASES[:8],
+    ),
+    "vision_syncs": Port(
+        module=f"{HERE}.vision.vision_syncs",
+        targets=_VISION_BACKENDS,
+        relies_on=("sglang.srt.layers.attention.vision:resolve_seqlens",),
+        written_for=_VISION_RELEASES[:8],
+    ),
+    "optional_kv": Port(
+        module=f"{HERE}.prefill_graphs.optional_kv",
+        targets=("sglang.srt.layers.radix_attention:RadixAttention.forward",),
+        relies_on=("sglang.srt.layers.radix_attention:unified_attention_with_output",),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
+        # Its operator took more arguments, and optional key and value, in one release.
+        superseded_when=(
+            "sglang.srt.layers.radix_attention:unified_attention_with_output",
+            "topk_indices",
+        ),
+        superseded_since="0.5.13",
+    ),
+    "mm_prefill_graph": Port(
+        module=f"{HERE}.prefill_graphs.mm_prefill_graph",
+        targets=("sglang.srt.server_args:ServerArgs._handle_piecewise_cuda_graph",),
+        relies_on=_MM_GRAPH,
+        written_for=("0.5.12", "0.5.12.post1"),
+        # The server's arguments are read before any of it is imported.
+        lazy=tuple(source.partition(":")[0] for source in _MM_GRAPH),
+        goes_round=_LAYER_CALLS,
+    ),
+    "yoco": Port(
+        module=f"{HERE}.yoco.yoco",
+        targets=(
+            "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
+            "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+        ),
+        relies_on=(
+            *_LAYER,
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
+            "sglang.srt.layers.radix_attention:RadixAttention.forward",
+            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=(
+            *_LAYER_CALLS,
+            "sglang.srt.layers.logits_processor:LogitsProcessor.forward",
+        ),
+    ),
+    "yoco_graph": Port(
+        module=f"{HERE}.yoco.yoco_graph",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",),
+        relies_on=(
+            *_LAYER,
+            "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
+            "sglang.srt.layers.radix_attention:RadixAttention.forward",
+            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_capture_cuda_graph",
+            "sglang.srt.layers.attention.triton_ops.decode_attention:decode_attention_fwd",
+            "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.get_key_buffer",
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.get_key_buffer",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=_LAYER_CALLS,
+    ),
+    "yoco_piecewise": Port(
+        module=f"{HERE}.yoco.yoco_piecewise",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",),
+        relies_on=(
+            *_LAYER,
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.models.gemma4_causal:Gemma4ForCausalLM.forward",
+            "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs",
+            *_PIECEWISE,
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        lazy=tuple(dict.fromkeys(source.partition(":")[0] for source in _PIECEWISE)),
+        goes_round=_LAYER_CALLS,
+    ),
+    "shared_kv_pool": Port(
+        module=f"{HERE}.memory.shared_kv_pool",
+        targets=(
+            "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",
+            "sglang.srt.model_executor.pool_configurator"
+            ":HybridSWAPoolConfigurator.calculate_pool_sizes",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.model_executor.pool_configurator"
+            ":HybridSWAPoolConfigurator._solve_pool_sizes",
+            "sglang.srt.model_executor.model_runner_kv_cache_mixin"
+            ":ModelRunnerKVCacheMixin._resolve_max_num_reqs",
+            "sglang.srt.mem_cache.memory_pool:ReqToTokenPool.__init__",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.__init__",
+            "sglang.srt.model_executor.model_runner:ModelRunner.adjust_hybrid_swa_layers_for_pp",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+    ),
+    "swa_ratio": Port(
+        module=f"{HERE}.memory.swa_ratio",
+        targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
+        relies_on=(
+            "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        # The server's arguments are read before it is imported.
+        lazy=("sglang.srt.model_executor.pool_configurator",),
+    ),
+    "decode_attention": Port(
+        module=f"{HERE}.decode_attention",
+        targets=("sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",),
+        relies_on=(
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.__init__",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_capture_cuda_graph",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
+            "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer_cuda_graph",
+            "sglang.srt.layers.attention.triton_ops.decode_attention:decode_attention_fwd",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+    ),
+    "moe_configs": Port(
+        module=f"{HERE}.moe_configs",
+        targets=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
+        ),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":try_get_optimal_moe_config",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":get_config_file_name",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels"
+            ":fused_moe_kernel",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+    ),
+    "mtp_merge_batch": Port(
+        module=f"{HERE}.mtp.mtp_merge_batch",
+        targets=("sglang.srt.managers.schedule_batch:ScheduleBatch.merge_batch",),
+        relies_on=(
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPVerifyInput",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftExtendInput",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.create_idle_input",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        superseded_when=(
+            "sglang.srt.speculative.frozen_kv_mtp_worker"
+            ":FrozenKVMTPWorker.forward_batch_generation",
+            "_draft_preprocess_idle",
+        ),
+        superseded_since="0.5.13",
+    ),
+    "frozen_kv_views": Port(
+        module=f"{HERE}.mtp.frozen_kv_views",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_utils:frozen_kv_target_view",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size",
+        ),
+        relies_on=(),
+        written_for=(),  # no release has the defect, a development tree between two had it
+        superseded_when=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend",
+            "token_to_kv_pool_allocator",
+        ),
+        superseded_since="0.5.12",
+        finds_defect=True,
+    ),
+    "kv_scales": Port(
+        module=f"{HERE}.kv_scales",
+        targets=(
+            "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context",
+            "sglang.srt.layers.quantization.kv_cache"
+            ":BaseKVCacheMethod.process_weights_after_loading",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
+        ),
+        relies_on=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "sglang.srt.models.gemma4_mtp:_resolve_target_text_model",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.bind_frozen_kv_context",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.create_weights",
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+    ),
+    "mtp_launch": Port(
+        module=f"{HERE}.mtp.mtp_launch",
+        targets=(
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.__init__",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.load_weights",
+        ),
+        relies_on=("sglang.srt.models.gemma4_causal:Gemma4ForCausalLM.load_weights",),
+        written_for=(),  # no release has the defects, a development tree between two had them
+        finds_defect=True,
+    ),
+    "mtp_moe_runner": Port(
+        module=f"{HERE}.mtp.mtp_moe_runner",
+        targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
+        relies_on=(),
+        written_for=(),  # as for mtp_launch
+        finds_defect=True,
+    ),
+    "mtp_chain": Port(
+        module=f"{HERE}.mtp.mtp_chain",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+        ),
+        relies_on=(
+            f"{_MTP_WORKER}.draft_forward",
+            f"{_MTP_WORKER}._capture_for_decode",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata",
+            f"{_MTP_WORKER}.draft",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.replay",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:capture_for_decode",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+            "sglang.srt.speculative.spec_utils:_select_top_k_tokens_first",
+            "sglang.srt.speculative.spec_utils:_select_top_k_tokens_later",
+            "sglang.srt.speculative.eagle_utils:organize_draft_results",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
+            "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        lazy=(_MTP_WORKER.partition(":")[0],),
+    ),
+    "mtp_seed_graph": Port(
+        module=f"{HERE}.mtp.mtp_seed_graph",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size",
+        ),
+        relies_on=(
+            f"{_MTP_WORKER}._run_assistant_seed_step",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata_replay_cuda_graph",
+            f"{_MTP_WORKER}.forward_draft_extend",
+            f"{_MTP_WORKER}.forward_draft_extend_after_decode",
+            f"{_MTP_WORKER}.draft",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.replay",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPInputBuffers",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        lazy=(_MTP_WORKER.partition(":")[0],),
+        goes_round=_LAYER_CALLS,
+    ),
+    "mtp_metadata": Port(
+        module=f"{HERE}.mtp.mtp_metadata",
+        targets=(
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.capture",
+        ),
+        relies_on=(
+            f"{_MTP_WORKER}.draft",
+            f"{_MTP_WORKER}.forward_draft_extend",
+            f"{_MTP_WORKER}.forward_draft_extend_after_decode",
+            f"{_MTP_WORKER}._run_assistant_seed_step",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata",
+            f"{_MTP_WORKER}._init_frozen_kv_metadata_replay_cuda_graph",
+            f"{_MTP_WORKER}._init_draft_attn_backend",
+            f"{_MTP_WORKER}._position_for_batch",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.__init__",
+            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
+            ":FrozenKVMTPCudaGraphRunner.replay",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            "sglang.srt.speculative.frozen_kv_mtp_utils:position_for_batch",
+            "sglang.srt.layers.attention.triton_backend"
+            ":TritonAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.speculative.eagle_info:EagleVerifyInput.verify",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        lazy=(_MTP_WORKER.partition(":")[0], "sglang.srt.layers.attention.triton_backend"),
+    ),
+    "swa_window": Port(
+        module=f"{HERE}.memory.swa_window",
+        targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",),
+        relies_on=("sglang.srt.models.gemma4_causal:get_attention_sliding_window_size",),
+        written_for=("0.5.11", "0.5.12", "0.5.12.post1", "0.5.13", "0.5.13.post1"),
+        superseded_when=(
+            "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
+            "get_attention_sliding_window_size",
+        ),
+        superseded_since="0.5.14",
+    ),
+    "trtllm_debug": Port(
+        module=f"{HERE}.trtllm_debug",
+        targets=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_decode",
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.trtllm_mha_backend"
+            ":TRTLLMHAAttnBackend.init_forward_metadata_replay_cuda_graph",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc_extend",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc_decode",
+        ),
+        relies_on=(
+            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMMHAMetadata",
+            "sglang.srt.layers.attention.trtllm_mha_backend"
+            ":TRTLLMHAAttnBackend._get_layer_page_table",
+            "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.__init__",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+    ),
+}

@@ -1,0 +1,540 @@
+"""`step_prologue`: what precedes the first layer runs through `gemma4_turbo.kernels.step_prologue`.
+
+* ``Gemma4TextModel.get_per_layer_inputs`` and ``project_per_layer_inputs``: one launch each beside
+  stock's own GEMM.
+* ``Gemma4ForConditionalGeneration.forward`` copies the token ids and replaces the placeholders of
+  images, videos and audio by the padding token. Models without per-layer embeddings never read
+  that copy, so it is not made; for the others the gather does the replacing as it reads the ids.
+
+Which RMSNorm stock runs depends on what is installed, on the GPU, and on whether Dynamo traces the
+call: `norm_kind` finds it by comparing with stock, once, before the first use.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Optional
+
+import torch
+
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.engine.run import peer
+from gemma4_turbo.fusions import norm_kinds
+from gemma4_turbo.fusions.norm_kinds import different_bits, odd_rows
+from gemma4_turbo.kernels import step_prologue as kernel
+from gemma4_turbo.ports.v0_5_12 import sglang_types
+from gemma4_turbo.runtime import custom_ops
+from gemma4_turbo.runtime.attempts import attempt
+from gemma4_turbo.runtime.hooks import hooked
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+    from gemma4_turbo.engine.run import PatchRun
+
+NAME = "step_prologue"
+FORWARD = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward"
+GATHER = "sglang.srt.models.gemma4_causal:Gemma4TextModel.get_per_layer_inputs"
+PROJECT = "sglang.srt.models.gemma4_causal:Gemma4TextModel.project_per_layer_inputs"
+Function = Callable[..., Any]
+ProjectArguments = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None, torch.Tensor | None
+]
+
+_kinds: dict[tuple[Any, ...], kernel.RMSNormKind | str] = {}  # of norm_kind
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The three replacements."""
+    return {
+        FORWARD: multimodal_forward(run, stock[FORWARD]),
+        GATHER: gather_method(run, stock[GATHER]),
+        PROJECT: project_method(run, stock[PROJECT]),
+    }
+
+
+def undo(run: PatchRun) -> None:
+    """Live objects were not changed."""
+
+
+# -- Gemma4TextModel -------------------------------------------------------------------------------
+
+
+def gather_method(run: PatchRun, stock: Function) -> Function:
+    """What replaces ``Gemma4TextModel.get_per_layer_inputs``."""
+    traced = custom_ops.register(
+        NAME,
+        "gather_per_layer(Tensor input_ids, Tensor weight, float embed_scale, int vocab) -> Tensor",
+        _traced_gather,
+        lambda input_ids, weight, embed_scale, vocab: weight.new_empty(
+            (input_ids.shape[0], weight.shape[1])
+        ),
+    )
+    reason_of = _embedding_reason()
+
+    def get_per_layer_inputs(self: Any, input_ids: torch.LongTensor) -> torch.Tensor:
+        embedding = self.embed_tokens_per_layer
+        if embedding is None:
+            return None  # type: ignore[return-value]  # as stock
+        vocab = self.vocab_size_per_layer_input
+        reason = reason_of(embedding, input_ids, vocab)
+        compiling = torch.compiler.is_compiling()
+        if reason is None and compiling:
+            rows = traced(input_ids, embedding.weight, embedding.embed_scale, vocab)
+            return _per_layer(self, rows)
+        if reason is None:
+            capturing = custom_ops.capturing()
+            reason = _failure(norm_kind(run, embedding.weight, False, capturing))
+            if reason is None:
+                run.engaged(capturing)
+                return _per_layer(
+                    self,
+                    kernel.launch_gather(input_ids, embedding.weight, embedding.embed_scale, vocab),
+                )
+        if not compiling:
+            run.declined(reason)
+        return stock(self, input_ids)  # type: ignore[no-any-return]
+
+    return get_per_layer_inputs
+
+
+def project_method(run: PatchRun, stock: Function) -> Function:
+    """What replaces ``Gemma4TextModel.project_per_layer_inputs``."""
+    traced = custom_ops.register(
+        NAME,
+        "project_per_layer(Tensor projection, Tensor projection_scale, Tensor weight, float eps,"
+        " Tensor? per_layer_inputs, Tensor? input_scale) -> Tensor",
+        _traced_project,
+        lambda projection, *others: projection.new_empty(
+            (projection.shape[0], projection.shape[1] // kernel.WIDTH, kernel.WIDTH)
+        ),
+    )
+    reason_of = _norm_reason()
+
+    def project_per_layer_inputs(
+        self: Any,
+        inputs_embeds: torch.Tensor,
+        per_layer_inputs: Optional[torch.Tensor] = None,  # noqa: UP045  # stock's annotation
+    ) -> torch.Tensor:
+        if self.per_layer_model_projection is None:
+            return None  # type: ignore[return-value]  # as stock
+        norm = self.per_layer_projection_norm
+        compiling = torch.compiler.is_compiling()
+        capturing = not compiling and custom_ops.capturing()
+        reason = reason_of(norm, inputs_embeds)
+        kind: kernel.RMSNormKind | str | None = None
+        if reason is None and not compiling:
+            kind = norm_kind(run, inputs_embeds, False, capturing)
+            reason = _failure(kind)
+        if reason is None:
+            projection, _ = self.per_layer_model_projection(inputs_embeds)
+            arguments = (
+                projection,
+                self.per_layer_projection_scale,
+                norm.weight,
+                norm.variance_epsilon,
+                per_layer_inputs,
+                None if per_layer_inputs is None else self.per_layer_input_scale,
+            )
+            reason = kernel.project_decline_reason(*arguments)
+            if reason is None and compiling:
+                return traced(*arguments)  # type: ignore[no-any-return]
+            if reason is None:
+                run.engaged(capturing)
+                return kernel.launch_project(*arguments, kind)  # type: ignore[arg-type]
+            if not compiling:
+                run.declined(reason)
+            return _behind_product(self, projection, inputs_embeds, per_layer_inputs)
+        if not compiling:
+            run.declined(reason)
+        return stock(self, inputs_embeds, per_layer_inputs)  # type: ignore[no-any-return]
+
+    return project_per_layer_inputs
+
+
+def _behind_product(
+    model: Any,
+    projection: torch.Tensor,
+    inputs_embeds: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+) -> torch.Tensor:
+    """Stock's calls behind the product: it is there already, and not cheap."""
+    shape = model.config.num_hidden_layers, model.hidden_size_per_layer_input
+    scaled = (projection * model.per_layer_projection_scale).reshape(
+        *inputs_embeds.shape[:-1], *shape
+    )
+    normed: torch.Tensor = model.per_layer_projection_norm(scaled)
+    if per_layer_inputs is None:
+        return normed
+    return (normed + per_layer_inputs) * model.per_layer_input_scale  # type: ignore[no-any-return]
+
+
+def _per_layer(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """``[T, L * D]`` as ``[T, L, D]``."""
+    return rows.reshape(
+        rows.shape[0], model.config.num_hidden_layers, model.hidden_size_per_layer_input
+    )
+
+
+def _embedding_reason() -> Callable[[Any, torch.Tensor, int], str | None]:
+    from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
+
+    sglang_types.load()
+
+    def reason(embedding: Any, input_ids: torch.Tensor, vocab: int) -> str | None:
+        """Why the embedding is not a plain scaled look-up that the kernel takes, or None."""
+        if type(embedding) is not Gemma3TextScaledWordEmbedding:
+            return f"the per-layer embedding is a {type(embedding).__name__}"
+        if embedding.max_norm is not None or not isinstance(embedding.embed_scale, float):
+            return "the per-layer embedding has a max_norm, or a scale that is no float"
+        if embedding._forward_hooks or embedding._forward_pre_hooks:
+            return "the per-layer embedding has hooks"
+        if not torch.compiler.is_compiling():
+            if hooked(embedding):  # those for all modules, and a forward of its own
+                return "the per-layer embedding has hooks"
+            unfit = sglang_types.weight_unfit(embedding.weight)
+            if unfit is not None:
+                return unfit
+        return kernel.gather_decline_reason(input_ids, embedding.weight, vocab)
+
+    return reason
+
+
+def _norm_reason() -> Callable[[Any, torch.Tensor], str | None]:
+    from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    def reason(norm: Any, inputs_embeds: torch.Tensor) -> str | None:
+        """Why the norm does not run the kernel that ours stands for, or None. Before the GEMM."""
+        if type(norm) is not RMSNorm or norm.variance_size_override is not None:
+            return f"the projection's norm is a {type(norm).__name__} with another equation"
+        if norm.cast_x_before_out_mul:
+            return "the projection's norm rounds before it multiplies with its weight"
+        if is_batch_invariant_mode_enabled():
+            return "batch-invariant mode has an RMSNorm of its own"
+        if norm._forward_hooks or norm._forward_pre_hooks:
+            return "the projection's norm has hooks"
+        if not torch.compiler.is_compiling():
+            if hooked(norm):
+                return "the projection's norm has hooks"
+            unfit = sglang_types.weight_unfit(norm.weight)
+            if unfit is not None:
+                return unfit
+        if not kernel.INTERPRETED:
+            if not isinstance(norm._forward_method, types.MethodType):
+                return "the projection's norm runs a function of somebody else's"
+            # Its function's name: Dynamo gives the bound method another.
+            method = norm._forward_method.__func__.__name__
+            if method != "forward_cuda":
+                return f"the projection's norm runs {method}"
+        if norm.weight.dtype != inputs_embeds.dtype:
+            return f"the norm's weight is {norm.weight.dtype}, its input {inputs_embeds.dtype}"
+        if not (kernel.INTERPRETED or (inputs_embeds.is_cuda and torch.version.hip is None)):
+            return f"inputs_embeds must be on a CUDA device, got {inputs_embeds.device}"
+        if inputs_embeds.dim() != 2 or inputs_embeds.dtype not in kernel.DTYPES:
+            return f"inputs_embeds must be 2-D bf16 or fp16, got {inputs_embeds.dim()}-D {inputs_embeds.dtype}"
+        return None
+
+    return reason
+
+
+def _traced_gather(
+    input_ids: torch.Tensor, weight: torch.Tensor, embed_scale: float, vocab: int
+) -> torch.Tensor:
+    """The body of the operator that torch.compile keeps: runs when the compiled code does."""
+    if _failure(_traced_kind(weight)) is None:
+        return kernel.launch_gather(input_ids, weight, embed_scale, vocab)
+    return kernel.reference_gather(input_ids, weight, embed_scale, vocab)
+
+
+def _traced_project(
+    projection: torch.Tensor,
+    projection_scale: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    per_layer_inputs: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    arguments = (projection, projection_scale, weight, eps, per_layer_inputs, input_scale)
+    kind = _traced_kind(projection)
+    if isinstance(kind, str):
+        return kernel.reference_project(_traced_rms_norm, *arguments)
+    return kernel.launch_project(*arguments, kind)
+
+
+def _traced_kind(like: torch.Tensor) -> kernel.RMSNormKind | str:
+    return norm_kind(peer(NAME), like, True, custom_ops.capturing())
+
+
+# -- Gemma4ForConditionalGeneration ------------------------------------------------------------------
+
+
+def multimodal_forward(run: PatchRun, stock: Function) -> Function:
+    """What replaces ``Gemma4ForConditionalGeneration.forward``."""
+    module: Any = sys.modules[FORWARD.partition(":")[0]]
+    reason_of = _embedding_reason()
+
+    @torch.no_grad()
+    def forward(
+        self: Any,
+        input_ids: torch.LongTensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor = None,  # type: ignore[assignment]  # stock's annotation
+        **kwargs: object,
+    ) -> LogitsProcessor:
+        if input_ids is None or input_embeds is not None or torch.compiler.is_compiling():
+            return stock(self, input_ids, positions, forward_batch, input_embeds, **kwargs)
+        text = self.language_model
+        embedding = text.embed_tokens_per_layer
+        capturing = custom_ops.capturing()
+        placeholders = None
+        if embedding is not None:
+            placeholders = _placeholders(self.config)
+            reason = (
+                "a placeholder's token id is not set"
+                if placeholders is None
+                else reason_of(embedding, input_ids, text.vocab_size_per_layer_input)
+                or _failure(norm_kind(run, embedding.weight, False, capturing))
+            )
+            if reason is not None:
+                run.declined(reason)
+                return stock(self, input_ids, positions, forward_batch, input_embeds, **kwargs)
+
+        run.engaged(capturing)
+        positions += 1
+        per_layer_inputs = None
+        if embedding is not None:
+            rows = kernel.launch_gather(
+                input_ids,
+                embedding.weight,
+                embedding.embed_scale,
+                text.vocab_size_per_layer_input,
+                placeholders,
+            )
+            per_layer_inputs = _per_layer(text, rows)
+
+        extend = forward_batch.forward_mode == module.ForwardMode.EXTEND
+        if extend and forward_batch.contains_image_inputs():
+            self.prepare_attn_masks(forward_batch, input_ids, mask_dtype=torch.bool)
+        hidden_states = module.general_mm_embed_routine(
+            input_ids=input_ids,
+            forward_batch=forward_batch,
+            language_model=text,
+            data_embedding_funcs={
+                module.Modality.IMAGE: self.get_image_feature,
+                module.Modality.VIDEO: self.get_video_feature,
+                module.Modality.AUDIO: self.get_audio_feature,
+            },
+            positions=positions,
+            per_layer_inputs=per_layer_inputs,
+            **kwargs,
+        )
+        aux_hidden_states = None
+        if self.capture_aux_hidden_states:
+            hidden_states, aux_hidden_states = hidden_states
+        return self.logits_processor(
+            input_ids, hidden_states, text.embed_tokens, forward_batch, aux_hidden_states
+        )
+
+    return forward
+
+
+def _placeholders(config: Any) -> kernel.Placeholders | None:
+    """The token ids of a Gemma4Config, None if one is missing."""
+    ids = (
+        config.image_token_id,
+        config.video_token_id,
+        config.audio_token_id,
+        config.text_config.pad_token_id,
+    )
+    return kernel.Placeholders(*ids) if all(isinstance(i, int) for i in ids) else None
+
+
+# -- comparison with stock ---------------------------------------------------------------------------
+
+
+def norm_kind(
+    run: PatchRun, like: torch.Tensor, traced: bool, capturing: bool
+) -> kernel.RMSNormKind | str:
+    """Which of `kernel.RMS_NORMS` stock runs here, or why ours may not run. A look-up but once.
+
+    Args:
+        like: a tensor of the device and dtype in question.
+        traced: for calls that Dynamo traces: SGLang's RMSNorm takes another kernel there.
+        capturing: into a CUDA graph, which forbids the synchronisation of a comparison.
+    """
+    key = (like.device, like.dtype, traced)
+    if key in _kinds:
+        return _kinds[key]
+    if not like.is_cuda:
+        return kernel.RMS_NORMS["precise"]  # Triton's interpreter: nothing to compare with
+    if capturing:
+        return f"{like.dtype} was not compared with stock before the capture"
+    found, broken = attempt(
+        run,
+        f"self-check for {like.dtype}",
+        lambda: find_kind(_traced_rms_norm if traced else _rms_norm(), like),
+    )
+    kind = _kinds[key] = found or str(broken)
+    if isinstance(found, str):
+        run.set(states.FAILED, found)
+    return kind
+
+
+def _failure(kind: kernel.RMSNormKind | str | None) -> str | None:
+    return kind if isinstance(kind, str) else None
+
+
+def _rms_norm() -> kernel.RMSNormFunction:
+    """What RMSNorm.forward_cuda calls."""
+    return norm_kinds.eager_functions().rmsnorm
+
+
+_traced_rms_norm = norm_kinds.traced_functions().rmsnorm
+"""What it comes to when Dynamo traces it."""
+
+
+@torch.no_grad()
+def find_kind(
+    rms_norm: kernel.RMSNormFunction, like: torch.Tensor, rounds: int = 16
+) -> kernel.RMSNormKind | str:
+    """The kind with which every bit agrees with stock on this very GPU, or what differs.
+
+    The kinds differ in one to twenty of a million numbers, so it takes 2 million a round. Every
+    other round leaves the per-layer inputs out, which hide some of that.
+
+    Args:
+        rms_norm: stock's.
+        like: a tensor of the device and dtype in question.
+        rounds: how many.
+    """
+    generator = torch.Generator(like.device).manual_seed(0)  # the global state stays as it is
+    ids, table = gather_inputs(generator, like.dtype)
+    gathered = [f(ids, table, 16.0, 40) for f in (kernel.launch_gather, kernel.reference_gather)]
+    failure = ""
+    if different_bits(*gathered) == 0:
+        left = list(kernel.RMS_NORMS.values())
+        for i in range(rounds):
+            arguments = project_inputs(generator, like.dtype, 512, 16)
+            if i % 2:
+                arguments = (*arguments[:4], None, None)
+            expected = kernel.reference_project(rms_norm, *arguments)
+            for kind in list(left):
+                count = different_bits(kernel.launch_project(*arguments, kind), expected)
+                if count:
+                    left.remove(kind)
+                    failure = f"{count} of {expected.numel()} numbers"
+        if left:
+            return left[0]
+    return (
+        f"self-check: {failure or 'embeddings'} of {like.dtype} differ from stock on "
+        f"{torch.cuda.get_device_name(like.device)} with torch {torch.__version__}"
+    )
+
+
+def gather_inputs(
+    generator: torch.Generator, dtype: torch.dtype, width: int = 512
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids in and out of 0 .. 39, and a table of 48 rows, some of them odd."""
+    device = generator.device
+    ids = torch.arange(-5, 60, device=device)
+    table = torch.randn(48, width, generator=generator, device=device, dtype=torch.float32)
+    return ids, odd_rows(table).to(dtype)
+
+
+def project_inputs(
+    generator: torch.Generator, dtype: torch.dtype, tokens: int, layers: int
+) -> ProjectArguments:
+    """The arguments of `kernel.reference_project`: random, with odd rows and odd weights."""
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+
+    projection = randn(tokens * layers, kernel.WIDTH) * randn(tokens * layers, 1).exp() * 20
+    weight = randn(kernel.WIDTH) * 2
+    weight[:4] = torch.tensor([0.0, -0.0, 1e-39, -1e-39])
+    inputs = randn(tokens, layers, kernel.WIDTH) * 16
+    inputs[: 1 + 9 // layers] = 0.0  # so that the sum hides nothing of the odd rows
+    return (
+        odd_rows(projection).to(dtype).reshape(tokens, -1),
+        torch.tensor(1536**-0.5, device=generator.device).to(dtype),
+        weight.to(dtype),
+        1e-6,
+        inputs.to(dtype),
+        torch.tensor(0.5**0.5, device=generator.device).to(dtype),
+    )
+
+
+def verify(run: PatchRun, device: str) -> list[Check]:
+    """Stock's own methods (on a GPU) or the references (without) against the kernels."""
+    checks = []
+    for dtype in kernel.DTYPES:
+        generator = torch.Generator(device).manual_seed(1)
+        tokens, layers = (257, 35) if device == "cuda" else (3, 5)
+        checks += [
+            _check_gather(run, generator, dtype),
+            _check_project(run, project_inputs(generator, dtype, tokens, layers)),
+        ]
+    return checks
+
+
+@torch.no_grad()
+def _check_gather(run: PatchRun, generator: torch.Generator, dtype: torch.dtype) -> Check:
+    from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
+
+    ids, table = gather_inputs(generator, dtype)
+    embedding = Gemma3TextScaledWordEmbedding(*table.shape, 0, embed_scale=16.0)
+    embedding.weight = torch.nn.Parameter(table)
+    model = SimpleNamespace(
+        embed_tokens_per_layer=embedding,
+        vocab_size_per_layer_input=40,
+        config=SimpleNamespace(num_hidden_layers=2),
+        hidden_size_per_layer_input=256,
+    )
+    expected = _stock(run, GATHER)(model, ids)
+    got = _per_layer(model, kernel.gather_per_layer(ids, table, 16.0, 40))
+    return _check("per-layer embeddings", "stock's method", got, expected)
+
+
+@torch.no_grad()
+def _check_project(run: PatchRun, arguments: tuple[Any, ...]) -> Check:
+    from sglang.srt.layers.layernorm import RMSNorm
+
+    projection, scale, weight, eps, inputs, input_scale = arguments
+    if not projection.is_cuda:
+        kind = kernel.RMS_NORMS["precise"]
+        expected = kernel.reference_project(kernel.reference_rms_norm(kind), *arguments)
+        got = kernel.project_per_layer(*arguments, kind=kind)
+        return _check("per-layer projection", "the same order in torch", got, expected)
+    norm = RMSNorm(kernel.WIDTH, eps)
+    norm.weight = torch.nn.Parameter(weight)
+    model = SimpleNamespace(
+        per_layer_model_projection=lambda x: (x, None),
+        per_layer_projection_scale=scale,
+        per_layer_projection_norm=norm,
+        per_layer_input_scale=input_scale,
+        config=SimpleNamespace(num_hidden_layers=inputs.shape[1]),
+        hidden_size_per_layer_input=kernel.WIDTH,
+    )
+    expected = _stock(run, PROJECT)(model, projection, inputs)
+    found = norm_kind(run, projection, False, False)
+    kind = kernel.RMS_NORMS["precise"] if isinstance(found, str) else found
+    got = kernel.project_per_layer(*arguments, kind=kind)
+    return _check("per-layer projection", "stock's method on this GPU", got, expected)
+
+
+def _stock(run: PatchRun, target: str) -> Function:
+    (swap,) = (swap for swap in run.swaps if swap.target == target)
+    return swap.function  # type: ignore[no-any-return]
+
+
+def _check(what: str, against: str, got: torch.Tensor, expected: torch.Tensor) -> Check:
+    count = different_bits(got, expected)
+    inputs = f"{what}, {str(got.dtype).removeprefix('torch.')}, odd rows among them"
+    return Check(NAME, inputs, against, got.numel(), count, "not one bit", count == 0)

@@ -1,0 +1,464 @@
+"""Prefill that gives the KV-shared layers only the rows whose logits are wanted.
+
+From the first layer that shares KV on, no layer writes KV: a token's row there matters to nothing but
+its own logits. So before that layer the rows are cut to the last one of every request whose prompt
+ends in this batch, the layers run as in a decode step of those tokens, and the result goes back to
+the rows' places; all other rows are zero.
+
+Which keys a row sees is stock's to the token, also where stock's extend and decode kernels disagree
+on the sliding window's edge. The decode kernel adds in another order than the extend kernel.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from gemma4_turbo.fusions.steps import Step
+from gemma4_turbo.ports.v0_5_12 import sglang_types
+from gemma4_turbo.runtime import custom_ops, hooks
+from gemma4_turbo.runtime.fallback import Fallback
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+
+YOCO = Step()
+UNFINISHED = "_gemma4_turbo_unfinished"
+"""On a batch's ``seq_lens_cpu``: per request, whether its prompt goes on in a later chunk.
+
+SGLang makes a second batch for a piecewise graph and hands this tensor on to it as it is.
+"""
+
+LOGITS = "_gemma4_turbo_logits_processor"
+"""On the same tensor: the module that SGLang hands the text model's result to."""
+
+NOTHING_SHARED = "the model has no layers that share KV at its end"
+
+
+_fallback = Fallback("the cut")
+_watched: weakref.WeakKeyDictionary[Any, tuple[list[Any], hooks.Watched]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Cut(NamedTuple):
+    """What the shared layers of one batch are to run on."""
+
+    first: int  # index of the first layer that shares KV
+    tokens: int
+    requests: list[int]  # those whose prompt ends here
+    rows: list[int]  # the last row of each
+    lengths: list[int]  # keys of each, the row's own included
+    windows: list[int]  # keys of each in a sliding layer
+    sliding: int | None  # index of a shared sliding layer
+
+
+class Tail(NamedTuple):
+    """The batch that the shared layers see."""
+
+    batch: Any
+    rows: torch.Tensor
+    positions: torch.Tensor
+    hidden_states: torch.Tensor
+    residual: torch.Tensor | None
+    normed: torch.Tensor | None
+    per_layer_inputs: torch.Tensor | None
+
+
+def cut(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]) -> Cut | None:
+    """What to cut in this batch; None where all rows go through all layers, the reason reported."""
+    run = YOCO.run
+    if run is None or torch.compiler.is_compiling() or not batch.forward_mode.is_extend():
+        return None
+    broken = _fallback.why_not()
+    if broken is not None:
+        run.declined(broken)
+        return None
+    try:
+        first = first_shared(model)
+        if first is None:
+            run.declined(NOTHING_SHARED)
+            return None
+        return counted(run, model, first, batch, refusal(model, batch, positions, kwargs))
+    except Exception as error:  # all rows through all layers, as stock
+        run.declined(_fallback.failed(run, None, error))
+        return None
+
+
+def cut_failed(error: Exception) -> None:
+    """What was cut could not be run on its own, and all rows went on: the patch is `failed`."""
+    run = YOCO.run
+    if run is not None:
+        run.declined(_fallback.failed(run, None, error))
+
+
+def forget() -> None:
+    """What has failed is tried again."""
+    _fallback.clear()
+
+
+def counted(run: PatchRun, model: Any, first: int, batch: Any, reason: str | None) -> Cut | None:
+    """What to cut where there is no ``reason`` against it, counted for the patch; or None."""
+    if reason is None:
+        found = plan(model, first, batch)
+        if len(found.rows) < found.tokens:
+            run.engaged(False)
+            return found
+        reason = "every row's logits are wanted"
+    run.declined(reason)
+    return None
+
+
+def first_shared(model: Any) -> int | None:
+    """Index of the first of the layers that share KV; None unless they are the last ones."""
+    shared = [_shares(layer) for layer in model.layers]
+    count = sum(shared)
+    first = len(shared) - count
+    whole = len(shared) == model.config.num_hidden_layers
+    return first if whole and count and first and all(shared[first:]) else None
+
+
+def _shares(layer: Any) -> bool:
+    attention: Any = getattr(layer, "self_attn", None)  # another pipeline stage's layer has none
+    return bool(
+        getattr(attention, "is_kv_shared_layer", False)
+        and attention.kv_shared_layer_index is not None
+    )
+
+
+def refusal(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
+    """Why another row than the last ones is wanted, or the batch is none to cut; or None."""
+    from sglang.srt.compilation.piecewise_context_manager import get_forward_context
+
+    if get_forward_context() is not None:
+        return "the prefill runs in a piecewise CUDA graph"
+    return batch_refusal(model, batch, positions, kwargs)
+
+
+def batch_refusal(
+    model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]
+) -> str | None:
+    """`refusal`, wherever the prefill runs."""
+    return (
+        _mode_reason(batch)
+        or _layout_reason(batch, positions)
+        or server_refusal(model, batch, kwargs)
+    )
+
+
+def server_refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+    """Those of the reasons that the lengths of the requests have no part in."""
+    return (
+        _rows_reason(model, batch, kwargs)
+        or backend_refusal(batch.attn_backend)
+        or _cache_reason(model, batch.token_to_kv_pool)
+        or _hooks_reason(model, batch)
+    )
+
+
+def _hooks_reason(model: Any, batch: Any) -> str | None:
+    """Whether somebody sees rows that the cut leaves out, or zeros in their place."""
+    state = model.__dict__
+    set_by = getattr(state.get("forward"), "__module__", hooks.__name__)
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return hooks.HOOKED.format("the text model")
+    if "forward" in state and set_by != "sglang.srt.compilation.compile":  # of piecewise graphs
+        return "somebody has set the text model's forward"
+    if behind_the_cut(model).hooked():
+        return hooks.HOOKED.format("a layer that shares KV, or the last norm,")
+    processor = getattr(batch.seq_lens_cpu, LOGITS, None)
+    if processor is not None and hooks.hooked(processor):
+        return hooks.HOOKED.format("the logits processor")
+    return None
+
+
+def behind_the_cut(model: Any) -> hooks.Watched:
+    """The hooks of the layers that share KV, of the last norm, and of all that is inside them."""
+    layers = list(model.layers._modules.values())
+    every = [*layers, model.norm]
+    kept, watched = _watched.get(model, (None, None))
+    if watched is None or kept is None or list(map(id, kept)) != list(map(id, every)):
+        first = first_shared(model)
+        watched = hooks.Watched(every[len(layers) if first is None else first :])
+        _watched[model] = every, watched
+    return watched
+
+
+def _mode_reason(batch: Any) -> str | None:
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    if custom_ops.capturing():
+        return "the prefill is captured into a CUDA graph"
+    if batch.forward_mode != ForwardMode.EXTEND:
+        return f"the batch is {batch.forward_mode.name}, not a plain prefill"
+    if batch.spec_info is not None or not (
+        batch.spec_algorithm is None or batch.spec_algorithm.is_none()
+    ):
+        return "speculative decoding"
+    return None
+
+
+def _rows_reason(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+    from sglang.srt.server_args import get_global_server_args
+
+    arguments = get_global_server_args()
+    if model.layers_to_capture:
+        return "hidden states of layers are captured"
+    if kwargs:
+        return f"the caller passes {', '.join(sorted(kwargs))}"
+    if arguments.is_embedding or batch.is_prefill_only or batch.dimensions is not None:
+        return "embeddings or scores, no generation"
+    if batch.capture_hidden_mode is not None and batch.capture_hidden_mode.need_capture():
+        return "hidden states are returned"
+    if batch.return_hidden_states_before_norm or batch.return_pooled_hidden_states:
+        return "hidden states are returned"
+    if batch.multi_item_delimiter_indices is not None:
+        return "multi-item scoring"
+    if batch.return_logprob:
+        starts, lengths = batch.extend_logprob_start_lens_cpu, batch.extend_seq_lens_cpu
+        if (
+            starts is None
+            or lengths is None
+            or any(a < b for a, b in zip(starts, lengths, strict=True))
+        ):
+            return "logprobs of the prompt are wanted"
+    if arguments.enable_lora or any(name is not None for name in batch.lora_ids or ()):
+        return "LoRA"
+    if arguments.forward_hooks or arguments.debug_tensor_dump_output_folder is not None:
+        return "hooks see what the layers compute"
+    return None
+
+
+def _layout_reason(batch: Any, positions: torch.Tensor) -> str | None:
+    if batch.global_num_tokens_cpu is not None:
+        return "data-parallel attention pads the batch"
+    if batch.padded_static_len >= 0:
+        return "the batch is padded"
+    if batch.tbo_split_seq_index is not None or batch.tbo_children:
+        return "two-batch overlap"
+    if batch.attn_cp_metadata is not None:
+        return "context parallelism"
+    if batch.hisparse_coordinator is not None:
+        return "hierarchical sparse attention"
+    lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
+    if lengths is None or prefixes is None or batch.seq_lens_cpu is None:
+        return "the lengths are not on the host"
+    if not lengths or min(lengths) < 1:
+        return "a request without new tokens"
+    tokens = sum(lengths)
+    if not tokens == positions.shape[-1] == batch.out_cache_loc.shape[0] or positions.dim() != 1:
+        return f"{tuple(positions.shape)} positions are not the {tokens} tokens of the requests"
+    totals = [a + b for a, b in zip(lengths, prefixes, strict=True)]
+    if totals != batch.seq_lens_cpu.tolist():
+        return "prefixes and new tokens are not the sequences"
+    return None
+
+
+def backend_refusal(backend: Any) -> str | None:
+    """Why this attention backend's metadata are not ours to make, or None."""
+    if not sglang_types.is_triton_backend(backend):
+        return f"the attention backend is {type(backend).__name__}"
+    if backend.enable_deterministic:
+        return "deterministic inference has an attention of its own"
+    if backend.use_mla:
+        return "multi-head latent attention"
+    return None
+
+
+def _cache_reason(model: Any, pool: Any) -> str | None:
+    """With an 8-bit cache stock's extend kernel does not compile for the shared layers.
+
+    It is to fail at the first prompt, not at the first one that is not cut.
+    """
+    computed = model.norm.weight.dtype
+    if pool.dtype != computed:
+        return f"the KV cache is {pool.dtype}, the model {computed}"
+    return None
+
+
+def plan(model: Any, first: int, batch: Any) -> Cut:
+    """Rows and keys of each request whose prompt ends in this batch, from what the host knows."""
+    sliding = next(
+        (
+            index
+            for index in range(first, len(model.layers))
+            if window(model.layers[index]) is not None
+        ),
+        None,
+    )
+    layer_window = None if sliding is None else window(model.layers[sliding])
+    buffered = batch.attn_backend.sliding_window_size
+    lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
+    unfinished = getattr(batch.seq_lens_cpu, UNFINISHED, None) or [False] * len(lengths)
+    found = Cut(first, sum(lengths), [], [], [], [], sliding)
+    end = 0
+    for request, (length, prefix) in enumerate(zip(lengths, prefixes, strict=True)):
+        end += length
+        if unfinished[request]:
+            continue
+        found.requests.append(request)
+        found.rows.append(end - 1)
+        found.lengths.append(prefix + length)
+        found.windows.append(window_keys(length, prefix, layer_window, buffered))
+    return found
+
+
+def window(layer: Any) -> int | None:
+    """Keys before a token's own that a sliding layer sees; None for a layer that sees all."""
+    size = layer.self_attn.attn.sliding_window_size
+    return int(size) if size is not None and size > -1 else None
+
+
+def window_keys(length: int, prefix: int, layer_window: int | None, buffered: int | None) -> int:
+    """Keys that the last of ``length`` new tokens sees in a sliding layer of stock's extend kernel.
+
+    That masks keys farther away than ``layer_window``; of the prefix it is handed ``buffered`` keys.
+    """
+    if layer_window is None:
+        return 0
+    new = min(length, layer_window + 1)
+    handed = prefix if buffered is None or buffered <= 0 else min(prefix, buffered)
+    return new + min(handed, layer_window + 1 - new)
+
+
+def tail(
+    found: Cut,
+    batch: Any,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None,
+    normed: torch.Tensor | None,
+    per_layer_inputs: torch.Tensor | None,
+) -> Tail:
+    """The rows, and a batch that decodes them. The batch itself stays as it is.
+
+    One copy from the host, no synchronisation.
+    """
+    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+    device = hidden_states.device
+    count = len(found.rows)
+    numbers = torch.tensor([found.requests, found.rows], dtype=torch.int64)
+    starts = torch.tensor([_starts(found.lengths), _starts(found.windows)], dtype=torch.int32)
+    if device.type == "cuda":
+        numbers, starts = numbers.pin_memory(), starts.pin_memory()
+    requests, rows = numbers.to(device, non_blocking=True)
+    indptr, window_indptr = starts.to(device, non_blocking=True)
+
+    made = copy.copy(batch)
+    made.forward_mode = ForwardMode.DECODE
+    made.batch_size = made.num_token_non_padded_cpu = count
+    made.input_ids = None
+    made.req_pool_indices = batch.req_pool_indices[requests]
+    made.seq_lens = batch.seq_lens[requests]
+    made.seq_lens_cpu = batch.seq_lens_cpu[found.requests]
+    made.seq_lens_sum = sum(found.lengths)
+    made.out_cache_loc = batch.out_cache_loc[rows]
+    if batch.out_cache_loc_swa is not None:
+        made.out_cache_loc_swa = batch.out_cache_loc_swa[rows]
+    made.positions = positions[rows]
+    made.extend_num_tokens = made.extend_seq_lens = made.extend_prefix_lens = None
+    made.extend_seq_lens_cpu = made.extend_prefix_lens_cpu = made.extend_start_loc = None
+    made.mm_inputs = None
+    made.attn_backend = _backend(found, batch.attn_backend, made, indptr, window_indptr)
+    return Tail(
+        made,
+        rows,
+        made.positions,
+        hidden_states[rows],
+        None if residual is None else residual[rows],
+        None if normed is None else normed[rows],
+        None if per_layer_inputs is None else per_layer_inputs[rows],
+    )
+
+
+def _starts(lengths: list[int]) -> list[int]:
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    return starts
+
+
+def _backend(
+    found: Cut, backend: Any, batch: Any, indptr: torch.Tensor, window_indptr: torch.Tensor
+) -> Any:
+    """A shallow copy of the attention backend with metadata of its own: stock's stays as it is."""
+    from sglang.srt.layers.attention.triton_backend import ForwardMetadata
+
+    count, heads, splits = len(found.rows), backend.num_head, backend.max_kv_splits
+    device = indptr.device
+
+    def logits(width: int) -> torch.Tensor:
+        return torch.empty((count, heads, splits, width), dtype=torch.float32, device=device)
+
+    indices = _key_indices(backend, batch, batch.seq_lens, None, indptr, sum(found.lengths))
+    kv_splits = torch.empty((count,), dtype=torch.int32, device=device)
+    backend.get_num_kv_splits(kv_splits, batch.seq_lens)
+    window_indices = window_splits = None
+    if found.sliding is not None:
+        keys = window_indptr[1:] - window_indptr[:-1]
+        window_indices = _key_indices(
+            backend, batch, keys, batch.seq_lens - keys, window_indptr, sum(found.windows)
+        )
+        allocator = backend.token_to_kv_pool_allocator
+        if hasattr(allocator, "translate_loc_from_full_to_swa"):
+            window_indices = allocator.translate_loc_from_full_to_swa(window_indices).to(
+                torch.int64
+            )
+        window_splits = torch.empty((count,), dtype=torch.int32, device=device)
+        backend.get_num_kv_splits(window_splits, keys)
+    made = copy.copy(backend)
+    if found.sliding is not None:
+        # A decode kernel may take this for the most keys of a row; stock's extend step has two more.
+        made.sliding_window_size = max(found.windows)
+    made.forward_metadata = ForwardMetadata(
+        attn_logits=logits(backend.v_head_dim),
+        attn_lse=torch.empty((count, heads, splits), dtype=torch.float32, device=device),
+        max_extend_len=None,
+        num_kv_splits=kv_splits,
+        kv_indptr=indptr,
+        kv_indices=indices,
+        qo_indptr=None,
+        custom_mask=None,
+        mask_indptr=None,
+        window_kv_indptr=window_indptr,
+        window_kv_indices=window_indices,
+        window_num_kv_splits=window_splits,
+        window_kv_offsets=None,
+        swa_attn_logits=None if backend.swa_v_head_dim is None else logits(backend.swa_v_head_dim),
+    )
+    return made
+
+
+def _key_indices(
+    backend: Any,
+    batch: Any,
+    keys: torch.Tensor,
+    first: torch.Tensor | None,
+    indptr: torch.Tensor,
+    total: int,
+) -> torch.Tensor:
+    """Slots of each request's keys, one request after another."""
+    from sglang.srt.layers.attention import triton_backend
+
+    indices = torch.empty(total, dtype=torch.int64, device=indptr.device)
+    triton_backend.create_flashinfer_kv_indices_triton[(len(keys),)](
+        backend.req_to_token,
+        batch.req_pool_indices,
+        keys,
+        indptr,
+        first,
+        indices,
+        backend.req_to_token.stride(0),
+    )
+    return indices
+
+
+def restore(found: Cut, made: Tail, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The rows in their places among zeros: ``[tokens, hidden]``."""
+    whole = hidden_states.new_zeros((found.tokens, hidden_states.shape[-1]))
+    whole[made.rows] = hidden_states
+    return whole

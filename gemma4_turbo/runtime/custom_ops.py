@@ -1,0 +1,81 @@
+"""Operators that ``torch.compile`` keeps as they are.
+
+Dynamo must not look into a Triton launch or a counter. Traced code calls
+``torch.ops.gemma4_turbo.<name>``, which is opaque to it; everything else calls the function itself,
+because the dispatcher costs microseconds per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gemma4_turbo.engine.run import peer
+
+_registered: dict[str, Callable[..., Any]] = {}
+_library: list[Any] = []  # a registration lives as long as its library object
+
+
+def register(
+    patch: str,
+    schema: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    counted: bool = True,
+) -> Callable[..., Any]:
+    """Register ``torch.ops.gemma4_turbo.<name>`` once per process and return it.
+
+    Call it while a patch is built, never from traced code.
+
+    Args:
+        patch: whose counter a call adds to.
+        schema: with name, e.g. ``"fused_routing(Tensor logits, int topk) -> (Tensor, Tensor)"``.
+        function: what runs; it mutates what the schema says and nothing else.
+        fake: shapes and dtypes of the results.
+        counted: False if the function counts its calls itself.
+    """
+    name = schema.partition("(")[0]
+    if name in _registered:
+        return _registered[name]
+    if not _library:
+        _library.append(torch.library.Library("gemma4_turbo", "FRAGMENT"))  # type: ignore[no-untyped-call]
+    library = _library[0]
+    library.define(schema)
+
+    def run(*args: Any) -> Any:
+        if counted:
+            peer(patch).engaged(capturing())
+        return function(*args)
+
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gemma4_turbo::{name}", fake, lib=library)
+    _registered[name] = getattr(torch.ops.gemma4_turbo, name).default
+    return _registered[name]
+
+
+def cut_names(schema: str) -> tuple[str, str]:
+    """How SGLang may find the operator in what Dynamo traced: with its overload or without."""
+    name = f"gemma4_turbo.{schema.partition('(')[0]}"
+    return name, f"{name}.default"
+
+
+def cut_graphs_at(names: tuple[str, ...]) -> None:
+    """Piecewise graphs that SGLang makes from here on are cut at these operators too."""
+    from sglang.srt.compilation.compilation_config import SPLIT_OPS
+
+    SPLIT_OPS.extend(name for name in names if name not in SPLIT_OPS)
+
+
+def cut_graphs_no_more_at(names: tuple[str, ...]) -> None:
+    """Graphs that exist go on calling the operators."""
+    from sglang.srt.compilation.compilation_config import SPLIT_OPS
+
+    SPLIT_OPS[:] = [name for name in SPLIT_OPS if name not in names]
+
+
+def capturing() -> bool:
+    """Whether this thread's current stream is being captured into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
