@@ -28,6 +28,7 @@ from gemma4_turbo.models.geometry import (
 )
 from gemma4_turbo.ports.v0_5_12 import attention
 from gemma4_turbo.ports.v0_5_12 import step_prologue as step_prologue_patch
+from gemma4_turbo.ports.v0_5_12 import stock as stock_kernels
 
 Call = Callable[[], Any]
 
@@ -109,7 +110,7 @@ def layer_norms(model: Geometry, rows: int, device: str) -> Calls:
     w = [draw.weight(model.hidden) for _ in range(4)]
     root = draw.scalar(model.hidden**-0.5)
     router = layer_norms_kernel.Router(w[2], root, EPS, w[3], EPS) if model.experts else None
-    kind, norm = kind_of(x), norm_kinds.eager_functions()
+    kind, norm = kind_of(x), stock_kernels.eager_norms()
     # Stock keeps this product of its first call.
     ones, scale = torch.ones_like(w[2]), w[2] * root
 
@@ -136,7 +137,7 @@ def router_norm(model: Geometry, rows: int, device: str) -> Calls:
     draw = Draw(device)
     x, w = draw.rows(rows, model.hidden), draw.weight(model.hidden)
     root = draw.scalar(model.hidden**-0.5)
-    kind, norm = kind_of(x), norm_kinds.eager_functions()
+    kind, norm = kind_of(x), stock_kernels.eager_norms()
     ones, scale = torch.ones_like(w), w * root
     return Calls(
         lambda: (router_norm_kernel.launch_router_norm(x, w, root, EPS, kind),),
@@ -155,7 +156,7 @@ def ple_tail_launches(model: Geometry, rows: int, device: str) -> Calls:
     gate = draw.rows(rows, model.per_layer_width)
     p = draw.rows(rows, model.layers, model.per_layer_width)[:, 1]  # one layer's part
     w, last, scalar = draw.weight(model.hidden), draw.weight(model.hidden), draw.scalar(0.7, 1)
-    kind, norm = kind_of(m), norm_kinds.eager_functions()
+    kind, norm = kind_of(m), stock_kernels.eager_norms()
 
     def ours() -> Any:
         h, _ = ple_tail.launch_norm_add(m, w, EPS, r, None, None, 0.0, kind)
@@ -179,7 +180,7 @@ def input_norm(model: Geometry, rows: int, device: str) -> Calls:
     draw = Draw(device)
     x, r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
     w, after, scalar = draw.weight(model.hidden), draw.weight(model.hidden), draw.scalar(0.7, 1)
-    kind, norm = kind_of(x), norm_kinds.eager_functions()
+    kind, norm = kind_of(x), stock_kernels.eager_norms()
     if not model.experts:
 
         def stock_ple() -> Any:
@@ -191,16 +192,12 @@ def input_norm(model: Geometry, rows: int, device: str) -> Calls:
             stock_ple,
             moved(x, w, r, scalar, after, x, x),
         )
-    from sglang.srt.layers import gemma4_fused_ops
-
     e, w1, w2 = draw.rows(rows, model.hidden), draw.weight(model.hidden), draw.weight(model.hidden)
     experts = layer_tail.Experts(e, w2, EPS, w1, EPS)
     following = layer_tail.NextNorm(after, EPS, kind)
 
     def stock() -> Any:
-        out = gemma4_fused_ops.gemma_dual_rmsnorm_residual_scalar(
-            x, w1, e, w2, w, r, scalar, EPS, EPS, EPS
-        )
+        out = stock_kernels.dual_norm_residual(x, w1, e, w2, w, r, scalar, (EPS, EPS, EPS))
         return out, norm.rmsnorm(out, after, EPS)
 
     return Calls(
@@ -212,9 +209,6 @@ def input_norm(model: Geometry, rows: int, device: str) -> Calls:
 
 def experts_sum(following: bool, model: Geometry, rows: int, device: str) -> Calls:
     """A layer's end with the sum over a token's experts; ``following``: and the next layer's norm."""
-    from sglang.srt.layers import gemma4_fused_ops
-    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-
     draw = Draw(device)
     x, r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
     e, total = draw.rows(rows, model.topk, model.hidden), torch.empty_like(x)
@@ -222,13 +216,11 @@ def experts_sum(following: bool, model: Geometry, rows: int, device: str) -> Cal
     scalar = draw.scalar(0.7, 1)
     experts = layer_tail.Experts(e, w2, EPS, w1, EPS)
     next_norm = layer_tail.NextNorm(after, EPS, kind_of(x)) if following else None
-    norm = norm_kinds.eager_functions()
+    norm = stock_kernels.eager_norms()
 
     def stock() -> Any:
-        fused_moe.moe_sum_reduce_torch_compile(e, total, 1.0)
-        out = gemma4_fused_ops.gemma_dual_rmsnorm_residual_scalar(
-            x, w1, total, w2, w, r, scalar, EPS, EPS, EPS
-        )
+        stock_kernels.sum_experts(e, total)
+        out = stock_kernels.dual_norm_residual(x, w1, total, w2, w, r, scalar, (EPS, EPS, EPS))
         return out, norm.rmsnorm(out, after, EPS) if following else None
 
     return Calls(
@@ -296,15 +288,13 @@ def projection(draw: Draw, heads: Heads, rows: int) -> torch.Tensor:
 
 def qkv_norm(heads: Heads, rows: int, device: str) -> Calls:
     """Norms alone."""
-    from sglang.srt.layers import gemma4_fused_ops
-
     draw, mode = Draw(device), stock_mode(heads)
     whole = projection(draw, heads, rows)
     mine, theirs = projected(whole, heads, mode), projected(whole.clone(), heads, mode)
     qw, kw = draw.weight(heads.size), draw.weight(heads.size)
 
     def stock() -> Any:
-        gemma4_fused_ops.gemma_qkv_rmsnorm(
+        stock_kernels.qkv_rmsnorm(
             *theirs, qw, None if mode == Mode.Q else kw, heads.q, heads.kv, heads.size, EPS
         )
         return theirs
@@ -320,10 +310,6 @@ def qkv_norm(heads: Heads, rows: int, device: str) -> Calls:
 
 def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
     """Norms and rotation; ``stored``: and K and V into the pool, as in a decode step."""
-    from sglang.jit_kernel import rope as stock_rope
-    from sglang.srt.layers import gemma4_fused_ops
-    from sglang.srt.mem_cache import memory_pool
-
     draw = Draw(device)
     whole = projection(draw, heads, rows)
     mine = projected(whole, heads, heads.mode)
@@ -346,28 +332,16 @@ def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
 
     def stock() -> Any:
         q, k, v = theirs
-        gemma4_fused_ops.gemma_qkv_rmsnorm(
+        stock_kernels.qkv_rmsnorm(
             q, k, v, qw, None if k is None else kw, heads.q, heads.kv, heads.size, EPS
         )
         key = torch.zeros_like(q[:, : heads.kv * heads.size]) if k is None else k
-        stock_rope.apply_rope_with_cos_sin_cache_inplace(
-            positions=rope.positions,
-            q=q.view(rows, -1, heads.size),
-            k=key.view(rows, -1, heads.size),
-            cos_sin_cache=rope.cos_sin_cache,
-            is_neox=True,
-        )
+        q_heads, k_heads = q.view(rows, -1, heads.size), key.view(rows, -1, heads.size)
+        stock_kernels.rotate(rope.positions, q_heads, k_heads, rope.cos_sin_cache)
         if not stored or k is None or v is None:
             return q, k, v
-        memory_pool._set_kv_buffer_impl(
-            k.view(rows, heads.kv, heads.size),
-            v.view(rows, heads.kv, heads.size),
-            *stock_pool,
-            locations,
-            row_dim=heads.kv * heads.size,
-            store_dtype=q.dtype,
-            device_module=torch.cuda,
-        )
+        kv_heads = k.view(rows, heads.kv, heads.size), v.view(rows, heads.kv, heads.size)
+        stock_kernels.store_kv(*kv_heads, (stock_pool[0], stock_pool[1]), locations)
         return q, *stock_pool
 
     read = [tensor for tensor in mine if tensor is not None]
@@ -426,7 +400,7 @@ def prologue_kind(device: str) -> step_prologue.RMSNormKind:
     if device == "cpu":  # Triton's interpreter
         return step_prologue.RMS_NORMS["precise"]
     like = torch.empty(0, device=device, dtype=torch.bfloat16)
-    kind = step_prologue_patch.find_kind(norm_kinds.eager_functions().rmsnorm, like)
+    kind = step_prologue_patch.find_kind(stock_kernels.eager_norms().rmsnorm, like)
     if isinstance(kind, str):
         raise SystemExit(f"bench/kernels.py: {kind}")
     return kind

@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from gemma4_turbo.version import __version__
+
 if TYPE_CHECKING:
     from gemma4_turbo.engine.states import PatchStatus
 
-__version__ = "0.1.0"
 __all__ = ["__version__", "apply", "bootstrap", "revert", "status"]
 
 

@@ -17,7 +17,7 @@ PORTS: Ports = {
 ENGINE = Engine(
     CATALOGUE,
     PORTS,
-    own_models="sglang.srt.models.gemma4_",
+    own_models=any_line.GEMMA4_MODELS,
     ways_in="gemma4_turbo.ports.any.ways_in",
 )
 run.RUNS.update(ENGINE.runs)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gemma4_turbo import __version__
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.states import PatchStatus
+from gemma4_turbo.version import __version__
 
 
 def summary_line(rows: Sequence[PatchStatus]) -> str:

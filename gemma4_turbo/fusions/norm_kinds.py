@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -23,6 +23,12 @@ NUMBERS = 2**21
 """Elements of each operand in a round."""
 
 _found: dict[tuple[Any, ...], Kinds] = {}
+_stock: list[Stock] = []
+
+
+def follow(stock: Stock) -> None:
+    """Whose norms `find` compares with. Of a process's one release line, before the first call."""
+    _stock[:] = [stock]
 
 
 class Kinds(NamedTuple):
@@ -32,6 +38,16 @@ class Kinds(NamedTuple):
     traced: int = Kind.PRECISE
     reason: str | None = None
     traced_reason: str | None = None
+
+
+class Stock(Protocol):
+    """Where a release line keeps stock's norms."""
+
+    def eager_norms(self) -> Functions:
+        """What runs in eager mode."""
+
+    def traced_norms(self) -> Functions:
+        """What runs where Dynamo traced the model."""
 
 
 class Functions(NamedTuple):
@@ -50,8 +66,8 @@ def find(like: torch.Tensor) -> Kinds:
         return Kinds()
     key = (like.shape[-1], like.dtype, like.device)
     if key not in _found:
-        eager, reason = _compared(eager_functions, like)
-        traced, traced_reason = _compared(traced_functions, like)
+        eager, reason = _compared(_stock[0].eager_norms, like)
+        traced, traced_reason = _compared(_stock[0].traced_norms, like)
         _found[key] = Kinds(eager, traced, reason, traced_reason)
     return _found[key]
 
@@ -66,27 +82,6 @@ def _compared(functions: Callable[[], Functions], like: torch.Tensor) -> tuple[i
 def forget() -> None:
     """The next `find` compares again."""
     _found.clear()
-
-
-def eager_functions() -> Functions:
-    """What ``RMSNorm.forward_cuda`` calls."""
-    from sglang.srt.layers import layernorm
-
-    return Functions(layernorm.rmsnorm, layernorm.fused_add_rmsnorm)
-
-
-def traced_functions() -> Functions:
-    """What it comes to when Dynamo traces it."""
-
-    def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
-        torch.ops.sgl_kernel.rmsnorm.default(out, x, weight, eps, False)
-        return out
-
-    def fused_add(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-        torch.ops.sgl_kernel.fused_add_rmsnorm.default(x, r, weight, eps, False)
-
-    return Functions(rmsnorm, fused_add)
 
 
 @torch.no_grad()

@@ -68,11 +68,12 @@ def test_the_search_for_stocks_norm(
 ):
     """Also where stock's norm is not even there."""
     from gemma4_turbo.fusions import norm_kinds, steps
+    from gemma4_turbo.ports.v0_5_12 import stock
 
     monkeypatch.setattr(norm_kinds, "_found", {})
     like = SimpleNamespace(is_cuda=True, shape=(1, 256), dtype=torch.bfloat16, device="cuda:0")
     monkeypatch.setattr(norm_kinds, "compare", raising(error))
-    monkeypatch.setattr(norm_kinds, "eager_functions", raising(error))
+    monkeypatch.setattr(stock, "eager_norms", raising(error))
     found = norm_kinds.find(like)  # type: ignore[arg-type]
     assert type(error).__name__ in str(found.reason)
     assert type(error).__name__ in str(found.traced_reason)

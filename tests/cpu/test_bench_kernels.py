@@ -27,6 +27,7 @@ from gemma4_turbo.kernels import layer_tail, moe_align, norms, qkv
 from gemma4_turbo.kernels.qkv import Mode
 from gemma4_turbo.models.geometry import GEOMETRIES
 from gemma4_turbo.ports.v0_5_12 import attention
+from gemma4_turbo.ports.v0_5_12 import stock as stock_kernels
 from tests.cpu.conftest import REPOSITORY
 
 MOE = GEOMETRIES["26b-a4b"]._replace(hidden=256, layers=2, experts=16)
@@ -71,7 +72,7 @@ def fused_add_rmsnorm(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, eps: fl
     x.copy_(norms.reference_rmsnorm(total, w, eps))
 
 
-def gemma_qkv_rmsnorm(
+def qkv_rmsnorm(
     q: Any, k: Any, v: Any, qw: Any, kw: Any, heads: int, kv_heads: int, size: int, eps: float
 ) -> None:
     assert q.shape[1] == heads * size
@@ -82,14 +83,14 @@ def gemma_qkv_rmsnorm(
             tensor.copy_(normed.flatten(1))
 
 
-def gemma_dual_rmsnorm_residual_scalar(
-    x1: Any, w1: Any, x2: Any, w2: Any, w3: Any, r: Any, scalar: Any, e1: Any, e2: Any, e3: Any
+def dual_norm_residual(
+    x1: Any, w1: Any, x2: Any, w2: Any, w3: Any, r: Any, scalar: Any, eps: Any
 ) -> torch.Tensor:
-    experts = layer_tail.Experts(x2, w2, e2, w1, e1)
-    return layer_tail.reference_layer_tail(x1, w3, e3, r, scalar, experts)[0]
+    experts = layer_tail.Experts(x2, w2, eps[1], w1, eps[0])
+    return layer_tail.reference_layer_tail(x1, w3, eps[2], r, scalar, experts)[0]
 
 
-def apply_rope(*, positions: Any, q: Any, k: Any, cos_sin_cache: Any, is_neox: bool) -> None:
+def rotate(positions: Any, q: Any, k: Any, cos_sin_cache: Any) -> None:
     cos, sin = cos_sin_cache[positions][:, None].chunk(2, dim=-1)
     for x in (q, k):
         a, b = x.float().chunk(2, dim=-1)
@@ -108,18 +109,18 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> None:
     if not norms.INTERPRETED:
         pytest.skip("needs Triton's interpreter")
     functions = norm_kinds.Functions(norms.reference_rmsnorm, fused_add_rmsnorm)
-    monkeypatch.setattr(norm_kinds, "eager_functions", lambda: functions)
+    in_torch = {
+        "eager_norms": lambda: functions,
+        "qkv_rmsnorm": qkv_rmsnorm,
+        "dual_norm_residual": dual_norm_residual,
+        "rotate": rotate,
+        "sum_experts": lambda x, out: out.copy_(x.float().sum(1)),
+    }
+    for name, function in in_torch.items():
+        monkeypatch.setattr(stock_kernels, name, function)
     triton_utils = "sglang.srt.layers.moe.moe_runner.triton_utils"
     replaced: dict[str, dict[str, Any]] = {
-        "sglang.srt.layers.gemma4_fused_ops": {
-            "gemma_qkv_rmsnorm": gemma_qkv_rmsnorm,
-            "gemma_dual_rmsnorm_residual_scalar": gemma_dual_rmsnorm_residual_scalar,
-        },
-        "sglang.jit_kernel.rope": {"apply_rope_with_cos_sin_cache_inplace": apply_rope},
         triton_utils: {"moe_align_block_size": moe_align.reference_align},
-        f"{triton_utils}.fused_moe": {
-            "moe_sum_reduce_torch_compile": lambda x, out, _: out.copy_(x.float().sum(1))
-        },
     }
     # What is imported while a function is replaced would keep the stand-in.
     for module in (*replaced, *IMPORTED_BY_CASES):

@@ -13,7 +13,7 @@ import torch
 from gemma4_turbo.engine import states, switches
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.v0_5_12.yoco import row_cut, tail_graph
-from gemma4_turbo.ports.v0_5_12.yoco import yoco as patch
+from gemma4_turbo.ports.v0_5_12.yoco import batch as patch
 from tests.cpu import shared_kv
 from tests.cpu.conftest import only_patch, patched_sglang
 

@@ -120,10 +120,10 @@ def case(
 
 def eagerly(model: Any, given: Case) -> torch.Tensor:
     """The layers on the tail as it is. It stays as it is."""
-    from gemma4_turbo.ports.v0_5_12 import text_model
+    from gemma4_turbo.ports.v0_5_12 import layer_loop
 
     mine = given.tail._replace(hidden_states=given.tail.hidden_states.clone())
-    return text_model.run_tail(model, given.cut.first, mine)
+    return layer_loop.run_tail(model, given.cut.first, mine)
 
 
 def run(model: Any, given: Case) -> torch.Tensor:
@@ -244,7 +244,7 @@ def poison_floats(model: Any) -> None:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of the layers a sum of everything that a tail holds, row by row."""
-    from gemma4_turbo.ports.v0_5_12 import text_model
+    from gemma4_turbo.ports.v0_5_12 import layer_loop
 
     def run_tail(model: Any, first: int, tail: row_cut.Tail) -> torch.Tensor:
         metadata = tail.batch.attn_backend.forward_metadata
@@ -259,7 +259,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
         found += tail.per_layer_inputs[:, first].sum(-1, keepdim=True)
         return found if tail.normed is None else found + tail.normed
 
-    monkeypatch.setattr(text_model, "run_tail", run_tail)
+    monkeypatch.setattr(layer_loop, "run_tail", run_tail)
 
 
 def three(model: Any, at: shared_kv.Memory | None = None, **options: Any) -> Case:
@@ -441,15 +441,15 @@ def test_a_graph_that_cannot_be_recorded(model: Any, short: None, monkeypatch: p
 
 def test_a_first_run_that_fails(model: Any, short: None, monkeypatch: pytest.MonkeyPatch):
     """What the layers read of a batch beyond a decode step's is not there; the tail is as it was."""
-    from gemma4_turbo.ports.v0_5_12 import text_model
+    from gemma4_turbo.ports.v0_5_12 import layer_loop
 
-    cheap = text_model.run_tail
+    cheap = layer_loop.run_tail
 
     def reads_more(model: Any, first: int, tail: row_cut.Tail) -> torch.Tensor:
         tail.batch.seq_lens.sum()
         return cheap(model, first, tail)
 
-    monkeypatch.setattr(text_model, "run_tail", reads_more)
+    monkeypatch.setattr(layer_loop, "run_tail", reads_more)
     for _ in range(2):
         check(model, three(model))
     assert ENGINE.runs[NAME].state == states.FAILED

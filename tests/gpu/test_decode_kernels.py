@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
-from sglang.srt.layers import gemma4_fused_ops as stock
 
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail, qkv, router_norm
-from gemma4_turbo.ports.v0_5_12 import ops
+from gemma4_turbo.ports.v0_5_12 import ops, stock
 
 EPS = 1e-6
 DTYPE = torch.bfloat16
@@ -67,9 +65,9 @@ def stocks(mode: str, like: torch.Tensor) -> tuple[norm_kinds.Functions, int]:
     kinds = norm_kinds.find(like)
     if mode == "eager":
         assert kinds.reason is None
-        return norm_kinds.eager_functions(), kinds.eager
+        return stock.eager_norms(), kinds.eager
     assert kinds.traced_reason is None
-    return norm_kinds.traced_functions(), kinds.traced
+    return stock.traced_norms(), kinds.traced
 
 
 def norm64(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -163,11 +161,9 @@ def test_layer_tail(width, rows, kind, mode, experts):
         assert out.shape == x.shape
         return
     if experts:
-        expected = stock.gemma_dual_rmsnorm_residual_scalar(
-            x, w[0], e, w[1], w[2], r, s, EPS, EPS, EPS
-        )
+        expected = stock.dual_norm_residual(x, w[0], e, w[1], w[2], r, s, (EPS, EPS, EPS))
     else:
-        expected = stock.gemma_rmsnorm_residual_scalar(x, w[2], r, s, EPS)
+        expected = stock.norm_residual(x, w[2], r, s, EPS)
     same((out, expected), (normed, rmsnorm(expected, w[3], EPS)))
     if finite(kind):
         exact = norm64(norm64(x, w[0]) + norm64(e, w[1]) if experts else x, w[2])
@@ -192,16 +188,10 @@ def test_qkv(rows, kind, head_dim, turned):
     found = qkv.qkv(*ours, qw, kw, EPS, head_dim, rope)
     if not rows:
         return
-    stock.gemma_qkv_rmsnorm(q, k, v, qw, kw, 4, 2, head_dim, EPS)
+    stock.qkv_rmsnorm(q, k, v, qw, kw, 4, 2, head_dim, EPS)
     k = k.contiguous()
     if turned:
-        apply_rope_with_cos_sin_cache_inplace(
-            positions=positions,
-            q=q.view(rows, -1, head_dim),
-            k=k.view(rows, -1, head_dim),
-            cos_sin_cache=cache,
-            is_neox=True,
-        )
+        stock.rotate(positions, q.view(rows, -1, head_dim), k.view(rows, -1, head_dim), cache)
     same(*zip(found, (q, k, v), strict=True))
     if finite(kind) and not turned:
         exact = norm64(before.view(rows, 4, head_dim), qw).flatten(1)

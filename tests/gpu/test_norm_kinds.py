@@ -7,9 +7,10 @@ import torch
 
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels.norms import Kind
+from gemma4_turbo.ports.v0_5_12 import stock
 
 WIDTHS = [256, 1536, 2560, 2816, 5376]
-STOCKS = {"eager": norm_kinds.eager_functions, "traced": norm_kinds.traced_functions}
+STOCKS = {"eager": stock.eager_norms, "traced": stock.traced_norms}
 
 
 def row(width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,13 +39,13 @@ def test_wrong_kinds_are_found_out(width, mode):
 
 def test_a_reason_names_what_differs(monkeypatch):
     """Stock's norm with another eps: no kind fits, and the reason counts how far each is off."""
-    real = norm_kinds.eager_functions()
+    real = stock.eager_norms()
 
     def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return real.rmsnorm(x, weight, eps * 2)
 
-    stock = norm_kinds.Functions(rmsnorm, real.fused_add_rmsnorm)
-    _, reason = norm_kinds.compare(stock, row(1536, torch.bfloat16), rounds=1)
+    replaced = norm_kinds.Functions(rmsnorm, real.fused_add_rmsnorm)
+    _, reason = norm_kinds.compare(replaced, row(1536, torch.bfloat16), rounds=1)
     assert reason is not None
     for kind in Kind:
         assert kind.name in reason

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gemma4_turbo.engine.port import Port
 
 HERE = __package__
+GEMMA4_MODELS = "sglang.srt.models.gemma4_"  # how the modules of its models begin
 
 
 # What the steps of a decoder layer's forward rely on, those of its end, and those of attention's.

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.plans import vision_batches as batches
 from gemma4_turbo.runtime import hooks
@@ -197,8 +196,3 @@ def _ranks() -> int:
     from sglang.srt.distributed import get_tensor_model_parallel_world_size
 
     return int(get_tensor_model_parallel_world_size())
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing without a model: what is batched is SGLang's own encoder."""
-    return []

@@ -14,7 +14,7 @@ from gemma4_turbo.fusions import steps
 from gemma4_turbo.fusions.steps import UNPROVEN, Step, differing, samples
 from gemma4_turbo.kernels import qkv as kernel
 from gemma4_turbo.kernels.qkv import Rope, Store
-from gemma4_turbo.ports.v0_5_12 import linear, ops, sglang_types
+from gemma4_turbo.ports.v0_5_12 import linear, ops, sglang_types, stock
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Attention.forward"
 
@@ -202,19 +202,9 @@ def _plain_norms(self: Any, plan: Plan, q: Any, k: Any, v: Any) -> tuple[Any, An
 
 def _stock_norms(self: Any, plan: Plan, q: Any, k: Any, v: Any) -> None:
     """Stock's kernel, in place."""
-    from sglang.srt.models import gemma4_causal
-
-    gemma4_causal.gemma_qkv_rmsnorm(
-        q,
-        k,
-        v,
-        self.q_norm.weight.data,
-        None if k is None else self.k_norm.weight.data,
-        num_q_heads=self.num_heads,
-        num_kv_heads=self.num_kv_heads,
-        head_dim=self.head_dim,
-        eps=self.q_norm.eps,
-    )
+    key_weight = None if k is None else self.k_norm.weight.data
+    sizes = self.num_heads, self.num_kv_heads, self.head_dim
+    stock.qkv_rmsnorm(q, k, v, self.q_norm.weight.data, key_weight, *sizes, self.q_norm.eps)
 
 
 def _norms(self: Any, plan: Plan, q: torch.Tensor, k: Any, v: Any) -> bool:

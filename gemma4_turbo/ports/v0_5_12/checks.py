@@ -12,6 +12,7 @@ from gemma4_turbo.kernels import layer_norms as layer_norms_kernel
 from gemma4_turbo.kernels import layer_tail, norms, ple_tail, qkv
 from gemma4_turbo.kernels import router_norm as router_norm_kernel
 from gemma4_turbo.kernels import skinny_gemm as skinny
+from gemma4_turbo.ports.v0_5_12 import stock
 
 EPS = 1e-6
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -33,7 +34,7 @@ def _weight(device: str, width: int, seed: int) -> torch.Tensor:
 def _rmsnorm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not x.is_cuda:
         return norms.reference_rmsnorm(x, weight, EPS)
-    return norm_kinds.eager_functions().rmsnorm(x, weight, EPS)
+    return stock.eager_norms().rmsnorm(x, weight, EPS)
 
 
 def _kind(like: torch.Tensor) -> int:
@@ -66,15 +67,15 @@ def layer_norms(device: str) -> list[Check]:
         )
         if device == "cuda":
             first = _rmsnorm(x, w[0])
-            norm_kinds.eager_functions().fused_add_rmsnorm(first, r, w[1], EPS)
-            stock: tuple[Any, ...] = (first, None, None)
+            stock.eager_norms().fused_add_rmsnorm(first, r, w[1], EPS)
+            expected: tuple[Any, ...] = (first, None, None)
             if with_router:
                 normed = _rmsnorm(r, torch.ones_like(w[0])) * (w[2] * root)
-                stock = (first, normed, _rmsnorm(r, w[3]))
+                expected = (first, normed, _rmsnorm(r, w[3]))
         else:
-            stock = layer_norms_kernel.reference_layer_norms(x, r, w[0], EPS, w[1], EPS, router)
+            expected = layer_norms_kernel.reference_layer_norms(x, r, w[0], EPS, w[1], EPS, router)
         pairs = [(ours_r, r)]
-        pairs += [(a, b) for a, b in zip(ours, stock, strict=True) if a is not None]
+        pairs += [(a, b) for a, b in zip(ours, expected, strict=True) if a is not None]
         checks += _check("layer_norms", f"width {width}, scales 0.01 to 30", device, pairs)
     return checks
 
@@ -84,8 +85,8 @@ def router_norm(device: str) -> list[Check]:
     x, scale = _rows(device, 2816, 1), _weight(device, 2816, 2)
     root = torch.tensor(2816**-0.5, device=device, dtype=torch.bfloat16)
     ours = router_norm_kernel.router_norm(x, scale, root, EPS, kind=_kind(x))
-    stock = _rmsnorm(x, torch.ones_like(scale)) * (scale * root)
-    return _check("router_norm", "width 2816, scales 0.01 to 30", device, [(ours, stock)])
+    expected = _rmsnorm(x, torch.ones_like(scale)) * (scale * root)
+    return _check("router_norm", "width 2816, scales 0.01 to 30", device, [(ours, expected)])
 
 
 def ple_tail_pairs(device: str, width: int) -> list[Pair]:
@@ -134,24 +135,18 @@ def _tail(patch: str, device: str, summed: bool) -> list[Check]:
     scalar = torch.tensor([0.7], device=device, dtype=torch.bfloat16)
     total = choices.float().sum(1).bfloat16()
     if device == "cuda":
-        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-
-        fused_moe.moe_sum_reduce_torch_compile(choices, total, 1.0)
+        stock.sum_experts(choices, total)
     output = total if summed else choices.contiguous()
     experts = layer_tail.Experts(output, w[1], EPS, w[0], EPS)
     after = layer_tail.NextNorm(w[3], EPS, _kind(x))
     ours, following = layer_tail.layer_tail(x, w[2], EPS, r, scalar, experts, after)
     if device == "cuda":
-        from sglang.srt.layers.gemma4_fused_ops import gemma_dual_rmsnorm_residual_scalar
-
-        stock = gemma_dual_rmsnorm_residual_scalar(
-            x, w[0], total, w[1], w[2], r, scalar, EPS, EPS, EPS
-        )
+        expected = stock.dual_norm_residual(x, w[0], total, w[1], w[2], r, scalar, (EPS, EPS, EPS))
     else:
-        stock, _ = layer_tail.reference_layer_tail(x, w[2], EPS, r, scalar, experts)
+        expected, _ = layer_tail.reference_layer_tail(x, w[2], EPS, r, scalar, experts)
     assert following is not None
     what = f"{rows} rows of width {width}"
-    return _check(patch, what, device, [(ours, stock), (following, _rmsnorm(stock, w[3]))])
+    return _check(patch, what, device, [(ours, expected), (following, _rmsnorm(expected, w[3]))])
 
 
 def _heads(device: str, head_dim: int, heads: int, kv_heads: int) -> Heads:
@@ -205,29 +200,20 @@ def skinny_gemm(device: str) -> list[Check]:
 
 
 def _qkv(patch: str, device: str, head_dim: int, rope: bool) -> list[Check]:
-    ours, stock = _heads(device, head_dim, 4, 2), _heads(device, head_dim, 4, 2)
+    ours, theirs = _heads(device, head_dim, 4, 2), _heads(device, head_dim, 4, 2)
     qw, kw = _weight(device, head_dim, 3), _weight(device, head_dim, 4)
     rows = ours[0].shape[0]
     angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, head_dim // 2)
     cache = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
     positions = torch.arange(rows, device=device) * 7 % 4096
     turn = qkv.Rope(positions, cache) if rope else None
-    expected = qkv.reference_qkv(*stock, qw, kw, EPS, head_dim, turn)
+    expected = qkv.reference_qkv(*theirs, qw, kw, EPS, head_dim, turn)
     if device == "cuda":
-        from sglang.jit_kernel.rope import apply_rope_with_cos_sin_cache_inplace
-        from sglang.srt.layers.gemma4_fused_ops import gemma_qkv_rmsnorm
-
-        q, k, v = stock
-        gemma_qkv_rmsnorm(q, k, v, qw, kw, 4, 2, head_dim, EPS)
+        q, k, v = theirs
+        stock.qkv_rmsnorm(q, k, v, qw, kw, 4, 2, head_dim, EPS)
         k = k.contiguous()
         if rope:
-            apply_rope_with_cos_sin_cache_inplace(
-                positions=positions,
-                q=q.view(rows, -1, head_dim),
-                k=k.view(rows, -1, head_dim),
-                cos_sin_cache=cache,
-                is_neox=True,
-            )
+            stock.rotate(positions, q.view(rows, -1, head_dim), k.view(rows, -1, head_dim), cache)
         expected = (q, k, v)
     found = qkv.qkv(*ours, qw, kw, EPS, head_dim, turn)
     pairs = [

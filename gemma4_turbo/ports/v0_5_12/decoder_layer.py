@@ -13,7 +13,7 @@ import torch
 from gemma4_turbo.fusions import steps
 from gemma4_turbo.fusions.steps import UNPROVEN, Step, differing, eps_of, samples
 from gemma4_turbo.kernels import layer_norms, layer_tail, norms, pdl, ple_tail
-from gemma4_turbo.ports.v0_5_12 import linear, ops, sglang_types
+from gemma4_turbo.ports.v0_5_12 import linear, ops, sglang_types, stock
 from gemma4_turbo.runtime.custom_ops import capturing
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
@@ -437,14 +437,12 @@ def _stock_tail(
     self: Any, mlp_output: torch.Tensor, experts_output: torch.Tensor | None, residual: torch.Tensor
 ) -> torch.Tensor:
     """Stock's last calls on a layer without per-layer embeddings."""
-    from sglang.srt.models import gemma4_causal
-
     norm = self.post_feedforward_layernorm
     fits = mlp_output.is_cuda and mlp_output.dim() == 2
     if experts_output is not None:
         norm1, norm2 = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2
         if fits:
-            return gemma4_causal.gemma_dual_rmsnorm_residual_scalar(  # type: ignore[no-any-return]
+            return stock.dual_norm_residual(
                 mlp_output,
                 norm1.weight.data,
                 experts_output,
@@ -452,13 +450,11 @@ def _stock_tail(
                 norm.weight.data,
                 residual,
                 self.layer_scalar,
-                norm1.variance_epsilon,
-                norm2.variance_epsilon,
-                norm.variance_epsilon,
+                (norm1.variance_epsilon, norm2.variance_epsilon, norm.variance_epsilon),
             )
         mlp_output = norm1(mlp_output) + norm2(experts_output)
     elif fits:
-        return gemma4_causal.gemma_rmsnorm_residual_scalar(  # type: ignore[no-any-return]
+        return stock.norm_residual(
             mlp_output, norm.weight.data, residual, self.layer_scalar, norm.variance_epsilon
         )
     out = norm(mlp_output) + residual
@@ -473,12 +469,10 @@ def _compare_tail(
     experts = summed = None
     if self.enable_moe_block:
         if topk:
-            from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-
             output = samples(rows, like, topk * like.shape[-1]).view(rows, topk, -1)
             summed = torch.empty_like(x)
             Summing.wanted = False
-            fused_moe.moe_sum_reduce_torch_compile(output, summed, 1.0)
+            stock.sum_experts(output, summed)
         else:
             output = summed = samples(rows, like).roll(1, 0).contiguous()
         experts = _branch(self, output)

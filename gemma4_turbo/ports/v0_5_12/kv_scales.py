@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.ports.v0_5_12 import extend_wraps
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.attempts import told
@@ -256,8 +255,3 @@ def undo(run: PatchRun) -> None:
     _scaled.clear()
     _owners.clear()
     _fallback.clear()
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing without a checkpoint: the scales are its own."""
-    return []

@@ -49,10 +49,6 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {TARGET: moe_align_block_size}
 
 
-def undo(run: PatchRun) -> None:
-    """Nothing: no object keeps the function."""
-
-
 def _unproven(
     run: PatchRun,
     align: Align,

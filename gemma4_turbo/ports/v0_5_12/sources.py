@@ -196,7 +196,7 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.18",
     ),
     "layer_norms": Port(
-        module=f"{HERE}.layer_norms",
+        module=f"{HERE}.wiring:layer_norms",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -216,14 +216,14 @@ PORTS: dict[str, Port] = {
         goes_round=_NORM_CALLS,
     ),
     "ple_tail": Port(
-        module=f"{HERE}.ple_tail",
+        module=f"{HERE}.wiring:ple_tail",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=_NORM_CALLS,
     ),
     "qkv_norm": Port(
-        module=f"{HERE}.qkv_norm",
+        module=f"{HERE}.wiring:qkv_norm",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=_ATTENTION,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -232,7 +232,7 @@ PORTS: dict[str, Port] = {
         goes_round=_QKV_CALLS,
     ),
     "rope_store": Port(
-        module=f"{HERE}.rope_store",
+        module=f"{HERE}.wiring:rope_store",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=(
             *_ATTENTION,
@@ -248,14 +248,14 @@ PORTS: dict[str, Port] = {
         goes_round=(*_QKV_CALLS, *_ROPE_CALLS, *_ATTENTION_CALLS),
     ),
     "qkv_proj": Port(
-        module=f"{HERE}.qkv_proj",
+        module=f"{HERE}.wiring:qkv_proj",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=_ATTENTION,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=_LINEAR_CALLS,
     ),
     "input_norm": Port(
-        module=f"{HERE}.input_norm",
+        module=f"{HERE}.wiring:input_norm",
         targets=(
             "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
             "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
@@ -283,14 +283,14 @@ PORTS: dict[str, Port] = {
         goes_round=_EXPERTS_CALLS,
     ),
     "mlp_stream": Port(
-        module=f"{HERE}.mlp_stream",
+        module=f"{HERE}.wiring:mlp_stream",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=_MLP_CALLS,
     ),
     "skinny_gemm": Port(
-        module=f"{HERE}.skinny_gemm",
+        module=f"{HERE}.wiring:skinny_gemm",
         targets=(
             "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
             "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
@@ -306,7 +306,7 @@ PORTS: dict[str, Port] = {
         goes_round=_MLP_CALLS,
     ),
     "pdl": Port(
-        module=f"{HERE}.pdl",
+        module=f"{HERE}.wiring:pdl",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -384,7 +384,7 @@ PORTS: dict[str, Port] = {
         goes_round=_LAYER_CALLS,
     ),
     "yoco": Port(
-        module=f"{HERE}.yoco.yoco",
+        module=f"{HERE}.wiring:yoco",
         targets=(
             "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
             "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
@@ -407,7 +407,7 @@ PORTS: dict[str, Port] = {
         ),
     ),
     "yoco_graph": Port(
-        module=f"{HERE}.yoco.yoco_graph",
+        module=f"{HERE}.wiring:yoco_graph",
         targets=("sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",),
         relies_on=(
             *_LAYER,
@@ -428,7 +428,7 @@ PORTS: dict[str, Port] = {
         goes_round=_LAYER_CALLS,
     ),
     "yoco_piecewise": Port(
-        module=f"{HERE}.yoco.yoco_piecewise",
+        module=f"{HERE}.wiring:yoco_piecewise",
         targets=("sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",),
         relies_on=(
             *_LAYER,

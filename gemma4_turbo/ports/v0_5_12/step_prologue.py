@@ -23,10 +23,9 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.run import peer
-from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.fusions.norm_kinds import different_bits, odd_rows
 from gemma4_turbo.kernels import step_prologue as kernel
-from gemma4_turbo.ports.v0_5_12 import sglang_types
+from gemma4_turbo.ports.v0_5_12 import sglang_types, stock
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.attempts import attempt
 from gemma4_turbo.runtime.hooks import hooked
@@ -56,10 +55,6 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         GATHER: gather_method(run, stock[GATHER]),
         PROJECT: project_method(run, stock[PROJECT]),
     }
-
-
-def undo(run: PatchRun) -> None:
-    """Live objects were not changed."""
 
 
 # -- Gemma4TextModel -------------------------------------------------------------------------------
@@ -393,10 +388,10 @@ def _failure(kind: kernel.RMSNormKind | str | None) -> str | None:
 
 def _rms_norm() -> kernel.RMSNormFunction:
     """What RMSNorm.forward_cuda calls."""
-    return norm_kinds.eager_functions().rmsnorm
+    return stock.eager_norms().rmsnorm
 
 
-_traced_rms_norm = norm_kinds.traced_functions().rmsnorm
+_traced_rms_norm = stock.traced_norms().rmsnorm
 """What it comes to when Dynamo traces it."""
 
 

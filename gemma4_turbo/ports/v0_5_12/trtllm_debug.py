@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gemma4_turbo.engine import processes, state_folder
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -201,12 +200,3 @@ def _dump(values: dict[str, Any]) -> str:
             folder.discard(name)
             raise
         return os.path.join(folder.where, name)
-
-
-def undo(run: PatchRun) -> None:
-    """Nothing: no object keeps the functions."""
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """No arithmetic to compare."""
-    return []

@@ -17,7 +17,6 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
@@ -128,12 +127,3 @@ def owners(config: Any) -> tuple[list[int], list[int]]:
     full = [layer for layer in config.full_attention_layer_ids if layer < first]
     sliding = [layer for layer in config.swa_attention_layer_ids if layer < first]
     return full, sliding
-
-
-def undo(run: PatchRun) -> None:
-    """Pools that were made stay as they are; the next ones are stock's."""
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing: no arithmetic."""
-    return []

@@ -12,7 +12,6 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
@@ -103,8 +102,3 @@ def undo(run: PatchRun) -> None:
     from sglang.srt.server_args import ServerArgs
 
     _set_default(ServerArgs, float(getattr(ServerArgs, FIELD)))
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing: no arithmetic."""
-    return []

@@ -14,7 +14,6 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
@@ -66,8 +65,3 @@ def undo(run: PatchRun) -> None:
     for attention in list(_narrowed):
         _set_window(attention, attention.config.sliding_window)
     _narrowed.clear()
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing to be equal to: the patch is there to differ from stock."""
-    return []

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -136,12 +135,3 @@ def state_for(pool: Any) -> WindowState:
 
 def _set(backend: Any, state: WindowState) -> None:
     backend.use_sliding_window_kv_pool, backend._swa_kv_pool = state
-
-
-def undo(run: PatchRun) -> None:
-    """Nothing: a state is held no longer than the ``with`` around it."""
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """No arithmetic to compare."""
-    return []

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
@@ -122,12 +121,3 @@ def without_experts(run: PatchRun, config: Any) -> Iterator[None]:
             del config.num_experts
         else:
             config.num_experts = kept
-
-
-def undo(run: PatchRun) -> None:
-    """Nothing: a live assistant keeps its pipeline group, which is stock's own."""
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """No arithmetic to compare."""
-    return []

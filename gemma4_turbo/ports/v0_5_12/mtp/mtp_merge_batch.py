@@ -13,7 +13,6 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
@@ -69,12 +68,3 @@ def idle_draft_input(draft_input: Any, batch: Any, partner: Any) -> Any:
         topk=1 if topk_index is None else topk_index.shape[-1],
         capture_hidden_mode=CaptureHiddenMode.LAST,
     )
-
-
-def undo(run: PatchRun) -> None:
-    """Nothing: the empty draft input is stock's own."""
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """No arithmetic to compare."""
-    return []

@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
@@ -168,8 +167,3 @@ def undo(run: PatchRun) -> None:
         _workers.remove(worker)
         for name in METHODS:
             vars(worker).pop(name, None)
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """No arithmetic to compare."""
-    return []

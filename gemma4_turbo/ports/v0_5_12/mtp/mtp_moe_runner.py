@@ -13,7 +13,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
@@ -85,12 +84,3 @@ def is_unquantised_gemma4(server_args: Any) -> bool:
         and server_args.quantization is None
         and getattr(model_config, "quantization", None) is None
     )
-
-
-def undo(run: PatchRun) -> None:
-    """Nothing: arguments are adjusted once, before there is a server."""
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """No arithmetic to compare."""
-    return []

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime import graphs, hooks
 from gemma4_turbo.runtime.attempts import attempt, told
 from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
@@ -358,8 +357,3 @@ def undo(run: PatchRun) -> None:
     for worker in list(_workers):
         _release(worker)
     _fallback.clear()
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing without a model: the same kernels run."""
-    return []

@@ -30,7 +30,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.runtime import custom_ops, graphs, hooks
 from gemma4_turbo.runtime.attempts import told
@@ -455,8 +454,3 @@ def _on_import(module: Any) -> None:
         _replace_late(_Late.run, module.__name__)
     except Exception as error:  # never into SGLang's import
         _Late.run.set(states.CONFLICT, str(error))
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing: no arithmetic."""
-    return []

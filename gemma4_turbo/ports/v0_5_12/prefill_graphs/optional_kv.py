@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.ports.v0_5_12 import split_ops
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     attention = stock[TARGET]
     attend = custom_ops.register(run.patch.name, SCHEMA, shared_attention, lambda *args: None)
     attend_between_graphs = eager_on_graph(True)(attend)
-    custom_ops.cut_graphs_at(SPLIT_NAMES)
+    split_ops.cut_graphs_at(SPLIT_NAMES)
 
     def forward(
         self: Any,
@@ -68,7 +68,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def undo(run: PatchRun) -> None:
     """Graphs are cut at stock's operators only."""
-    custom_ops.cut_graphs_no_more_at(SPLIT_NAMES)
+    split_ops.cut_graphs_no_more_at(SPLIT_NAMES)
 
 
 def shared_attention(
@@ -103,8 +103,3 @@ def shared_attention(
             pool.set_swa_loc(pool_loc)
     if found.data_ptr() != output.data_ptr():
         output[:tokens].view(found.shape).copy_(found)
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing: no arithmetic."""
-    return []

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime import custom_ops, hooks
 
 if TYPE_CHECKING:
@@ -48,12 +47,3 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         return attention(self, hidden_states, cos, sin, attention_mask)  # type: ignore[no-any-return]
 
     return {TARGET: forward}
-
-
-def undo(run: PatchRun) -> None:
-    """Live objects were not changed."""
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing: no arithmetic."""
-    return []

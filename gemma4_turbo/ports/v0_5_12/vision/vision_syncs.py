@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
@@ -114,8 +113,3 @@ def uniform(bsz: int, seq_len: int, device: torch.device) -> tuple[torch.Tensor,
     """Starts ``[bsz + 1]`` and lengths ``[bsz]`` of sequences of one length, int32."""
     starts = torch.arange(bsz + 1, dtype=torch.int32, device=device) * seq_len
     return starts, torch.full((bsz,), seq_len, dtype=torch.int32, device=device)
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing: no arithmetic."""
-    return []

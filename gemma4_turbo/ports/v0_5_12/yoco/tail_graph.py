@@ -24,6 +24,7 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.steps import Step
+from gemma4_turbo.ports.v0_5_12 import layer_loop
 from gemma4_turbo.ports.v0_5_12.yoco import row_cut
 from gemma4_turbo.ports.v0_5_12.yoco.row_cut import Cut, Tail
 from gemma4_turbo.runtime import graphs, hooks
@@ -62,9 +63,7 @@ def run(model: Any, cut: Cut, tail: Tail, batch: Any) -> torch.Tensor:
     so whatever was launched on it in between has read it by then: the caller puts the rows into a
     tensor of its own at once, and neither logits nor a next step that SGLang prepares ahead see this one.
     """
-    from gemma4_turbo.ports.v0_5_12 import text_model
-
-    layers = functools.partial(text_model.run_tail, model, cut.first)
+    layers = functools.partial(layer_loop.run_tail, model, cut.first)
     patch = YOCO_GRAPH.run
     if patch is None:
         return layers(tail)

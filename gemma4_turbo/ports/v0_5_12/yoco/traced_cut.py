@@ -24,6 +24,7 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.fusions.steps import Step
+from gemma4_turbo.ports.v0_5_12 import layer_loop, split_ops
 from gemma4_turbo.ports.v0_5_12.yoco import row_cut, tail_graph
 from gemma4_turbo.runtime import custom_ops, graphs
 from gemma4_turbo.runtime.fallback import Fallback
@@ -60,12 +61,12 @@ def register() -> None:
     _ops["layers"] = custom_ops.register(
         NAME, SCHEMA, shared_layers, lambda *args: None, counted=False
     )
-    custom_ops.cut_graphs_at(SPLIT_NAMES)
+    split_ops.cut_graphs_at(SPLIT_NAMES)
 
 
 def unregister() -> None:
     """No later graph is cut there. Those that exist go on calling the operator."""
-    custom_ops.cut_graphs_no_more_at(SPLIT_NAMES)
+    split_ops.cut_graphs_no_more_at(SPLIT_NAMES)
 
 
 # -- before the trace ---------------------------------------------------------------------------
@@ -164,8 +165,6 @@ def shared_layers(
     """
     from sglang.srt.compilation import piecewise_context_manager as piecewise
 
-    from gemma4_turbo.ports.v0_5_12 import text_model
-
     if piecewise.is_in_pcg_torch_compile() or piecewise.get_pcg_capture_stream() is not None:
         output.zero_()  # of a made-up batch: nobody reads it
         return
@@ -176,7 +175,7 @@ def shared_layers(
     assert first is not None
     state = hidden_states, residual, normed
     if not _rows_only(whole, first, batch, state, positions, per_layer_inputs, output):
-        rows = text_model.run_layers(whole, first, state, positions, per_layer_inputs, batch)
+        rows = layer_loop.run_layers(whole, first, state, positions, per_layer_inputs, batch)
         output.copy_(rows)
 
 

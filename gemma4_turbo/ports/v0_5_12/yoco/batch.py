@@ -1,8 +1,7 @@
-"""`yoco`: in a prefill, layers that share KV see only the rows whose logits are wanted.
+"""What `yoco` notes on a batch.
 
-The cut is a step of the shared forward of the text model. A batch is also told which of its prompts
-go on in a later chunk: their last rows are wanted by nobody. And it is told to whom SGLang hands the
-model's result, as a hook there would see the rows that are left out.
+Which of its prompts go on in a later chunk: their last rows are wanted by nobody. And to whom SGLang
+hands the model's result, as a hook there would see the rows that are left out.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.fusions.steps import Step
 from gemma4_turbo.ports.v0_5_12.yoco import row_cut
 from gemma4_turbo.runtime.attempts import told
 
@@ -20,10 +19,8 @@ if TYPE_CHECKING:
 BATCH = "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new"
 
 
-def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
-    """The model's loop, and the batch's constructor that notes unfinished prompts."""
-    from gemma4_turbo.ports.v0_5_12 import text_model
-
+def enable(step: Step, run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The batch's constructor, which notes it."""
     init = stock[BATCH]
 
     def init_new(cls: Any, batch: Any, model_runner: Any) -> Any:
@@ -39,8 +36,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             setattr(made.seq_lens_cpu, row_cut.LOGITS, processor)
         return made
 
-    row_cut.YOCO.run = run
-    return {text_model.TARGET: text_model.forward, BATCH: init_new}
+    return {BATCH: init_new}
 
 
 def unfinished(batch: Any) -> list[bool] | None:
@@ -54,14 +50,3 @@ def unfinished(batch: Any) -> list[bool] | None:
         length < len(request.origin_input_ids)
         for length, request in zip(lengths, batch.reqs, strict=True)
     ]
-
-
-def undo(run: PatchRun) -> None:
-    """Switch the step off; the shared forward may live on for other patches."""
-    row_cut.YOCO.run = None
-    row_cut.forget()
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Nothing without a model: the rows go through SGLang's own layers."""
-    return []
