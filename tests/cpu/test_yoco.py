@@ -12,8 +12,8 @@ import torch
 
 from gemma4_turbo.engine import states, switches
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.v0_5_12.yoco import row_cut, tail_graph
 from gemma4_turbo.ports.v0_5_12.yoco import batch as patch
+from gemma4_turbo.ports.v0_5_12.yoco import row_cut, tail_graph
 from tests.cpu import shared_kv
 from tests.cpu.conftest import only_patch, patched_sglang
 
@@ -273,7 +273,9 @@ def test_the_batch_is_told():
     assert isinstance(vars(ForwardBatch)["init_new"], classmethod)
     made = SimpleNamespace(seq_lens_cpu=torch.tensor([10, 16, 9]))
     run = SimpleNamespace()
-    replaced = patch.build(run, {patch.BATCH: lambda cls, batch, runner: made})[patch.BATCH]
+    replaced = patch.enable(row_cut.YOCO, run, {patch.BATCH: lambda cls, batch, runner: made})[
+        patch.BATCH
+    ]
     assert replaced(ForwardBatch, worker_batch(), None) is made
     assert getattr(made.seq_lens_cpu, row_cut.UNFINISHED) == [False, True, False]
     made.seq_lens_cpu = None
@@ -641,7 +643,7 @@ def test_requests_that_tell_nothing_are_no_error():
 
     made = SimpleNamespace(seq_lens_cpu=torch.tensor([10, 16, 9]))
     run = ENGINE.runs[NAME]
-    build = patch.build(run, {patch.BATCH: lambda cls, batch, runner: made})
+    build = patch.enable(row_cut.YOCO, run, {patch.BATCH: lambda cls, batch, runner: made})
     build[patch.BATCH](ForwardBatch, worker_batch(reqs=[SimpleNamespace()] * 3), None)
     assert getattr(made.seq_lens_cpu, row_cut.UNFINISHED) is None
     assert run.state == states.FAILED
