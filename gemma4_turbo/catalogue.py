@@ -213,7 +213,7 @@ _PIECEWISE = (
 CATALOGUE: tuple[Patch, ...] = (
     Patch(
         name="router",
-        summary="Expert routing of Gemma 4's MoE (top-k, softmax, scale, casts) in one launch",
+        summary="MoE routing (top-k, softmax, per-expert scale, two casts) in one launch instead of seven",
         targets=("sglang.srt.models.gemma4_causal:Gemma4MoE.__init__",),
         relies_on=("sglang.srt.layers.moe.topk:TopK.forward_cuda",),
         written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
@@ -232,7 +232,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="step_prologue",
-        summary="Per-layer inputs (E2B, E4B) in two launches and a GEMM; no unread copy of the ids",
+        summary="Per-layer inputs (E2B, E4B) in two launches and a GEMM; token ids are not copied",
         targets=(
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward",
             "sglang.srt.models.gemma4_causal:Gemma4TextModel.get_per_layer_inputs",
@@ -251,7 +251,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="moe_align",
-        summary="Small batches' slots grouped by expert for the fused MoE kernel in one launch",
+        summary="Expert alignment of small batches for the fused MoE kernel, in one launch instead of two",
         targets=(
             "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
             ":moe_align_block_size",
@@ -276,7 +276,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="layer_norms",
-        summary="Norms, residual and router scale between attention and feed-forward in one launch",
+        summary="RMSNorms, residual add and router scale between attention and MLP, in one launch",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -288,7 +288,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="router_norm",
-        summary="The router's norm and scale in one launch, where layer_norms does not take the layer",
+        summary="Router RMSNorm and scale in one launch, on layers that `layer_norms` declines",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Router.forward",),
         relies_on=(
             "sglang.srt.models.gemma4_causal:Gemma4Router.__init__",
@@ -306,7 +306,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="ple_tail",
-        summary="The end of a layer with per-layer embeddings (E2B, E4B) in three launches beside its GEMMs",
+        summary="Epilogue of layers with per-layer embeddings (E2B, E4B): three launches beside the GEMMs",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -318,7 +318,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="qkv_norm",
-        summary="Norms of Q, K and V with one program per token and head",
+        summary="RMSNorms of Q, K and V with one program per token and head",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=_ATTENTION,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -332,7 +332,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="rope_store",
-        summary="Rotation and KV store in the launch of the QKV norms; no dummy K on layers that share KV",
+        summary="RoPE and KV store in the launch of the QKV norms; no dummy K on KV-shared layers",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=(
             *_ATTENTION,
@@ -353,7 +353,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="qkv_proj",
-        summary="Only the rows of the QKV weight that a layer needs are multiplied",
+        summary="QKV projection without the unused K and V rows on KV-shared layers",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.forward",),
         relies_on=_ATTENTION,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -365,7 +365,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="input_norm",
-        summary="The next layer's input norm in the launch of a layer's end",
+        summary="Input RMSNorm of the next layer in the launch of the layer before it",
         targets=(
             "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
             "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
@@ -382,7 +382,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="experts_sum",
-        summary="The sum over a token's experts in the launch of the layer's end",
+        summary="Sum over a token's experts in the launch of the layer's last norm",
         targets=(
             "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_sum_reduce_torch_compile",
@@ -401,7 +401,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="mlp_stream",
-        summary="The dense MLP beside the experts, on a second stream of the CUDA graph",
+        summary="Dense MLP on a second CUDA stream, concurrent with the experts, inside CUDA graphs",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -412,7 +412,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="skinny_gemm",
-        summary="Linear layers for up to 64 tokens, activations in the launch of the product before",
+        summary="Linear layers of up to 64 tokens, with the activation fused into the preceding GEMM",
         targets=(
             "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
             "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
@@ -442,7 +442,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="extend_attention",
-        summary="Attention of prefill and verification for head sizes 256 and 512 on Hopper; window slots without host reads",
+        summary="Prefill and verification attention for head sizes 128, 256 and 512 (Hopper); window indices without host syncs",
         targets=(
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
             "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
@@ -472,7 +472,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="vision_batch",
-        summary="Images and video frames go through the vision encoder in batches",
+        summary="Batched vision encoder: images and video frames of one patch count share a call",
         targets=(
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_image_feature",
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_video_feature",
@@ -491,7 +491,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="vision_positions",
-        summary="Rows of the vision encoder's position table are looked up, not multiplied out",
+        summary="Vision position embeddings by table lookup instead of a one-hot matrix product",
         targets=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",),
         relies_on=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder.__init__",),
         written_for=_VISION_RELEASES,
@@ -501,7 +501,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="vision_clamps",
-        summary="Activations of the vision and audio encoders are not clamped to infinite bounds",
+        summary="Clamps with infinite bounds are skipped in the vision and audio encoders",
         targets=(
             "sglang.srt.layers.clippable_linear:ClippableRowParallelLinear.forward",
             "sglang.srt.layers.clippable_linear:ClippableColumnParallelLinear.forward",
@@ -517,7 +517,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="vision_masks",
-        summary="No attention mask in the vision encoder where the attention does not read it",
+        summary="Attention masks of the vision encoder are built only for backends that read them",
         targets=("sglang.srt.models.gemma4_vision:Gemma4VisionAttention.forward",),
         relies_on=(
             *_VISION_BACKENDS,
@@ -530,7 +530,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="vision_syncs",
-        summary="The vision encoder's layers do not wait for the GPU to learn a length they know",
+        summary="Vision attention without device-to-host syncs for a length that the host knows",
         targets=_VISION_BACKENDS,
         relies_on=("sglang.srt.layers.attention.vision:resolve_seqlens",),
         written_for=_VISION_RELEASES[:8],
@@ -540,7 +540,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="vision_rope",
-        summary="Rotary embedding of the vision encoder in one launch for Q and one for K",
+        summary="RoPE of the vision encoder in one launch each for Q and K",
         targets=("sglang.srt.models.gemma4_vision:_apply_multidimensional_rope",),
         relies_on=(
             "sglang.srt.models.gemma4_vision:_apply_rotary",
@@ -553,7 +553,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="optional_kv",
-        summary="Layers that share KV (E2B, E4B) run under piecewise CUDA graphs",
+        summary="Piecewise CUDA graphs for text-only E2B and E4B, with which stock fails to start",
         targets=("sglang.srt.layers.radix_attention:RadixAttention.forward",),
         relies_on=("sglang.srt.layers.radix_attention:unified_attention_with_output",),
         written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
@@ -570,7 +570,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="mm_prefill_graph",
-        summary="Piecewise CUDA graphs for the language model of models that take pictures",
+        summary="Piecewise CUDA graphs for the language model of multimodal checkpoints",
         targets=("sglang.srt.server_args:ServerArgs._handle_piecewise_cuda_graph",),
         relies_on=_MM_GRAPH,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -585,7 +585,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="yoco",
-        summary="Prefill gives layers that share KV (E2B, E4B) only the rows whose logits are wanted",
+        summary="You Only Cache Once: KV-shared layers (E2B, E4B) prefill only the rows whose logits are needed",
         targets=(
             "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",
             "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
@@ -614,7 +614,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="yoco_graph",
-        summary="Prefill's layers that share KV, on the rows that `yoco` leaves, in CUDA graphs",
+        summary="CUDA graphs for the KV-shared layers of a prefill, on the rows that `yoco` keeps",
         targets=("sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",),
         relies_on=(
             *_LAYER,
@@ -640,7 +640,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="yoco_piecewise",
-        summary="The cut of `yoco` where SGLang runs the prefill in piecewise CUDA graphs",
+        summary="The cut of `yoco` inside piecewise CUDA graphs of prefill",
         targets=("sglang.srt.models.gemma4_causal:Gemma4TextModel.forward",),
         relies_on=(
             *_LAYER,
@@ -659,7 +659,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="shared_kv_pool",
-        summary="No KV memory for layers that share another layer's (E2B, E4B)",
+        summary="KV pools without memory for KV-shared layers (18 of 42 on E4B, 20 of 35 on E2B)",
         targets=(
             "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",
             "sglang.srt.model_executor.pool_configurator"
@@ -682,7 +682,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="swa_ratio",
-        summary="Default swa_full_tokens_ratio of 0.15 for the MoE models; a given one stays",
+        summary="Default `swa_full_tokens_ratio` of 0.15 for the MoE models; an explicit value wins",
         targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
         relies_on=(
             "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator.__init__",
@@ -697,7 +697,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="decode_attention",
-        summary="Decode attention with the window's own splits, for heads of 256 and 512 (Hopper)",
+        summary="Decode attention for head sizes 256 and 512 (Hopper), with splits chosen on the device from the lengths",
         targets=("sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",),
         relies_on=(
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.__init__",
@@ -718,7 +718,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="moe_configs",
-        summary="Block sizes of the fused experts' kernel, tuned for Gemma 4's experts on this GPU",
+        summary="Tuned block sizes of the fused MoE kernel for 26B-A4B on H100 and H200",
         targets=(
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
         ),
@@ -739,7 +739,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="mtp_merge_batch",
-        summary="MTP: a batch whose requests all finished in one step can be merged with a new one",
+        summary="MTP fix: merging a batch whose requests all finished in one verify step",
         targets=("sglang.srt.managers.schedule_batch:ScheduleBatch.merge_batch",),
         relies_on=(
             "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
@@ -763,7 +763,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="frozen_kv_views",
-        summary="MTP: the draft's attention backend follows the KV pool that is swapped in",
+        summary="MTP fix: the draft's attention backend follows a swapped KV pool",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_utils:frozen_kv_target_view",
             "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
@@ -787,7 +787,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="kv_scales",
-        summary="8-bit KV cache: who reads another layer's cache uses the scales it was written with",
+        summary="8-bit KV cache fix: KV-shared layers and the MTP draft dequantise with the owner layer's scales",
         targets=(
             "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype",
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context",
@@ -811,7 +811,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="mtp_launch",
-        summary="MTP: an assistant without pipeline group or number of experts can be loaded",
+        summary="MTP fix: assistants without a pipeline group or expert count can be loaded",
         targets=(
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.__init__",
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.load_weights",
@@ -826,7 +826,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="mtp_moe_runner",
-        summary="Unquantised Gemma 4 MoE never gets a FlashInfer runner that was not asked for",
+        summary="MTP fix: an unquantised MoE gets no FlashInfer runner unless one is requested",
         targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
         relies_on=(),
         written_for=(),  # as for mtp_launch
@@ -838,7 +838,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="mtp_chain",
-        summary="MTP: a chain of drafts takes the largest logit; no softmax, no search in a tree",
+        summary="MTP drafts with one candidate per step: arg-max instead of softmax, no tree search",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
             ":FrozenKVMTPCudaGraphRunner.__init__",
@@ -868,7 +868,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="mtp_seed_graph",
-        summary="MTP: the seed step of the draft, which stock runs eagerly, in CUDA graphs",
+        summary="CUDA graphs for the MTP draft's seed step, which stock runs eagerly",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
             ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size",
@@ -898,7 +898,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="mtp_metadata",
-        summary="MTP: the draft attends with the metadata of the seed step before it",
+        summary="Attention metadata and positions of the MTP seed step are reused by the draft",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
             ":FrozenKVMTPCudaGraphRunner.capture",
@@ -931,7 +931,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="swa_window",
-        summary="Sliding layers attend to as many tokens as the model was trained with, not one more",
+        summary="Sliding-window off-by-one fix: layers attend to exactly the trained window; changes the output",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",),
         relies_on=("sglang.srt.models.gemma4_causal:get_attention_sliding_window_size",),
         written_for=("0.5.11", "0.5.12", "0.5.12.post1", "0.5.13", "0.5.13.post1"),
@@ -947,7 +947,7 @@ CATALOGUE: tuple[Patch, ...] = (
     ),
     Patch(
         name="trtllm_debug",
-        summary="Traps before the TRT-LLM attention kernel and behind the sliding-window allocator",
+        summary="Debug traps around the TRT-LLM attention kernel and the sliding-window allocator",
         targets=(
             "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_decode",
             "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_extend",
