@@ -8,8 +8,10 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from bench import releases
 from gemma4_turbo import fingerprints, states
 from gemma4_turbo.catalogue import CATALOGUE, by_name
 from tests.cpu.conftest import REPOSITORY
@@ -85,6 +87,29 @@ def test_the_table_is_what_the_wheels_hold(release: str) -> None:
     recorded = fingerprints.record_release(fingerprints.wheel_source(wheel(release)))
     assert recorded == fingerprints.known_releases()[release]
     assert recorded
+
+
+@pytest.mark.parametrize("release", ["0.5.11", BASELINE, "0.5.13", "0.5.23"])
+def test_the_documented_states_are_what_the_wheels_give(release: str) -> None:
+    """`bench/results/releases.csv`, of which the documentation's table is made."""
+    recorded = pd.read_csv(releases.RECORD, dtype=str)
+    rows = recorded[recorded["release"] == release].to_dict("records")
+    assert rows == releases.judged(wheel(release))
+
+
+def test_the_documented_states_are_complete_and_as_the_fingerprints_say() -> None:
+    """A patch is active where all of its sources are those of a release that it was written for."""
+    table = fingerprints.known_releases()
+    recorded = pd.read_csv(releases.RECORD, dtype=str).set_index(["release", "patch"])["state"]
+    assert set(recorded.index) == {
+        (release, patch.name) for release in table for patch in CATALOGUE
+    }
+    for patch in CATALOGUE:
+        known = [[table[release].get(t) for t in patch.sources] for release in patch.written_for]
+        for release, prints in table.items():
+            found = [prints.get(target) for target in patch.sources]
+            active = recorded[release, patch.name] == states.ACTIVE
+            assert active == (found in known), (release, patch.name)
 
 
 def test_every_release_that_a_patch_is_written_for_is_in_the_table() -> None:
