@@ -79,9 +79,10 @@ def family(page: str) -> str:
 
 
 def _described(patch: Patch) -> list[str]:
-    needs = "".join(f"; needs `{name}`" for name in patch.requires)
+    needs = " and ".join(f"`{name}`" for name in patch.requires)
     default = "on" if patch.default else "off"
-    return [patch.summary + needs, f"`{patch.numerics}`", default, f"`{patch.env}`"]
+    summary = f"{patch.summary}; needs {needs}" if needs else patch.summary
+    return [summary, f"`{patch.numerics}`", default, f"`{patch.env}`"]
 
 
 def families() -> str:
