@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # Triton builds its launcher with a C compiler and Python.h.
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint tables clean
+.PHONY: demo test lint docs tables clean
 
 demo: $(READY)
 	@$(BIN)/python -m gemma4_turbo demo
@@ -16,20 +16,25 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
-lint: $(READY)
+lint: $(READY) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-tables: $(READY)  ## README's tables from bench/results
+docs: $(READY)  ## the documentation as a site in site/; a broken link is an error
+	@# Not --quiet: MkDocs counts no warning that it does not print, and --strict finds none then.
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir site
+	@$(BIN)/towncrier build --draft --version next >/dev/null
+
+tables: $(READY)  ## the tables of README and docs, from bench/results and the catalogue
 	$(BIN)/python bench/tables.py
 
 $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (PYTHON=/path/to/python3.12)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[sglang,test,bench]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[sglang,test,bench,docs]'
 	@touch $@
 
 clean:

@@ -1,13 +1,17 @@
-"""README's tables, written between its markers from the CSV files in ``bench/results``.
+"""Tables of README and docs, written between markers: measurements, patches, releases.
 
-python bench/tables.py            # rewrite README.md
-python bench/tables.py --check    # exit 1 if README.md differs
+python bench/tables.py            # rewrite README.md and the pages in docs/
+python bench/tables.py --check    # exit 1 if one of them differs
+
+Measurements come from the CSV files in ``bench/results``, patches from the catalogue.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +20,7 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import tables_engines
+from bench import tables_catalogue, tables_engines
 from bench.table_text import (
     change,
     chosen,
@@ -35,7 +39,7 @@ from gemma4_turbo.models.geometry import GEOMETRIES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-README = ROOT / "README.md"
+MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BATCHES = (1, 8, 32)
 KERNEL_ROWS = (1, 32, 4096)
 
@@ -356,7 +360,7 @@ def moe() -> str | None:
     )
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str | None]] = {
     "headline": headline,
     "engine": engine,
     "decode-engine": decode_engine,
@@ -374,29 +378,64 @@ TABLES = {
     "short": lambda: tables_engines.short_prompts(RESULTS),
     "pools": lambda: tables_engines.pools(RESULTS),
     "divergence": lambda: tables_engines.divergence(RESULTS),
+    "divergence-ratios": lambda: tables_engines.divergence_ratios(RESULTS),
     "mtp": lambda: tables_engines.mtp(RESULTS),
+    "releases": lambda: tables_catalogue.releases(RESULTS),
+    "release-counts": lambda: tables_catalogue.counts(RESULTS),
+    "patches": tables_catalogue.patches,
+    "families": tables_catalogue.families,
+    **{
+        f"patches-{page}": functools.partial(tables_catalogue.family, page)
+        for page in tables_catalogue.FAMILIES
+    },
 }
 
 
-def render(text: str) -> str:
-    """``text`` with every table between its markers made anew, nothing where nothing is measured."""
-    for name, make in TABLES.items():
-        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not marked.search(text):
-            raise SystemExit(f"bench/tables.py: README.md has no marker for the table {name!r}")
-        table = make()
-        inside = "" if table is None else f"{table}\n"
-        text = marked.sub(lambda found, inside=inside: found[1] + inside + found[2], text)
-    return text
+def pages(root: Path = ROOT) -> list[Path]:
+    """README and every page of the documentation."""
+    return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def render(texts: Iterable[str]) -> list[str]:
+    """The pages with every table between its markers made anew.
+
+    A table may be on several pages and is on one at least; nothing is written where nothing is
+    measured. A marker without a table, or a table without a marker, ends the program.
+    """
+    made: dict[str, str] = {}
+
+    def between(found: re.Match[str]) -> str:
+        name = found[2]
+        if name not in TABLES:
+            raise SystemExit(f"bench/tables.py: a page has a marker for the unknown table {name!r}")
+        if name not in made:
+            table = TABLES[name]()
+            # The empty lines end the comments, which are HTML to Markdown.
+            made[name] = "" if table is None else f"\n{table}\n\n"
+        return found[1] + made[name] + found[3]
+
+    after = [MARKED.sub(between, text) for text in texts]
+    lacking = TABLES.keys() - made
+    if lacking:
+        raise SystemExit(f"bench/tables.py: no page has a marker for {', '.join(sorted(lacking))}")
+    return after
 
 
 def main(check: Annotated[bool, typer.Option(help="Only compare")] = False) -> None:
     """Write the tables, or compare them."""
-    before = README.read_text()
-    after = render(before)
-    if check:
-        sys.exit(before != after)
-    README.write_text(after)
+    paths = pages()
+    before = [path.read_text(encoding="utf-8") for path in paths]
+    changed = [
+        (path, after)
+        for path, text, after in zip(paths, before, render(before), strict=True)
+        if text != after
+    ]
+    for path, after in changed:
+        if check:
+            print(f"{path.relative_to(ROOT)} is out of date: make tables")
+        else:
+            path.write_text(after, encoding="utf-8")
+    sys.exit(check and bool(changed))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""README's tables of whole engines doing one thing: long prompts, pictures, full pools, speculation.
+"""Tables of whole engines doing one thing: long prompts, pictures, full pools, speculation.
 
 Each function takes the folder with the CSV files, and returns None where nothing is measured.
 """
@@ -196,45 +196,86 @@ def serving(results: Path) -> str | None:
     )
 
 
-def divergence(results: Path) -> str | None:
-    """Distances of next-token distributions: stock from itself, from patched, from fp32 attention."""
+CHUNKS = "stock vs stock, chunks of "
+ALONE = "stock vs stock, one at a time"
+PATCHED = "stock vs patched"
+DIVERGENCES = ("KL divergence", "KL divergence, decode")
+
+
+def distances(results: Path) -> list[tuple[list[str], pd.Series]]:
+    """Model and patches of each run, and its distances by pair and quantity."""
     frame = read(results / "divergence.csv")
     if frame is None:
+        return []
+    # Fewer chunks in one run, more in the next: of each distance, the newest.
+    newest = [
+        newest_rows(kind, "variant", "quantity") for _, kind in frame.groupby(KEYS, sort=False)
+    ]
+    return [(named(run), run.set_index(["variant", "quantity"])["value"]) for run in newest]
+
+
+def divergence(results: Path) -> str | None:
+    """Distances of next-token distributions: stock from itself, from patched, from fp32 attention."""
+    found = distances(results)
+    if not found:
         return None
     rows = []
-    chunks = "stock vs stock, chunks of "
-    for _, kind in frame.groupby(KEYS, sort=False):
-        # Fewer chunks in one run, more in the next: of each distance, the newest.
-        run = newest_rows(kind, "variant", "quantity")
-        value = run.set_index(["variant", "quantity"])["value"]
+    for names, value in found:
 
         def far(pair: str, value: pd.Series = value) -> str:
-            found = []
-            for name in ("KL divergence", "KL divergence, decode"):
+            told = []
+            for name in DIVERGENCES:
                 if (pair, name) not in value.index:
                     return "-"
                 error = value.get((pair, f"{name}, standard error"))
                 more = "" if error is None else f" ± {error * 1e5:.2f}"
-                found.append(f"{value[(pair, name)] * 1e5:.2f}{more}")
-            return "; ".join(found)
+                told.append(f"{value[(pair, name)] * 1e5:.2f}{more}")
+            return "; ".join(told)
 
         cut = [
-            f"{pair.removeprefix(chunks)}: {far(pair)}"
+            f"{pair.removeprefix(CHUNKS)}: {far(pair)}"
             for pair in value.index.unique("variant")
-            if pair.startswith(chunks)
+            if pair.startswith(CHUNKS)
         ]
         exact = "stock, attention in fp32"
         rows.append([
-            *named(run), far("stock vs patched"), far("stock vs stock, one at a time"),
+            *names, far(PATCHED), far(ALONE),
             ", ".join(cut) or "-", far(f"{exact} vs stock"), far(f"{exact} vs patched"),
         ])  # fmt: skip
     header = ["model", "patches", "patched", "stock, one prompt at a time"]
     header += ["stock, chunks of so many tokens", "attention in fp32 from stock", "from patched"]
+    frame = pd.read_csv(results / "divergence.csv")
     return (
         f"{markdown(header, rows)}\n\nKL divergence of next-token distributions, 1e-5 nats, the end of "
         "the prompt; decoding. From stock but for the last two columns; with standard errors where "
         "they were taken. `python bench/engine.py --unit-norms --kl 32 --kl-new 12 --kl-chunk 128 "
         f"--kl-exact`: random weights, norms around one, prompts of 16 to 6000 tokens. {origins(frame)}."
+    )
+
+
+def divergence_ratios(results: Path) -> str | None:
+    """Patched's distance from stock over stock's own with other batches, and with other chunks."""
+    found = distances(results)
+    if not found:
+        return None
+    rows = []
+    for names, value in found:
+        cuts = [pair for pair in value.index.unique("variant") if pair.startswith(CHUNKS)]
+        smallest = min(cuts, key=lambda pair: int(pair.removeprefix(CHUNKS)), default=None)
+        cells = [
+            f"{value[(PATCHED, name)] / value[(pair, name)]:.2f}"
+            if pair is not None and {(PATCHED, name), (pair, name)} <= set(value.index)
+            else "-"
+            for pair in (ALONE, smallest)
+            for name in DIVERGENCES
+        ]
+        rows.append([*names, *cells[:2], (smallest or "-").removeprefix(CHUNKS), *cells[2:]])
+    header = ["model", "patches", "over stock one at a time, prompt", "decoding"]
+    header += ["smallest chunks", "over stock in such chunks, prompt", "decoding"]
+    frame = pd.read_csv(results / "divergence.csv")
+    return (
+        f"{markdown(header, rows)}\n\nKL divergence of patched from stock, divided by that of stock "
+        f"from itself: ratios of the values in the table below. {origins(frame)}."
     )
 
 

@@ -49,6 +49,7 @@ def as_records(rows: Sequence[PatchStatus]) -> list[dict[str, Any]]:
         records.append(
             {
                 "name": row.name,
+                "summary": patch.summary,
                 "env": patch.env,
                 "default": "on" if patch.default else "off",
                 "state": row.state,

@@ -10,7 +10,8 @@ import pytest
 
 from bench import kernels as bench
 from bench import tables, tune_moe
-from gemma4_turbo.catalogue import BITWISE, CATALOGUE
+from bench import tables_catalogue as catalogue_tables
+from gemma4_turbo.catalogue import BITWISE, CATALOGUE, by_name
 from gemma4_turbo.kernels import moe_tables
 
 OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
@@ -330,7 +331,7 @@ def test_bytes_in_words():
     assert found == ["2 B", "999 B", "1.5 kB", "999 kB", "1.5 MB", "2,500.0 MB"]
 
 
-# -- README -----------------------------------------------------------------------------------------------
+# -- pages ------------------------------------------------------------------------------------------------
 
 
 def test_what_is_not_measured_leaves_its_markers_empty(results, monkeypatch):
@@ -339,16 +340,116 @@ def test_what_is_not_measured_leaves_its_markers_empty(results, monkeypatch):
     text = "a\n<!-- table: decode-engine -->\n<!-- end -->\nb\n"
     text += "<!-- table: decode-kernels -->\nold\n<!-- end -->\nc\n"
     empty = text.replace("old\n", "")
-    assert tables.render(text) == empty
+    assert tables.render([text]) == [empty]
     engine_csv(results / "decode-e9b-engine.csv")
     kernel_csv(results / "decode-kernels-h9.csv", NEW, ["layer_norms"])
-    full = tables.render(text)
+    (full,) = tables.render([text])
     assert full.count("| e9b") == 3
     assert full.count("| 26b-a4b |") == 1
-    assert full.endswith("<!-- end -->\nc\n")
-    assert tables.render(full) == full
+    assert full.endswith("\n\n<!-- end -->\nc\n")
+    assert tables.render([full]) == [full]
 
 
-def test_a_marker_that_readme_lacks(results):
-    with pytest.raises(SystemExit, match="no marker for the table 'headline'"):
-        tables.render("nothing here")
+MARKED = "<!-- table: one -->\n{}<!-- end -->\n"
+
+
+@pytest.fixture
+def two_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of all others."""
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: "1", "two": lambda: "2"})
+
+
+def test_a_table_on_two_pages(two_tables):
+    other = MARKED.replace("one", "two")
+    pages = [MARKED.format("") + other.format("old\n"), "text", MARKED.format("")]
+    one, two = MARKED.format("\n1\n\n"), other.format("\n2\n\n")
+    assert tables.render(pages) == [one + two, "text", one]
+
+
+def test_a_table_that_no_page_has(two_tables):
+    with pytest.raises(SystemExit, match="no page has a marker for two"):
+        tables.render(["nothing here", MARKED.format("")])
+
+
+def test_a_marker_without_a_table(two_tables):
+    with pytest.raises(SystemExit, match="unknown table 'three'"):
+        tables.render([MARKED.replace("one", "three")])
+
+
+def test_a_check_writes_nothing_and_fails_where_a_page_differs(
+    two_tables, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "docs").mkdir()
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "page.md"
+    old = MARKED.format("") + MARKED.replace("one", "two").format("")
+    page.write_text(old)
+    readme.write_text("nothing")
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "pages", lambda: [readme, page])
+    with pytest.raises(SystemExit) as ended:
+        tables.main(check=True)
+    assert ended.value.code == 1
+    assert page.read_text() == old
+    assert capsys.readouterr().out == "docs/page.md is out of date: make tables\n"
+    for check in (False, True):
+        with pytest.raises(SystemExit) as ended:
+            tables.main(check=check)
+        assert ended.value.code == 0
+    assert "\n1\n" in page.read_text()
+
+
+def test_the_pages_are_readme_and_all_of_docs(tmp_path):
+    (tmp_path / "docs" / "deep").mkdir(parents=True)
+    for name in ("README.md", "docs/b.md", "docs/deep/a.md", "docs/c.txt"):
+        (tmp_path / name).touch()
+    found = [str(page.relative_to(tmp_path)) for page in tables.pages(tmp_path)]
+    assert found == ["README.md", "docs/b.md", "docs/deep/a.md"]
+
+
+# -- patches and releases ---------------------------------------------------------------------------------
+
+
+def test_runs_of_releases():
+    releases = ["1", "2", "3", "4", "5"]
+    assert catalogue_tables.spans(["1", "2", "3", "5"], releases) == "1 to 3, 5"
+    assert catalogue_tables.spans(["2", "4"], releases) == "2, 4"
+    assert catalogue_tables.spans([], releases) == "-"
+
+
+def test_a_table_of_releases(tmp_path):
+    assert catalogue_tables.releases(tmp_path) is catalogue_tables.counts(tmp_path) is None
+    rows = [
+        ("0.5.11", "router", "active"),
+        ("0.5.12", "router", "active"),
+        ("0.5.13", "router", "upstreamed"),
+        ("0.5.11", "yoco", "unsupported"),
+        ("0.5.12", "yoco", "active"),
+        ("0.5.13", "yoco", "unsupported"),
+        ("0.5.12", "mtp_launch", "looks"),
+    ]
+    frame = pd.DataFrame(rows, columns=["release", "patch", "state"])
+    frame.to_csv(tmp_path / "releases.csv", index=False)
+    found = {line[0]: line[1:] for line in cells(catalogue_tables.releases(tmp_path) or "")}
+    assert found["`router`"] == ["0.5.11 to 0.5.12", "0.5.13", "-", "-"]
+    assert found["`yoco`"] == ["0.5.12", "-", "0.5.11, 0.5.13", "-"]
+    assert found["`mtp_launch`"] == ["-", "-", "-", "0.5.12"]
+    assert cells(catalogue_tables.counts(tmp_path) or "") == [
+        ["0.5.11", "1", "0", "1", "0"],
+        ["0.5.12", "2", "0", "0", "1"],
+        ["0.5.13", "0", "1", "1", "0"],
+    ]
+
+
+def test_tables_of_patches():
+    lines = {line[0]: line[1:] for line in cells(catalogue_tables.patches())}
+    assert len(lines) == len(CATALOGUE)
+    patch = by_name("rope_store")
+    assert lines["[`rope_store`](decode-step.md#rope_store)"] == [
+        f"{patch.summary}; needs `qkv_norm`", "`bitwise`", "on", "`GEMMA4_TURBO_ROPE_STORE`",
+    ]  # fmt: skip
+    memory = cells(catalogue_tables.family("memory"))
+    assert [(line[0], line[3]) for line in memory] == [
+        ("[`shared_kv_pool`](#shared_kv_pool)", "on"),
+        ("[`swa_ratio`](#swa_ratio)", "off"),
+    ]
+    assert "[Experts](docs/patches/experts.md)" in catalogue_tables.families()

@@ -31,7 +31,7 @@ def timed(quantity: str, size: int, stock: float, patched: float, unit: str = "m
     "make",
     [
         *(tables.yoco, tables.vision, tables.images, tables.pools, tables.mtp),
-        *(tables.divergence, tables.serving, tables.short_prompts),
+        *(tables.divergence, tables.divergence_ratios, tables.serving, tables.short_prompts),
     ],
 )
 def test_nothing_is_measured(tmp_path: Path, make: Any):
@@ -109,6 +109,23 @@ def test_divergence(tmp_path: Path):
     assert line[2:6] == [
         "3.00 ± 0.10; 8.00 ± 0.20", "2.00; 4.00", "128: 6.00; 6.00, 256: 7.00; 7.00", "-",
     ]  # fmt: skip
+
+
+def test_divergence_over_stocks_own(tmp_path: Path):
+    """By the smallest chunks; "-" for what was not measured."""
+    rows: list[Row] = [
+        (PAIR, "KL divergence", 32, 4e-5, "nats"),
+        (PAIR, "KL divergence, decode", 32, 9e-5, "nats"),
+        (ALONE, "KL divergence", 32, 2e-5, "nats"),
+    ]
+    for size, value in ((1024, 1e-5), (256, 5e-5)):
+        for name in ("KL divergence", "KL divergence, decode"):
+            rows.append((f"stock vs stock, chunks of {size}", name, 32, value, "nats"))
+    write(tmp_path / "divergence.csv", rows)
+    write(tmp_path / "divergence.csv", rows[:3], patches="router")
+    first, other = cells(tables.divergence_ratios(tmp_path) or "")
+    assert first[1:] == ["`yoco`", "2.00", "-", "256", "0.80", "1.80"]
+    assert other[1:] == ["`router`", "2.00", "-", "-", "-", "-"]
 
 
 def test_short_prompts(tmp_path: Path):

@@ -19,7 +19,8 @@ from gemma4_turbo.models import geometry
 from tests.cpu.conftest import state_by_default
 
 PATCH_KEYS = {
-    *("name", "env", "default", "state", "reason", "numerics", "targets", "engaged", "origin")
+    *("name", "summary", "env", "default", "state", "reason"),
+    *("numerics", "targets", "engaged", "origin"),
 }
 
 # Moves a call to another stream, which a CPU lacks; does no arithmetic; is off.

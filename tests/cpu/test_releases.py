@@ -8,10 +8,13 @@ import zipfile
 from functools import cache
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
+from bench import releases
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.engine.port import Port
 from gemma4_turbo.instance import PORTS, every_port
 from tests.cpu.conftest import REPOSITORY
 
@@ -89,6 +92,32 @@ def test_the_table_is_what_the_wheels_hold(release: str) -> None:
     recorded = fingerprints.record_release(fingerprints.wheel_source(wheel(release)), every_port())
     assert recorded == fingerprints.known_releases()[release]
     assert recorded
+
+
+@pytest.mark.parametrize("release", ["0.5.11", BASELINE, "0.5.13", "0.5.23"])
+def test_the_documented_states_are_what_the_wheels_give(release: str) -> None:
+    """`bench/results/releases.csv`, of which the documentation's table is made."""
+    recorded = pd.read_csv(releases.RECORD, dtype=str)
+    rows = recorded[recorded["release"] == release].to_dict("records")
+    assert rows == releases.judged(wheel(release))
+
+
+def test_the_documented_states_are_complete_and_as_the_fingerprints_say() -> None:
+    """A patch is active where all of its sources are those of a release that it was written for."""
+    table = fingerprints.known_releases()
+    recorded = pd.read_csv(releases.RECORD, dtype=str).set_index(["release", "patch"])["state"]
+    assert set(recorded.index) == {
+        (release, patch.name) for release in table for patch in CATALOGUE
+    }
+    for patch in CATALOGUE:
+        for release, prints in table.items():
+            fits = any(_is_source_of(port, prints, table) for port in PORTS[patch.name])
+            assert (recorded[release, patch.name] == states.ACTIVE) == fits, (release, patch.name)
+
+
+def _is_source_of(port: Port, prints: dict[str, str], table: dict[str, dict[str, str]]) -> bool:
+    found = [prints.get(target) for target in port.sources]
+    return found in [[table[known].get(t) for t in port.sources] for known in port.written_for]
 
 
 def test_every_release_that_a_patch_is_written_for_is_in_the_table() -> None:
