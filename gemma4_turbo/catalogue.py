@@ -1,8 +1,7 @@
-"""Every patch as data, one record each.
+"""What a user can switch: every patch as data, one record each. No name of SGLang's.
 
-A record is all that the rest of the package knows of a patch. Its code is in
-``patches/<name>.py``, its kernel in ``kernels/<name>.py``, its tests in ``tests/*/test_<name>.py``,
-and the fingerprints of its targets, release by release, in ``releases.json``.
+Which of SGLang's functions a patch replaces, and where its code is, is said by its ports, one for each
+release line: ``ports/<line>/sources.py``. See `docs/adding-a-patch.md`.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_every_change_of_the_code_counts(old: str, new: str) -> None:
 
 
 def test_a_fingerprint_is_the_same_for_every_python() -> None:
-    """Written down once, under Python 3.11: an equal value elsewhere keeps releases.json valid."""
+    """Written down once, under Python 3.11: an equal value elsewhere keeps the tables valid."""
     assert of("def route(x: int) -> list[str]:\n    return [f'{x!r:>{4}}']\n") == "0ad244a71f4408fd"
 
 

@@ -10,10 +10,10 @@ import torch
 
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.engine.run import PatchRun
-from gemma4_turbo.fusions import norm_kinds
+from gemma4_turbo.fusions import norm_kinds, operators
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail, qkv, router_norm
-from gemma4_turbo.ports.v0_5_12 import ops, stock
+from gemma4_turbo.ports.v0_5_12 import stock
 
 EPS = 1e-6
 DTYPE = torch.bfloat16
@@ -203,16 +203,16 @@ def traced(name: str) -> tuple[Any, list[Any]]:
     one = scalar(0.7)
     q, k, v = (draw("1", 7, n * 256, n) for n in (4, 2, 3))
     return {
-        "layer_norms": (ops.layer_norms_op, [x, r, w, EPS, w, EPS, w, one, EPS, w, EPS, 0]),
-        "router_norm": (ops.router_norm_op, [x, w, one, EPS, 0]),
-        "norm_add": (ops.norm_add_op, [x, w, EPS, r, one, w, EPS, 0]),
-        "gelu_mul": (ops.gelu_mul_op, [x, r]),
+        "layer_norms": (operators.layer_norms_op, [x, r, w, EPS, w, EPS, w, one, EPS, w, EPS, 0]),
+        "router_norm": (operators.router_norm_op, [x, w, one, EPS, 0]),
+        "norm_add": (operators.norm_add_op, [x, w, EPS, r, one, w, EPS, 0]),
+        "gelu_mul": (operators.gelu_mul_op, [x, r]),
         "layer_tail": (
-            ops.layer_tail_op,
+            operators.layer_tail_op,
             [x, w, EPS, r, one, r, w, EPS, w, EPS, w, EPS, 0],
         ),
         "qkv": (
-            ops.qkv_op,
+            operators.qkv_op,
             [q, k, v[:, :512], weight(256, 3), weight(256, 4), EPS, 256, None, None],
         ),
     }[name]

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.fusions import steps
+from gemma4_turbo.fusions import operators, steps
 from gemma4_turbo.fusions.steps import UNPROVEN, Step, differing, samples
 from gemma4_turbo.kernels import qkv as kernel
 from gemma4_turbo.kernels.qkv import Rope, Store
-from gemma4_turbo.ports.v0_5_12 import linear, ops, sglang_types, stock
+from gemma4_turbo.ports.v0_5_12 import linear, sglang_types, stock
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Attention.forward"
 
@@ -108,7 +108,7 @@ def enable(step: Step, run: Any, stock: dict[str, Any]) -> dict[str, Any]:
     """Give a step to a patch; returns the replacement."""
     _stock[TARGET] = stock[TARGET]
     sglang_types.load()
-    _ops["qkv"] = ops.qkv_op()
+    _ops["qkv"] = operators.qkv_op()
     step.run = run
     return {TARGET: forward}
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.fusions import steps
+from gemma4_turbo.fusions import operators, steps
 from gemma4_turbo.fusions.steps import UNPROVEN, Step, differing, eps_of, samples
 from gemma4_turbo.kernels import layer_norms, layer_tail, norms, pdl, ple_tail
-from gemma4_turbo.ports.v0_5_12 import linear, ops, sglang_types, stock
+from gemma4_turbo.ports.v0_5_12 import linear, sglang_types, stock
 from gemma4_turbo.runtime.custom_ops import capturing
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
@@ -121,10 +121,10 @@ def enable(step: Step, run: Any) -> dict[str, Any]:
     """Give a step to a patch; returns the replacement."""
     sglang_types.load()
     for name, make in (
-        ("layer_norms", ops.layer_norms_op),
-        ("norm_add", ops.norm_add_op),
-        ("gelu_mul", ops.gelu_mul_op),
-        ("layer_tail", ops.layer_tail_op),
+        ("layer_norms", operators.layer_norms_op),
+        ("norm_add", operators.norm_add_op),
+        ("gelu_mul", operators.gelu_mul_op),
+        ("layer_tail", operators.layer_tail_op),
     ):
         _ops[name] = make()
     step.run = run

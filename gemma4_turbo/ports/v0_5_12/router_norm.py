@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.engine.checks import Check
-from gemma4_turbo.fusions import steps
+from gemma4_turbo.fusions import operators, steps
 from gemma4_turbo.kernels import router_norm as kernel
 from gemma4_turbo.ports.v0_5_12 import checks as checks_of
-from gemma4_turbo.ports.v0_5_12 import ops, sglang_types
+from gemma4_turbo.ports.v0_5_12 import sglang_types
 from gemma4_turbo.ports.v0_5_12.decoder_layer import batch_invariant
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The router's forward."""
     _stock[TARGET] = stock[TARGET]
     sglang_types.load()
-    _ops["router_norm"] = ops.router_norm_op()
+    _ops["router_norm"] = operators.router_norm_op()
     STEP.run = run
     return {TARGET: forward}
 

@@ -1,0 +1,108 @@
+"""What `docs/architecture.md` and `docs/adding-a-patch.md` say is so."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from gemma4_turbo import catalogue, instance
+from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.engine.installer import Engine
+from gemma4_turbo.engine.port import Port
+from tests.cpu.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "gemma4_turbo"
+ROOMS = ("engine", "kernels", "plans", "runtime", "fusions", "models")
+PAGE = (REPOSITORY / "docs" / "adding-a-patch.md").read_text()
+
+
+def strings(path: Path) -> list[str]:
+    """The strings of a module that are no docstrings."""
+    tree = ast.parse(path.read_text())
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in said
+    ]
+
+
+@pytest.mark.parametrize("room", [*ROOMS, "catalogue.py", "instance.py"])
+def test_no_name_of_sglangs_outside_the_ports(room: str) -> None:
+    """Imports are import-linter's to find; this finds ``"sglang.module:function"``."""
+    place = PACKAGE / room
+    files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
+    assert files
+    named = [(path.name, text) for path in files for text in strings(path) if "sglang." in text]
+    assert named == []
+
+
+def test_such_a_name_is_found() -> None:
+    """In the ports there are many."""
+    assert any("sglang." in text for text in strings(PACKAGE / "ports/v0_5_12/sources.py"))
+
+
+@pytest.mark.parametrize("patch", catalogue.CATALOGUE, ids=lambda patch: patch.name)
+def test_a_port_for_every_patch(patch: catalogue.Patch) -> None:
+    """And none for a patch that the catalogue does not have."""
+    assert instance.PORTS[patch.name]
+    names = {patch.name for patch in catalogue.CATALOGUE}
+    assert all(line.PORTS.keys() <= names for line in instance.LINES)
+
+
+# -- the example of docs/adding-a-patch.md ----------------------------------------------------------
+
+
+def block(start: str) -> str:
+    """The page's Python that begins so."""
+    (found,) = [
+        code
+        for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+        if code.startswith(start)
+    ]
+    return found
+
+
+def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Record, port and code as they stand there, on SGLang's own class."""
+    monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path / "state"))
+    names = {**vars(catalogue), "Port": Port, "HERE": "the_line"}
+    patch = eval(block("Patch("), names)
+    ports = eval("{" + block('"example": Port(') + "}", names)
+    code = types.ModuleType("the_line.example")
+    exec(
+        "from gemma4_turbo.runtime import custom_ops\n"
+        "from gemma4_turbo.runtime.hooks import hooked\n" + block("TARGET ="),
+        vars(code),
+    )
+    monkeypatch.setitem(sys.modules, "the_line.example", code)
+    (port,) = ports.values()
+    prints = fingerprints.record_release(fingerprints.installed_source, [port])
+    table: Any = {**fingerprints.known_releases(), "0.5.12.post1": prints}
+    monkeypatch.setattr(fingerprints, "known_releases", lambda: table)
+
+    from sglang.srt.models.gemma4_causal import Gemma4TextModel
+
+    stocks = vars(Gemma4TextModel)["get_input_embeddings"]
+    engine = Engine([patch], {patch.name: (port,)}, "sglang.srt.models.gemma4_")
+    engine.apply()
+    try:
+        run = engine.runs["example"]
+        assert run.state == states.ACTIVE, run.reason
+        model = mock.Mock(embed_tokens=mock.Mock())
+        assert Gemma4TextModel.get_input_embeddings(model) is model.embed_tokens
+        assert run.engaged_count() == 1
+        model.embed_tokens.__dict__["_forward_hooks"] = {1: print}
+        assert Gemma4TextModel.get_input_embeddings(model) is stocks(model)
+        assert run.engaged_count() == 1
+        assert "the embedding has forward hooks" in run.full_reason()
+    finally:
+        engine.revert()
+    assert vars(Gemma4TextModel)["get_input_embeddings"] is stocks
