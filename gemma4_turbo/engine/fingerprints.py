@@ -228,6 +228,18 @@ class Definitions:
             if (alias.asname or alias.name) == name
         ]
 
+    def mentions(self, target: str, name: str) -> bool:
+        """As `uses`, or a parameter or something that it defines is called so."""
+        node = self.node(target)
+        if node is None:
+            return False
+        defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        return self.uses(target, name) or any(
+            (isinstance(child, ast.arg) and child.arg == name)
+            or (isinstance(child, defined) and child.name == name)
+            for child in ast.walk(node)
+        )
+
     def uses(self, target: str, name: str) -> bool:
         """Whether the definition of ``target`` mentions ``name``."""
         node = self.node(target)
@@ -271,6 +283,12 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
         return all(value is not None and value == known.get(t) for t, value in found.items())
 
     if any(map(is_source_of, candidates)):
+        for target, names in port.reads:
+            if definitions.node(target) is None:
+                return Verdict(states.UNSUPPORTED, f"{label} has no {target}")
+            gone = [name for name in names if not definitions.mentions(target, name)]
+            if gone:
+                return Verdict(states.DRIFTED, f"{label}: {target} has no {', '.join(gone)}")
         return Verdict(states.ACTIVE, f"written for the source that {label} has", port)
     if port.superseded_when is not None and definitions.uses(*port.superseded_when):
         target, name = port.superseded_when
@@ -322,8 +340,9 @@ def mistake(ports: Sequence[Port]) -> str | None:
 
 
 def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
-    holding = {target.partition(":")[0] for target in port.sources}
-    if not holding:
+    read = tuple(target for target, _ in port.reads)
+    holding = {target.partition(":")[0] for target in port.sources + read}
+    if not port.sources:
         return "the patch names no target"
     for module in port.lazy:
         if module not in holding:

@@ -12,6 +12,8 @@ class Port(NamedTuple):
     module: str  # of ours, or "module:attribute"; see `gemma4_turbo.engine.run.PatchModule`
     targets: tuple[str, ...]  # replaced
     relies_on: tuple[str, ...] = ()  # not replaced, but the source must be known
+    # What is only read from, with the names that are read: the rest of its body may change.
+    reads: tuple[tuple[str, tuple[str, ...]], ...] = ()
     written_for: tuple[str, ...] = ()  # releases whose source of all of these it was written for
     # (target, name): stock has it if the target uses the name; None: no release has it
     superseded_when: tuple[str, str] | None = None
@@ -33,7 +35,8 @@ class Port(NamedTuple):
     @property
     def modules(self) -> tuple[str, ...]:
         """The modules that hold `sources` and are waited for."""
-        holding = {target.partition(":")[0] for target in self.sources}
+        read = tuple(target for target, _ in self.reads)
+        holding = {target.partition(":")[0] for target in self.sources + read}
         return tuple(sorted(holding - set(self.lazy)))
 
 

@@ -178,3 +178,42 @@ def test_a_release_that_the_patch_was_not_written_for_does_not_count(world: Worl
     verdict = judge(ports, RELEASE, source)
     assert verdict.state == states.UNSUPPORTED
     assert verdict.reason == f"written for 0.9, not for SGLang {RELEASE}"
+
+
+def test_what_is_only_read_may_change_but_for_the_names_that_are_read(world: World) -> None:
+    """A contract on names instead of a fingerprint; the target's own fingerprint stays."""
+    read = ((world.target("Model"), ("forward", "x")),)
+    ports = record("one", world.target("answer"), reads=read).ports
+    source = fingerprints.folder_source(world.root)
+    world.table[RELEASE] = fingerprints.record_release(source, ports)
+    assert world.target("Model") not in world.table[RELEASE]
+    assert judge(ports, RELEASE, source).port is ports[0]
+    world.edit("x + 1", "x + 4")
+    assert judge(ports, RELEASE, source).state == states.ACTIVE
+    world.edit("def forward", "def forwards")
+    verdict = judge(ports, RELEASE, source)
+    assert verdict.state == states.DRIFTED
+    assert verdict.reason.endswith(f"{world.target('Model')} has no forward")
+    world.edit("class Model", "class Modell")
+    verdict = judge(ports, RELEASE, source)
+    assert verdict.state == states.UNSUPPORTED
+    assert world.target("Model") in verdict.reason
+    world.edit("x * 2", "x * 4")
+    assert judge(ports, RELEASE, source).state == states.DRIFTED
+
+
+def test_the_port_whose_source_is_there_is_chosen(world: World) -> None:
+    """Of two release lines, whichever comes first; neither: the verdict of the nearer one."""
+    old = record("one", world.target("answer"), written_for=("0.9",)).ports[0]
+    new = record("one", world.target("answer"), module="new", written_for=("1.0",)).ports[0]
+    elsewhere = record("one", world.target("nowhere"), written_for=("0.9",)).ports[0]
+    source = fingerprints.folder_source(world.root)
+    world.table["0.9"] = {world.target("answer"): "0" * 16, world.target("nowhere"): "0" * 16}
+    world.table["1.0"] = fingerprints.record_release(source, [new])
+    for ports in ((old, new), (new, old), (elsewhere, new)):
+        assert judge(ports, RELEASE, source).port is new
+    world.edit("x * 2", "x * 4")
+    for ports in ((elsewhere, new), (new, elsewhere)):
+        verdict = judge(ports, RELEASE, source)
+        assert verdict.state == states.DRIFTED
+        assert verdict.port is None

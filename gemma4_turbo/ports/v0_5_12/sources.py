@@ -145,7 +145,6 @@ _PIECEWISE = (
     *_RUNS,
     "sglang.srt.compilation.backend:split_graph",
     "sglang.srt.compilation.cuda_piecewise_backend:CUDAPiecewiseBackend.__call__",
-    "sglang.srt.compilation.piecewise_context_manager:ForwardContext",
 )
 
 
@@ -297,7 +296,7 @@ PORTS: dict[str, Port] = {
         ),
         relies_on=(
             *_LAYER,
-            "sglang.srt.models.gemma3_causal:Gemma3MLP",
+            "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
             "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
             "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
             "sglang.srt.layers.linear:RowParallelLinear.forward",
@@ -319,7 +318,6 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer_cuda_graph",
         ),
         relies_on=(
-            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
             "sglang.srt.layers.attention.triton_ops.extend_attention:extend_attention_fwd",
             "sglang.srt.layers.attention.triton_ops.extend_attention:_fwd_kernel",
@@ -330,6 +328,16 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.translate_loc_from_full_to_swa",
             "sglang.srt.mem_cache.swa_memory_pool"
             ":SWATokenToKVPoolAllocator.translate_loc_from_full_to_swa",
+        ),
+        reads=(
+            (
+                "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
+                (
+                    *("max_extend_len", "qo_indptr", "kv_indptr", "kv_indices"),
+                    *("custom_mask", "mask_indptr"),
+                    *("window_kv_indptr", "window_kv_indices", "window_kv_offsets"),
+                ),
+            ),
         ),
         written_for=("0.5.12", "0.5.12.post1"),
         # It asks for the GPU's capability while it is imported: not before the device is chosen.
@@ -437,8 +445,17 @@ PORTS: dict[str, Port] = {
             "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs",
             *_PIECEWISE,
         ),
+        reads=(
+            (
+                "sglang.srt.compilation.piecewise_context_manager:ForwardContext",
+                ("forward_batch",),
+            ),
+        ),
         written_for=("0.5.12", "0.5.12.post1"),
-        lazy=tuple(dict.fromkeys(source.partition(":")[0] for source in _PIECEWISE)),
+        lazy=(
+            *dict.fromkeys(source.partition(":")[0] for source in _PIECEWISE),
+            "sglang.srt.compilation.piecewise_context_manager",
+        ),
         goes_round=_LAYER_CALLS,
     ),
     "shared_kv_pool": Port(
@@ -676,10 +693,15 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.alloc_decode",
         ),
         relies_on=(
-            "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMMHAMetadata",
             "sglang.srt.layers.attention.trtllm_mha_backend"
             ":TRTLLMHAAttnBackend._get_layer_page_table",
             "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator.__init__",
+        ),
+        reads=(
+            (
+                "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMMHAMetadata",
+                ("cache_seqlens_int32", "page_table", "swa_page_table"),
+            ),
         ),
         written_for=("0.5.12", "0.5.12.post1"),
     ),
