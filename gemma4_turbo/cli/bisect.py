@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +25,6 @@ NOT_OURS = "fails without any patch"
 NOTHING = "passes with all patches"
 INTERRUPTED = "interrupted"
 EXIT = {CULPRIT: 0, NOT_OURS: 1, NOTHING: 1, INTERRUPTED: 130}
-CANNOT_RUN = 2
 TAIL_LINES, TAIL_BYTES = 20, 1 << 16
 
 
@@ -91,9 +89,8 @@ def run(
                 print(json.dumps(_record(trials, found, reasons, logs is not None), indent=1))
             else:
                 say(Console(), _verdict(trials, found))
-    except (CannotRunError, OSError) as error:
-        print(f"gemma4_turbo: {error}", file=sys.stderr)
-        return CANNOT_RUN
+    except OSError as error:
+        raise CannotRunError(str(error)) from None
     return EXIT[found.result]
 
 

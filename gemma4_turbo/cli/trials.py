@@ -17,7 +17,6 @@ from gemma4_turbo.catalogue import Patch
 from gemma4_turbo.cli import process_group, report
 from gemma4_turbo.engine import switches
 
-
 REPEAT = "--repeat 5 runs each set up to 5 times"
 LISTED = 4  # a line lists so many patches, and counts more
 
