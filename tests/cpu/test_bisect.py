@@ -26,8 +26,8 @@ from gemma4_turbo.catalogue import TOLERANCE, Patch
 from gemma4_turbo.cli import bisect
 from gemma4_turbo.cli.minimise import minimise
 from gemma4_turbo.cli.trials import Trials, standing
-from tests.cpu.conftest import REPOSITORY
 from tests.cpu import synthetic
+from tests.cpu.conftest import REPOSITORY
 from tests.cpu.synthetic import alias, clean_environment
 
 NAMES = ("alpha", "beta", "gamma", "delta")
