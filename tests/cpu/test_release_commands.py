@@ -109,7 +109,9 @@ def test_moved_changed_and_gone(tmp_path: Path) -> None:
     assert found["vision_positions"]["what"] == "same"
     path = wheel(
         tmp_path,
-        gemma4_vision=lambda source: source.replace("_rotate_half(x", "_rotate_half(1 * x", 1),
+        gemma4_vision=lambda source: source.replace(
+            "(_rotate_half(x) * sin)", "(_rotate_half(1 * x) * sin)"
+        ),
     )
     found = needs(path)
     assert found["vision_rope"]["what"] == "changed"
