@@ -559,12 +559,12 @@ class TestedServer(ImageServer):
             return [as_row(found) for found in json.loads(answer.read())]
 
     def doctor(self) -> dict[str, Any]:
-        """What ``gemma4_turbo doctor --json`` says in the server's environment.
+        """What ``gemma4_turbo doctor --import --json`` says in the server's environment.
 
         Raises:
             RuntimeError: if it says nothing in time, or no JSON.
         """
-        command = [*self.python, "-m", "gemma4_turbo", "doctor", "--json"]
+        command = [*self.python, "-m", "gemma4_turbo", "doctor", "--import", "--json"]
         try:
             done = subprocess.run(
                 command,

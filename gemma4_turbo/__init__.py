@@ -11,14 +11,11 @@ Nothing here imports torch, triton or SGLang.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
+from gemma4_turbo.engine.states import PatchStatus
 from gemma4_turbo.version import __version__
 
-if TYPE_CHECKING:
-    from gemma4_turbo.engine.states import PatchStatus
-
-__all__ = ["__version__", "apply", "bootstrap", "revert", "status"]
+__all__ = ["PatchStatus", "__version__", "apply", "bootstrap", "revert", "status"]
 
 
 def apply(

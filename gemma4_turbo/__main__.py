@@ -1,8 +1,12 @@
-"""``python -m gemma4_turbo doctor | verify | bisect | demo | serve``."""
+"""``gemma4-turbo COMMAND``, or ``python -m gemma4_turbo COMMAND``."""
 
 from __future__ import annotations
 
+import contextlib
+import json
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,32 +15,76 @@ try:
 except ImportError:
     sys.exit("gemma4_turbo: the command line needs typer and rich: pip install typer rich")
 
+from gemma4_turbo.version import __version__
+
+NAMES = {"help_option_names": ["-h", "--help"]}
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+CANNOT_RUN = 3
+
 app = typer.Typer(
-    add_completion=False,
+    name="gemma4-turbo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Runtime accelerator for stock SGLang serving Gemma 4.",
+    context_settings=NAMES,
+    help=(
+        "Runtime accelerator for stock SGLang serving Gemma 4.\n\n"
+        "Exit 2 of every command: an option or a variable is wrong. Exit 3: the machine lacks what "
+        "the command needs. Each command's --help has the others. With --json stdout is one object, "
+        "on failure one with the key error."
+    ),
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, also on failure.")]
+All = Annotated[bool, typer.Option("--all", help="Tell all there is of each patch.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"gemma4-turbo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="The version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
 
 
 @app.command()
-def doctor(as_json: Json = False) -> None:
-    """Versions, GPU and every patch: switch, state, reason, numerics.
+def doctor(
+    as_json: Json = False,
+    everything: All = False,
+    imported: Annotated[
+        bool,
+        typer.Option(
+            "--import",
+            help="Install the patches in this process, which takes a minute, to see what "
+            "sources do not tell: wrappers of other packages, modules that cannot be imported.",
+        ),
+    ] = False,
+) -> None:
+    """Versions, GPU and every patch: state, reason, numerics.
 
-    Exit 2: a variable has a wrong value. Exit 1: a patch that is on drifted, conflicts or failed.
+    Exit 0: all well. Exit 1: a patch that is on drifted, conflicts or failed. Exit 2: a variable has
+    a wrong value. Exit 3: nothing can work: SGLang, PyTorch or wrapt cannot be used, or the server's
+    processes would stay stock.
     """
     from gemma4_turbo.cli import doctor as command
 
-    raise typer.Exit(command.run(as_json))
+    _answer(as_json, lambda: command.run(as_json, everything, imported))
 
 
 @app.command()
-def verify(as_json: Json = False) -> None:
-    """Run stock and patched side by side and compare. Exit 1 on any mismatch."""
+def verify(as_json: Json = False, everything: All = False) -> None:
+    """Run stock and patched side by side and compare.
+
+    Exit 0: all within bounds. Exit 1: a comparison differs. Exit 3: nothing could be compared.
+    """
     from gemma4_turbo.cli import verify as command
 
-    raise typer.Exit(command.run(as_json))
+    _answer(as_json, lambda: command.run(as_json, everything))
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
@@ -54,7 +102,8 @@ def bisect(
     logs: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Keep what each run prints: run-NN.stdout, run-NN.stderr."
+            metavar="DIR",
+            help="Keep what each run prints in this new folder: run-NN.stdout, run-NN.stderr.",
         ),
     ] = None,
 ) -> None:
@@ -72,7 +121,7 @@ def bisect(
     """
     from gemma4_turbo.cli import bisect as implementation
 
-    raise typer.Exit(implementation.run(command, timeout, repeat, as_json, logs))
+    _answer(as_json, lambda: implementation.run(command, timeout, repeat, as_json, logs), failed=2)
 
 
 @app.command()
@@ -83,28 +132,111 @@ def demo(
     """The main job on what this machine has.
 
     With a GPU: the real server, requests over HTTP. Without: the stock model classes on the CPU.
+
+    Exit 0: it worked. Exit 1: stock and patched differ, or a patch never ran. Exit 3: the machine
+    lacks what it needs.
     """
     from gemma4_turbo.cli import demo as command
 
-    raise typer.Exit(command.run(layers, port))
+    _answer(False, lambda: command.run(layers, port))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=PASSED_ON)
 def serve(context: typer.Context) -> None:
-    """sglang.launch_server with the patches on: serve -- --model-path ..."""
+    """`sglang serve` with the patches on: serve -- --model-path ...
+
+    Starts `python -m sglang.launch_server` with all arguments, and ends with its exit status. Exit 3:
+    the server's processes would stay stock, or SGLang is not installed.
+    """
     from gemma4_turbo.cli import serve as command
 
-    raise typer.Exit(command.run(context.args))
+    _answer(False, lambda: command.run(context.args))
 
 
-def main() -> None:
-    """The command line. What the machine lacks is said in one line, without a traceback."""
+@app.command()
+def sitecustomize() -> None:
+    """Print the folder for PYTHONPATH that turns the patches on without the entry point.
+
+    PYTHONPATH=$(gemma4-turbo sitecustomize) sglang serve ..., or python -m sglang.launch_server ...
+
+    Needed only where gemma4_turbo is not installed with pip, or SGLANG_PLUGINS names other plugins.
+
+    Exit 3: the installation is incomplete.
+    """
+    from gemma4_turbo.cli import example as command
+
+    _answer(False, command.run)
+
+
+@app.command()
+def record(
+    wheels: Annotated[list[Path], typer.Argument(metavar="WHEEL...", help="SGLang's wheels.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where to; the package's own by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the fingerprints of SGLang's releases, which the patches are recognised by.
+
+    Exit 0: written. Exit 2: a file is no wheel of SGLang, or cannot be read or written.
+    """
+    from gemma4_turbo.cli import releases as command
+
+    _answer(as_json, lambda: command.record(wheels, out, as_json), failed=2)
+
+
+@app.command()
+def release(
+    wheel: Annotated[Path, typer.Argument(metavar="WHEEL", help="SGLang's wheel.")],
+    diff: Annotated[
+        str | None, typer.Option(metavar="PATCH", help="What changed under this patch.")
+    ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(metavar="WHEEL", help="With --diff: the older one; else SGLang as installed."),
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="List every function.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What each patch needs for a release of SGLang: same, moved, changed, gone.
+
+    Exit 0: nothing. Exit 1: some patches need a port. Exit 2: not a wheel of SGLang, or no patch.
+    """
+    from gemma4_turbo.cli import releases as command
+
+    _answer(as_json, lambda: command.release(wheel, diff, against, everything, as_json), failed=2)
+
+
+def _answer(as_json: bool, run: Callable[[], int], failed: int = CANNOT_RUN) -> None:
+    """Run a command. What the machine lacks is said in one line, without a traceback."""
     from gemma4_turbo.cli.modules import CannotRunError
 
     try:
-        app()
+        status = run()
     except CannotRunError as error:
-        sys.exit(f"gemma4_turbo: {error}")
+        told, status = str(error), failed
+    except BrokenPipeError:  # head and its like have seen enough
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        status = 1
+        raise typer.Exit(status) from None
+    except Exception as error:
+        if not as_json:
+            raise
+        traceback.print_exc()
+        told, status = f"{type(error).__name__}: {error}", 1
+    else:
+        raise typer.Exit(status)
+    if as_json:
+        print(json.dumps({"error": told}, indent=1))
+    else:
+        print(f"gemma4_turbo: {told}", file=sys.stderr)
+    raise typer.Exit(status)
+
+
+def main() -> None:
+    """The command line."""
+    app()
 
 
 if __name__ == "__main__":

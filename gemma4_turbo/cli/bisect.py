@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,10 +14,10 @@ from typing import Any
 from rich.console import Console
 
 from gemma4_turbo.catalogue import CATALOGUE, Patch
-from gemma4_turbo.cli.minimise import minimise
+from gemma4_turbo.cli.minimise import expected, minimise
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.cli.process_group import interruptible
-from gemma4_turbo.cli.trials import Trials, say, standing
+from gemma4_turbo.cli.trials import REPEAT, Trials, say, standing
 from gemma4_turbo.engine import switches
 
 CULPRIT = "culprit"
@@ -26,7 +25,6 @@ NOT_OURS = "fails without any patch"
 NOTHING = "passes with all patches"
 INTERRUPTED = "interrupted"
 EXIT = {CULPRIT: 0, NOT_OURS: 1, NOTHING: 1, INTERRUPTED: 130}
-CANNOT_RUN = 2
 TAIL_LINES, TAIL_BYTES = 20, 1 << 16
 
 
@@ -46,15 +44,18 @@ def catalogue() -> tuple[Patch, ...]:
 
 def search(trials: Trials, names: Sequence[str], found: Findings) -> None:
     """Fill ``found``: every culprit, until the command passes with the workaround."""
+    whole = expected(len(names))
+    trials.sets_left = whole + 3  # with none, with all, and the check of the workaround
     if trials.fails(frozenset()):
         found.result = NOT_OURS
         return
     on = list(names)
+    trials.sets_left = whole + 2
     if not trials.fails(frozenset(on)):
         found.result = NOTHING
         return
     while trials.fails(frozenset(on)):
-        culprit = minimise(on, trials.fails)
+        culprit = minimise(on, trials.fails, lambda left: setattr(trials, "sets_left", left + 1))
         found.culprits.append(culprit)
         # Of patches that fail only together, the last goes; one that stands on another before it.
         kept = {name: frozenset(culprit) - {name} for name in reversed(culprit)}
@@ -62,6 +63,7 @@ def search(trials: Trials, names: Sequence[str], found: Findings) -> None:
         off = next(standalone, culprit[-1])
         found.workaround.append(off)
         on.remove(off)
+        trials.sets_left = 1
     found.result = CULPRIT
 
 
@@ -87,9 +89,8 @@ def run(
                 print(json.dumps(_record(trials, found, reasons, logs is not None), indent=1))
             else:
                 say(Console(), _verdict(trials, found))
-    except (CannotRunError, OSError) as error:
-        print(f"gemma4_turbo: {error}", file=sys.stderr)
-        return CANNOT_RUN
+    except OSError as error:
+        raise CannotRunError(str(error)) from None
     return EXIT[found.result]
 
 
@@ -111,13 +112,17 @@ def _decide(patches: Sequence[Patch]) -> dict[str, str | None]:
 
 
 def _left_out(reasons: Mapping[str, str | None]) -> str:
-    return ", ".join(f"{name} ({reason})" for name, reason in reasons.items() if reason)
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        if reason:
+            by_reason.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
 
 
 def _who_takes_part(reasons: Mapping[str, str | None]) -> str:
-    names = ", ".join(name for name, reason in reasons.items() if reason is None)
+    count = sum(reason is None for reason in reasons.values())
     out = _left_out(reasons)
-    return f"Patches that take part: {names}" + (f"; left out, always off: {out}" if out else "")
+    return f"{count} patches take part" + (f"; left out, always off: {out}" if out else "")
 
 
 @contextlib.contextmanager
@@ -125,6 +130,8 @@ def _folder(logs: Path | None) -> Iterator[Path]:
     """Where the runs' output goes."""
     if logs is not None:
         logs.mkdir(parents=True, exist_ok=True)
+        if any(logs.iterdir()):
+            raise CannotRunError(f"--logs: {logs} is not empty: name a new folder")
         yield logs
         return
     with tempfile.TemporaryDirectory(prefix="gemma4_turbo-bisect-") as scratch:
@@ -146,11 +153,13 @@ def _explain(console: Console, trials: Trials, found: Findings, kept: bool) -> N
         need = (
             "with it alone the command failed, with every patch off it passed"
             if len(culprit) == 1
-            else "with these alone the command failed, with any one of them off as well it passed"
+            else "with these alone the command failed, without any one of them it passed"
         )
         say(console, f"Minimal: {', '.join(culprit)}: {need}")
     for doubt in trials.doubts():
         say(console, f"In doubt: {doubt}", "yellow")
+    if found.result == NOTHING and trials.repeat == 1:
+        say(console, f"If it fails only now and then: {REPEAT}", "yellow")
 
 
 def _tail(path: Path) -> list[str]:

@@ -23,21 +23,23 @@ from typing import Any
 from rich.console import Console
 
 from gemma4_turbo.cli import report, verify
+from gemma4_turbo.cli.example import folder as example_folder
 from gemma4_turbo.cli.modules import CannotRunError, require_sglang, require_targets
 from gemma4_turbo.engine.counters import descendants
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry
 
 START_LIMIT_S = 420
-EXAMPLE = Path(__file__).resolve().parents[2] / "sitecustomize_example"
 REQUESTS, CONCURRENCY, PROMPT, NEW_TOKENS = 32, 8, 256, 64
 
 
 def run(layers: int, port: int) -> int:
     """The command."""
     console = Console()
-    device = verify.prepare_device()
     require_sglang()
+    with report.Progress() as progress:
+        progress.stage("importing PyTorch")
+        device = verify.prepare_device()
     return on_gpu(console, layers, port) if device == "cuda" else on_cpu(console)
 
 
@@ -51,33 +53,43 @@ def on_cpu(console: Console) -> int:
     )
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.simplefilter("ignore")
-    with console.status("importing SGLang"):
+    with report.Progress() as progress:
+        progress.stage("importing SGLang, which takes a minute")
         ENGINE.bootstrap()
-        require_targets()
+        require_targets(progress)
         from gemma4_turbo.cli import small_moe
-    with console.status("running stock and patched"):
+
+        progress.stage("running a Gemma4MoE, patched")
         small = small_moe.build()
         hidden_states = small_moe.tokens_without_ties(small, 16)
         patched = small_moe.run(small, hidden_states)
         rows = ENGINE.status()  # while it is on, with what it has done
-        checks = verify.check_all("cpu")
+        checks = verify.check_all("cpu", progress.stage)
+        progress.stage("running the same Gemma4MoE, stock")
         ENGINE.revert()
         stock = small_moe.run(small_moe.build(), hidden_states)
         ENGINE.apply()
-    console.print(report.table(rows))
+    report.show(console, report.table(rows, "Patches in one run of a Gemma4MoE"))
     same_ids = bool((patched[1] == stock[1]).all())
     weights = int((patched[0] != stock[0]).sum())
     distance = float((patched[2].float() - stock[2].float()).norm() / stock[2].float().norm())
-    console.print(
-        report.plain(
+    compared = report.Listing().add("Stock against patched", 2, "bold")
+    compared.lines += verify.check_table(checks).lines
+    report.show(
+        console,
+        compared,
+        report.Listing().add(
             "Gemma4MoE, 16 tokens without ties, 128 experts, top-8, stock against patched: "
             f"ids {'equal' if same_ids else 'DIFFERENT'}, {weights} of {stock[0].numel()} weights "
-            f"differ, relative distance of the outputs {distance:.1e}"
-        )
+            f"differ, relative distance of the outputs {distance:.1e}",
+            2,
+        ),
+        report.Listing().add(report.verdict(rows)),
     )
-    console.print(verify.check_table(checks))
     # bf16 weights may round differently where numpy's exp and torch's differ by an ulp.
     equal = same_ids and distance < 1e-2 and all(check.passed for check in checks)
+    last = verify.verdict(checks, "demo") if equal else "demo: stock and patched are DIFFERENT"
+    report.show(console, report.Listing().add(last, 0, "green" if equal else "red"))
     return 0 if equal else 1
 
 
@@ -86,10 +98,7 @@ def on_cpu(console: Console) -> int:
 
 def on_gpu(console: Console, layers: int, port: int) -> int:
     """The real server through sitecustomize_example, requests over HTTP, then the report."""
-    if not EXAMPLE.is_dir():
-        raise CannotRunError(
-            f"{EXAMPLE} is not there: run the demonstration from a source checkout"
-        )
+    example_folder()
     port = port or _free_port()
     if not _is_free(port):
         raise CannotRunError(f"port {port} is busy: choose another one with --port")
@@ -100,34 +109,33 @@ def on_gpu(console: Console, layers: int, port: int) -> int:
             raise CannotRunError(str(error)) from None
         log = Path(scratch, "server.log")
         with _server(model, port, log) as server:
-            with console.status(
-                f"starting sglang.launch_server, 26B-A4B geometry, {layers} layers"
-            ):
+            with report.Progress() as progress:
+                progress.stage(f"starting a server (sglang serve), 26B-A4B, {layers} layers")
                 _wait_until_healthy(server, port, log)
-            with console.status("sending requests"):
+                progress.stage(f"sending {REQUESTS} requests")
                 tokens, seconds = _send_requests(port)
             rows = ENGINE.status()
             for process in descendants():
-                console.print(
-                    report.table(process.patches, f"pid {process.pid}: {process.command}")
-                )
-    console.print(report.table(rows, "Patches, all processes of the server"))
+                title = f"pid {process.pid}: {process.command}"
+                report.show(console, report.table(process.patches, title))
+    report.show(console, report.table(rows, "Patches, all processes of the server"))
     rate = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s"
-    console.print(
-        report.plain(
-            f"{REQUESTS} requests answered, {CONCURRENCY} at a time: {rate} "
-            f"({report.device()}, random weights, {layers} layers)"
-        )
+    last = report.Listing().add(
+        f"{REQUESTS} requests answered, {CONCURRENCY} at a time: {rate} "
+        f"({report.device()}, random weights, {layers} layers)",
+        2,
     )
     silent = [row.name for row in rows if row.state == "active" and row.engaged == 0]
     if silent:
-        console.print(report.plain(f"installed but never engaged: {', '.join(silent)}", "red"))
+        last.add(f"installed but never engaged: {', '.join(silent)}", 2, "red")
+    report.show(console, last.add(f"demo: {report.verdict(rows)}", 0, "red" if silent else "green"))
     return 1 if silent else 0
 
 
 @contextmanager
 def _server(model: Path, port: int, log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    path = [str(EXAMPLE), str(EXAMPLE.parent), os.environ.get("PYTHONPATH", "")]
+    package = str(Path(__file__).resolve().parents[2])
+    path = [str(example_folder()), package, os.environ.get("PYTHONPATH", "")]
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(part for part in path if part))
     command = [
         *(sys.executable, "-m", "sglang.launch_server"),

@@ -2,86 +2,171 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import logging
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
 
 from gemma4_turbo.cli import report
-from gemma4_turbo.cli.modules import import_targets
-from gemma4_turbo.engine import state_folder, states
+from gemma4_turbo.cli.modules import NOT_INSTALLED, import_targets
+from gemma4_turbo.engine import fingerprints, state_folder, states
 from gemma4_turbo.engine.counters import live_processes
+from gemma4_turbo.engine.imports import installed_release
+from gemma4_turbo.engine.run import PatchRun, code_of
+from gemma4_turbo.engine.states import PatchStatus
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import advice
+from gemma4_turbo.ports.any.routes import bootstrap_routes
+
+STAY_STOCK = (
+    "spawned processes would stay stock: install gemma4_turbo with pip (and let SGLANG_PLUGINS name "
+    "gemma4_turbo if it is set), or PYTHONPATH=$(gemma4-turbo sitecustomize)"
+)
+NOTHING_WORKS = 3
 
 
-def examine() -> dict[str, Any]:
-    """Apply the patches to the installed SGLang in this process and report.
+def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
+    """What there is to say, part by part, the quick ones first.
 
-    Keys: ``versions``, ``device``, ``patches``, ``problems`` (of the environment; in strict mode
-    also of the state folder), ``notes`` (on the installation), ``bootstrap`` (by which ways spawned
-    processes get the patches), ``state_folder`` (why it cannot be used, else None), ``servers``
-    (running patched processes).
+    ``versions``, ``bootstrap`` (by which ways spawned processes get the patches), ``state_folder``
+    (why it cannot be used, else None), ``patches``, ``servers`` (running patched processes), ``notes``
+    (on the installation), ``device``, ``problems`` (of the environment; in strict mode also of the
+    state folder), ``obstacles`` (why nothing can work).
+
+    Args:
+        imported: import what the patches replace and install them, which takes a minute, else judge
+            by the sources. Only the first sees wrappers of other packages, and modules that cannot
+            be imported.
     """
-    ENGINE.bootstrap()
-    # SGLang takes long to import, and an off patch is off whatever it says.
-    unimportable = import_targets(
-        row.name for row in ENGINE.status(below=False) if row.state != states.OFF
-    )
-    rows = [
-        row._replace(reason="; ".join(unimportable)) if row.state == states.WAITING else row
-        for row in ENGINE.status()
-    ]
-    switches = ENGINE.switches()
+    versions = report.versions()
+    yield "versions", versions
+    routes = bootstrap_routes()
+    yield "bootstrap", list(routes)
     unfit = state_folder.problem()
-    from gemma4_turbo.ports.any.routes import bootstrap_routes
-
-    return {
-        "versions": report.versions(),
-        "device": report.device(),
-        "patches": report.as_records(rows),
-        "problems": [*switches.problems, *([unfit] if unfit and switches.strict else [])],
-        "notes": advice.on_installation(),
-        "bootstrap": bootstrap_routes(),
-        "state_folder": unfit,
-        "servers": [
+    yield "state_folder", unfit
+    ENGINE.bootstrap()
+    rows = _imported() if imported else _judged()
+    yield "patches", report.as_records(rows)
+    yield (
+        "servers",
+        [
             {"pid": other.pid, "command": other.command, "patches": other.patches}
             for other in live_processes()
             if other.pid != os.getpid()
         ],
-    }
+    )
+    yield "notes", advice.on_installation()
+    yield "device", report.device()
+    switches = ENGINE.switches()
+    yield "problems", [*switches.problems, *([unfit] if unfit and switches.strict else [])]
+    obstacles = [] if installed_release() else [NOT_INSTALLED]
+    if all(row.state == states.OFF for row in rows):
+        yield "obstacles", obstacles  # it is meant to stay stock
+        return
+    obstacles += filter(None, [report.torch_problem()])
+    if versions["wrapt"] is None and importlib.util.find_spec("wrapt") is None:
+        obstacles.append("wrapt is not installed: pip install wrapt")
+    yield "obstacles", [*obstacles, *([] if routes else [STAY_STOCK])]
+
+
+def _imported() -> list[PatchStatus]:
+    # An off patch is off whatever SGLang says.
+    wanted = [row.name for row in ENGINE.status(below=False) if row.state != states.OFF]
+    with report.Progress() as progress:
+        unimportable = import_targets(wanted, progress)
+    return [
+        row._replace(reason="; ".join(unimportable)) if row.state == states.WAITING else row
+        for row in ENGINE.status()
+    ]
+
+
+def _judged() -> list[PatchStatus]:
+    """Waiting patches by their sources, which takes seconds where importing SGLang takes a minute."""
+    rows = []
+    definitions = fingerprints.Definitions(fingerprints.installed_source)
+    with report.Progress() as progress:
+        for row in ENGINE.status():
+            if row.state == states.WAITING:
+                progress.detail(f"judging {row.name} by SGLang's sources")
+                _, told, why = row.reason.partition(f"; {states.ALONE}: ")
+                state, reason = _outlook(ENGINE.runs[row.name], definitions)
+                row = row._replace(state=state, reason=reason + told + why)
+            rows.append(row)
+    return rows
+
+
+def _outlook(run: PatchRun, definitions: fingerprints.Definitions) -> tuple[str, str]:
+    if installed_release() is None:
+        return states.WAITING, NOT_INSTALLED
+    state, reason = ENGINE.outlook(run.patch, definitions)
+    for port in run.ports if state == states.ACTIVE else ():
+        if port.finds_defect:
+            try:  # its code reads the sources as well; what it replaces is not called
+                logging.disable(logging.INFO)
+                code_of(port).build(run, dict.fromkeys(port.targets, _outlook))
+            except states.NotNeededError as why:
+                return states.UPSTREAMED, str(why)
+            except Exception:  # it may want more than the sources: what they say stands
+                continue
+            finally:
+                logging.disable(logging.NOTSET)
+    return state, reason
 
 
 def exit_code(found: dict[str, Any]) -> int:
-    """2: a variable is wrong. 1: a patch that is on cannot work. 0: all well."""
+    """3: nothing can work. 2: a variable is wrong. 1: a patch that is on cannot work. 0: all well."""
+    if found.get("obstacles"):
+        return NOTHING_WORKS
     if found["problems"]:
         return 2
     bad = any(patch["state"] in states.REFUSED_WHEN_STRICT for patch in found["patches"])
     return 1 if bad else 0
 
 
-def run(as_json: bool) -> int:
+def run(as_json: bool, everything: bool = False, imported: bool = False) -> int:
     """The command."""
-    found = examine()
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return exit_code(found)
+    found: dict[str, Any] = {}
     console = Console()
-    names = ", ".join(f"{k} {v or 'not installed'}" for k, v in found["versions"].items())
-    console.print(report.plain(names))
-    console.print(report.plain(f"GPU: {found['device'] or 'none'}"))
-    routes = " and ".join(found["bootstrap"]) or "nothing: they would stay stock"
-    console.print(report.plain(f"Spawned processes get the patches by: {routes}"))
-    if found["state_folder"]:
-        line = f"Other processes cannot be seen: {found['state_folder']}"
-        console.print(line, style="red", markup=False, highlight=False, soft_wrap=True)
-    console.print(report.table(found["patches"]))
-    for server in found["servers"]:
-        title = f"Running: pid {server['pid']}: {server['command']}"
-        console.print(report.table(server["patches"], title))
-    for note in found["notes"]:
-        console.print(report.plain("note: ", "yellow").append_text(report.plain(note)))
-    for problem in found["problems"]:
-        console.print(report.plain("error: ", "red").append_text(report.plain(problem)))
+    for key, value in examine(imported):
+        found[key] = value
+        if not as_json:
+            report.show(console, _lines(key, value, everything))
+    if as_json:
+        found["verdict"] = report.verdict(found["patches"])
+        print(json.dumps(found, indent=1))
+    else:
+        last = report.verdict(found["patches"])
+        if found.get("obstacles"):
+            last = f"nothing can work; {last}"
+        style = "green" if exit_code(found) == 0 else "red"
+        report.show(console, report.Listing().add(last, 0, style))
     return exit_code(found)
+
+
+def _lines(key: str, value: Any, everything: bool) -> report.Listing:
+    """What one part of `examine` looks like."""
+    lines = report.Listing()
+    if key == "versions":
+        lines.add(", ".join(f"{k} {v or 'not installed'}" for k, v in value.items()), 2)
+    elif key == "bootstrap":
+        routes = " and ".join(value) or "nothing: they would stay stock"
+        lines.add(f"Spawned processes get the patches by: {routes}", 2)
+    elif key == "state_folder" and value:
+        lines.add(f"Other processes cannot be seen: {value}", 2, "red")
+    elif key == "patches":
+        return report.table(value, calls=False, everything=everything)
+    elif key == "servers":
+        for server in value:
+            title = f"Running: pid {server['pid']}: {server['command']}"
+            lines.lines += report.table(server["patches"], title).lines
+    elif key == "device":
+        lines.add(f"GPU: {value or 'none'}", 2)
+    elif key in ("notes", "problems", "obstacles"):
+        word, style = ("note", "yellow") if key == "notes" else ("error", "red")
+        for sentence in value:
+            lines.add(f"{word}: {sentence}", 2, style)
+    return lines

@@ -7,11 +7,15 @@ import sys
 import warnings
 from collections.abc import Iterable
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from gemma4_turbo.engine import fingerprints
 from gemma4_turbo.engine.imports import installed_release
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.instance import ENGINE
+
+if TYPE_CHECKING:
+    from gemma4_turbo.cli.report import Progress
 
 NOT_INSTALLED = "SGLang is not installed: pip install 'gemma4-turbo[sglang]'"
 
@@ -20,7 +24,9 @@ class CannotRunError(Exception):
     """Something outside the package is missing; the message says it in one line."""
 
 
-def import_targets(names: Iterable[str] | None = None) -> list[str]:
+def import_targets(
+    names: Iterable[str] | None = None, progress: Progress | None = None
+) -> list[str]:
     """Import every module that these patches, by name, or all touch: the problems, one line each.
 
     Of several ports those count whose modules SGLang has.
@@ -34,7 +40,9 @@ def import_targets(names: Iterable[str] | None = None) -> list[str]:
     modules = sorted({module for name in chosen for module in _modules(ENGINE.runs[name])})
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for module in modules:
+        for number, module in enumerate(modules, 1):
+            if progress is not None:
+                progress.detail(f"importing {module} ({number} of {len(modules)})")
             try:
                 import_module(module)
             except Exception as error:
@@ -54,8 +62,8 @@ def require_sglang() -> None:
         raise CannotRunError(NOT_INSTALLED)
 
 
-def require_targets() -> None:
+def require_targets(progress: Progress | None = None) -> None:
     """As `import_targets`, but a problem raises `CannotRunError`."""
-    problems = import_targets()
+    problems = import_targets(progress=progress)
     if problems:
         raise CannotRunError("; ".join(problems))

@@ -1,20 +1,38 @@
-"""The state of the patches as a log line, a table and JSON."""
+"""The state of the patches as lines for a terminal or a pipe, and as JSON.
+
+On a terminal lines break between words only, what follows is indented. In a pipe no line breaks at all,
+so that each patch is one line for ``grep``.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from gemma4_turbo import __version__
+from rich.console import Console, ConsoleOptions
+from rich.text import Text
+
 from gemma4_turbo.catalogue import CATALOGUE, by_name
-from gemma4_turbo.engine.states import PatchStatus
+from gemma4_turbo.engine import states
+from gemma4_turbo.version import __version__
 
 if TYPE_CHECKING:
-    from rich.table import Table
-    from rich.text import Text
+    from gemma4_turbo.engine.states import PatchStatus
+
+ORDER = (
+    *(states.ACTIVE, states.UPSTREAMED, states.OFF, states.WAITING, states.UNSUPPORTED),
+    *(states.DRIFTED, states.CONFLICT, states.FAILED),
+)
+STYLES = {states.ACTIVE: "green"} | dict.fromkeys(states.REFUSED_WHEN_STRICT, "red")
+NOT_EXERCISED = "not exercised here"
+_INSTALLED = "installed"
+_NAME, _NUMERICS = 18, 11  # columns
 
 
 def versions() -> dict[str, str | None]:
@@ -32,16 +50,27 @@ def versions() -> dict[str, str | None]:
     return found
 
 
+def torch_problem() -> str | None:
+    """Why PyTorch cannot be used, None if it can. Imports it."""
+    try:
+        import torch  # noqa: F401
+    except ModuleNotFoundError as error:
+        return f"PyTorch is not installed: {error}"
+    except Exception as error:  # a library that is missing is an OSError, an ABI anything
+        return f"PyTorch cannot be imported: {type(error).__name__}: {error}"
+    return None
+
+
 def device() -> str | None:
     """The first GPU by name, None without one. Imports torch."""
-    try:
-        import torch
-    except ImportError:
+    if torch_problem() is not None:
         return None
+    import torch
+
     return torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
 
 
-def as_records(rows: Sequence[PatchStatus]) -> list[dict[str, Any]]:
+def as_records(rows: Iterable[PatchStatus]) -> list[dict[str, Any]]:
     """One JSON-ready object per patch."""
     records = []
     for row in rows:
@@ -63,33 +92,175 @@ def as_records(rows: Sequence[PatchStatus]) -> list[dict[str, Any]]:
     return records
 
 
+# -- lines ----------------------------------------------------------------------------------------
+
+
 def plain(text: object, style: str = "") -> Text:
     """For the terminal as it is: what comes from data may hold brackets, colons, half characters."""
-    from rich.text import Text
-
     return Text(str(text).encode(errors="backslashreplace").decode(), style)
 
 
-def table(rows: Sequence[PatchStatus | dict[str, Any]], title: str = "Patches") -> Table:
-    """The rows as a table for the terminal: `PatchStatus`, or records that hold the same."""
-    from rich.table import Table
+class Listing:
+    """Lines that break between words only."""
 
-    grid = Table(title=plain(title), title_justify="left")
-    for heading in ("patch", "switch", "state", "engaged", "numerics", "reason"):
-        grid.add_column(heading, overflow="fold")
+    def __init__(self) -> None:
+        self.lines: list[tuple[str, int, str]] = []  # text, indentation of what follows, style
+
+    def add(self, text: object, hang: int = 0, style: str = "") -> Listing:
+        """One line more."""
+        self.lines.append((plain(text).plain.replace("\n", " "), hang, style))
+        return self
+
+    def broken(self, width: int | None) -> Iterator[Text]:
+        """The lines for a terminal of that width; None: unbroken."""
+        for text, hang, style in self.lines:
+            indent = len(text) - len(text.lstrip())
+            parts = [text]
+            if width is not None and len(text) > width:
+                parts = textwrap.wrap(
+                    text.strip(),
+                    width,
+                    initial_indent=" " * indent,
+                    subsequent_indent=" " * hang,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+            for part in parts:
+                yield Text(part, style)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        yield from self.broken(options.max_width)
+
+
+def show(console: Console, *listings: Listing) -> None:
+    """Print at once: words are whole, whatever their length, and in a pipe lines are."""
+    for listing in listings:
+        for line in listing.broken(console.width if console.is_terminal else None):
+            console.print(line, soft_wrap=True)
+
+
+def table(
+    rows: Iterable[PatchStatus | Mapping[str, Any]],
+    title: str = "",
+    calls: bool = True,
+    everything: bool = False,
+) -> Listing:
+    """The rows, a line each, by state; a cause that several share is told once.
+
+    Args:
+        rows: `PatchStatus`, or records that hold the same.
+        title: a line above.
+        calls: tell how often each patch's code has run; False where nothing is run.
+        everything: what each patch does, its switch and its origin as well.
+    """
+    listing = Listing()
+    if title:
+        listing.add(title, 2, "bold")
+    notes: list[str] = []
+    groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
-        record = row if isinstance(row, dict) else row._asdict()
-        patch = next((p for p in CATALOGUE if p.name == record["name"]), None)
-        engaged = str(record["engaged"])
-        if record.get("captured"):
-            engaged += f" ({record['captured']} into CUDA graphs)"
-        cells = (
-            record["name"],
-            patch.env if patch else "?",  # a server that runs another version of this package
-            record["state"],
-            engaged,
-            patch.numerics if patch else "?",
-            record["reason"],
-        )
-        grid.add_row(*map(plain, cells))
-    return grid
+        record = dict(row) if isinstance(row, Mapping) else row._asdict()
+        record["reason"], told, why = record["reason"].partition(f"; {states.ALONE}: ")
+        if told and (note := told.removeprefix("; ") + why) not in notes:
+            notes.append(note)
+        by_reason = groups.setdefault(record["state"], {})
+        by_reason.setdefault(record["reason"], []).append(record)
+    for state in sorted(groups, key=_rank):
+        shared = {why: found for why, found in groups[state].items() if len(found) > 1}
+        own = [found[0] for why, found in groups[state].items() if why not in shared]
+        for why, found in shared.items():
+            cause = "" if why in ("", _INSTALLED) else f": {why}"
+            listing.add(f"{state} ({len(found)}){cause}", 2, STYLES.get(state, "bold"))
+            for one in found:
+                _add_row(listing, one, "", calls, everything)
+        if own:
+            listing.add(f"{state} ({len(own)})", 2, STYLES.get(state, "bold"))
+            for one in own:
+                why = one["reason"].removeprefix(_INSTALLED).removeprefix("; ")
+                _add_row(listing, one, why, calls, everything)
+    for note in notes:
+        listing.add(note, 2, "yellow")
+    return listing
+
+
+def _rank(state: str) -> int:
+    return ORDER.index(state) if state in ORDER else len(ORDER)
+
+
+def _add_row(
+    listing: Listing, record: Mapping[str, Any], why: str, calls: bool, everything: bool
+) -> None:
+    patch = next((patch for patch in CATALOGUE if patch.name == record["name"]), None)
+    # A server may run another version of this package.
+    parts = [f"  {record['name']:<{_NAME}}{patch.numerics if patch else '?':<{_NUMERICS}}"]
+    if calls and record["state"] == states.ACTIVE:
+        parts.append(_calls(record))
+    if why:
+        parts.append(why)
+    listing.add((parts[0] + "; ".join(parts[1:])).rstrip(), 6)
+    if everything and patch is not None:
+        listing.add(f"      {patch.summary}", 6)
+        origin = f"; from {patch.origin}" if patch.origin else ""
+        listing.add(f"      {patch.env}=0 or 1{origin}", 6)
+
+
+def _calls(record: Mapping[str, Any]) -> str:
+    if not record["engaged"]:
+        return NOT_EXERCISED
+    told = f"{record['engaged']} call" + ("" if record["engaged"] == 1 else "s")
+    captured = record.get("captured")
+    return f"{told} ({captured} into CUDA graphs)" if captured else told
+
+
+def counts(rows: Iterable[PatchStatus | Mapping[str, Any]]) -> dict[str, int]:
+    """How many patches are in which state, in the order of the listing."""
+    found = Counter(row["state"] if isinstance(row, Mapping) else row.state for row in rows)
+    return {state: found[state] for state in sorted(found, key=_rank)}
+
+
+def verdict(rows: Iterable[PatchStatus | Mapping[str, Any]]) -> str:
+    """In one line: ``34 active, 3 upstreamed, 3 off``."""
+    return ", ".join(f"{count} {state}" for state, count in counts(rows).items()) or "no patch"
+
+
+def joined(names: Sequence[str]) -> str:
+    """Names for a sentence."""
+    return ", ".join(names)
+
+
+# -- progress -------------------------------------------------------------------------------------
+
+
+class Progress:
+    """What is being done, on stderr: a moving line on a terminal, a line each in a pipe."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._status: Any = None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+    def stage(self, text: str) -> None:
+        """Something that takes a while begins."""
+        if not self._moving(text):
+            self._console.print(plain(text), soft_wrap=True)
+
+    def detail(self, text: str) -> None:
+        """A step of it; in a pipe it is not told."""
+        self._moving(text)
+
+    def _moving(self, text: str) -> bool:
+        # SGLang's log goes to the same terminal, and would run into a moving line.
+        if not self._console.is_terminal or os.environ.get("TERM") == "dumb":
+            return False
+        if self._status is None:
+            self._status = self._console.status(plain(text))
+            self._status.start()
+        else:
+            self._status.update(plain(text))
+        return True

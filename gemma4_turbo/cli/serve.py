@@ -1,4 +1,4 @@
-"""``serve -- ARGS``: ``python -m sglang.launch_server ARGS`` with the patches on."""
+"""``serve -- ARGS``: what ``sglang serve ARGS`` starts, ``sglang.launch_server``, with the patches on."""
 
 from __future__ import annotations
 
@@ -16,6 +16,6 @@ def run(arguments: Sequence[str]) -> int:
     if not bootstrap_routes():
         raise CannotRunError(
             "the server's processes would stay stock: install gemma4_turbo with pip (and let "
-            "SGLANG_PLUGINS name gemma4_turbo if it is set), or put sitecustomize_example on PYTHONPATH"
+            "SGLANG_PLUGINS name gemma4_turbo if it is set), or PYTHONPATH=$(gemma4-turbo sitecustomize)"
         )
     os.execv(sys.executable, [sys.executable, "-m", "sglang.launch_server", *arguments])

@@ -1,4 +1,8 @@
-"""Runs of a command with some of the patches on, and the verdict on each set of patches."""
+"""Runs of a command with some of the patches on, and the verdict on each set of patches.
+
+Each run is announced in a line of its own when it starts, with an estimate of what is left, and its
+verdict follows in another one.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,9 @@ from rich.console import Console
 from gemma4_turbo.catalogue import Patch
 from gemma4_turbo.cli import process_group, report
 from gemma4_turbo.engine import switches
+
+REPEAT = "--repeat 5 runs each set up to 5 times"
+LISTED = 4  # a line lists so many patches, and counts more
 
 
 class Run(NamedTuple):
@@ -50,6 +57,7 @@ class Trials:
         self.runs: list[Run] = []
         self.verdicts: dict[frozenset[str], bool] = {}  # True: fails
         self.flaky: dict[frozenset[str], int] = {}  # how often the set passed before it failed
+        self.sets_left = 0  # about, the next one included; the search keeps it
 
     def fails(self, names: frozenset[str]) -> bool:
         """Whether any of the runs with exactly ``names`` on fails."""
@@ -71,15 +79,30 @@ class Trials:
         names = self.ordered(on)
         stdout, stderr = (self.folder / f"run-{number:02}.{name}" for name in ("stdout", "stderr"))
         label = f"run {number}" + (f" ({attempt + 1} of {self.repeat})" if self.repeat > 1 else "")
-        what = f"on: {', '.join(names) or f'nothing ({switches.MASTER}=0)'}"
-        with self.console.status(report.plain(f"{label}, {what}")):
+        say(self.console, f"{label}: {self._what(names)}{self._estimate(attempt)}")
+        with self.console.status(report.plain(label)):
             environment = self.environment(on)
             outcome = process_group.run(self.command, environment, stdout, stderr, self.timeout)
         self.runs.append(Run(number, names, outcome, stdout, stderr))
         verdict, style = ("passes", "green") if outcome.passed else ("fails", "red")
-        line = f"{label} {verdict}: {outcome.how}, {outcome.seconds:.1f} s, {what}"
-        say(self.console, line, style)
+        say(self.console, f"{label} {verdict}: {outcome.how}, {outcome.seconds:.1f} s", style)
         return outcome
+
+    def _what(self, names: Sequence[str]) -> str:
+        if not names:
+            return f"no patch on ({switches.MASTER}=0)"
+        if len(names) <= LISTED:
+            return f"on: {', '.join(names)}"
+        return f"{len(names)} of {len(self.patches)} patches on"
+
+    def _estimate(self, attempt: int) -> str:
+        runs = self.sets_left * self.repeat - attempt
+        if runs <= 0:
+            return ""
+        noun = "run" if runs == 1 else "runs"
+        told = f"; about {runs} {noun} left, this one included"
+        taken = [run.outcome.seconds for run in self.runs]
+        return f"{told}: {duration(runs * sum(taken) / len(taken))}" if taken else told
 
     def environment(self, on: Collection[str]) -> dict[str, str]:
         """Ours, with every patch switched explicitly: that wins over profile and aliases."""
@@ -106,13 +129,28 @@ class Trials:
             found.append(
                 f"inconsistent: it fails with {self._listed(less)} on but passes with "
                 f"{self._listed(more)} on: a patch hides the failure of another one, or the command "
-                "is flaky (see --repeat)"
+                f"is flaky ({REPEAT})"
             )
             break
+        ways = {
+            run.outcome.how: run.number for run in reversed(self.runs) if not run.outcome.passed
+        }
+        if len(ways) > 1:
+            told = "; ".join(f"run {number}: {how}" for how, number in sorted(ways.items()))
+            found.append(f"it failed in different ways ({told}): two causes, or flaky ({REPEAT})")
         return found
 
     def _listed(self, names: Collection[str]) -> str:
         return ", ".join(self.ordered(names)) or "nothing"
+
+
+def duration(seconds: float) -> str:
+    """About how long, for people."""
+    if seconds < 60:
+        return f"{max(seconds, 1):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
 
 
 def say(console: Console, line: str, style: str = "") -> None:

@@ -250,17 +250,23 @@ class Definitions:
         )
 
 
-def judge(ports: Sequence[Port], release: str | None, source_of: SourceOf) -> Verdict:
+def judge(
+    ports: Sequence[Port],
+    release: str | None,
+    source_of: SourceOf,
+    definitions: Definitions | None = None,
+) -> Verdict:
     """Which of a patch's ports fits the SGLang whose sources ``source_of`` gives, or why none does.
 
     The source decides, not the release number: an unknown release with known source is fine, a known
     release with edited source is ``drifted``. The number only words the reason. Where no port fits,
-    the verdict is the one that says most: of the port whose source is nearest.
+    the verdict is the one that says most: of the port whose source is nearest. ``definitions`` of
+    these sources spare who judges many patches to parse them again and again.
     """
     problem = mistake(ports)
     if problem is not None:
         return Verdict(states.FAILED, problem)
-    definitions = Definitions(source_of)
+    definitions = definitions or Definitions(source_of)
     verdicts = [_judge(port, release, definitions) for port in ports]
     return min(verdicts, key=lambda verdict: _NEAREST.index(verdict.state))
 

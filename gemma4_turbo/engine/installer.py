@@ -28,6 +28,7 @@ from gemma4_turbo.engine.states import PatchStatus
 from gemma4_turbo.engine.switches import SELECTION, Selection, Switches, read
 
 if TYPE_CHECKING:
+    from gemma4_turbo.engine.fingerprints import Definitions
     from gemma4_turbo.engine.swap import Swap
 
 logger = logging.getLogger("gemma4_turbo")
@@ -301,8 +302,11 @@ class Engine:
                 return False, f"stands on {needed}, which is off: {decisions[needed].reason}"
         return decisions[patch.name].on, decisions[patch.name].reason
 
-    def outlook(self, patch: Patch) -> tuple[str, str]:
-        """State and reason of a patch that is on; while it waits, those that its sources foretell."""
+    def outlook(self, patch: Patch, definitions: Definitions | None = None) -> tuple[str, str]:
+        """State and reason of a patch that is on; while it waits, those that its sources foretell.
+
+        ``definitions`` of `installed_source` spare who asks for many patches most of the time.
+        """
         run = self.runs[patch.name]
         if run.state != states.WAITING:
             return run.state, run.reason
@@ -313,7 +317,7 @@ class Engine:
             if mistake is not None:
                 return states.FAILED, mistake
             source_of = fingerprints.installed_source
-            verdict = fingerprints.judge(run.ports, installed_release(), source_of)
+            verdict = fingerprints.judge(run.ports, installed_release(), source_of, definitions)
             return verdict.state, verdict.reason
         except Exception as error:
             return states.FAILED, f"{type(error).__name__}: {error}"

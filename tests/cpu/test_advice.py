@@ -111,7 +111,7 @@ def test_doctor_shows_the_note(monkeypatch):
         "state_folder": None,
         "servers": [],
     }
-    monkeypatch.setattr(doctor, "examine", lambda: found)
+    monkeypatch.setattr(doctor, "examine", lambda imported: iter(found.items()))
     told = CliRunner().invoke(app, ["doctor"])
     assert told.exit_code == 0
     assert "note: transformers 5.6.0 cannot read" in told.output

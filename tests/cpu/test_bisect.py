@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,11 +26,17 @@ from gemma4_turbo.catalogue import TOLERANCE, Patch
 from gemma4_turbo.cli import bisect
 from gemma4_turbo.cli.minimise import minimise
 from gemma4_turbo.cli.trials import Trials, standing
+from tests.cpu import synthetic
 from tests.cpu.conftest import REPOSITORY
-from tests.cpu.synthetic import alias, clean_environment, record
+from tests.cpu.synthetic import alias, clean_environment
 
 NAMES = ("alpha", "beta", "gamma", "delta")
 Predicate = Callable[[frozenset[str]], bool]
+
+
+def record(name: str, **fields: Any) -> Patch:
+    """A patch; no code of any is run here."""
+    return synthetic.record(name, **fields).patch
 
 
 class Remembering:
@@ -79,7 +87,7 @@ def test_exactly_the_culprit_is_found(case):
     assert minimise(names, fails) == culprit
     assert len(fails.answers) <= len(names) ** 2 + 3 * len(names)
     if len(culprit) == 1:
-        assert len(fails.answers) <= 2 * math.ceil(math.log2(len(names)))
+        assert len(fails.answers) <= math.ceil(math.log2(len(names))) + 2
 
 
 @given(any_predicates())
@@ -90,6 +98,18 @@ def test_every_name_of_the_answer_is_needed(case):
     assert found <= frozenset(names)
     assert fails(found)
     assert not any(fails(found - {name}) for name in found)
+
+
+@pytest.mark.parametrize(("together", "most"), [(1, 11), (2, 16), (3, 25)])
+def test_runs_among_forty_patches(together, most):
+    """Of the whole search, with none on, with all, and the check of the workaround."""
+    names = names_of(40)
+    for chosen in itertools.islice(itertools.combinations(names, together), 0, None, together**3):
+        trials = Imagined(names, frozenset(chosen).issubset)
+        found = bisect.Findings()
+        bisect.search(trials, names, found)
+        assert found.culprits == [list(chosen)]
+        assert len(trials.verdicts) <= most, chosen
 
 
 @given(any_predicates())
@@ -252,7 +272,11 @@ def test_a_patch_and_the_one_that_it_requires(monkeypatch):
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
-        ("GEMMA4_TURBO", "0", "no patch is on, nothing to bisect: alpha (GEMMA4_TURBO=0)"),
+        (
+            "GEMMA4_TURBO",
+            "0",
+            "no patch is on, nothing to bisect: alpha, beta, gamma, delta (GEMMA4_TURBO=0)",
+        ),
         ("GEMMA4_TURBO_BETA", "maybe", "GEMMA4_TURBO_BETA='maybe' is not one of 0, 1"),
     ],
 )
@@ -268,7 +292,8 @@ def test_a_command_that_is_not_there():
     done = call("--", "no-such-command-anywhere", "x")
     assert done.exit_code == 2
     assert "no-such-command-anywhere cannot be started: No such file" in done.stderr
-    assert "run 1" not in done.stderr
+    assert "run 1 fails" not in done.stderr
+    assert "Runs:" not in done.stderr
 
 
 def test_a_command_that_may_not_be_run(tmp_path: Path):
@@ -348,7 +373,9 @@ def test_verdicts_that_contradict_each_other_are_told():
     found = found_by("--", *failing_if("on('alpha') and (not on('beta') or on('delta'))"))
     assert found["culprits"] == [["alpha"]]
     (doubt,) = found["doubts"]
-    assert doubt.startswith("inconsistent: it fails with alpha on but passes with alpha, beta on")
+    assert doubt.startswith(
+        "inconsistent: it fails with alpha on but passes with alpha, beta, gamma on"
+    )
 
 
 def test_logs_are_kept(tmp_path: Path):
@@ -358,6 +385,40 @@ def test_logs_are_kept(tmp_path: Path):
         assert Path(run["stdout"]).read_text() == f"out {'alpha' in run['on']}\n"
         assert Path(run["stderr"]).read_text() == "err\n"
     assert (tmp_path / "new" / "logs" / "run-01.stdout").is_file()
+
+
+def test_logs_of_another_search_are_not_overwritten(tmp_path: Path):
+    (tmp_path / "run-01.stdout").write_text("kept")
+    done = call("--logs", str(tmp_path), "--", "true")
+    assert done.exit_code == 2
+    assert f"--logs: {tmp_path} is not empty: name a new folder" in done.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_each_run_is_announced_with_what_is_left():
+    done = call("--", *failing_if("on('alpha')"))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("run ")]
+    assert lines[0] == ("run 1: no patch on (GEMMA4_TURBO=0); about 6 runs left, this one included")
+    for start, end in zip(lines[::2], lines[1::2], strict=True):
+        assert start.split(":")[0] == end.split(" passes:")[0].split(" fails:")[0]
+    assert all(re.search(r"; about \d runs? left, .*: \d+ s$", line) for line in lines[2::2])
+    assert "about 1 run left" in lines[-2]
+
+
+def test_a_command_that_passes_now_is_run_more_often():
+    """The hint, unless that was asked for."""
+    assert "If it fails only now and then: --repeat" in call("--", "true").stderr
+    assert "now and then" not in call("--repeat", "2", "--", "true").stderr
+
+
+def test_different_failures_are_a_doubt():
+    found = found_by("--", *failing_if("on('beta') and (1 + on('alpha'))"), "")
+    assert found["doubts"] == []
+    found = found_by("--", *python("sys.exit(on('beta') and 1 + on('alpha'))"))
+    (doubt,) = found["doubts"]
+    assert "exit status 1" in doubt
+    assert "exit status 2" in doubt
+    assert "--repeat" in doubt
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path):
@@ -376,7 +437,7 @@ def test_an_interruption_ends_the_child_and_tells_what_is_known(
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from gemma4_turbo.__main__ import main\n"
         "from gemma4_turbo.cli import bisect\n"
-        "from tests.cpu.synthetic import record\n"
+        "from tests.cpu.test_bisect import record\n"
         f"bisect.catalogue = lambda: tuple(record(name) for name in {NAMES})\n"
         "main()\n"
     )

@@ -93,7 +93,7 @@ def test_without_the_package_one_line_and_on(python: Python, shadowed: Path) -> 
 def test_a_broken_package_does_not_stop_the_process(python: Python, shadowed: Path) -> None:
     """`bootstrap` swallows and logs what goes wrong inside it."""
     code = (
-        "import gemma4_turbo.engine.installer as p\n"
+        "import gemma4_turbo.instance as p\n"
         "def broken(*args): raise RuntimeError('our mistake')\n"
         "p.ENGINE._select = broken\n"
         "import gemma4_turbo; gemma4_turbo.bootstrap(); print('ran')"
@@ -104,7 +104,7 @@ def test_a_broken_package_does_not_stop_the_process(python: Python, shadowed: Pa
 
 
 @pytest.mark.parametrize(
-    ("plugins", "folders", "routes"),
+    ("plugins", "folders", "ways"),
     [
         ("", [], ["entry point"]),
         ("gemma4_turbo", [], ["entry point"]),
@@ -123,14 +123,14 @@ def test_routes(
     tmp_path: Path,
     plugins: str,
     folders: list[str],
-    routes: list[str],
+    ways: list[str],
 ) -> None:
     """By which ways a spawned process gets the patches, as this package is installed here."""
     places = {"example": EXAMPLE, "shipped": shadowed, "nothing": tmp_path / "nothing"}
     monkeypatch.setenv("SGLANG_PLUGINS", plugins)
     monkeypatch.setenv("PYTHONPATH", joined(*[places[name] for name in folders]))
     monkeypatch.chdir(tmp_path)
-    assert routes.bootstrap_routes() == routes
+    assert routes.bootstrap_routes() == ways
 
 
 def test_the_entry_point_is_registered() -> None:

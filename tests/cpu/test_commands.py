@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import resource
 import socket
 import subprocess
 import sys
@@ -13,10 +15,11 @@ from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE
-from gemma4_turbo.cli import demo, doctor, serve
+from gemma4_turbo.cli import demo, doctor, report, serve
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.models import geometry
-from tests.cpu.conftest import state_by_default
+from gemma4_turbo.version import __version__
+from tests.cpu.conftest import REPOSITORY, state_by_default
 
 PATCH_KEYS = {
     *("name", "summary", "env", "default", "state", "reason"),
@@ -46,11 +49,26 @@ def command(
 
 
 def test_doctor_json(environment, tmp_path):
-    """stdout is one JSON object; the patch is really installed on the real stock source."""
-    done = command(environment, "doctor", "--json", GEMMA4_TURBO_STATE_DIR=str(tmp_path))
+    """stdout is one JSON object; the sources say what installing the patches says."""
+    variables = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path)}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = command(environment, "doctor", "--json", **variables)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
+    taken = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert taken < 20, "15 s, and some more where several processes share a core"
     found = json.loads(done.stdout)
     assert {"versions", "device", "patches"} <= set(found)
+    installed = command(environment, "doctor", "--import", "--json", **variables)
+    assert installed.returncode == 0, installed.stderr
+    states = [
+        [(patch["name"], patch["state"]) for patch in json.loads(one.stdout)["patches"]]
+        for one in (done, installed)
+    ]
+    assert states[0] == states[1]
+    assert json.loads(installed.stdout)["patches"][0]["reason"] == "installed"
+    assert found["verdict"] == "34 active, 3 upstreamed, 3 off"
+    assert found["obstacles"] == []
     assert found["versions"]["sglang"] == "0.5.12.post1"
     assert [set(patch) for patch in found["patches"]] == [PATCH_KEYS] * len(found["patches"])
     router = next(patch for patch in found["patches"] if patch["name"] == "router")
@@ -106,7 +124,7 @@ def test_doctor_prints_why_no_server_can_be_seen(monkeypatch, capsys):
     why = "GEMMA4_TURBO_STATE_DIR: '/tmp/[bold]a[/nonsense]' is a symbolic link"
     found = {key: [] for key in ("patches", "servers", "notes", "problems", "bootstrap")}
     found |= {"versions": {}, "device": None, "state_folder": why}
-    monkeypatch.setattr(doctor, "examine", lambda: found)
+    monkeypatch.setattr(doctor, "examine", lambda imported: iter(found.items()))
     assert doctor.run(as_json=False) == 0
     assert f"Other processes cannot be seen: {why}\n" in capsys.readouterr().out
     found["state_folder"] = None
@@ -114,19 +132,123 @@ def test_doctor_prints_why_no_server_can_be_seen(monkeypatch, capsys):
     assert "cannot be seen" not in capsys.readouterr().out
 
 
-def test_doctor_table(environment):
-    done = command(environment, "doctor", COLUMNS="160")
+def test_doctor_in_a_pipe(environment):
+    """Versions first, a line a patch, the verdict last; all there is with ``--all``."""
+    done = command(environment, "doctor", COLUMNS="80")
     assert done.returncode == 0
-    assert "GEMMA4_TURBO_ROUTER" in done.stdout
-    assert "bitwise" in done.stdout
-    assert "GPU: none" in done.stdout
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("gemma4_turbo ")
+    assert lines[-1] == "34 active, 3 upstreamed, 3 off"
+    assert "GPU: none" in lines
+    for patch in CATALOGUE:
+        assert sum(line.startswith(f"  {patch.name} ") for line in lines) == 1
+        assert patch.env not in done.stdout
+    more = command(environment, "doctor", "--all").stdout
+    assert all(patch.env in more and patch.summary in more for patch in CATALOGUE)
+
+
+def test_doctor_says_what_keeps_everything_from_working(monkeypatch, capsys):
+    """Exit 3: no way into spawned processes, no PyTorch, no SGLang; not if all is meant to be off."""
+    monkeypatch.setattr(doctor, "bootstrap_routes", list)
+    monkeypatch.setattr(report, "torch_problem", lambda: "PyTorch cannot be imported: OSError: x")
+    monkeypatch.setattr(doctor, "installed_release", lambda: None)
+    assert doctor.run(as_json=False) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert f"error: {doctor.NOT_INSTALLED}" in lines
+    assert "error: PyTorch cannot be imported: OSError: x" in lines
+    assert f"error: {doctor.STAY_STOCK}" in lines
+    assert lines[-1] == "nothing can work; 3 off, 37 waiting"
+    assert sum(line.startswith("waiting (37): SGLang is not installed") for line in lines) == 1
+    assert doctor.run(as_json=True) == 3
+    assert len(json.loads(capsys.readouterr().out)["obstacles"]) == 3
+    monkeypatch.setenv("GEMMA4_TURBO", "0")
+    monkeypatch.setattr(doctor, "installed_release", lambda: "0.5.12.post1")
+    assert doctor.run(as_json=False) == 0
+
+
+def test_a_torch_that_cannot_be_imported(monkeypatch):
+    """Whatever it raises."""
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert report.torch_problem().startswith("PyTorch is not installed")
+    monkeypatch.delitem(sys.modules, "torch")
+
+    class Broken:
+        def find_spec(self, name, path=None, target=None):
+            if name == "torch":
+                raise OSError("libcudart.so.13: cannot open shared object file")
+
+    monkeypatch.setattr(sys, "meta_path", [Broken()])
+    assert report.torch_problem() == (
+        "PyTorch cannot be imported: OSError: libcudart.so.13: cannot open shared object file"
+    )
+    assert report.device() is None
+
+
+def test_version_help_and_completion():
+    """Each command's help has its exit codes, ``-h`` is ``--help``."""
+    assert CliRunner().invoke(app, ["--version"]).output == f"gemma4-turbo {__version__}\n"
+    assert "--install-completion" in CliRunner().invoke(app, ["-h"]).output
+    for name in (
+        "doctor",
+        "verify",
+        "bisect",
+        "demo",
+        "serve",
+        "sitecustomize",
+        "record",
+        "release",
+    ):
+        told = CliRunner().invoke(app, [name, "-h"])
+        assert told.exit_code == 0
+        assert "Exit 3" in told.output or "Exit 2" in told.output, name
+
+
+def test_a_failure_is_json_too(monkeypatch):
+    """What is missing, and what nobody expected; the traceback goes to stderr."""
+    monkeypatch.setattr(report, "torch_problem", lambda: "PyTorch is not installed: x")
+    told = CliRunner().invoke(app, ["verify", "--json"])
+    assert (told.exit_code, json.loads(told.stdout)) == (
+        3,
+        {"error": "PyTorch is not installed: x"},
+    )
+
+    def broken(*args):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr(doctor, "run", broken)
+    told = CliRunner().invoke(app, ["doctor", "--json"])
+    assert json.loads(told.stdout) == {"error": "ZeroDivisionError: by zero"}
+    assert told.exit_code == 1
+    assert "Traceback" in told.stderr
+    told = CliRunner().invoke(app, ["bisect", "--json", "--", "no-such-command-anywhere"])
+    assert told.exit_code == 2
+    assert "no-such-command-anywhere cannot be started" in json.loads(told.stdout)["error"]
+
+
+def test_sitecustomize_prints_a_folder_that_works(environment, tmp_path):
+    """The one at the top of the repository is the same file."""
+    folder = CliRunner().invoke(app, ["sitecustomize"]).output.strip()
+    file = Path(folder, "sitecustomize.py")
+    assert file.samefile(REPOSITORY / "sitecustomize_example" / "sitecustomize.py")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; print('gemma4_turbo.instance' in sys.modules)"],
+        env={**environment, "PYTHONPATH": f"{folder}:{REPOSITORY}"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=True,
+    )
+    assert done.stdout == "True\n"
 
 
 def test_demo_runs_stock_against_patched(environment):
     """Without a GPU: the report and the comparison, exit 0, no traceback."""
     done = command(environment, "demo")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ids equal, 0 of 128 weights differ" in " ".join(done.stdout.split())
+    assert "ids equal, 0 of 128 weights differ" in done.stdout
+    assert re.fullmatch(r"demo: \d+ comparisons, all .*", done.stdout.splitlines()[-1])
+    assert "not exercised here" in done.stdout
+    assert "importing SGLang" in done.stderr
     assert "DIFFERENT" not in done.stdout
     assert "Traceback" not in done.stderr
 
@@ -140,6 +262,12 @@ def test_verify_json(environment):
     assert set(compared) >= on - WITHOUT_ARITHMETIC
     assert compared.count("router") == 6
     assert all(check["passed"] and check["compared"] > 0 for check in checks)
+    for check in checks:
+        assert check["result"] == ("within bounds" if check["differing"] else "same bits")
+    found = json.loads(done.stdout)
+    assert found["verdict"].startswith(f"verify: {len(checks)} comparisons, all within bounds")
+    assert set(found["not_compared"]["not exercised here"]) <= WITHOUT_ARITHMETIC
+    assert "comparing router with stock" in done.stderr
 
 
 def test_verify_with_everything_off_compares_nothing(environment):
@@ -163,7 +291,7 @@ def test_missing_sglang_is_one_line(environment, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 1
+    assert done.returncode == 3
     assert "Traceback" not in done.stderr
     assert "SGLang is not installed" in done.stderr
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.cli import demo, doctor, report, trials, verify
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.states import PatchStatus
@@ -37,20 +38,18 @@ def printed(*renderables: Any) -> str:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_table_of_patches(text: str) -> None:
-    """In every cell that holds text, and in the title."""
+    """As state, cause and name, and in the title."""
     rows = [PatchStatus("router", text, text, (), 1)]
-    other = {"name": text, "state": "active", "reason": "", "engaged": 0, "captured": text}
+    other = {"name": text, "state": "active", "reason": "", "engaged": 3, "captured": text}
     assert printed(report.table([*rows, other], text)).count(text) == 5
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_table_of_checks(text: str) -> None:
-    """Of ``verify`` and ``demo``."""
+    """Of ``verify`` and ``demo``: what differs is told in full, the rest on demand."""
     checks = [Check(text, text, text, 1, 0, text, passed) for passed in (True, False)]
-    shown = printed(verify.check_table(checks))
-    assert shown.count(text) == 8
-    assert "equal" in shown
-    assert "DIFFERENT" in shown
+    assert printed(verify.check_table(checks)).count(text) == 4
+    assert printed(verify.check_table(checks, everything=True)).count(text) == 7
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -69,10 +68,11 @@ def test_doctor(
         "state_folder": None,
         "servers": [{"pid": 1, "command": text, "patches": [patch]}],
     }
-    monkeypatch.setenv("COLUMNS", "300")
-    monkeypatch.setattr(doctor, "examine", lambda: found)
+    monkeypatch.setattr(doctor, "examine", lambda imported: iter(found.items()))
     assert doctor.run(as_json=False) == 2
-    assert capsys.readouterr().out.count(text) == 9
+    shown = capsys.readouterr().out
+    assert shown.count(text) == 9
+    assert shown.splitlines()[-1] == "1 failed"
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -88,8 +88,114 @@ def test_demo(
     monkeypatch.setattr(demo, "ENGINE", SimpleNamespace(status=lambda: [row]))
     monkeypatch.setattr(demo, "descendants", lambda: [process])
     monkeypatch.setattr(report, "device", lambda: text)
-    assert demo.on_gpu(Console(width=300), 6, 0) == 1
+    assert demo.on_gpu(Console(), 6, 0) == 1
     assert capsys.readouterr().out.count(text) == 7
+
+
+ROWS = [
+    *(PatchStatus(patch.name, "active", "installed", (), 0) for patch in CATALOGUE[:30]),
+    PatchStatus(
+        CATALOGUE[30].name, "active", "installed; some calls take stock's path: why", (), 2
+    ),
+    *(PatchStatus(patch.name, "off", "GEMMA4_TURBO_X=0", (), 0) for patch in CATALOGUE[31:39]),
+    PatchStatus(CATALOGUE[39].name, "drifted", "source of " + "a.long:name, " * 12, (), 0),
+]
+
+
+def terminal(width: int) -> Console:
+    """One of that width."""
+    return Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+
+
+def lines_of(console: Console) -> list[str]:
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text.splitlines()
+
+
+def test_eighty_columns() -> None:
+    """No word is broken, no line is longer, a patch without a long cause is one line."""
+    console = terminal(80)
+    report.show(console, report.table(ROWS))
+    lines = lines_of(console)
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).split()
+    for row in ROWS:
+        assert words.count(row.name) == 1
+    assert words.count("a.long:name,") == 12
+    assert "GEMMA4_TURBO_ROUTER" not in words
+    assert len(lines) <= len(ROWS) + 4 + 3  # the headings, and what follows of the long cause
+
+
+def test_a_cause_that_patches_share_is_told_once() -> None:
+    """And what is no cause at all is not told."""
+    console = terminal(200)
+    report.show(console, report.table(ROWS))
+    told = "\n".join(lines_of(console))
+    assert told.count("GEMMA4_TURBO_X=0") == 1
+    assert "installed" not in told
+    assert "2 calls; some calls take stock's path: why" in told
+    assert told.count("not exercised here") == 30
+
+
+def test_a_pipe_has_a_line_a_patch() -> None:
+    """However long; the note on other processes once."""
+    console = Console(file=io.StringIO())
+    note = "; only this process is counted: the folder is a file"
+    report.show(console, report.table([row._replace(reason=row.reason + note) for row in ROWS]))
+    lines = lines_of(console)
+    assert len(lines) == len(ROWS) + 4 + 1
+    assert "".join(lines).count("the folder is a file") == 1
+
+
+def test_the_verdict_is_in_the_order_of_the_groups() -> None:
+    assert report.verdict(ROWS) == "31 active, 8 off, 1 drifted"
+    assert report.verdict([]) == "no patch"
+
+
+def test_verify_tells_same_bits_from_within_bounds() -> None:
+    """What differs within bounds is not called equal, and nothing compared is no result."""
+    checks = [
+        Check("router", "one", "stock", 10, 0, "not one bit", True),
+        Check("qkv_proj", "two", "stock", 10, 3, "2 ulp", True),
+        Check("moe_configs", "no table is shipped yet", "-", 0, 0, "-", True),
+    ]
+    lines = printed(verify.check_table(checks)).splitlines()
+    assert lines == [
+        "same bits (1)",
+        "  router            1 comparison, 10 values",
+        "within bounds (1)",
+        "  qkv_proj          1 comparison, bits of 3 of 10 values differ (allowed: 2 ulp)",
+        "not exercised here (1)",
+        "  moe_configs       no table is shipped yet",
+    ]
+    assert verify.verdict(checks[:1]) == "verify: 1 comparison, all with the same bits"
+    assert verify.verdict(checks) == (
+        "verify: 2 comparisons, all within bounds, 1 of them with the same bits"
+    )
+    bad = [*checks, checks[0]._replace(differing=1, passed=False)]
+    assert verify.verdict(bad) == "verify: 3 comparisons, 1 DIFFERENT: router"
+    assert verify.verdict(checks[2:]) == "verify: nothing compared"
+
+
+def test_a_comparison_that_raises_is_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patches after it are compared all the same."""
+    fine = Check("fine", "x", "stock", 1, 0, "not one bit", True)
+
+    def broken(device: str) -> list[Check]:
+        raise RuntimeError("no memory")
+
+    runs = {
+        "broken": SimpleNamespace(swaps=[1], patch=CATALOGUE[0], verify=broken),
+        "fine": SimpleNamespace(swaps=[1], patch=CATALOGUE[1], verify=lambda device: [fine]),
+    }
+    monkeypatch.setattr(verify, "ENGINE", SimpleNamespace(runs=runs))
+    told: list[str] = []
+    first, second = verify.check_all("cpu", told.append)
+    assert (first.passed, first.allowed) == (False, "RuntimeError: no memory")
+    assert second is fine
+    assert told == [
+        f"comparing {p.name} with stock ({i} of 2)" for i, p in enumerate(CATALOGUE[:2], 1)
+    ]
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -1,5 +1,6 @@
 """Turns gemma4_turbo on in every Python process started with this folder on PYTHONPATH.
 
+    PYTHONPATH=$(gemma4-turbo sitecustomize) sglang serve ...
     PYTHONPATH=/path/to/sitecustomize_example python -m sglang.launch_server ...
 
 Needed only where the entry point does not reach: gemma4_turbo not installed with pip, or
