@@ -43,7 +43,7 @@ def command(
         env={**environment, **variables},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
         check=False,
     )
 
