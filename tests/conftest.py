@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from pathlib import Path
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+HERE = Path(__file__).parent
+
+
 def pytest_report_header() -> str:
-    """Say what this machine leaves out."""
+    """Say what the kernels run on."""
     if torch.cuda.is_available():
         return f"GPU: {torch.cuda.get_device_name()}"
-    return "no CUDA device: tests/gpu is not collected, kernels run in Triton's interpreter"
+    return "no CUDA device: kernels run in Triton's interpreter"
+
+
+def not_collected(arguments: list[str]) -> list[str]:
+    """What was asked for and this machine cannot even collect, and what it lacks for it."""
+    folder = HERE / "gpu"
+    asked = [Path(argument.partition("::")[0]).resolve() for argument in arguments]
+    if torch.cuda.is_available() or not any(folder.is_relative_to(path) for path in asked):
+        return []
+    count = len(list(folder.glob("test_*.py")))
+    return [f"{folder.relative_to(HERE.parent)}, {count} files, needs a CUDA device"]
+
+
+def skipped(reports: list[pytest.TestReport]) -> list[str]:
+    """How many tests were skipped, by reason."""
+    reasons = Counter(
+        str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        for report in reports
+    )
+    return [
+        f"{count} skipped, {reason.removeprefix('Skipped: ')}"
+        for reason, count in sorted(reasons.items())
+    ]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """A green run must not be taken for one of all tests."""
+    lines = not_collected(config.args) + skipped(terminalreporter.stats.get("skipped", []))
+    for line in lines:
+        terminalreporter.write_line(f"not run here: {line}")

@@ -8,18 +8,24 @@ import resource
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE
 from gemma4_turbo.cli import demo, doctor, report, serve
 from gemma4_turbo.cli.modules import CannotRunError
+from gemma4_turbo.engine.run import ledger
+from gemma4_turbo.engine.switches import SELECTION
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry
 from gemma4_turbo.version import __version__
-from tests.cpu.conftest import REPOSITORY, state_by_default
+from tests.cpu.conftest import REPOSITORY, patched_sglang, state_by_default
+from tests.cpu.synthetic import clean_environment
 
 PATCH_KEYS = {
     *("name", "summary", "env", "default", "state", "reason"),
@@ -46,6 +52,35 @@ def command(
         timeout=600,
         check=False,
     )
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """SGLang's modules, which take most of a minute to import."""
+    with patched_sglang(tmp_path_factory, only=[]):
+        yield
+
+
+@pytest.fixture
+def answer(
+    imported: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[..., Result]]:
+    """The command in this process, as before the first call of ours: a process takes 10 s and more."""
+    clean_environment(monkeypatch)
+    monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path / "state"))
+
+    def run(*arguments: str, **variables: str) -> Result:
+        ENGINE.revert()
+        monkeypatch.delenv(SELECTION)
+        monkeypatch.setattr(ENGINE, "_selection", None)
+        ledger().close()
+        ledger.cache_clear()
+        return CliRunner().invoke(app, list(arguments), env=variables)
+
+    yield run
+    ENGINE.revert()
+    ledger().close()
+    ledger.cache_clear()
 
 
 def test_doctor_json(environment, tmp_path):
@@ -81,18 +116,18 @@ def test_doctor_json(environment, tmp_path):
 @pytest.mark.parametrize(
     ("variable", "value"), [("GEMMA4_TURBO", "banana"), ("GEMMA4_TURBO_ROUTER", "maybe")]
 )
-def test_doctor_names_the_variable_and_the_choices(environment, variable, value):
-    done = command(environment, "doctor", "--json", **{variable: value})
-    assert done.returncode == 2
+def test_doctor_names_the_variable_and_the_choices(answer, variable, value):
+    done = answer("doctor", "--json", **{variable: value})
+    assert done.exit_code == 2
     found = json.loads(done.stdout)
     assert found["problems"] == [f"{variable}={value!r} is not one of 0, 1"]
     assert found["patches"][0]["state"] == "off"
     assert variable in found["patches"][0]["reason"]
 
 
-def test_doctor_says_what_switched_a_patch_off(environment):
-    done = command(environment, "doctor", "--json", GEMMA4_TURBO_ROUTER="0")
-    assert done.returncode == 0
+def test_doctor_says_what_switched_a_patch_off(answer):
+    done = answer("doctor", "--json", GEMMA4_TURBO_ROUTER="0")
+    assert done.exit_code == 0
     patches = {patch["name"]: patch for patch in json.loads(done.stdout)["patches"]}
     router = patches.pop("router")
     assert (router["state"], router["reason"]) == ("off", "GEMMA4_TURBO_ROUTER=0")
@@ -100,22 +135,22 @@ def test_doctor_says_what_switched_a_patch_off(environment):
     assert others == {p.name: state_by_default(p) for p in CATALOGUE if p.name != "router"}
 
 
-def test_doctor_says_why_no_server_can_be_seen(environment, tmp_path):
+def test_doctor_says_why_no_server_can_be_seen(answer, tmp_path):
     """In the JSON; in strict mode it is a problem, as it is for a server."""
     tmp_path.chmod(0o777)
     variables = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path), "GEMMA4_TURBO": "0"}
-    done = command(environment, "doctor", "--json", **variables)
-    assert done.returncode == 0, done.stderr
+    done = answer("doctor", "--json", **variables)
+    assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     told = f"GEMMA4_TURBO_STATE_DIR: {str(tmp_path)!r} can be written by others (mode 0777)"
     assert found["state_folder"].startswith(told)
     assert (found["problems"], found["servers"]) == ([], [])
     assert {told in patch["reason"] for patch in found["patches"]} == {True}
-    done = command(environment, "doctor", "--json", GEMMA4_TURBO_STRICT="1", **variables)
-    assert done.returncode == 2
+    done = answer("doctor", "--json", GEMMA4_TURBO_STRICT="1", **variables)
+    assert done.exit_code == 2
     assert json.loads(done.stdout)["problems"] == [found["state_folder"]]
     tmp_path.chmod(0o700)
-    done = command(environment, "doctor", "--json", **variables)
+    done = answer("doctor", "--json", **variables)
     assert json.loads(done.stdout)["state_folder"] is None
 
 
@@ -132,7 +167,7 @@ def test_doctor_prints_why_no_server_can_be_seen(monkeypatch, capsys):
     assert "cannot be seen" not in capsys.readouterr().out
 
 
-def test_doctor_in_a_pipe(environment):
+def test_doctor_in_a_pipe(environment, answer):
     """Versions first, a line a patch, the verdict last; all there is with ``--all``."""
     done = command(environment, "doctor", COLUMNS="80")
     assert done.returncode == 0
@@ -143,7 +178,7 @@ def test_doctor_in_a_pipe(environment):
     for patch in CATALOGUE:
         assert sum(line.startswith(f"  {patch.name} ") for line in lines) == 1
         assert patch.env not in done.stdout
-    more = command(environment, "doctor", "--all").stdout
+    more = answer("doctor", "--all").stdout
     assert all(patch.env in more and patch.summary in more for patch in CATALOGUE)
 
 
@@ -270,9 +305,9 @@ def test_verify_json(environment):
     assert "comparing router with stock" in done.stderr
 
 
-def test_verify_with_everything_off_compares_nothing(environment):
+def test_verify_with_everything_off_compares_nothing(answer):
     """No green light for no comparison."""
-    assert command(environment, "verify", "--json", GEMMA4_TURBO="0").returncode == 3
+    assert answer("verify", "--json", GEMMA4_TURBO="0").exit_code == 3
 
 
 def test_missing_sglang_is_one_line(environment, tmp_path):

@@ -5,8 +5,8 @@ Slots that no sequence holds are NaN, outputs are poisoned and lie between guard
 
 from __future__ import annotations
 
+import itertools
 import math
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -53,7 +53,7 @@ def operands(
         "q": q,
         "k_buffer": k,
         "v_buffer": v,
-        "kv_indptr": torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
+        "kv_indptr": torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
         "kv_indices": at[:total].clone(),
         "sm_scale": 2.0 / math.sqrt(dim),
     }
@@ -114,27 +114,32 @@ def batches(draw: st.DrawFn) -> tuple[dict[str, Any], Config, int | None]:
     return arguments, config, draw(st.sampled_from((None, max(lengths), 180)))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(batches())
 def test_any_batch(case):
     check(*case)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("keys_first", [True, False])
-@pytest.mark.parametrize(("group", "dim", "dtype"), [
-    (1, 256, torch.float16), (2, 256, torch.bfloat16), (8, 512, torch.bfloat16), (16, 256, torch.bfloat16),
+# Each group and head size, which are sizes of tiles; the two orders of the product and the two ways to
+# combine the splits, which are code, all together for one of them, with a group that fills its tile.
+@pytest.mark.parametrize(("group", "dim", "dtype", "keys_first", "fused"), [
+    (1, 256, torch.float16, False, True),
+    (2, 256, torch.bfloat16, True, False),
+    (8, 512, torch.bfloat16, True, True),
+    (8, 512, torch.bfloat16, False, False),
+    *((16, 256, torch.bfloat16, first, fused) for first in (True, False) for fused in (True, False)),
 ])  # fmt: skip
 def test_groups_and_head_sizes(group, dim, dtype, keys_first, fused):
     check(
-        operands([1, 70, 33], group, 1, dim, dtype),
+        operands([1, 38, 17], group, 1, dim, dtype),
         SPLIT._replace(keys_first=keys_first, fused=fused),
     )
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49])
+# On both sides of one block and of three; two are between them.
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 32, 47, 48, 49])
 def test_around_every_block(length):
-    check(operands([length, 1, length]), SPLIT)
+    check(operands([length, 1], kv_heads=1), SPLIT)
 
 
 def test_a_sequence_of_no_tokens_gives_zeros():
@@ -215,7 +220,7 @@ def test_more_splits_than_are_loaded_at_once(group: int, length: int, fused: boo
 
 def test_the_arrival_does_not_change_the_bits():
     """Combined by the last split or by a second launch, with other orders of arrival: the same bits."""
-    arguments = operands([150, 90], 2, 2)
+    arguments = operands([90, 50], 2, 1)
     found = kernel.decode_attention(**arguments, config=SPLIT)
     again = kernel.decode_attention(**arguments, config=SPLIT._replace(fused=False))
     torch.testing.assert_close(found, again, rtol=0.01, atol=0.004)
@@ -259,14 +264,14 @@ def test_no_round_for_a_few_programs(monkeypatch, pairs, splits):
         assert grid - pairs <= kernel.PROCESSORS + 4
 
 
+# What `choose` looks at, all of it together: it takes microseconds.
 @pytest.mark.parametrize("dim", kernel.HEAD_DIMS)
-@pytest.mark.parametrize("group", kernel.GROUPS)
-@pytest.mark.parametrize("batch", [1, 2, 7, 8, 32, 64, 256])
-@pytest.mark.parametrize("kv_heads", [1, 2, 8, 16])
-def test_every_batch_gets_a_cut_that_the_kernel_takes(batch, kv_heads, group, dim):
-    config = kernel.choose(batch, kv_heads, group, dim)
-    assert config.min_chunk % config.block_n == 0
-    assert config.block_n * dim * 4 * (config.stages - 1) < 200_000
+def test_every_batch_gets_a_cut_that_the_kernel_takes(dim):
+    batches, kv_heads = (1, 2, 7, 8, 32, 64, 256), (1, 2, 8, 16)
+    for case in itertools.product(batches, kv_heads, kernel.GROUPS):
+        config = kernel.choose(*case, dim)
+        assert config.min_chunk % config.block_n == 0, case
+        assert config.block_n * dim * 4 * (config.stages - 1) < 200_000, case
 
 
 @pytest.mark.parametrize(

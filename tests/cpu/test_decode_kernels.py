@@ -13,17 +13,27 @@ from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail, qkv, 
 pytestmark = pytest.mark.skipif(not norms.INTERPRETED, reason="needs Triton's interpreter")
 
 EPS = 1e-6
-ROWS = (0, 1, 7)
-WIDTHS = (256, 1536, 2816)
-DTYPES = (torch.bfloat16, torch.float16)
 POISON = 123.0
 KIND = norms.Kind.FAST_MATH
+HALF, BF16 = torch.float16, torch.bfloat16
 
 Pair = tuple[torch.Tensor | None, torch.Tensor | None]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-each_width = pytest.mark.parametrize("width", WIDTHS)
-each_count = pytest.mark.parametrize("rows", ROWS)
-each_kind = pytest.mark.parametrize("kind", list(norms.Kind), ids=lambda kind: kind.name)
+# Kind and dtype choose the code, so all of them, of the narrowest row, which a program finishes soonest.
+# The width decides masks, warps and the order of the sums, of which there are two; no row, and one.
+SHAPES = [
+    *((3, 256, kind, dtype) for kind in norms.Kind for dtype in (BF16, HALF)),
+    *((2, width, kind, BF16) for width in (1536, 2816) for kind in (KIND, norms.Kind.CUTE)),
+    (0, 256, KIND, BF16),
+    (1, 256, norms.Kind.CUTE, BF16),
+]
+
+
+def named(value: Any) -> str | None:
+    """How a parameter is called in a test's name."""
+    return value.name if isinstance(value, norms.Kind) else str(value)
+
+
+each_shape = pytest.mark.parametrize(("rows", "width", "kind", "dtype"), SHAPES, ids=named)
 
 
 @pytest.fixture(autouse=True)
@@ -75,10 +85,7 @@ def untouched(x: torch.Tensor) -> bool:
 # -- norms ----------------------------------------------------------------------------------------
 
 
-@each_dtype
-@each_width
-@each_count
-@each_kind
+@each_shape
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 def test_layer_norms(dtype, width, rows, kind, experts):
     x, r = activations(rows, width, 1, dtype), activations(rows, width, 2, dtype).flip(0)
@@ -95,10 +102,7 @@ def test_layer_norms(dtype, width, rows, kind, experts):
     assert untouched(residual)
 
 
-@each_dtype
-@each_width
-@each_count
-@each_kind
+@each_shape
 def test_router_norm(dtype, width, rows, kind):
     x, scale = activations(rows, width, 1, dtype), weight(width, 2, dtype)
     root = torch.tensor(width**-0.5, dtype=dtype)
@@ -114,12 +118,16 @@ def test_router_norm(dtype, width, rows, kind):
 # -- ends of a layer --------------------------------------------------------------------------------
 
 
-@each_dtype
-@each_width
-@each_count
-@each_kind
-@pytest.mark.parametrize("scaled", [False, True], ids=["plain", "scalar"])
-@pytest.mark.parametrize("following", [False, True], ids=["alone", "next"])
+# The two options choose code of their own: both or neither at every shape, each alone at one.
+@pytest.mark.parametrize(
+    ("rows", "width", "kind", "dtype", "scaled", "following"),
+    [
+        *((*shape, both, both) for shape in SHAPES for both in (False, True)),
+        (3, 256, KIND, BF16, True, False),
+        (3, 256, norms.Kind.CUTE, BF16, False, True),
+    ],
+    ids=named,
+)
 def test_norm_add(dtype, width, rows, kind, scaled, following):
     x, r = activations(rows, width, 1, dtype), activations(rows, width, 2, dtype)
     kept = r.clone()
@@ -132,9 +140,10 @@ def test_norm_add(dtype, width, rows, kind, scaled, following):
     assert torch.equal(r, kept)
 
 
-@each_dtype
-@each_count
-@pytest.mark.parametrize("width", [256, 512])
+# Each dtype; no row, one, several; one warp and two.
+@pytest.mark.parametrize(
+    ("dtype", "rows", "width"), [(BF16, 0, 256), (BF16, 1, 512), (BF16, 3, 256), (HALF, 3, 512)]
+)
 def test_gelu_mul(dtype, rows, width):
     gate, factor = activations(rows, width, 1, dtype), activations(rows, width, 2, dtype)
     expected = ple_tail.reference_gelu_mul(gate, factor)
@@ -142,11 +151,23 @@ def test_gelu_mul(dtype, rows, width):
     near((ple_tail.gelu_mul(gate, factor), expected), absolute=0.01)
 
 
-@each_dtype
-@pytest.mark.parametrize("width", [256, 2816])
-@each_count
-@pytest.mark.parametrize("choices", [None, 0, 8], ids=["dense", "summed", "eight choices"])
-@pytest.mark.parametrize("following", [None, *norms.Kind], ids=lambda kind: kind and kind.name)
+# What the experts give and what follows choose the code: all pairs, of the narrowest row. The other
+# dtype, a width with a mask, no row and one: where most of the code runs.
+@pytest.mark.parametrize(
+    ("dtype", "width", "rows", "choices", "following"),
+    [
+        *(
+            (BF16, 256, 3, choices, kind)
+            for choices in (None, 0, 8)
+            for kind in (None, *norms.Kind)
+        ),
+        *((HALF, 256, 3, choices, KIND) for choices in (None, 0, 8)),
+        (BF16, 2816, 2, None, norms.Kind.CUTE),
+        (BF16, 2816, 2, 8, KIND),
+        *((BF16, 256, rows, choices, KIND) for rows in (0, 1) for choices in (None, 8)),
+    ],
+    ids=named,
+)
 def test_layer_tail(dtype, width, rows, choices, following):
     x, r = activations(rows, width, 1, dtype), activations(rows, width, 2, dtype)
     kept = r.clone()
@@ -202,16 +223,17 @@ def heads(rows: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, .
     return activations(rows, sum(sizes), 7, dtype).split(sizes, dim=-1)
 
 
-each_mode = pytest.mark.parametrize(
-    ("mode", "stored"),
-    [
-        (mode, stored)
-        for mode in qkv.Mode
-        for stored in (False, True)
-        if mode != qkv.Mode.Q or not stored  # no K, nothing to store
-    ],
-    ids=lambda value: value.name if isinstance(value, qkv.Mode) else ("returned", "stored")[value],
-)
+MODES = [
+    (mode, stored)
+    for mode in qkv.Mode
+    for stored in (False, True)
+    if mode != qkv.Mode.Q or not stored  # no K, nothing to store
+]
+
+
+def told(value: Any) -> str:
+    """The name of a mode, else as it is."""
+    return value.name if isinstance(value, qkv.Mode) else str(value)
 
 
 def rope_of(rows: int, head_dim: int, integers: torch.dtype) -> qkv.Rope:
@@ -225,12 +247,25 @@ def store_of(rows: int, head_dim: int, dtype: torch.dtype, integers: torch.dtype
     return qkv.Store(locations, *caches)
 
 
-@each_dtype
-@each_count
-@pytest.mark.parametrize("head_dim", [128, 256, 512])
-@pytest.mark.parametrize("turned", [False, True], ids=["norms", "rope"])
-@each_mode
-def test_qkv(dtype, rows, head_dim, mode, turned, stored):
+# The mode and the rotation choose the code: all pairs, of the smallest head. The other dtype and no rows
+# return other things in each mode; the other heads, one of them with integers of 32 bits; one row.
+@pytest.mark.parametrize(
+    ("dtype", "rows", "head_dim", "turned", "mode", "stored"),
+    [
+        *((BF16, 3, 128, turned, *mode) for turned in (False, True) for mode in MODES),
+        *((HALF, 3, 128, True, *mode) for mode in MODES),
+        *((BF16, 0, 128, True, *mode) for mode in MODES),
+        *(
+            (BF16, 2, dim, turned, qkv.Mode.QKV, turned)
+            for dim in (256, 512)
+            for turned in (False, True)
+        ),
+        *((BF16, 2, dim, True, qkv.Mode.QK, True) for dim in (256, 512)),
+        (HALF, 1, 256, True, qkv.Mode.QKV, True),
+    ],
+    ids=told,
+)
+def test_qkv(dtype, rows, head_dim, turned, mode, stored):
     integers = torch.int32 if head_dim == 256 else torch.int64
     q, k, v = heads(rows, head_dim, dtype)
     q0, k0, v0 = (x.clone() for x in (q, k, v))
@@ -262,12 +297,21 @@ def test_qkv(dtype, rows, head_dim, mode, turned, stored):
             assert not bool((cache[~empty] == POISON).any())
 
 
-@pytest.mark.parametrize(("q_heads", "kv_heads"), [(8, 4), (4, 2), (6, 1), (16, 2)])
-@each_mode
+# How many heads a program takes of Q and of K: 4 and 2, 2 and 1, 4 and 4. The modes differ in what a
+# program of K writes.
+@pytest.mark.parametrize(
+    ("q_heads", "kv_heads", "mode", "stored"),
+    [
+        *((4, 2, *mode) for mode in MODES),
+        (6, 1, qkv.Mode.QK, False),
+        (4, 4, qkv.Mode.QKV, True),
+    ],
+    ids=told,
+)
 def test_several_heads_of_a_program_have_the_bits_of_one(
     q_heads, kv_heads, mode, stored, monkeypatch
 ):
-    dim, rows = 128, 3
+    dim, rows = 128, 2
     dtype = torch.bfloat16
     qw, kw = weight(dim, 3, dtype), weight(dim, 4, dtype)
     rope = rope_of(rows, dim, torch.int64)
@@ -280,7 +324,7 @@ def test_several_heads_of_a_program_have_the_bits_of_one(
         store = None
         if stored:
             caches = [torch.full((SLOTS, kv_heads, dim), POISON, dtype=dtype) for _ in range(2)]
-            store = qkv.Store(torch.tensor([4, 0, 9]), *caches)
+            store = qkv.Store(torch.tensor([4, 0]), *caches)
         found = [*qkv.qkv(*cut, qw, kw, EPS, dim, rope, store), *(store or ())]
         outcomes.append([x.view(torch.int16) for x in found if x is not None and x.dtype == dtype])
     several, one = outcomes
@@ -346,7 +390,6 @@ def call_layer_tail(a: dict[str, Any]) -> Any:
     return layer_tail.layer_tail(a["x"], last, EPS, a["r"], a["scalar"], experts, after)
 
 
-HALF, BF16 = torch.float16, torch.bfloat16
 DECLINED: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
     (call_layer_norms, "attention_output", {"x": torch.ones(2, 256)}),
     (call_layer_norms, "attention_output", {"x": torch.ones(2, 300, dtype=BF16)}),
@@ -391,9 +434,14 @@ DECLINED: list[tuple[Callable[..., Any], str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("call", list(dict.fromkeys(call for call, _, _ in DECLINED)))
+def test_what_the_cases_below_change_is_taken(call):
+    """So that nothing but the change can be what is declined."""
+    call(two())
+
+
 @pytest.mark.parametrize(("call", "argument", "changed"), DECLINED)
 def test_value_error_names_the_argument(call, argument, changed):
-    call(two())
     with pytest.raises(ValueError, match=rf"^{argument}\b"):
         call(two() | changed)
 
@@ -444,8 +492,11 @@ QKV_DECLINED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+def test_what_the_cases_of_qkv_below_change_is_taken():
+    qkv.qkv(**qkv_arguments())
+
+
 @pytest.mark.parametrize(("argument", "changed"), QKV_DECLINED)
 def test_qkv_value_error_names_the_argument(argument, changed):
-    qkv.qkv(**qkv_arguments())
     with pytest.raises(ValueError, match=rf"^{argument}\b"):
         qkv.qkv(**(qkv_arguments() | changed))

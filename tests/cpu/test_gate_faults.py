@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo.cli import report
 from gemma4_turbo.engine import fingerprints, gates, installer
 from gemma4_turbo.engine.installer import Engine
 from gemma4_turbo.ports.any import advice, late_arguments, routes, ways_in
@@ -24,7 +23,7 @@ AT_LAUNCH = {
     "decision": (Engine, "decision"),
     "outlook": (Engine, "outlook"),
     "sources": (fingerprints, "judge"),
-    "routes": (gates, "bootstrap_routes"),
+    "routes": (routes, "bootstrap_routes"),
     "entry points": (routes, "entry_points"),
     "sitecustomize": (routes, "_sitecustomizes"),
     "schedulers": (routes, "unreached_schedulers"),
@@ -35,7 +34,7 @@ AT_LOADING = {
     "catch_up": (Engine, "catch_up"),
     "status": (Engine, "status"),
     "row": (Engine, "_row"),
-    "summary": (report, "summary_line"),
+    "summary": (gates, "summary_line"),
     "switches": (Engine, "switches"),
 }
 
@@ -81,6 +80,20 @@ def raises_once(
     return raised
 
 
+def faults(places: list[Any]) -> pytest.MarkDecorator:
+    """A gate catches whatever is raised alike: every place with one error, every error at two."""
+    first, *others = ERRORS
+    pairs = [(place, first) for place in places]
+    pairs += [(place, error) for place in (places[0], places[-1]) for error in others]
+    return pytest.mark.parametrize(
+        ("gate", "place", "error"),
+        [
+            pytest.param(*place.values, error, id=f"{place.id}-{type(error).__name__}")
+            for place, error in pairs
+        ],
+    )
+
+
 IN_STRICT_MODE_ONLY = ("decision", "outlook", "sources")
 PLACES = [
     pytest.param(gate, place, id=f"{where}-{name}")
@@ -102,8 +115,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize(("gate", "place"), ALWAYS)
+@faults(ALWAYS)
 def test_goes_on(
     engine: Engine,
     monkeypatch: pytest.MonkeyPatch,
@@ -121,8 +133,7 @@ def test_goes_on(
     assert len(told(caplog)) == 1
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize(("gate", "place"), PLACES)
+@faults(PLACES)
 def test_strict_refuses_what_it_cannot_look_at(
     engine: Engine,
     monkeypatch: pytest.MonkeyPatch,

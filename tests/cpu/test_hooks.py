@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.kernels import skinny_gemm
 from gemma4_turbo.runtime import hooks
 from tests.cpu import test_forwards as forwards
 from tests.cpu.test_forwards import applied, no_grad  # noqa: F401 - fixtures of every test here
 
 # One name for each module that some fusion does not call, or calls on something else than stock does.
-# Linear layers in a run of their own: `skinny_gemm` takes most of the interpreter's time.
+# Linear layers in a run of their own: with `skinny_gemm` other functions call what is between them.
 WHERE = {
     ("dense", "fusions"): (
         "",
@@ -48,6 +49,16 @@ PATCHES: dict[str, dict[str, Any]] = {
     "fusions": {"skip": ["skinny_gemm"]},
     "linear": {"only": ["skinny_gemm", "qkv_norm"]},
 }
+
+
+@pytest.fixture(autouse=True)
+def products_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is called is compared here: the kernel's own sums, in `test_forwards` and its own tests."""
+
+    def launch(x: Any, weight: Any, config: Any, epilogue: Any, extra: Any, arrived: Any) -> Any:
+        return skinny_gemm.reference_skinny_gemm(x, weight, epilogue, extra)
+
+    monkeypatch.setattr(skinny_gemm, "launch_skinny_gemm", launch)
 
 
 class Seen:

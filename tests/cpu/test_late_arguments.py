@@ -101,7 +101,7 @@ def test_strict_refuses_where_it_would_have_mattered(
     refused: bool,
 ) -> None:
     """The others are only told, and one that is off is not."""
-    monkeypatch.setattr(gates, "bootstrap_routes", lambda: [routes.ENTRY_POINT])
+    monkeypatch.setattr(routes, "bootstrap_routes", lambda: [routes.ENTRY_POINT])
     monkeypatch.setattr(gates, "launch_refusals", lambda engine: [])
     arguments = from_keywords(folder(tmp_path, experts=experts), **given)
     ENGINE.apply(only=only)

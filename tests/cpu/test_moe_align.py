@@ -83,8 +83,10 @@ def test_any_batch(case):
     check(*case)
 
 
-@pytest.mark.parametrize("block", [16, 32, 64, 128])
-@pytest.mark.parametrize("experts", [64, 128, 256])
+# The models' experts with the smallest block, and every block with those of the 26B.
+@pytest.mark.parametrize(
+    ("experts", "block"), [(64, 16), (128, 16), (256, 16), (128, 32), (128, 64), (128, 128)]
+)
 def test_sizes_of_models(experts, block):
     check(drawn(5, 8, 0, experts), block, experts)
     check(drawn(16, 8, -1, experts), block, experts)
@@ -92,19 +94,20 @@ def test_sizes_of_models(experts, block):
 
 @pytest.mark.parametrize("topk", range(1, 9))
 def test_odd_sizes(topk):
-    for tokens in (1, 2, 7, 33):
+    for tokens in (1, 7, 33) if topk % 2 else (2, 33):
         check(drawn(tokens, topk, -1, 128, seed=tokens), 16, 128)
 
 
 @pytest.mark.parametrize("slots", [1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 511, 512])
 def test_around_every_group_and_variant(slots):
     check(drawn(slots, 1, -1, 128, seed=slots), 16, 128)
-    check(drawn(slots, 1, 0, 2, seed=slots), 16, 128)
+    if slots % 2:  # few experts, whose blocks are many
+        check(drawn(slots, 1, 0, 2, seed=slots), 16, 128)
 
 
 @pytest.mark.parametrize("expert", [-1, 0, 1, 63, 64, 126, 127])
 def test_all_slots_on_one_expert(expert):
-    for tokens in (1, 4, 5, 64):
+    for tokens in (1, 5, 64):
         check(torch.full((tokens, 8), expert, dtype=torch.int32), 16, 128)
 
 

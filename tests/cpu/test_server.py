@@ -285,7 +285,7 @@ def test_a_conflict_in_the_scheduler_with_strict_ends_the_server(
 
 
 DRIFT = """
-from gemma4_turbo import fingerprints
+from gemma4_turbo.engine import fingerprints
 
 known = fingerprints.known_releases
 fingerprints.known_releases = lambda: {

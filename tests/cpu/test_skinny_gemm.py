@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -25,11 +26,26 @@ def operands(rows: int, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> 
     return whole[:, :k], weight, torch.randn(rows, n, generator=generator).to(dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("rows", [0, 1, 7, 16, 17, 33, 64])
-@pytest.mark.parametrize(("n", "k"), [(64, 256), (48, 192), (96, 512)])
-@pytest.mark.parametrize("epilogue", list(Epilogue), ids=lambda epilogue: epilogue.name)
-@pytest.mark.parametrize("split", [1, 3])
+BF16, HALF = torch.bfloat16, torch.float16
+# Dtype, epilogue and split choose the code: all of them together, with tiles that are masked. The rows
+# lie on both sides of each tile's height; with the epilogue that loads rows, and without. The shapes:
+# tiles that are full or not, and blocks of K that a split by three divides unevenly.
+CASES = [
+    *((d, 17, 48, 192, epilogue, split) for d in (BF16, HALF) for epilogue in Epilogue for split in (1, 3)),
+    *(
+        (BF16, rows, 48, 192, epilogue, 3)
+        for rows in (0, 1, 7, 16, 33, 64)
+        for epilogue in (Epilogue.NONE, Epilogue.GELU_TIMES)
+    ),
+    *((BF16, 7, n, k, epilogue, 3) for n, k in ((64, 256), (96, 512)) for epilogue in Epilogue),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "n", "k", "epilogue", "split"),
+    CASES,
+    ids=lambda value: value.name if isinstance(value, Epilogue) else str(value),
+)
 def test_skinny_gemm(dtype, rows, n, k, epilogue, split):
     x, weight, extra = operands(rows, n, k, dtype)
     given = extra if epilogue == Epilogue.GELU_TIMES else None
@@ -52,25 +68,26 @@ def test_the_order_of_addition_is_that_of_k(monkeypatch):
     assert found.tolist() == [[0.0] * 16]  # (huge + tiny) - huge, in fp32
 
 
+LAYERS = [(20480, 2560), (2560, 10240), (256, 2560), (2560, 256), (128, 2816), (2816, 2112), (1536, 64)]  # fmt: skip
+
+
+# What `choose` looks at, all of it together: it takes microseconds.
 @pytest.mark.parametrize("processors", [78, 132])
-@pytest.mark.parametrize(
-    ("n", "k"),
-    [(20480, 2560), (2560, 10240), (256, 2560), (2560, 256), (128, 2816), (2816, 2112), (1536, 64)],
-)
-@pytest.mark.parametrize("epilogue", list(Epilogue), ids=lambda epilogue: epilogue.name)
-@pytest.mark.parametrize("rows", [1, 16, 17, 64])
-def test_every_layer_gets_a_cut_that_the_kernel_takes(n, k, epilogue, rows, processors):
-    config = kernel.choose((n, k), epilogue, processors, rows)
-    assert k % config.block_k == 0
-    assert 1 <= config.split <= k // config.block_k
-    halves = 2 if epilogue == Epilogue.GELU_AND_MUL else 1
-    held = config.stages * (config.block_n * halves + kernel.MAX_ROWS) * config.block_k * 2
-    assert held <= 227 * 1024  # shared memory of a program on Hopper
-    weight = torch.empty(n, k, device="meta")
-    few = kernel.choose((n, k), epilogue, processors)
-    assert kernel.tiles(weight, epilogue, config) == kernel.tiles(weight, epilogue, few)
-    if config.split > 1:
-        assert kernel.tiles(weight, epilogue, config) * config.split <= 1.5 * processors
+def test_every_layer_gets_a_cut_that_the_kernel_takes(processors):
+    for (n, k), epilogue, rows in itertools.product(LAYERS, Epilogue, (1, 16, 17, 64)):
+        case = (n, k, epilogue.name, rows)
+        config = kernel.choose((n, k), epilogue, processors, rows)
+        assert k % config.block_k == 0, case
+        assert 1 <= config.split <= k // config.block_k, case
+        halves = 2 if epilogue == Epilogue.GELU_AND_MUL else 1
+        held = config.stages * (config.block_n * halves + kernel.MAX_ROWS) * config.block_k * 2
+        assert held <= 227 * 1024, case  # shared memory of a program on Hopper
+        weight = torch.empty(n, k, device="meta")
+        few = kernel.choose((n, k), epilogue, processors)
+        tiles = kernel.tiles(weight, epilogue, config)
+        assert tiles == kernel.tiles(weight, epilogue, few), case
+        if config.split > 1:
+            assert tiles * config.split <= 1.5 * processors, case
 
 
 DECLINED: list[tuple[str, dict[str, Any]]] = [
@@ -114,10 +131,17 @@ def test_a_gpu_with_less_shared_memory_is_declined(monkeypatch):
         hopper.decline_reason.cache_clear()
 
 
+def taken() -> dict[str, Any]:
+    x, weight, _ = operands(2, 64, 256)
+    return {"x": x, "weight": weight, "config": Config(32, 64, 2, 3)}
+
+
+def test_what_the_cases_below_change_is_taken():
+    """So that nothing but the change can be what is declined."""
+    kernel.skinny_gemm(**taken())
+
+
 @pytest.mark.parametrize(("argument", "changed"), DECLINED)
 def test_value_error_names_the_argument(argument, changed):
-    x, weight, _ = operands(2, 64, 256)
-    arguments = {"x": x, "weight": weight, "config": Config(32, 64, 2, 3)}
-    kernel.skinny_gemm(**arguments)
     with pytest.raises(ValueError, match=rf"^{argument}\b"):
-        kernel.skinny_gemm(**(arguments | changed))
+        kernel.skinny_gemm(**(taken() | changed))

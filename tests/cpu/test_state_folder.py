@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo.cli import report
-from gemma4_turbo.engine import counters, processes, state_folder, states
+from gemma4_turbo.engine import counters, processes, state_folder, states, summary
 from gemma4_turbo.engine.counters import Ledger, descendants, live_processes
 from gemma4_turbo.engine.processes import Process
 from gemma4_turbo.engine.state_folder import file_head, file_name
@@ -264,7 +263,7 @@ def test_status_says_that_it_counts_this_process_only(
     assert row.reason.startswith(f"installed; only this process is counted: {STATE_DIR}: ")
     assert "(mode 0770)" in row.reason
     assert only_row(engine) in engine.apply()
-    line = report.summary_line([row, row._replace(name="two", state=states.OFF)])
+    line = summary.summary_line([row, row._replace(name="two", state=states.OFF)])
     assert line.count("only this process is counted") == 1
     assert "two off (installed); only this process" in line
     folder.chmod(0o700)

@@ -5,6 +5,7 @@ What SGLang would record as a CUDA graph runs as it was traced.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -288,17 +289,21 @@ def test_the_layers_run_in_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch)
 # -- batches that are not cut -----------------------------------------------------------------------
 
 
-def stocks(lengths: dict[int, int], prefixes: dict[int, int]) -> torch.Tensor:
-    """All rows through SGLang's pieces, without the cut."""
+Tokens = tuple[tuple[int, int], ...]
+
+
+@functools.cache
+def stocks(lengths: Tokens, prefixes: Tokens) -> torch.Tensor:
+    """All rows through SGLang's pieces, without the cut; compiled once for a batch."""
     ENGINE.apply(only=["optional_kv"])
     torch._dynamo.reset()
-    memory, batch = made(lengths, prefixes)
+    memory, batch = made(dict(lengths), dict(prefixes))
     _, runner = compiled(memory)
     return runner.prefill(batch)[: batch.extend_num_tokens].clone()
 
 
 def assert_stocks(found: torch.Tensor, lengths: dict[int, int], prefixes: dict[int, int]) -> None:
-    expected = stocks(lengths, prefixes)
+    expected = stocks(tuple(lengths.items()), tuple(prefixes.items()))
     assert torch.equal(found[: len(expected)], expected)
 
 
