@@ -62,7 +62,8 @@ class Engine:
             catalogue: the patches.
             ports: for each of them, by name, its ports.
             own_models: how the module of a model begins that the patches are for.
-            ways_in: our module that adds the gates, imported with the first of SGLang's.
+            ways_in: our module of gates, with ``register``, ``install`` and ``remove``, each given the
+                engine; imported with the first module of SGLang's. None if empty.
         """
         self.catalogue = tuple(catalogue)
         self.runs = {
@@ -426,17 +427,12 @@ class Engine:
             logger.exception("gemma4_turbo: %s", what)
 
     def _register_gates(self) -> None:
-        from gemma4_turbo.engine import gates
-
         if self._ways_in:
-            importlib.import_module(self._ways_in)  # adds its gates
-        gates.register(self)
+            importlib.import_module(self._ways_in).register(self)
 
     def _gates(self, what: str) -> None:
-        if self._armed:
-            from gemma4_turbo.engine import gates
-
-            getattr(gates, what)(self)
+        if self._armed and self._ways_in:
+            getattr(importlib.import_module(self._ways_in), what)(self)
 
     def _set_log_level(self) -> None:
         level = self.switches().log_level

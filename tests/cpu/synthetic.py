@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from gemma4_turbo.catalogue import BITWISE, Alias, Patch
-from gemma4_turbo.engine import fingerprints, gates, imports, installer, switches
+from gemma4_turbo.engine import fingerprints, imports, installer, switches
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.port import Port
 from gemma4_turbo.engine.run import PatchRun
@@ -110,8 +110,6 @@ class World:
         monkeypatch.syspath_prepend(str(root))
         monkeypatch.setattr(imports, "ROOT", package)
         monkeypatch.setattr(fingerprints, "known_releases", lambda: self.table)
-        for function in ("register", "install", "remove"):  # they stand in SGLang's own modules
-            monkeypatch.setattr(gates, function, lambda engine: None)
 
     def write(self, module: str, source: str) -> Path:
         """A module of the package."""

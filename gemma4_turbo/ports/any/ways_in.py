@@ -15,9 +15,10 @@ import sys
 from typing import Any
 
 from gemma4_turbo.engine import gates, neighbours
-from gemma4_turbo.engine.gates import Call, Check, add, guarded
+from gemma4_turbo.engine.gates import Call, Check, add, guarded, install, register, remove
 from gemma4_turbo.ports.any import advice, late_arguments, occasions, routes
 
+__all__ = ["install", "register", "remove"]
 logger = logging.getLogger("gemma4_turbo")
 
 LAUNCH = "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"
