@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.engine.swap import Swap
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.v0_5_12.mtp import frozen_kv_views as patch
 from tests.cpu.conftest import patched_sglang
+from tests.runs import unpublished
 
 NAME = "frozen_kv_views"
 TARGETS = ENGINE.runs[NAME].targets
@@ -85,7 +85,7 @@ def context(pool: Any) -> Any:
 
 
 def run_of() -> PatchRun:
-    run = PatchRun(by_name(NAME), list(ENGINE.runs).index(NAME), lambda: None)
+    run = unpublished(NAME)
     run._counters = ENGINE.runs[NAME].counters.__class__([0] * 400, 0)
     return run
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.engine.swap import Swap
@@ -18,6 +17,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.v0_5_12.mtp import mtp_launch, mtp_moe_runner
 from tests.cpu import small_mtp
 from tests.cpu.conftest import patched_sglang
+from tests.runs import unpublished
 
 NAMES = ["mtp_launch", "mtp_moe_runner"]
 
@@ -30,7 +30,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def run_of(name: str) -> PatchRun:
-    run = PatchRun(by_name(name), 0, lambda: None)
+    run = unpublished(name)
     run._counters = type(ENGINE.runs[name].counters)([0] * 8, 0)
     return run
 

@@ -8,14 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import router as kernel
 from gemma4_turbo.ports.v0_5_12 import router as patch
 from tests.cpu.conftest import patched_sglang
 from tests.router_inputs import bits_differ, logits
+from tests.runs import unpublished
 
 STOCK_NAME = "Gemma4MoE.__init__.<locals>.routing_function"
 
@@ -194,7 +193,7 @@ def test_a_model_built_on_meta_is_checked_at_its_first_call(monkeypatch: pytest.
 
 def test_a_foreign_routing_function_is_a_conflict():
     small = build()
-    run = PatchRun(by_name("router"), 0, lambda: None)
+    run = unpublished("router")
     small.moe.topk.topk_config.custom_routing_function = print
     patch._take_over(run, small.moe)
     assert run.state == states.CONFLICT

@@ -455,7 +455,7 @@ def test_the_kind_is_looked_for_once_and_never_during_a_capture(monkeypatch: pyt
     """On a CUDA tensor, which only says so here."""
     like: Any = SimpleNamespace(device="cuda:0", dtype=torch.bfloat16, is_cuda=True)
     run = copy.copy(ENGINE.runs["step_prologue"])
-    monkeypatch.setattr(run, "_publish", lambda: None)
+    monkeypatch.setattr(run, "_host", SimpleNamespace(publish=lambda: None))
     calls: list[Any] = []
     monkeypatch.setattr(patch, "_kinds", {})
     monkeypatch.setattr(patch, "_rms_norm", lambda: None)

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.engine import run
 from gemma4_turbo.fusions import norm_kinds, operators
-from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail, qkv, router_norm
 from gemma4_turbo.ports.v0_5_12 import stock
+from tests.runs import unpublished
 
 EPS = 1e-6
 DTYPE = torch.bfloat16
@@ -224,8 +223,8 @@ def traced(name: str) -> tuple[Any, list[Any]]:
 def test_operators_survive_fullgraph(name, monkeypatch):
     """Same outputs and same changes in place, compiled and not."""
     counted = ("layer_norms", "router_norm", "ple_tail", "input_norm", "qkv_norm")
-    runs = {patch: PatchRun(by_name(patch), 0, lambda: None) for patch in counted}
-    monkeypatch.setattr(ENGINE, "runs", runs)
+    runs = {patch: unpublished(patch) for patch in counted}
+    monkeypatch.setattr(run, "RUNS", runs)
     make, eager = traced(name)
     _, mine = traced(name)
     op = make()

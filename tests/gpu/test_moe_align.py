@@ -12,12 +12,12 @@ from sglang.srt import server_args
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import moe_align as kernel
 from gemma4_turbo.ports.v0_5_12 import moe_align as patch
 from gemma4_turbo.runtime.verdicts import Verdicts
+from tests.runs import unpublished
 
 # The package exports functions under the names of its modules.
 TRITON_UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
@@ -123,7 +123,7 @@ def test_always_the_same(generator):
 
 
 def make_run() -> PatchRun:
-    return PatchRun(by_name("moe_align"), 0, lambda: None)
+    return unpublished("moe_align")
 
 
 def replacement(run: PatchRun):

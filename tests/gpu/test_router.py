@@ -8,12 +8,12 @@ import pytest
 import torch
 from sglang.srt.models.gemma4_causal import Gemma4MoE
 
-from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import router as kernel
 from gemma4_turbo.ports.v0_5_12 import router as patch
 from tests.router_inputs import KINDS, bits_differ, logits
+from tests.runs import unpublished
 
 CONSTRUCT = getattr(Gemma4MoE.__init__, "__wrapped__", Gemma4MoE.__init__)
 DTYPES = kernel.LOGIT_DTYPES
@@ -104,7 +104,7 @@ def test_views_and_no_rows(dtype, generator):
 
 
 def make_run() -> PatchRun:
-    return PatchRun(by_name("router"), 0, lambda: None)
+    return unpublished("router")
 
 
 def test_replay_of_a_cuda_graph(generator):

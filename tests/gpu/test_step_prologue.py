@@ -12,12 +12,12 @@ from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 from sglang.srt.models.gemma4_causal import Gemma4TextModel
 from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
 
-from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.ports.v0_5_12 import step_prologue as patch
+from tests.runs import unpublished
 
 STOCK_GATHER = Gemma4TextModel.get_per_layer_inputs
 STOCK_PROJECT = Gemma4TextModel.project_per_layer_inputs
@@ -45,7 +45,7 @@ def generator() -> torch.Generator:
 
 
 def make_run() -> PatchRun:
-    return PatchRun(by_name("step_prologue"), 0, lambda: None)
+    return unpublished("step_prologue")
 
 
 def bits_differ(a: torch.Tensor, b: torch.Tensor) -> int:
