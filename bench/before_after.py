@@ -41,15 +41,29 @@ class Stock(StrEnum):
 
 
 def engine_class(checkout: Path) -> Any:
-    """The class of engines that import the package from this checkout."""
+    """The class of engines that import the package from this checkout.
+
+    Its script gets the checkout's own modules, which may be laid out otherwise than ours.
+    """
     path = checkout.resolve() / "bench" / "engine.py"
     spec = importlib.util.spec_from_file_location("engine_before", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise typer.BadParameter(f"{path} is not there")
     module, kept = importlib.util.module_from_spec(spec), sys.path[:]
-    spec.loader.exec_module(module)
-    sys.path[:] = kept
+    ours_loaded = {name: sys.modules.pop(name) for name in list(sys.modules) if _is_ours(name)}
+    try:
+        sys.path.insert(0, str(checkout.resolve()))
+        spec.loader.exec_module(module)
+    finally:
+        sys.path[:] = kept
+        for name in [name for name in sys.modules if _is_ours(name)]:
+            del sys.modules[name]
+        sys.modules.update(ours_loaded)
     return module.Engine
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] in ("bench", "gemma4_turbo")
 
 
 def main(
