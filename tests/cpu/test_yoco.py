@@ -586,7 +586,8 @@ def test_a_hook_on_who_gets_the_result(model: Any):
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     made = prefilled({})
-    build = patch.build(ENGINE.runs[NAME], {patch.BATCH: lambda cls, batch, runner: made})
+    note = {patch.BATCH: lambda cls, batch, runner: made}
+    build = patch.enable(row_cut.YOCO, ENGINE.runs[NAME], note)
     processor = torch.nn.Identity()
     runner = SimpleNamespace(model=SimpleNamespace(logits_processor=processor))
     build[patch.BATCH](ForwardBatch, worker_batch(), runner)
