@@ -24,7 +24,7 @@ from gemma4_turbo.engine.switches import SELECTION
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry
 from gemma4_turbo.version import __version__
-from tests.cpu.conftest import REPOSITORY, patched_sglang, state_by_default
+from tests.cpu.conftest import REPOSITORY, Python, patched_sglang, state_by_default
 from tests.cpu.synthetic import clean_environment
 
 PATCH_KEYS = {
@@ -55,18 +55,24 @@ def command(
 
 
 @pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def imported(tmp_path_factory: pytest.TempPathFactory) -> None:
     """SGLang's modules, which take most of a minute to import."""
     with patched_sglang(tmp_path_factory, only=[]):
-        yield
+        pass
+
+
+@pytest.fixture
+def unselected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing was asked for as yet, whatever tests ran before in this process."""
+    clean_environment(monkeypatch)
+    monkeypatch.setattr(ENGINE, "_selection", None)
 
 
 @pytest.fixture
 def answer(
-    imported: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    imported: None, unselected: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Callable[..., Result]]:
     """The command in this process, as before the first call of ours: a process takes 10 s and more."""
-    clean_environment(monkeypatch)
     monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path / "state"))
 
     def run(*arguments: str, **variables: str) -> Result:
@@ -182,23 +188,42 @@ def test_doctor_in_a_pipe(environment, answer):
     assert all(patch.env in more and patch.summary in more for patch in CATALOGUE)
 
 
-def test_doctor_says_what_keeps_everything_from_working(monkeypatch, capsys):
+NOTHING_WORKS = """
+import contextlib, io, json, os
+from gemma4_turbo.cli import doctor, report
+
+def run(as_json):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        code = doctor.run(as_json)
+    return code, told.getvalue()
+
+doctor.bootstrap_routes = list
+report.torch_problem = lambda: "PyTorch cannot be imported: OSError: x"
+report.device = lambda: None
+doctor.installed_release = lambda: None
+answers = [run(False), run(True)]
+os.environ["GEMMA4_TURBO"] = "0"
+doctor.installed_release = lambda: "0.5.12.post1"
+print(json.dumps([*answers, run(False)]))
+"""
+
+
+def test_doctor_says_what_keeps_everything_from_working(python: Python):
     """Exit 3: no way into spawned processes, no PyTorch, no SGLang; not if all is meant to be off."""
-    monkeypatch.setattr(doctor, "bootstrap_routes", list)
-    monkeypatch.setattr(report, "torch_problem", lambda: "PyTorch cannot be imported: OSError: x")
-    monkeypatch.setattr(doctor, "installed_release", lambda: None)
-    assert doctor.run(as_json=False) == 3
-    lines = capsys.readouterr().out.splitlines()
+    done = python(NOTHING_WORKS, PYTHONPATH=str(REPOSITORY), COLUMNS="200")
+    assert done.returncode == 0, done.stderr
+    (code, told), (code_of_json, as_json), (code_off, _) = json.loads(done.stdout)
+    assert code == 3
+    lines = told.splitlines()
     assert f"error: {doctor.NOT_INSTALLED}" in lines
     assert "error: PyTorch cannot be imported: OSError: x" in lines
     assert f"error: {doctor.STAY_STOCK}" in lines
     assert lines[-1] == "nothing can work; 3 off, 37 waiting"
     assert sum(line.startswith("waiting (37): SGLang is not installed") for line in lines) == 1
-    assert doctor.run(as_json=True) == 3
-    assert len(json.loads(capsys.readouterr().out)["obstacles"]) == 3
-    monkeypatch.setenv("GEMMA4_TURBO", "0")
-    monkeypatch.setattr(doctor, "installed_release", lambda: "0.5.12.post1")
-    assert doctor.run(as_json=False) == 0
+    assert code_of_json == 3
+    assert len(json.loads(as_json)["obstacles"]) == 3
+    assert code_off == 0
 
 
 def test_a_torch_that_cannot_be_imported(monkeypatch):
@@ -238,7 +263,7 @@ def test_version_help_and_completion():
         assert "Exit 3" in told.output or "Exit 2" in told.output, name
 
 
-def test_a_failure_is_json_too(monkeypatch):
+def test_a_failure_is_json_too(unselected, monkeypatch):
     """What is missing, and what nobody expected; the traceback goes to stderr."""
     monkeypatch.setattr(report, "torch_problem", lambda: "PyTorch is not installed: x")
     told = CliRunner().invoke(app, ["verify", "--json"])
