@@ -189,6 +189,11 @@ def _compare(name: str, port: Port, definitions: Definitions, elsewhere: _Elsewh
             gone.append(target)
         else:
             changed.append(target)
+    for target, names in port.reads:
+        if definitions.node(target) is None:
+            gone.append(target)
+        elif not all(definitions.mentions(target, name) for name in names):
+            changed.append(target)
     what = GONE if gone else CHANGED if changed else MOVED
     return Need(name, what, "", moved, changed, gone, port)
 

@@ -24,7 +24,11 @@ ROPE = "def _apply_multidimensional_rope("
 
 def wheel(folder: Path, release: str = "9.0", name: str = "sglang", **edits: Any) -> Path:
     """Every module that a port names; ``edits``: a stem's source, from the old one."""
-    modules = {target.partition(":")[0] for port in every_port() for target in port.sources}
+    modules = {
+        target.partition(":")[0]
+        for port in every_port()
+        for target in (*port.sources, *(read for read, _ in port.reads))
+    }
     modules |= {
         port.superseded_when[0].partition(":")[0] for port in every_port() if port.superseded_when
     }
@@ -84,6 +88,17 @@ def test_a_release_with_the_same_source_needs_nothing(tmp_path: Path) -> None:
     assert lines[0] == "SGLang 9.0, not recorded yet"
     assert lines[-1] == "release 9.0: 39 same, 1 upstreamed"
     assert len(lines) < 10
+
+
+def test_a_name_that_is_read_no_more(tmp_path: Path) -> None:
+    """Of a class that is only read from."""
+    path = wheel(
+        tmp_path,
+        piecewise_context_manager=lambda source: source.replace("forward_batch", "the_batch"),
+    )
+    need = needs(path)["yoco_piecewise"]
+    assert need["what"] == "changed"
+    assert need["changed"] == ["sglang.srt.compilation.piecewise_context_manager:ForwardContext"]
 
 
 def test_moved_changed_and_gone(tmp_path: Path) -> None:
