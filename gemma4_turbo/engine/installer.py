@@ -168,7 +168,8 @@ class Engine:
         done: list[Swap] = []
         try:
             source_of = fingerprints.imported_source
-            verdict = fingerprints.judge(ready, installed_release(), source_of)
+            definitions = fingerprints.Definitions(source_of)
+            verdict = fingerprints.judge(ready, installed_release(), source_of, definitions)
             if verdict.state != states.ACTIVE:
                 rest = [port for port in run.ports if port not in ready]
                 if not fingerprints.any_there(rest, source_of):  # else another may yet fit
@@ -176,7 +177,6 @@ class Engine:
                 return
             port = run.port = verdict.port
             assert port is not None
-            definitions = fingerprints.Definitions(source_of)
             swaps = [self._shared(target) or Swap(target) for target in port.targets]
             for swap in swaps:
                 if not swap.in_place:

@@ -9,7 +9,7 @@ GEMMA4_MODELS = "sglang.srt.models.gemma4_"  # how the modules of its models beg
 
 
 # The vision encoder is the same from 0.5.11 on; its linear layers and backends change later.
-_VISION_RELEASES = (
+VISION_RELEASES = (
     "0.5.11",
     "0.5.12",
     "0.5.12.post1",
@@ -42,13 +42,13 @@ PORTS: dict[str, Port] = {
             "sglang.srt.models.gemma4_vision:Gemma4VisionTransformer.forward",
             "sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",
         ),
-        written_for=_VISION_RELEASES,
+        written_for=VISION_RELEASES,
     ),
     "vision_positions": Port(
         module=f"{HERE}.vision_positions",
         targets=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",),
         relies_on=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder.__init__",),
-        written_for=_VISION_RELEASES,
+        written_for=VISION_RELEASES,
     ),
     "vision_rope": Port(
         module=f"{HERE}.vision_rope",
@@ -57,6 +57,6 @@ PORTS: dict[str, Port] = {
             "sglang.srt.models.gemma4_vision:_apply_rotary",
             "sglang.srt.models.gemma4_vision:_rotate_half",
         ),
-        written_for=_VISION_RELEASES,
+        written_for=VISION_RELEASES,
     ),
 }

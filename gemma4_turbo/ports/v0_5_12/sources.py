@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemma4_turbo.engine.port import Port
+from gemma4_turbo.ports.any.sources import VISION_RELEASES
 
 HERE = __package__
 
@@ -93,25 +94,6 @@ _LAYER_CALLS = (
     "sglang.srt.models.gemma4_causal:Gemma4Router.forward",
 )
 
-# The vision encoder is the same from 0.5.11 on; its linear layers and backends change later.
-_VISION_RELEASES = (
-    "0.5.11",
-    "0.5.12",
-    "0.5.12.post1",
-    "0.5.13",
-    "0.5.13.post1",
-    "0.5.14",
-    "0.5.15",
-    "0.5.15.post1",
-    "0.5.16",
-    "0.5.17",
-    "0.5.18",
-    "0.5.19",
-    "0.5.20",
-    "0.5.21",
-    "0.5.22",
-    "0.5.23",
-)
 _VISION_BACKENDS = (
     "sglang.srt.layers.attention.vision:VisionTritonAttention.forward",
     "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward",
@@ -362,13 +344,13 @@ PORTS: dict[str, Port] = {
             *_VISION_BACKENDS,
             "sglang.srt.layers.attention.vision:VisionFlash4Attention.forward",
         ),
-        written_for=_VISION_RELEASES[:8],
+        written_for=VISION_RELEASES[:8],
     ),
     "vision_syncs": Port(
         module=f"{HERE}.vision.vision_syncs",
         targets=_VISION_BACKENDS,
         relies_on=("sglang.srt.layers.attention.vision:resolve_seqlens",),
-        written_for=_VISION_RELEASES[:8],
+        written_for=VISION_RELEASES[:8],
     ),
     "optional_kv": Port(
         module=f"{HERE}.prefill_graphs.optional_kv",
