@@ -250,8 +250,9 @@ def test_gates_are_there_even_if_bootstrap_fails(
 ) -> None:
     """Else strict mode would let a stock server pass."""
     registered: list[Engine] = []
-    monkeypatch.setattr(gates, "register", registered.append)
+    monkeypatch.setattr(ways_in, "register", registered.append)
     engine = world.engine((record("one", world.target("answer")), returning("ours")))
+    monkeypatch.setattr(engine, "_ways_in", ways_in.__name__)
     raises_once(monkeypatch, (installer.Engine, "_select"), RuntimeError("injected"))
     engine.bootstrap()
     assert registered == [engine]
