@@ -202,7 +202,7 @@ def mistakes(call: Call) -> list[str]:
     return list(getattr(call.engine, "mistakes", ()))
 
 
-def launch_refusals(engine: Engine) -> list[str]:
+def launch_problems(engine: Engine) -> list[str]:
     """Why strict mode would refuse, as far as sources, environment and states so far tell."""
     switches = engine.switches()
     refusals = [*switches.problems, *filter(None, [state_folder.problem()])]

@@ -172,7 +172,7 @@ def _prove(run: PatchRun, key: tuple[Any, ...], compare: Compare) -> str | None:
         wrong = compare()
         return f"self-check: {wrong} values differ from stock for {key}" if wrong else None
 
-    return _verdicts.why_not(run, key, None, compared)
+    return _verdicts.unfit(run, key, None, compared)
 
 
 def forget(patch: str) -> None:

@@ -291,7 +291,7 @@ INTERPRETED = not isinstance(_decode_attention_kernel, triton.JITFunction)
 """True when imported under ``TRITON_INTERPRET=1``: CPU tensors are taken."""
 
 
-def decline_reason(
+def unfit(
     q: torch.Tensor,
     k_buffer: torch.Tensor,
     v_buffer: torch.Tensor,
@@ -306,7 +306,7 @@ def decline_reason(
         return f"q must have heads of 256 or 512, got {dim}"
     if batch > MAX_BATCH:
         return f"q must have at most {MAX_BATCH} rows, got {batch}"
-    reason = None if INTERPRETED else hopper.decline_reason("q", q.device)
+    reason = None if INTERPRETED else hopper.unfit("q", q.device)
     if reason is not None:
         return reason
     for name, buffer in (("k_buffer", k_buffer), ("v_buffer", v_buffer)):
@@ -431,7 +431,7 @@ def decode_attention(
     Raises:
         ValueError: naming the argument.
     """
-    reason = decline_reason(q, k_buffer, v_buffer, kv_indptr, kv_indices)
+    reason = unfit(q, k_buffer, v_buffer, kv_indptr, kv_indices)
     if reason is not None:
         raise ValueError(reason)
     batch, heads, dim = q.shape

@@ -62,7 +62,7 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def device_reason(device: torch.device) -> str | None:
+def device_unfit(device: torch.device) -> str | None:
     """Why the kernels do not run on this device, or None."""
     if INTERPRETED:
         return None
@@ -74,7 +74,7 @@ def device_reason(device: torch.device) -> str | None:
     return None
 
 
-def decline_reason(
+def unfit(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -88,7 +88,7 @@ def decline_reason(
     window_kv_offsets: torch.Tensor | None = None,
 ) -> str | None:
     """Why `extend_attention` does not take these arguments, or None. Host checks only."""
-    reason = device_reason(q.device)
+    reason = device_unfit(q.device)
     if reason is not None:
         return reason
     if q.dtype not in (torch.bfloat16, torch.float16):
@@ -174,9 +174,9 @@ def extend_attention(
         be captured into a CUDA graph, in which lengths may change between replays.
 
     Raises:
-        ValueError: naming the argument, for anything `decline_reason` declines.
+        ValueError: naming the argument, for anything `unfit` declines.
     """
-    reason = decline_reason(
+    reason = unfit(
         q,
         k,
         v,
@@ -239,7 +239,7 @@ def launch_extend(
     dense: config.Dense | None = None,
     split: config.Split | None = None,
 ) -> torch.Tensor:
-    """`extend_attention` without its checks, for callers that have asked `decline_reason`.
+    """`extend_attention` without its checks, for callers that have asked `unfit`.
 
     ``dense`` and ``split`` take the place of the tables' tile sizes.
     """

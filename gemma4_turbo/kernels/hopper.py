@@ -8,7 +8,7 @@ import torch
 
 
 @functools.cache
-def decline_reason(argument: str, device: torch.device) -> str | None:
+def unfit(argument: str, device: torch.device) -> str | None:
     """Why a compiled kernel does not run where ``argument`` lies, or None."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{argument} must be on a CUDA device, got {device}"

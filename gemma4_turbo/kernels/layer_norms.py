@@ -119,7 +119,7 @@ class Router(NamedTuple):
 Outputs = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
-def decline_reason(
+def unfit(
     attention_output: torch.Tensor,
     residual: torch.Tensor,
     post_attention_weight: torch.Tensor,
@@ -128,15 +128,15 @@ def decline_reason(
 ) -> str | None:
     """Why `layer_norms` does not take these arguments, or None. Host checks only."""
     reason = (
-        norms.rows_reason("attention_output", attention_output)
-        or norms.rows_reason("residual", residual, attention_output)
-        or norms.weight_reason("post_attention_weight", post_attention_weight, attention_output)
-        or norms.weight_reason("pre_feedforward_weight", pre_feedforward_weight, attention_output)
+        norms.rows_unfit("attention_output", attention_output)
+        or norms.rows_unfit("residual", residual, attention_output)
+        or norms.weight_unfit("post_attention_weight", post_attention_weight, attention_output)
+        or norms.weight_unfit("pre_feedforward_weight", pre_feedforward_weight, attention_output)
     )
     if reason is None and router is not None:
-        reason = norms.weight_reason(
+        reason = norms.weight_unfit(
             "router.scale", router.scale, attention_output
-        ) or norms.weight_reason(
+        ) or norms.weight_unfit(
             "router.pre_feedforward_2_weight", router.pre_feedforward_2_weight, attention_output
         )
         root = router.root_size
@@ -175,9 +175,9 @@ def layer_norms(
         without ``router``.
 
     Raises:
-        ValueError: naming the argument, for anything `decline_reason` declines.
+        ValueError: naming the argument, for anything `unfit` declines.
     """
-    reason = decline_reason(
+    reason = unfit(
         attention_output, residual, post_attention_weight, pre_feedforward_weight, router
     )
     if reason is not None:

@@ -130,7 +130,7 @@ class NextNorm(NamedTuple):
     kind: int  # a norms.Kind
 
 
-def decline_reason(
+def unfit(
     mlp_output: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor,
@@ -141,21 +141,21 @@ def decline_reason(
     """Why `layer_tail` does not take these arguments, or None. Host checks only."""
     x = mlp_output
     reason = (
-        norms.rows_reason("mlp_output", x)
-        or norms.weight_reason("weight", weight, x)
-        or norms.rows_reason("residual", residual, x)
+        norms.rows_unfit("mlp_output", x)
+        or norms.weight_unfit("weight", weight, x)
+        or norms.rows_unfit("residual", residual, x)
     )
     if reason is None and scalar.numel() != 1:
         reason = f"scalar must be one element, got {scalar.numel()}"
     if reason is None and following is not None:
-        reason = norms.weight_reason("following.weight", following.weight, x)
+        reason = norms.weight_unfit("following.weight", following.weight, x)
     if reason is None and experts is not None:
-        reason = norms.weight_reason("experts.weight", experts.weight, x) or norms.weight_reason(
+        reason = norms.weight_unfit("experts.weight", experts.weight, x) or norms.weight_unfit(
             "experts.mlp_weight", experts.mlp_weight, x
         )
         e = experts.output
         if reason is None and e.dim() == 2:
-            reason = norms.rows_reason("experts.output", e, x)
+            reason = norms.rows_unfit("experts.output", e, x)
         elif reason is None and (
             e.dim() != 3
             or not e.is_contiguous()
@@ -191,9 +191,9 @@ def layer_tail(
         ``out`` and ``next``, ``[M, N]``; the latter None without ``following``.
 
     Raises:
-        ValueError: naming the argument, for anything `decline_reason` declines.
+        ValueError: naming the argument, for anything `unfit` declines.
     """
-    reason = decline_reason(mlp_output, weight, residual, scalar, experts, following)
+    reason = unfit(mlp_output, weight, residual, scalar, experts, following)
     if reason is not None:
         raise ValueError(reason)
     return launch_layer_tail(mlp_output, weight, eps, residual, scalar, experts, following)

@@ -130,7 +130,7 @@ INTERPRETED = not isinstance(_align_kernel, triton.JITFunction)
 """True when this module was imported under ``TRITON_INTERPRET=1``: CPU tensors are taken."""
 
 
-def decline_reason(topk_ids: torch.Tensor, block_size: int, num_experts: int) -> str | None:
+def unfit(topk_ids: torch.Tensor, block_size: int, num_experts: int) -> str | None:
     """Why `moe_align` does not take these arguments, or None if it does. Host checks only."""
     if not (INTERPRETED or (topk_ids.is_cuda and torch.version.hip is None)):
         return f"topk_ids must be on a CUDA device, got {topk_ids.device}"
@@ -163,9 +163,9 @@ def moe_align(
         uninitialised from ``num_tokens_post_pad / B`` on; ``num_tokens_post_pad`` ``[1]`` int32.
 
     Raises:
-        ValueError: naming the argument, for anything `decline_reason` declines.
+        ValueError: naming the argument, for anything `unfit` declines.
     """
-    reason = decline_reason(topk_ids, block_size, num_experts)
+    reason = unfit(topk_ids, block_size, num_experts)
     if reason is not None:
         raise ValueError(reason)
     return launch_align(topk_ids, block_size, num_experts)
@@ -174,7 +174,7 @@ def moe_align(
 def launch_align(
     topk_ids: torch.Tensor, block_size: int, num_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`moe_align` without its checks, for callers that have asked `decline_reason`."""
+    """`moe_align` without its checks, for callers that have asked `unfit`."""
     capacity = padded_capacity(topk_ids.numel(), block_size, num_experts)
     sorted_token_ids = topk_ids.new_empty(capacity)
     expert_ids = topk_ids.new_empty(triton.cdiv(capacity, block_size))

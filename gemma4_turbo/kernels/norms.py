@@ -242,7 +242,7 @@ def warps(width: int, kind: int) -> int:
     return max(1, min(most, triton.next_power_of_2(width) // 512))
 
 
-def width_reason(width: int, argument: str) -> str | None:
+def width_unfit(width: int, argument: str) -> str | None:
     """Why rows of this width are declined, or None."""
     if width % 256 or not 256 <= width <= MAX_WIDTH:
         return (
@@ -251,9 +251,7 @@ def width_reason(width: int, argument: str) -> str | None:
     return None
 
 
-def rows_reason(
-    argument: str, tensor: torch.Tensor, like: torch.Tensor | None = None
-) -> str | None:
+def rows_unfit(argument: str, tensor: torch.Tensor, like: torch.Tensor | None = None) -> str | None:
     """Why ``tensor`` is no ``[M, N]`` activation with contiguous rows (like ``like``), or None."""
     if tensor.dim() != 2 or tensor.stride(1) != 1:
         return f"{argument} must be [M, N] with contiguous rows, got {tuple(tensor.shape)}"
@@ -262,7 +260,7 @@ def rows_reason(
     if not (INTERPRETED or (tensor.is_cuda and torch.version.hip is None)):
         return f"{argument} must be on a CUDA device, got {tensor.device}"
     if like is None:
-        return width_reason(tensor.shape[1], argument)
+        return width_unfit(tensor.shape[1], argument)
     if tensor.shape != like.shape or tensor.dtype != like.dtype or tensor.device != like.device:
         return (
             f"{argument} is {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, expected "
@@ -271,7 +269,7 @@ def rows_reason(
     return None
 
 
-def weight_reason(argument: str, weight: torch.Tensor, like: torch.Tensor) -> str | None:
+def weight_unfit(argument: str, weight: torch.Tensor, like: torch.Tensor) -> str | None:
     """Why ``weight`` is no contiguous ``[N]`` in the activation's dtype, or None."""
     if weight.shape != like.shape[-1:] or not weight.is_contiguous():
         return f"{argument} must be a contiguous [{like.shape[-1]}], got {tuple(weight.shape)}"

@@ -101,7 +101,7 @@ def _gelu_mul_kernel(
     tl.store(out_ptr + row * N + column, out, mask=inside)
 
 
-def norm_add_reason(
+def norm_add_unfit(
     x: torch.Tensor,
     weight: torch.Tensor,
     residual: torch.Tensor,
@@ -110,12 +110,12 @@ def norm_add_reason(
 ) -> str | None:
     """Why `norm_add` does not take these arguments, or None. Host checks only."""
     reason = (
-        norms.rows_reason("x", x)
-        or norms.weight_reason("weight", weight, x)
-        or norms.rows_reason("residual", residual, x)
+        norms.rows_unfit("x", x)
+        or norms.weight_unfit("weight", weight, x)
+        or norms.rows_unfit("residual", residual, x)
     )
     if reason is None and next_weight is not None:
-        reason = norms.weight_reason("next_weight", next_weight, x)
+        reason = norms.weight_unfit("next_weight", next_weight, x)
     if (
         reason is None
         and scalar is not None
@@ -154,9 +154,9 @@ def norm_add(
         ``out`` and ``next``, ``[M, N]``; the latter None without ``next_weight``.
 
     Raises:
-        ValueError: naming the argument, for anything `norm_add_reason` declines.
+        ValueError: naming the argument, for anything `norm_add_unfit` declines.
     """
-    reason = norm_add_reason(x, weight, residual, scalar, next_weight)
+    reason = norm_add_unfit(x, weight, residual, scalar, next_weight)
     if reason is not None:
         raise ValueError(reason)
     return launch_norm_add(x, weight, eps, residual, scalar, next_weight, next_eps, kind)
@@ -202,9 +202,9 @@ def launch_norm_add(
     return out, following
 
 
-def gelu_mul_reason(gate: torch.Tensor, per_layer_input: torch.Tensor) -> str | None:
+def gelu_mul_unfit(gate: torch.Tensor, per_layer_input: torch.Tensor) -> str | None:
     """Why `gelu_mul` does not take these arguments, or None. Host checks only."""
-    return norms.rows_reason("gate", gate) or norms.rows_reason(
+    return norms.rows_unfit("gate", gate) or norms.rows_unfit(
         "per_layer_input", per_layer_input, gate
     )
 
@@ -213,9 +213,9 @@ def gelu_mul(gate: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor:
     """``round(round(gelu_tanh(gate)) * per_layer_input)``; both ``[M, N]``, contiguous rows.
 
     Raises:
-        ValueError: naming the argument, for anything `gelu_mul_reason` declines.
+        ValueError: naming the argument, for anything `gelu_mul_unfit` declines.
     """
-    reason = gelu_mul_reason(gate, per_layer_input)
+    reason = gelu_mul_unfit(gate, per_layer_input)
     if reason is not None:
         raise ValueError(reason)
     return launch_gelu_mul(gate, per_layer_input)

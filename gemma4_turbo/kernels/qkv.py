@@ -212,7 +212,7 @@ class Store(NamedTuple):
     v_cache: torch.Tensor
 
 
-def decline_reason(
+def unfit(
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
@@ -300,9 +300,9 @@ def qkv(
         ``q``, and ``k`` and ``v`` or None where they do not exist or went to the cache.
 
     Raises:
-        ValueError: naming the argument, for anything `decline_reason` declines.
+        ValueError: naming the argument, for anything `unfit` declines.
     """
-    reason = decline_reason(q, k, v, q_weight, k_weight, head_dim, rope, store)
+    reason = unfit(q, k, v, q_weight, k_weight, head_dim, rope, store)
     if reason is not None:
         raise ValueError(reason)
     return launch_qkv(q, k, v, q_weight, k_weight, eps, head_dim, rope, store)

@@ -246,9 +246,7 @@ INTERPRETED = not isinstance(_routing_kernel, triton.JITFunction)
 """True when this module was imported under ``TRITON_INTERPRET=1``: CPU tensors are taken."""
 
 
-def decline_reason(
-    router_logits: torch.Tensor, per_expert_scale: torch.Tensor, topk: int
-) -> str | None:
+def unfit(router_logits: torch.Tensor, per_expert_scale: torch.Tensor, topk: int) -> str | None:
     """Why `fused_routing` does not take these arguments, or None if it does.
 
     Host checks only. The bounds on E, K and T are those within which ``torch.topk`` on CUDA
@@ -291,9 +289,9 @@ def fused_routing(
         `reference_routing` on CUDA, the order of equal logits included.
 
     Raises:
-        ValueError: naming the argument, for anything `decline_reason` declines.
+        ValueError: naming the argument, for anything `unfit` declines.
     """
-    reason = decline_reason(router_logits, per_expert_scale, topk)
+    reason = unfit(router_logits, per_expert_scale, topk)
     if reason is not None:
         raise ValueError(reason)
     return launch_routing(router_logits, per_expert_scale, topk)
@@ -302,7 +300,7 @@ def fused_routing(
 def launch_routing(
     router_logits: torch.Tensor, per_expert_scale: torch.Tensor, topk: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`fused_routing` without its checks, for callers that have asked `decline_reason`."""
+    """`fused_routing` without its checks, for callers that have asked `unfit`."""
     tokens, experts = router_logits.shape
     topk_weights = router_logits.new_empty((tokens, topk), dtype=torch.float32)
     topk_ids = router_logits.new_empty((tokens, topk), dtype=torch.int32)

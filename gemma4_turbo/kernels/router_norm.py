@@ -50,9 +50,9 @@ def _router_norm_kernel(
     tl.store(out_ptr + row * N + column, round_to(x * scale, dtype, PTX), mask=inside)
 
 
-def decline_reason(x: torch.Tensor, scale: torch.Tensor, root_size: torch.Tensor) -> str | None:
+def unfit(x: torch.Tensor, scale: torch.Tensor, root_size: torch.Tensor) -> str | None:
     """Why `router_norm` does not take these arguments, or None. Host checks only."""
-    reason = norms.rows_reason("x", x) or norms.weight_reason("scale", scale, x)
+    reason = norms.rows_unfit("x", x) or norms.weight_unfit("scale", scale, x)
     if reason is None and (
         root_size.numel() != 1 or root_size.dtype != x.dtype or root_size.device != x.device
     ):
@@ -73,9 +73,9 @@ def router_norm(
         kind: a `norms.Kind`, stock's RMSNorm that is followed.
 
     Raises:
-        ValueError: naming the argument, for anything `decline_reason` declines.
+        ValueError: naming the argument, for anything `unfit` declines.
     """
-    reason = decline_reason(x, scale, root_size)
+    reason = unfit(x, scale, root_size)
     if reason is not None:
         raise ValueError(reason)
     return launch_router_norm(x, scale, root_size, eps, kind)

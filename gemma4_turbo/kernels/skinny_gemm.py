@@ -165,7 +165,7 @@ INTERPRETED = not isinstance(_skinny_gemm_kernel, triton.JITFunction)
 """True when imported under ``TRITON_INTERPRET=1``: CPU tensors are taken."""
 
 
-def decline_reason(
+def unfit(
     x: torch.Tensor, weight: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None = None
 ) -> str | None:
     """Why `skinny_gemm` does not take these arguments, or None. Host checks only."""
@@ -177,7 +177,7 @@ def decline_reason(
         return f"x must be [M, {weight.shape[1]}] with contiguous rows, got {tuple(x.shape)}"
     if x.dtype != weight.dtype or x.device != weight.device:
         return f"x is {x.dtype} on {x.device}, the weight {weight.dtype} on {weight.device}"
-    reason = None if INTERPRETED else hopper.decline_reason("x", x.device)
+    reason = None if INTERPRETED else hopper.unfit("x", x.device)
     if reason is not None:
         return reason
     if x.shape[0] > MAX_ROWS:
@@ -255,7 +255,7 @@ def skinny_gemm(
     Raises:
         ValueError: naming the argument.
     """
-    reason = decline_reason(x, weight, epilogue, extra)
+    reason = unfit(x, weight, epilogue, extra)
     if reason is None and weight.shape[1] % config.block_k:
         reason = f"config.block_k must divide {weight.shape[1]}, got {config.block_k}"
     if reason is None and not 1 <= config.split <= weight.shape[1] // config.block_k:

@@ -115,7 +115,7 @@ def reference_gather(
     return rows * embed_scale
 
 
-def gather_decline_reason(input_ids: torch.Tensor, weight: torch.Tensor, vocab: int) -> str | None:
+def gather_unfit(input_ids: torch.Tensor, weight: torch.Tensor, vocab: int) -> str | None:
     """Why `gather_per_layer` does not take these arguments, or None if it does. Host checks only."""
     if not (INTERPRETED or (weight.is_cuda and torch.version.hip is None)):
         return f"weight must be on a CUDA device, got {weight.device}"
@@ -154,9 +154,9 @@ def gather_per_layer(
         ``[T, width]`` in the dtype of ``weight``, with the bits of `reference_gather`.
 
     Raises:
-        ValueError: naming the argument, for anything `gather_decline_reason` declines.
+        ValueError: naming the argument, for anything `gather_unfit` declines.
     """
-    reason = gather_decline_reason(input_ids, weight, vocab)
+    reason = gather_unfit(input_ids, weight, vocab)
     if reason is not None:
         raise ValueError(reason)
     return launch_gather(input_ids, weight, embed_scale, vocab, placeholders)
@@ -318,7 +318,7 @@ def reference_project(
     return (x + per_layer_inputs) * input_scale
 
 
-def project_decline_reason(
+def project_unfit(
     projection: torch.Tensor,
     projection_scale: torch.Tensor,
     weight: torch.Tensor,
@@ -389,10 +389,10 @@ def project_per_layer(
         ``[T, L, 256]``, with the bits of `reference_project` with stock's RMSNorm.
 
     Raises:
-        ValueError: naming the argument, for anything `project_decline_reason` declines.
+        ValueError: naming the argument, for anything `project_unfit` declines.
     """
     arguments = (projection, projection_scale, weight, eps, per_layer_inputs, input_scale)
-    reason = project_decline_reason(*arguments)
+    reason = project_unfit(*arguments)
     if reason is not None:
         raise ValueError(reason)
     return launch_project(*arguments, kind)

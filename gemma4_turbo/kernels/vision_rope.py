@@ -55,7 +55,7 @@ def _vision_rope_kernel(
     tl.store(out_ptr + at, y, mask=inside)
 
 
-def decline_reason(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
+def unfit(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str | None:
     """Why the kernel does not take these tensors, or None."""
     if not (INTERPRETED or (x.is_cuda and torch.version.hip is None)):
         return f"x must be on a CUDA device, got {x.device}"
@@ -73,7 +73,7 @@ def decline_reason(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> str
 
 
 def launch_vision_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The kernel on arguments that `decline_reason` accepts; a new tensor."""
+    """The kernel on arguments that `unfit` accepts; a new tensor."""
     out = torch.empty_like(x)
     total = x.numel()
     _vision_rope_kernel[(triton.cdiv(total, BLOCK),)](
@@ -84,7 +84,7 @@ def launch_vision_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) ->
 
 def vision_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """``x`` rotated; ValueError if the kernel does not take the arguments."""
-    reason = decline_reason(x, cos, sin)
+    reason = unfit(x, cos, sin)
     if reason is not None:
         raise ValueError(reason)
     return launch_vision_rope(x, cos, sin)

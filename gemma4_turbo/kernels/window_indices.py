@@ -64,7 +64,7 @@ MAX_BATCH = 4096
 Window = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def decline_reason(
+def unfit(
     window_indptr: torch.Tensor,
     req_to_token: torch.Tensor,
     window: int,
@@ -123,11 +123,9 @@ def window_indices(
         seq_lens.
 
     Raises:
-        ValueError: naming the argument, for anything `decline_reason` declines.
+        ValueError: naming the argument, for anything `unfit` declines.
     """
-    reason = decline_reason(
-        window_indptr, req_to_token, window, seq_lens, req_pool_indices, mapping
-    )
+    reason = unfit(window_indptr, req_to_token, window, seq_lens, req_pool_indices, mapping)
     if reason is not None:
         raise ValueError(reason)
     return launch_window(
@@ -144,7 +142,7 @@ def launch_window(
     mapping: torch.Tensor | None,
     indices: torch.Tensor | None,
 ) -> Window:
-    """`window_indices` without its checks, for callers that have asked `decline_reason`."""
+    """`window_indices` without its checks, for callers that have asked `unfit`."""
     batch = seq_lens.shape[0]
     if indices is None:
         indices = torch.empty(batch * window, dtype=torch.int64, device=seq_lens.device)

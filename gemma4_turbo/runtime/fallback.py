@@ -38,7 +38,7 @@ class Fallback:
         """The next call is tried again."""
         self._failed.clear()
 
-    def why_not(self, key: Hashable = None) -> str | None:
+    def unfit(self, key: Hashable = None) -> str | None:
         """What went wrong with an earlier call of this key, or None."""
         return self._failed.get(key) if self._failed else None
 
@@ -66,7 +66,7 @@ class Fallback:
             key: what decides whether the call can be done, e.g. types and shapes.
             through: what is raised as it is.
         """
-        reason = self.why_not(key)
+        reason = self.unfit(key)
         failure: Exception | None = None
         if reason is None:
             try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def argument_refusal(arguments: Any, reasons: Mapping[str, str]) -> str | None:
+def argument_unfit(arguments: Any, reasons: Mapping[str, str]) -> str | None:
     """What the first of the server's arguments that is set among ``reasons`` means there, or None."""
     return next((reason for name, reason in reasons.items() if getattr(arguments, name)), None)
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Verdicts(dict[tuple[Any, ...], str | None]):
     """By what decides about the numbers (device, dtype, shape): None, or what differs."""
 
-    def why_not(
+    def unfit(
         self,
         run: PatchRun,
         key: tuple[Any, ...],

@@ -42,11 +42,11 @@ def raising(error: Exception) -> Any:
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
 def test_a_verdict(error: Exception, run: PatchRun):
     verdicts = Verdicts()
-    reason = verdicts.why_not(run, (1,), None, raising(error))
+    reason = verdicts.unfit(run, (1,), None, raising(error))
     assert type(error).__name__ in str(reason)
     assert (run.state, run.reason) == (states.FAILED, reason)
     assert len(str(reason)) < 500
-    assert verdicts.why_not(run, (1,), None, raising(AssertionError("asked again"))) == reason
+    assert verdicts.unfit(run, (1,), None, raising(AssertionError("asked again"))) == reason
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)

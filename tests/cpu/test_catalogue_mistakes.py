@@ -111,8 +111,8 @@ def test_a_field_of_the_record(world: World, fields: dict[str, Any], told: str) 
     """Told wherever it is looked at: here and by the gate before the launch."""
     values: dict[str, Any] = {"targets": (world.target("answer"),), **fields}
     engine = with_good(world, record("bad", **values))
-    (refusal,) = gates.launch_refusals(engine)
-    assert refusal.startswith(f"bad is failed: {told}")
+    (unfit,) = gates.launch_problems(engine)
+    assert unfit.startswith(f"bad is failed: {told}")
     assert settled(engine, world)["reason"].startswith(told)
 
 
@@ -265,7 +265,7 @@ def test_a_table_of_fingerprints_that_cannot_be_used(
     known_releases.cache_clear()
     monkeypatch.setattr(fingerprints, "known_releases", known_releases)
     monkeypatch.setattr(fingerprints, "TABLES", tmp_path / "fingerprints")
-    assert len(gates.launch_refusals(engine)) == 3
+    assert len(gates.launch_problems(engine)) == 3
     engine.apply()
     assert world.imported().answer(1) == 2
     for row in engine.status():

@@ -493,7 +493,7 @@ def test_nothing_is_gathered_twice(world, layer, monkeypatch: pytest.MonkeyPatch
     with Gathers() as taken:
         world.backend.forward_extend(*arguments)
     assert taken.count == theirs.count > 0
-    monkeypatch.setattr(kernel, "device_reason", lambda device: "not a Hopper GPU")
+    monkeypatch.setattr(kernel, "device_unfit", lambda device: "not a Hopper GPU")
     with Gathers() as declined:
         found = world.backend.forward_extend(*arguments)
     assert declined.count == theirs.count
@@ -513,7 +513,7 @@ def failing(tries: list[Any], message: str = "out of resource: shared memory") -
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("where", ["launch_extend", "decline_reason"])
+@pytest.mark.parametrize("where", ["launch_extend", "unfit"])
 def test_a_launch_that_raises_is_stocks(world, where, shared, monkeypatch: pytest.MonkeyPatch):
     """Once per configuration; K and V are in the pools as stock stores them."""
     tries: list[Any] = []

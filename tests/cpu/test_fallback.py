@@ -64,7 +64,7 @@ def test_an_error_of_the_arguments_is_stocks_own():
     with pytest.raises(ZeroDivisionError):
         fallback.call(run, raises(IndexError()), lambda: str(1 // 0))
     assert not run.said
-    assert fallback.why_not() is None
+    assert fallback.unfit() is None
 
 
 def test_who_declines_has_not_failed():
@@ -72,7 +72,7 @@ def test_who_declines_has_not_failed():
     fallback = Fallback("it")
     assert fallback.call(run, raises(DeclinedError("too long")), lambda: "stock") == "stock"
     assert run.said == ["too long"]
-    assert fallback.why_not() is None
+    assert fallback.unfit() is None
 
 
 def test_what_is_to_come_through_comes_through():

@@ -102,7 +102,7 @@ def test_strict_refuses_where_it_would_have_mattered(
 ) -> None:
     """The others are only told, and one that is off is not."""
     monkeypatch.setattr(routes, "bootstrap_routes", lambda: [routes.ENTRY_POINT])
-    monkeypatch.setattr(gates, "launch_refusals", lambda engine: [])
+    monkeypatch.setattr(gates, "launch_problems", lambda engine: [])
     arguments = from_keywords(folder(tmp_path, experts=experts), **given)
     ENGINE.apply(only=only)
     monkeypatch.setenv("GEMMA4_TURBO_STRICT", "1")
@@ -120,10 +120,10 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ENGINE.apply(only=["mm_prefill_graph"])
     code: Any = ENGINE.runs["mm_prefill_graph"].code
     for reason, acts in ((None, True), ("another attention backend", False)):
-        monkeypatch.setattr(code, "refusal", lambda arguments, reason=reason: reason)
+        monkeypatch.setattr(code, "unfit", lambda arguments, reason=reason: reason)
         assert late_arguments.without_a_say(ENGINE, arguments) == {"mm_prefill_graph": acts}
     arguments.enforce_piecewise_cuda_graph = True
-    monkeypatch.setattr(code, "refusal", lambda arguments: None)
+    monkeypatch.setattr(code, "unfit", lambda arguments: None)
     assert late_arguments.without_a_say(ENGINE, arguments) == {"mm_prefill_graph": False}
 
 
@@ -137,7 +137,7 @@ def test_a_patch_that_cannot_tell_would_not_have_acted(
     def broken(arguments: Any) -> str:
         raise OSError("no such model")
 
-    monkeypatch.setattr(ENGINE.runs["swa_ratio"].code, "refusal", broken)
+    monkeypatch.setattr(ENGINE.runs["swa_ratio"].code, "unfit", broken)
     assert late_arguments.without_a_say(ENGINE, arguments) == {"swa_ratio": False}
 
 

@@ -180,13 +180,13 @@ def test_speculative_decoding_is_refused(models: dict[str, Path]):
         piecewise_cuda_graph_tokens=None,
         **dict.fromkeys(patch.OFF) | {"speculative_algorithm": "FROZEN_KV_MTP"},
     )
-    assert "speculative" in str(patch.refusal(arguments))
+    assert "speculative" in str(patch.unfit(arguments))
 
 
 def test_a_failure_leaves_the_decision_to_stock(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(patch, "refusal", lambda arguments: 1 / 0)
+    monkeypatch.setattr(patch, "unfit", lambda arguments: 1 / 0)
     assert disabled(models["26b-a4b"])
     assert "ZeroDivisionError" in ENGINE.runs[NAME].full_reason()
 

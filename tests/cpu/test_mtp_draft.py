@@ -187,16 +187,16 @@ def test_who_fills_the_buffers_every_time() -> None:
     from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
     worker = SimpleNamespace(topk=1, draft_attn_backend=object.__new__(TritonAttnBackend))
-    assert mtp_metadata.refusal(worker) is None
+    assert mtp_metadata.unfit(worker) is None
     for bases in ((), (TritonAttnBackend,)):  # of the same name only
         renamed = type("TritonAttnBackend", bases, {})
         other = SimpleNamespace(topk=1, draft_attn_backend=object.__new__(renamed))
-        assert mtp_metadata.refusal(other) == "the draft's attention backend is a TritonAttnBackend"
+        assert mtp_metadata.unfit(other) == "the draft's attention backend is a TritonAttnBackend"
     worker.draft = None
-    assert mtp_metadata.refusal(worker) == "the worker has methods of its own"
+    assert mtp_metadata.unfit(worker) == "the worker has methods of its own"
     other = SimpleNamespace(topk=1, draft_attn_backend=SimpleNamespace())
-    assert mtp_metadata.refusal(other) == "the draft's attention backend is a SimpleNamespace"
-    assert mtp_metadata.refusal(SimpleNamespace(topk=2)) == "2 candidates per step"
+    assert mtp_metadata.unfit(other) == "the draft's attention backend is a SimpleNamespace"
+    assert mtp_metadata.unfit(SimpleNamespace(topk=2)) == "2 candidates per step"
 
 
 def test_a_steps_positions_are_computed_once() -> None:
@@ -306,11 +306,11 @@ def test_verify() -> None:
 def test_who_keeps_stock() -> None:
     """More candidates than one; methods of another's."""
     worker = SimpleNamespace(topk=1, speculative_num_steps=3, speculative_num_draft_tokens=4)
-    assert mtp_chain.refusal(worker) is None
+    assert mtp_chain.unfit(worker) is None
     worker.topk = 2
-    assert mtp_chain.refusal(worker) == "2 candidates per step"
+    assert mtp_chain.unfit(worker) == "2 candidates per step"
     worker.topk, worker.draft_forward = 1, None
-    assert mtp_chain.refusal(worker) == "the worker has methods of its own"
+    assert mtp_chain.unfit(worker) == "the worker has methods of its own"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_runners_without_seed_graphs(changed: dict[str, Any], reason: str | None
     )
     vars(runner).update(changed)
     runner.model_runner.model_is_mrope = runner.mrope
-    assert mtp_seed_graph.runner_refusal(runner) == reason
+    assert mtp_seed_graph.runner_unfit(runner) == reason
 
 
 # -- what raises ----------------------------------------------------------------------------------

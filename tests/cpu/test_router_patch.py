@@ -152,9 +152,9 @@ def test_state_says_when_the_backend_routes_by_itself(monkeypatch: pytest.Monkey
     from sglang.srt.layers.moe import utils
 
     small = build()
-    assert patch._bypass(small.moe.topk) is None
+    assert patch._backend_unfit(small.moe.topk) is None
     monkeypatch.setattr(utils, "MOE_RUNNER_BACKEND", utils.MoeRunnerBackend.FLASHINFER_TRTLLM)
-    reason = patch._bypass(small.moe.topk)
+    reason = patch._backend_unfit(small.moe.topk)
     assert reason is not None
     assert "flashinfer_trtllm" in reason
     run = ENGINE.runs["router"]

@@ -245,7 +245,7 @@ def test_the_model_never_asks_for_a_layer_without_memory():
     assert len(pool.swa_kv_pool.k_buffer) == 2
 
 
-@pytest.mark.parametrize("where", ["refusal", "owners"])
+@pytest.mark.parametrize("where", ["unfit", "owners"])
 def test_a_look_that_fails_leaves_stocks_pools(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -257,7 +257,7 @@ def test_a_look_that_fails_leaves_stocks_pools(
 
     def fails(*given: Any) -> Any:
         asked.append(given)
-        if where == "owners" and len(asked) == 1:  # of `refusal`
+        if where == "owners" and len(asked) == 1:  # of `unfit`
             return whole(*given)
         raise AttributeError("no such field")
 

@@ -117,18 +117,18 @@ def test_a_gpu_with_less_shared_memory_is_declined(monkeypatch):
     x, weight, _ = operands(2, 64, 256)
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    hopper.decline_reason.cache_clear()
+    hopper.unfit.cache_clear()
     try:
-        told = hopper.decline_reason("x", torch.device("cuda", 0))
+        told = hopper.unfit("x", torch.device("cuda", 0))
         assert "compute capability (8, 9)" in str(told)
-        assert "CUDA device" in str(kernel.decline_reason(x, weight, Epilogue.NONE))
+        assert "CUDA device" in str(kernel.unfit(x, weight, Epilogue.NONE))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert hopper.decline_reason("x", torch.device("cuda", 1)) is None
-        monkeypatch.setattr(hopper, "decline_reason", lambda argument, device: told)
-        assert kernel.decline_reason(x, weight, Epilogue.NONE) == told
+        assert hopper.unfit("x", torch.device("cuda", 1)) is None
+        monkeypatch.setattr(hopper, "unfit", lambda argument, device: told)
+        assert kernel.unfit(x, weight, Epilogue.NONE) == told
     finally:
         monkeypatch.undo()
-        hopper.decline_reason.cache_clear()
+        hopper.unfit.cache_clear()
 
 
 def taken() -> dict[str, Any]:

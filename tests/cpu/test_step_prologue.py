@@ -391,7 +391,7 @@ def test_traced_calls_see_what_the_norm_runs(method: str, monkeypatch: pytest.Mo
     norm = text_model().per_layer_projection_norm
     norm._forward_method = getattr(norm, method, lambda x: x)
     monkeypatch.setattr(kernel, "INTERPRETED", False)
-    reason_of = patch._norm_reason()
+    reason_of = patch._norm_unfit()
     embeds = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
     compiled = torch.compile(lambda x: (x + 1, reason_of(norm, x)), fullgraph=True, backend="eager")
     reasons = {"forward_cuda": "CUDA device", "forward_native": "runs forward_native"}

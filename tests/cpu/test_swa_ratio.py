@@ -120,9 +120,9 @@ def test_what_moves_kv_about_keeps_stocks_default(
     name: str, value: Any, reason: str, tmp_path: Path
 ):
     arguments = from_keywords(folder(tmp_path))
-    assert patch.refusal(arguments) is None
+    assert patch.unfit(arguments) is None
     setattr(arguments, name, value)
-    assert patch.refusal(arguments) == reason
+    assert patch.unfit(arguments) == reason
 
 
 def test_a_config_that_cannot_be_read_keeps_stocks_default(
@@ -130,7 +130,7 @@ def test_a_config_that_cannot_be_read_keeps_stocks_default(
 ):
     """An error of ours never stops a server."""
     model = folder(tmp_path)
-    monkeypatch.setattr(patch, "refusal", lambda arguments: 1 / 0)
+    monkeypatch.setattr(patch, "unfit", lambda arguments: 1 / 0)
     assert from_keywords(model).swa_full_tokens_ratio == 0.8
     assert "ZeroDivisionError" in ENGINE.runs[NAME].full_reason()
 

@@ -434,7 +434,7 @@ def test_given_embeddings_alone_are_no_batch():
     assert "no image" in run.full_reason()
 
 
-@pytest.mark.parametrize("where", ["_entries", "describe", "model_refusal", "_ranks"])
+@pytest.mark.parametrize("where", ["_entries", "describe", "model_unfit", "_ranks"])
 def test_an_error_of_ours_is_not_the_servers(where: str, monkeypatch: pytest.MonkeyPatch):
     model, run = vision.model("triton_attn"), ENGINE.runs[NAME]
     items = [vision.image(4, 4, seed=1), vision.image(4, 4, seed=2)]

@@ -601,7 +601,7 @@ def test_a_hook_on_who_gets_the_result(model: Any):
 # -- what raises, and what is not known ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("where", ["refusal", "plan", "first_shared"])
+@pytest.mark.parametrize("where", ["unfit", "plan", "first_shared"])
 def test_an_error_of_ours_leaves_all_rows(model: Any, where: str, monkeypatch: pytest.MonkeyPatch):
     tries: list[Any] = []
 

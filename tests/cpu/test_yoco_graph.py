@@ -533,7 +533,7 @@ def test_the_memory_for_slots_is_bounded(model: Any, short: None, monkeypatch: p
     assert tail_graph._room(long) * 8 == tail_graph.ROOM == 2**26
 
 
-@pytest.mark.parametrize("where", ["refusal", "_graphs"])
+@pytest.mark.parametrize("where", ["unfit", "_graphs"])
 def test_a_look_that_fails(model: Any, short: None, where: str, monkeypatch: pytest.MonkeyPatch):
     def fails(*given: Any) -> Any:
         raise AttributeError("no such thing")

@@ -321,7 +321,7 @@ def test_every_row_is_wanted():
 def test_a_batch_that_is_refused(monkeypatch: pytest.MonkeyPatch):
     memory, batch = made(*BATCHES[0])
     _, runner = compiled(memory)
-    monkeypatch.setattr(row_cut, "batch_refusal", lambda *args: "of a reason")
+    monkeypatch.setattr(row_cut, "batch_unfit", lambda *args: "of a reason")
     before = engaged()
     found = runner.prefill(batch).clone()
     assert engaged() == before
@@ -372,25 +372,25 @@ def test_every_refusal_of_the_server(monkeypatch: pytest.MonkeyPatch):
     _, batch = made(*BATCHES[0])
     model = shared_kv.build()
     arguments = get_global_server_args()
-    assert traced_cut.refusal(model, batch, {}) is None
+    assert traced_cut.unfit(model, batch, {}) is None
     values = dict.fromkeys(traced_cut.OFF, True) | {"speculative_algorithm": "EAGLE"}
     for name, reason in traced_cut.OFF.items():
         with monkeypatch.context() as patch:
             patch.setattr(arguments, name, values[name])
-            assert traced_cut.refusal(model, batch, {}) == reason
+            assert traced_cut.unfit(model, batch, {}) == reason
     with monkeypatch.context() as patch:
         patch.setattr("sglang.srt.distributed.get_tensor_model_parallel_world_size", lambda: 2)
-        assert "tensor parallelism" in (traced_cut.refusal(model, batch, {}) or "")
+        assert "tensor parallelism" in (traced_cut.unfit(model, batch, {}) or "")
     with monkeypatch.context() as patch:
         patch.setattr(ENGINE.runs["optional_kv"], "state", states.DRIFTED)
-        assert "`optional_kv` is off" in (traced_cut.refusal(model, batch, {}) or "")
+        assert "`optional_kv` is off" in (traced_cut.unfit(model, batch, {}) or "")
     with monkeypatch.context() as patch:
         patch.setattr(row_cut.YOCO, "run", None)
-        assert traced_cut.refusal(model, batch, {}) == "`yoco` is off"
+        assert traced_cut.unfit(model, batch, {}) == "`yoco` is off"
     with monkeypatch.context() as patch:
         patch.setattr(arguments, "is_embedding", True)  # one of those that `yoco` has too
-        assert "embeddings" in (traced_cut.refusal(model, batch, {}) or "")
-    assert traced_cut.refusal(model, batch, {"pp_proxy": 1}) == "the caller passes pp_proxy"
+        assert "embeddings" in (traced_cut.unfit(model, batch, {}) or "")
+    assert traced_cut.unfit(model, batch, {"pp_proxy": 1}) == "the caller passes pp_proxy"
 
 
 def test_a_refused_server_is_stocks(monkeypatch: pytest.MonkeyPatch):
@@ -446,9 +446,9 @@ def test_a_hook_before_the_trace_is_traced_with_all_rows():
     """As by stock: every layer is in the graphs, and the hook with it."""
     _, batch = made(*BATCHES[0])
     model = shared_kv.build()
-    assert traced_cut.refusal(model, batch, {}) is None
+    assert traced_cut.unfit(model, batch, {}) is None
     with model.norm.register_forward_hook(lambda *given: None):
-        assert "has forward hooks" in str(traced_cut.refusal(model, batch, {}))
+        assert "has forward hooks" in str(traced_cut.unfit(model, batch, {}))
 
 
 def test_a_hook_that_comes_later_gets_all_rows():
@@ -468,7 +468,7 @@ def test_a_hook_that_comes_later_gets_all_rows():
     assert_stocks(found, *BATCHES[0])
 
 
-@pytest.mark.parametrize("where", ["batch_refusal", "tail", "plan"])
+@pytest.mark.parametrize("where", ["batch_unfit", "tail", "plan"])
 def test_an_error_of_ours_leaves_all_rows(where: str, monkeypatch: pytest.MonkeyPatch):
     memory, batch = made(*BATCHES[0])
     _, runner = compiled(memory)

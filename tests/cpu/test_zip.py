@@ -35,7 +35,7 @@ print(json.dumps({
     "file": gemma4_turbo.__file__,
     "states": sorted({row.state for row in [*rows, *gemma4_turbo.status()]}),
     "outlook": {name: ENGINE.outlook(run.patch) for name, run in ENGINE.runs.items()},
-    "refusals": gates.launch_refusals(ENGINE),
+    "refusals": gates.launch_problems(ENGINE),
     "tables": {str(key): moe_tables.load(key) is not None for key in moe_tables.shipped()},
 }))
 """

@@ -55,11 +55,11 @@ def _would_have_acted(run: PatchRun, server_args: Any) -> bool:
 
 def _swa_ratio(code: Any, server_args: Any) -> bool:
     default = float(getattr(type(server_args), code.FIELD))
-    return getattr(server_args, code.FIELD) == default and code.refusal(server_args) is None
+    return getattr(server_args, code.FIELD) == default and code.unfit(server_args) is None
 
 
 def _mm_prefill_graph(code: Any, server_args: Any) -> bool:
-    return not server_args.enforce_piecewise_cuda_graph and code.refusal(server_args) is None
+    return not server_args.enforce_piecewise_cuda_graph and code.unfit(server_args) is None
 
 
 def _mtp_moe_runner(code: Any, server_args: Any) -> bool:

@@ -82,7 +82,7 @@ def _batched(model: Any, items: list[Any], attribute: str, ranks: int) -> torch.
     entries = [entry for item in items for entry in _entries(model, item, attribute)]
     if not any(entry.positions is not None for entry in entries):
         raise DeclinedError("no image and no frame to encode")
-    reason = model_refusal(model)
+    reason = model_unfit(model)
     if reason is not None:
         raise DeclinedError(reason)
     tower = model.vision_tower
@@ -102,7 +102,7 @@ def _batched(model: Any, items: list[Any], attribute: str, ranks: int) -> torch.
     return batches.in_order(entries, encoded, projected, masks, model.language_model.device)
 
 
-def model_refusal(model: Any) -> str | None:
+def model_unfit(model: Any) -> str | None:
     """Why this model's encoder is called image by image, or None."""
     from sglang.srt.layers.attention import vision
     from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration, Gemma4MultimodalEmbedder

@@ -32,7 +32,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     ) -> torch.Tensor:
         def ours() -> torch.Tensor:
             table = self.position_embedding_table
-            reason = decline_reason(patch_positions, table)
+            reason = unfit(patch_positions, table)
             if reason is not None:
                 raise DeclinedError(reason)
             return look_up(patch_positions, padding_positions, table)
@@ -52,7 +52,7 @@ def undo(run: PatchRun) -> None:
     _fallback.clear()
 
 
-def decline_reason(patch_positions: torch.Tensor, table: torch.Tensor) -> str | None:
+def unfit(patch_positions: torch.Tensor, table: torch.Tensor) -> str | None:
     """Why the table is not two rows a patch, or None."""
     if patch_positions.dtype != torch.int64:
         return f"patch_positions must be int64, got {patch_positions.dtype}"

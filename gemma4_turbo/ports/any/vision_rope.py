@@ -39,7 +39,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return rotate(x, cos, sin)
 
         def ours() -> torch.Tensor:
-            reason = kernel.decline_reason(x, cos, sin)
+            reason = kernel.unfit(x, cos, sin)
             if reason is None:
                 reason = _unproven(run, rotate, x, custom_ops.capturing())
             if reason is not None:
@@ -67,7 +67,7 @@ def _unproven(run: PatchRun, rotate: Rotate, x: torch.Tensor, captured: bool) ->
         return f"self-check: {wrong} numbers differ from stock for {key}" if wrong else None
 
     waiting = "not compared with stock before the capture" if captured else None
-    return _verdicts.why_not(run, key, waiting, compare)
+    return _verdicts.unfit(run, key, waiting, compare)
 
 
 def differing(

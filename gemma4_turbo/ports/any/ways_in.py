@@ -43,7 +43,7 @@ def _server_args(call: Call) -> Any:
 
 
 def _patches(call: Call) -> list[str]:
-    return gates.launch_refusals(call.engine) if call.engine.switches().strict else []
+    return gates.launch_problems(call.engine) if call.engine.switches().strict else []
 
 
 def _ways_into_spawned_processes(call: Call) -> list[str]:

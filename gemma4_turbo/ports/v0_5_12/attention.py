@@ -41,7 +41,7 @@ class Plan(steps.Plan):
         norms = attention.q_norm, attention.k_norm, attention.v_norm
         self.shared = attention.is_kv_shared_layer and attention.kv_shared_layer_index is not None
         # Without types that are known, nothing here may even read the norms' options: stock decides.
-        self.stocks: str | None = next(filter(None, map(_norm_unknown, norms)), None)
+        self.stocks: str | None = next(filter(None, map(_norm_unfit, norms)), None)
         key: tuple[Any, ...] = ()
         if self.stocks is None:
             weight = attention.q_norm.weight
@@ -82,7 +82,7 @@ class Plan(steps.Plan):
         self.made_for(*parts)
 
 
-def _norm_unknown(norm: Any) -> str | None:
+def _norm_unfit(norm: Any) -> str | None:
     if type(norm) is not sglang_types.types().gemma4_rms_norm:
         return f"a norm of Q, K or V is a {sglang_types.name(norm)}"
     return sglang_types.weight_unfit(norm.weight) or sglang_types.method_unfit(norm)
@@ -212,7 +212,7 @@ def _norms(self: Any, plan: Plan, q: torch.Tensor, k: Any, v: Any) -> bool:
     if QKV_NORM.settled(plan, "qkv_norm"):
         return False
     weights = self.q_norm.weight.data, self.k_norm.weight.data
-    reason = kernel.decline_reason(q, k, v, *weights, self.head_dim)
+    reason = kernel.unfit(q, k, v, *weights, self.head_dim)
     if reason is None and not torch.compiler.is_compiling() and q.shape[0] > NORM_ROWS:
         reason = f"more than {NORM_ROWS} tokens"
     if not QKV_NORM.may_run(plan, "qkv_norm", reason, lambda: _compare_norms(self, plan, q)):
@@ -250,7 +250,7 @@ def _rope(self: Any, plan: Plan, positions: torch.Tensor, q: Any, k: Any, v: Any
     if ROPE_STORE.settled(plan, "rope_store"):
         return None
     rope = Rope(positions, self.rotary_emb.cos_sin_cache)
-    reason = kernel.decline_reason(
+    reason = kernel.unfit(
         q, k, v, self.q_norm.weight.data, self.k_norm.weight.data, self.head_dim, rope
     )
     if reason is None and q.shape[0] > ROPE_ROWS and not torch.compiler.is_compiling():
@@ -321,5 +321,5 @@ def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:
     at = index - (pool.start_layer or 0)
     store = Store(locations, pool.k_buffer[at], pool.v_buffer[at])
     weights = self.q_norm.weight.data, self.k_norm.weight.data
-    reason = kernel.decline_reason(k, k, v, *weights, self.head_dim, None, store)
+    reason = kernel.unfit(k, k, v, *weights, self.head_dim, None, store)
     return store if reason is None else None

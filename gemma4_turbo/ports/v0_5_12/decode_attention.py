@@ -48,7 +48,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         if torch.compiler.is_compiling():
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)  # type: ignore[no-any-return]
         call = None
-        reason = _layer_reason(self, layer, sinks)
+        reason = _layer_unfit(self, layer, sinks)
         if reason is None:
             call = _Call(self, q, layer, forward_batch)
             reason = call.reason
@@ -107,9 +107,7 @@ class _Call:
         self.q = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         self.k_buffer = pool.get_key_buffer(layer.layer_id)
         self.v_buffer = pool.get_value_buffer(layer.layer_id)
-        self.reason = kernel.decline_reason(
-            self.q, self.k_buffer, self.v_buffer, self.indptr, self.indices
-        )
+        self.reason = kernel.unfit(self.q, self.k_buffer, self.v_buffer, self.indptr, self.indices)
         if self.reason is not None:
             return
         batch, heads, dim = self.q.shape
@@ -130,7 +128,7 @@ class _Call:
         self.arrived = arrived
 
 
-def _layer_reason(backend: Any, layer: Any, sinks: Any) -> str | None:
+def _layer_unfit(backend: Any, layer: Any, sinks: Any) -> str | None:
     """Why the kernel cannot do what this layer asks for, or None."""
     if backend.use_mla:
         return "MLA"
@@ -160,7 +158,7 @@ def _unproven(run: PatchRun, call: _Call, capturing: bool) -> str | None:
     waiting = None
     if capturing:
         waiting = f"a batch of {call.q.shape[0]} was not run before the capture"
-    return _verdicts.why_not(run, key, waiting, lambda: _compare(key) if call.q.is_cuda else None)
+    return _verdicts.unfit(run, key, waiting, lambda: _compare(key) if call.q.is_cuda else None)
 
 
 def _compare(key: tuple[Any, ...]) -> str | None:

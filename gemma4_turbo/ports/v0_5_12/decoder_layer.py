@@ -232,9 +232,7 @@ def _layer_norms(
     router = _router(self)
     w1 = self.post_attention_layernorm.weight.data
     w2 = self.pre_feedforward_layernorm.weight.data
-    reason = batch_invariant() or layer_norms.decline_reason(
-        attention_output, residual, w1, w2, router
-    )
+    reason = batch_invariant() or layer_norms.unfit(attention_output, residual, w1, w2, router)
     if not LAYER_NORMS.may_run(
         plan, "layer_norms", reason, lambda: _compare_layer_norms(self, plan, residual), residual
     ):
@@ -317,9 +315,9 @@ def _experts(
     reason = (
         reason
         or batch_invariant()
-        or norms.rows_reason("residual", residual)
-        or norms.rows_reason("experts_input", x, residual)
-        or norms.rows_reason("mlp_output", mlp_output, residual)
+        or norms.rows_unfit("residual", residual)
+        or norms.rows_unfit("experts_input", x, residual)
+        or norms.rows_unfit("mlp_output", mlp_output, residual)
     )
     topk = self.moe.topk.topk_config.top_k
     run = EXPERTS_SUM.admits(
@@ -411,7 +409,7 @@ def _following(
     reason = (
         unfit
         or batch_invariant()
-        or layer_tail.decline_reason(
+        or layer_tail.unfit(
             x,
             self.post_feedforward_layernorm.weight.data,
             residual,
@@ -508,8 +506,8 @@ def _finish_ple(
     if not settled and per_layer_input is not None:
         reason = (
             batch_invariant()
-            or ple_tail.norm_add_reason(x, norm.weight.data, residual, self.layer_scalar)
-            or ple_tail.gelu_mul_reason(per_layer_input, per_layer_input)
+            or ple_tail.norm_add_unfit(x, norm.weight.data, residual, self.layer_scalar)
+            or ple_tail.gelu_mul_unfit(per_layer_input, per_layer_input)
         )
     if settled or not PLE_TAIL.may_run(
         plan, "ple_tail", reason, lambda: _compare_ple(self, plan, residual), x
@@ -559,7 +557,7 @@ def _following_ple(
 ) -> layer_tail.NextNorm | None:
     if following is None or INPUT_NORM.run is None:
         return None
-    reason = plan.following_unfit(following) or norms.weight_reason(
+    reason = plan.following_unfit(following) or norms.weight_unfit(
         "following.weight", following.weight.data, x
     )
     if INPUT_NORM.may_run(

@@ -74,7 +74,7 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
         if torch.compiler.is_compiling():
             return stocks()
         key = q.device, q.dtype, layer.tp_q_head_num, layer.qk_head_dim, layer.sliding_window_size
-        reason = _fallback.why_not(key) or _layer_reason(self, layer, k, v, sinks)
+        reason = _fallback.unfit(key) or _layer_unfit(self, layer, k, v, sinks)
         if reason is None:
             try:
                 call = _Call(self, q, k, v, layer, forward_batch)
@@ -95,7 +95,7 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
     return forward_extend
 
 
-def _layer_reason(backend: Any, layer: Any, k: Any, v: Any, sinks: Any) -> str | None:
+def _layer_unfit(backend: Any, layer: Any, k: Any, v: Any, sinks: Any) -> str | None:
     """Why this layer takes stock's path in this backend, or None."""
     if not sglang_types.is_triton_backend(backend):
         return f"the attention backend is {type(backend).__name__}"
@@ -165,9 +165,7 @@ class _Call:
         """Why the kernel does not take it, or None."""
         if self.kv_indptr is None or self.kv_indices is None:
             return "the backend has no KV indices for the layer"
-        return kernel.decline_reason(
-            self.q, self.k, self.v, self.k_buffer, self.v_buffer, **self.options
-        )
+        return kernel.unfit(self.q, self.k, self.v, self.k_buffer, self.v_buffer, **self.options)
 
     def run(self, save_kv_cache: bool) -> torch.Tensor:
         """Store K and V, attend, and return the output in q's shape."""
@@ -241,7 +239,7 @@ def _window(run: PatchRun, stock: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(stock)
     def window(*args: Any, **kwargs: Any) -> Any:
         found = failure = None
-        reason = _window_fallback.why_not()
+        reason = _window_fallback.unfit()
         if reason is None:
             try:
                 found = _gather(run, {**dict(zip(names, args, strict=False)), **kwargs})
@@ -273,7 +271,7 @@ def _gather(run: PatchRun, given: dict[str, Any]) -> window_indices.Window | Non
     if reason is None and lengths.shape[0] != bs:
         reason = f"{lengths.shape[0]} lengths for {bs} sequences"
     if reason is None:
-        reason = window_indices.decline_reason(*arguments, mapping)
+        reason = window_indices.unfit(*arguments, mapping)
     if reason is not None:
         run.declined(reason)
         return None
@@ -286,7 +284,7 @@ def _gather(run: PatchRun, given: dict[str, Any]) -> window_indices.Window | Non
 def verify(run: PatchRun, device: str) -> list[Check]:
     """Against fp64: no further from it than stock's kernel (on a GPU) or than rounding (without)."""
     generator = torch.Generator(device).manual_seed(0)
-    if device == "cuda" and kernel.device_reason(torch.device("cuda", 0)) is not None:
+    if device == "cuda" and kernel.device_unfit(torch.device("cuda", 0)) is not None:
         return []
     dtype = torch.float16 if device == "cpu" else torch.bfloat16
     sizes = ((128, 4, 2, 20),) if device == "cpu" else ((256, 16, 8, 1024), (512, 16, 2, -1))

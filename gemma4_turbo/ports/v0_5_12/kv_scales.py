@@ -141,7 +141,7 @@ def _extend(run: PatchRun, forward: Any) -> Any:
         save_kv_cache: bool = True,
         sinks: Any = None,
     ) -> Any:
-        if k is None and v is None and _fallback.why_not() is None:
+        if k is None and v is None and _fallback.unfit() is None:
             try:
                 if scaled(run, layer):
                     k, v = new_keys_and_values(layer, forward_batch, q.dtype)

@@ -127,7 +127,7 @@ def _run(
         SKINNY_GEMM.run.declined(plan.skinny_gemm)
         return None
     weight = module.weight
-    reason = kernel.decline_reason(x, weight, epilogue, extra)
+    reason = kernel.unfit(x, weight, epilogue, extra)
     if plan.arrived is None and not capturing():
         plan.arrived = _zeros(module, kernel.tiles(weight, epilogue, plan.few), weight.device)
     if reason is None and plan.arrived is None:

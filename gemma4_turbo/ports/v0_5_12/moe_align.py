@@ -36,7 +36,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     ) -> kernel.Alignment:
         if torch.compiler.is_compiling():
             return align(topk_ids, block_size, num_experts)
-        reason = kernel.decline_reason(topk_ids, block_size, num_experts)
+        reason = kernel.unfit(topk_ids, block_size, num_experts)
         if reason is None:
             capturing = custom_ops.capturing()
             reason = _unproven(run, align, topk_ids, block_size, num_experts, capturing)
@@ -62,7 +62,7 @@ def _unproven(
     waiting = None
     if capturing:
         waiting = f"{topk_ids.numel()} slots were not compared with stock before the capture"
-    return _verdicts.why_not(
+    return _verdicts.unfit(
         run, key, waiting, lambda: _compare(align, *key) if topk_ids.is_cuda else None
     )
 

@@ -62,7 +62,7 @@ def _take_over(run: PatchRun, moe: Any) -> None:
     if getattr(stock, "__qualname__", "") != "Gemma4MoE.__init__.<locals>.routing_function":
         run.set(states.CONFLICT, f"TopK was given {stock!r}, not stock's routing function")
         return
-    bypass = _bypass(moe.topk)
+    bypass = _backend_unfit(moe.topk)
     ours = routing_function(run, stock, moe.per_expert_scale)
     # The logits have the model's dtype. Checking it now also compiles the kernel before any CUDA
     # graph is captured.
@@ -86,7 +86,7 @@ def routing_function(run: PatchRun, stock: Routing, per_expert_scale: torch.Tens
         topk: int,
         renormalize: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        reason = kernel.decline_reason(gating_output, per_expert_scale, topk)
+        reason = kernel.unfit(gating_output, per_expert_scale, topk)
         if torch.compiler.is_compiling():
             if reason is None:
                 return traced(gating_output, per_expert_scale, topk)
@@ -142,7 +142,7 @@ def _custom_op() -> Routing:
     )
 
 
-def _bypass(topk: Any) -> str | None:
+def _backend_unfit(topk: Any) -> str | None:
     """Why TopK will not call a routing function at all, or None. Mirrors TopK.forward_cuda."""
     from sglang.srt.layers.moe.topk import TopKOutputFormat
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
@@ -202,7 +202,7 @@ def _compare(
     device = per_expert_scale.device
     generator = torch.Generator(device).manual_seed(0)  # the global state stays as it is
     rows = tie_rows(512, per_expert_scale.shape[0], generator).to(dtype)
-    if kernel.decline_reason(rows, per_expert_scale, topk) is not None:
+    if kernel.unfit(rows, per_expert_scale, topk) is not None:
         return None  # declined call by call, with its own reason
     expected = stock(rows, rows, topk, True)
     got = kernel.launch_routing(rows, per_expert_scale, topk)

@@ -44,7 +44,7 @@ def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     if STEP.settled(plan, NAME):
         return _stock[TARGET](self, x)  # type: ignore[no-any-return]
     scale, eps = self.scale.data, steps.eps_of(self.norm)
-    reason = batch_invariant() or kernel.decline_reason(x, scale, self.root_size)
+    reason = batch_invariant() or kernel.unfit(x, scale, self.root_size)
     if not STEP.may_run(plan, NAME, reason, lambda: _compare(self, plan, x), x):
         return _stock[TARGET](self, x)  # type: ignore[no-any-return]
     if torch.compiler.is_compiling():

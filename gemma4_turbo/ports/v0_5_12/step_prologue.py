@@ -70,7 +70,7 @@ def gather_method(run: PatchRun, stock: Function) -> Function:
             (input_ids.shape[0], weight.shape[1])
         ),
     )
-    reason_of = _embedding_reason()
+    reason_of = _embedding_unfit()
 
     def get_per_layer_inputs(self: Any, input_ids: torch.LongTensor) -> torch.Tensor:
         embedding = self.embed_tokens_per_layer
@@ -109,7 +109,7 @@ def project_method(run: PatchRun, stock: Function) -> Function:
             (projection.shape[0], projection.shape[1] // kernel.WIDTH, kernel.WIDTH)
         ),
     )
-    reason_of = _norm_reason()
+    reason_of = _norm_unfit()
 
     def project_per_layer_inputs(
         self: Any,
@@ -136,7 +136,7 @@ def project_method(run: PatchRun, stock: Function) -> Function:
                 per_layer_inputs,
                 None if per_layer_inputs is None else self.per_layer_input_scale,
             )
-            reason = kernel.project_decline_reason(*arguments)
+            reason = kernel.project_unfit(*arguments)
             if reason is None and compiling:
                 return traced(*arguments)  # type: ignore[no-any-return]
             if reason is None:
@@ -176,7 +176,7 @@ def _per_layer(model: Any, rows: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _embedding_reason() -> Callable[[Any, torch.Tensor, int], str | None]:
+def _embedding_unfit() -> Callable[[Any, torch.Tensor, int], str | None]:
     from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 
     sglang_types.load()
@@ -195,12 +195,12 @@ def _embedding_reason() -> Callable[[Any, torch.Tensor, int], str | None]:
             unfit = sglang_types.weight_unfit(embedding.weight)
             if unfit is not None:
                 return unfit
-        return kernel.gather_decline_reason(input_ids, embedding.weight, vocab)
+        return kernel.gather_unfit(input_ids, embedding.weight, vocab)
 
     return reason
 
 
-def _norm_reason() -> Callable[[Any, torch.Tensor], str | None]:
+def _norm_unfit() -> Callable[[Any, torch.Tensor], str | None]:
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
     from sglang.srt.layers.layernorm import RMSNorm
 
@@ -272,7 +272,7 @@ def _traced_kind(like: torch.Tensor) -> kernel.RMSNormKind | str:
 def multimodal_forward(run: PatchRun, stock: Function) -> Function:
     """What replaces ``Gemma4ForConditionalGeneration.forward``."""
     module: Any = sys.modules[FORWARD.partition(":")[0]]
-    reason_of = _embedding_reason()
+    reason_of = _embedding_unfit()
 
     @torch.no_grad()
     def forward(

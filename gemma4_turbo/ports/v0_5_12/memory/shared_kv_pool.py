@@ -36,7 +36,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     init, calculate = stock[TARGET], stock[SIZES]
 
     def __init__(self: Any, mr: Any) -> None:
-        reason, problem = attempt(run, "a look at the layers", lambda: refusal(mr))
+        reason, problem = attempt(run, "a look at the layers", lambda: unfit(mr))
         reason = reason or problem
         if reason is not None:
             run.declined(reason)
@@ -93,7 +93,7 @@ def bytes_for_pools(mr: Any, before: float, after: float, available_bytes: int) 
     return max(available_bytes - growth, fewest)
 
 
-def refusal(mr: Any) -> str | None:
+def unfit(mr: Any) -> str | None:
     """Why the pools stay as stock makes them, or None."""
     arguments, config = mr.server_args, mr.model_config
     architectures = getattr(config.hf_config, "architectures", None) or []

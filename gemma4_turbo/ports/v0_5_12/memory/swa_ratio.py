@@ -47,7 +47,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.declined(f"--{FIELD.replace('_', '-')} {given} was given")
             return
         try:
-            reason = refusal(self)
+            reason = unfit(self)
         except Exception as error:  # stock's default is always there
             reason = told(error)
         if reason is not None:
@@ -61,7 +61,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {TARGET: _handle_model_specific_adjustments}
 
 
-def refusal(arguments: Any) -> str | None:
+def unfit(arguments: Any) -> str | None:
     """Why stock's default stays, or None."""
     from sglang.srt.connector import ConnectorType
     from sglang.srt.utils.common import parse_connector_type

@@ -93,7 +93,7 @@ def in_step(run: PatchRun, backend: Any, kv_context: Any) -> Iterator[None]:
         yield
         return
     kept, wanted = state_of(backend), state_for(pool)
-    fine = _why_not_stale(backend, kept, wanted)
+    fine = _unfit(backend, kept, wanted)
     if fine is not None or kept is None:
         if not run.engaged_count():
             # A backend sets its state once, when it is made: it will not become stale.
@@ -108,7 +108,7 @@ def in_step(run: PatchRun, backend: Any, kv_context: Any) -> Iterator[None]:
         _set(backend, kept)
 
 
-def _why_not_stale(backend: Any, kept: WindowState | None, wanted: WindowState) -> str | None:
+def _unfit(backend: Any, kept: WindowState | None, wanted: WindowState) -> str | None:
     if kept is None:
         return f"{type(backend).__name__} keeps no sliding-window state"
     same = kept.use_sliding_window_kv_pool == wanted.use_sliding_window_kv_pool

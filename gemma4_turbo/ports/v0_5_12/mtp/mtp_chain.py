@@ -46,9 +46,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
     @functools.wraps(construct)
     def __init__(self: Any, frozen_kv_mtp_worker: Any) -> None:
-        reason, problem = attempt(
-            run, "a look at the worker", lambda: refusal(frozen_kv_mtp_worker)
-        )
+        reason, problem = attempt(run, "a look at the worker", lambda: unfit(frozen_kv_mtp_worker))
         reason = reason or problem
         if reason is None:
             vars(frozen_kv_mtp_worker).update(
@@ -65,7 +63,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {CONSTRUCT: __init__}
 
 
-def refusal(worker: Any) -> str | None:
+def unfit(worker: Any) -> str | None:
     """Why a ``FrozenKVMTPWorker`` keeps stock's methods, or None."""
     if worker.topk != 1:
         return f"{worker.topk} candidates per step"

@@ -89,7 +89,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     def capture(self: Any) -> None:
         capture_all(self)
         worker = self.frozen_kv_mtp_worker
-        reason, problem = attempt(run, "a look at the worker", lambda: refusal(worker))
+        reason, problem = attempt(run, "a look at the worker", lambda: unfit(worker))
         reason = reason or problem
         if reason is None:
             install(run, worker)
@@ -99,7 +99,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {CAPTURE: capture}
 
 
-def refusal(worker: Any) -> str | None:
+def unfit(worker: Any) -> str | None:
     """Why a ``FrozenKVMTPWorker`` keeps stock's methods, or None."""
     if worker.topk != 1:
         return f"{worker.topk} candidates per step"

@@ -85,7 +85,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.set(states.FAILED, "out of memory: the draft's graphs took the seeds' place")
             torch.cuda.empty_cache()
             captured = capture(self, num_seqs, forward, stream_idx)
-        reason, problem = attempt(run, "a look at the runner", lambda: runner_refusal(self))
+        reason, problem = attempt(run, "a look at the runner", lambda: runner_unfit(self))
         reason = reason or problem
         if reason is not None:
             run.declined(reason)
@@ -105,7 +105,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {CAPTURE: capture_one_batch_size}
 
 
-def runner_refusal(runner: Any) -> str | None:
+def runner_unfit(runner: Any) -> str | None:
     """Why no seed step of a ``FrozenKVMTPCudaGraphRunner`` can be in a graph, or None."""
     worker, model_runner = runner.frozen_kv_mtp_worker, runner.model_runner
     if runner.topk != 1:
@@ -245,7 +245,7 @@ def seed_step(
 
     def ours() -> None:
         lengths = batch.seq_lens_cpu if seq_lens_cpu is None else seq_lens_cpu
-        reason = refusal(worker, batch, rows, last_hidden_states, lengths, mm_input_embeds)
+        reason = unfit(worker, batch, rows, last_hidden_states, lengths, mm_input_embeds)
         if reason is not None:
             raise DeclinedError(reason)
         _seed(worker, batch, last_token_ids, last_hidden_states, lengths, draft_input)
@@ -256,7 +256,7 @@ def seed_step(
     # One of several ranks alone must not begin anew: the others wait for its part.
     through = torch.OutOfMemoryError if vars(worker)[_SEEDS].runner.tp_size > 1 else ()
     _fallback.call(run, ours, stocks, through=through)
-    if _fallback.why_not() is not None or vars(worker)[_SEEDS].weights.moved():
+    if _fallback.unfit() is not None or vars(worker)[_SEEDS].weights.moved():
         _release(worker)
 
 
@@ -282,7 +282,7 @@ def _seed(
     batch.spec_info = seed
 
 
-def refusal(
+def unfit(
     worker: Any,
     batch: Any,
     rows: int,

@@ -112,7 +112,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.declined("piecewise CUDA graphs were asked for or refused on the command line")
             return decide(self)  # type: ignore[no-any-return]
         try:
-            reason = refusal(self)
+            reason = unfit(self)
         except Exception as error:  # stock's decision is always there
             reason = told(error)
         if reason is not None:
@@ -146,7 +146,7 @@ def undo(run: PatchRun) -> None:
 # -- which servers get them ------------------------------------------------------------------------
 
 
-def refusal(arguments: Any) -> str | None:
+def unfit(arguments: Any) -> str | None:
     """Why stock's rule stays, or None."""
     config = arguments.get_model_config()
     architectures = getattr(config.hf_config, "architectures", None) or []
@@ -159,7 +159,7 @@ def refusal(arguments: Any) -> str | None:
     sizes = arguments.piecewise_cuda_graph_max_tokens, arguments.piecewise_cuda_graph_tokens
     if arguments.chunked_prefill_size == -1 and sizes == (None, None):
         return "prompts are not cut into chunks, whose size would be that of the largest graph"
-    reason = server_refusal(arguments)
+    reason = server_unfit(arguments)
     if reason is not None:
         return reason
     if arguments.tp_size > 1:
@@ -168,20 +168,20 @@ def refusal(arguments: Any) -> str | None:
         if given not in (None, "triton"):
             return f"attention backend {given}"
     if getattr(config.hf_text_config, "num_kv_shared_layers", 0):
-        return shared_kv_refusal()
+        return shared_kv_unfit()
     return None
 
 
-def server_refusal(arguments: Any) -> str | None:
+def server_unfit(arguments: Any) -> str | None:
     """Those of the reasons that SGLang may still bring about after the decision."""
     from sglang.srt.utils import common
 
     if common._ENABLE_TORCH_INFERENCE_MODE:
         return "torch.inference_mode: SGLang traces without it, and would have to trace again"
-    return graphs.argument_refusal(arguments, OFF)
+    return graphs.argument_unfit(arguments, OFF)
 
 
-def shared_kv_refusal() -> str | None:
+def shared_kv_unfit() -> str | None:
     """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
     if not _on("optional_kv"):
         return "layers that share KV run in these graphs with `optional_kv` only"
@@ -252,7 +252,7 @@ def missing(runner: Any) -> str | None:
     """What keeps this process from recording, though the arguments were fine, or None."""
     from gemma4_turbo.ports.v0_5_12.yoco import tail_graph
 
-    reason = server_refusal(runner.server_args)
+    reason = server_unfit(runner.server_args)
     if reason is not None:
         return reason
     routine = _swaps.get(ROUTINE)

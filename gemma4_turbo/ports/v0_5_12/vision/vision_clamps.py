@@ -118,7 +118,7 @@ def _bounded(run: PatchRun, module: Any, target: str, inner: str) -> frozenset[s
         return None
     captured = custom_ops.capturing()
     try:
-        reason = _fallback.why_not(target)
+        reason = _fallback.unfit(target)
         if reason is None:
             # What a hook does to a tensor in place is to reach stock's copy, not the caller's tensor.
             if hooks.hooked(module._modules[inner]):

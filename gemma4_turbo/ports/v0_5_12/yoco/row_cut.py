@@ -73,7 +73,7 @@ def cut(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any])
     run = YOCO.run
     if run is None or torch.compiler.is_compiling() or not batch.forward_mode.is_extend():
         return None
-    broken = _fallback.why_not()
+    broken = _fallback.unfit()
     if broken is not None:
         run.declined(broken)
         return None
@@ -82,7 +82,7 @@ def cut(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any])
         if first is None:
             run.declined(NOTHING_SHARED)
             return None
-        return counted(run, model, first, batch, refusal(model, batch, positions, kwargs))
+        return counted(run, model, first, batch, unfit(model, batch, positions, kwargs))
     except Exception as error:  # all rows through all layers, as stock
         run.declined(_fallback.failed(run, None, error))
         return None
@@ -129,37 +129,35 @@ def _shares(layer: Any) -> bool:
     )
 
 
-def refusal(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
+def unfit(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
     """Why another row than the last ones is wanted, or the batch is none to cut; or None."""
     from sglang.srt.compilation.piecewise_context_manager import get_forward_context
 
     if get_forward_context() is not None:
         return "the prefill runs in a piecewise CUDA graph"
-    return batch_refusal(model, batch, positions, kwargs)
+    return batch_unfit(model, batch, positions, kwargs)
 
 
-def batch_refusal(
+def batch_unfit(
     model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]
 ) -> str | None:
-    """`refusal`, wherever the prefill runs."""
+    """`unfit`, wherever the prefill runs."""
     return (
-        _mode_reason(batch)
-        or _layout_reason(batch, positions)
-        or server_refusal(model, batch, kwargs)
+        _mode_unfit(batch) or _layout_unfit(batch, positions) or server_unfit(model, batch, kwargs)
     )
 
 
-def server_refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+def server_unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     """Those of the reasons that the lengths of the requests have no part in."""
     return (
-        _rows_reason(model, batch, kwargs)
-        or backend_refusal(batch.attn_backend)
-        or _cache_reason(model, batch.token_to_kv_pool)
-        or _hooks_reason(model, batch)
+        _rows_unfit(model, batch, kwargs)
+        or backend_unfit(batch.attn_backend)
+        or _cache_unfit(model, batch.token_to_kv_pool)
+        or _hooks_unfit(model, batch)
     )
 
 
-def _hooks_reason(model: Any, batch: Any) -> str | None:
+def _hooks_unfit(model: Any, batch: Any) -> str | None:
     """Whether somebody sees rows that the cut leaves out, or zeros in their place."""
     state = model.__dict__
     set_by = getattr(state.get("forward"), "__module__", hooks.__name__)
@@ -187,7 +185,7 @@ def behind_the_cut(model: Any) -> hooks.Watched:
     return watched
 
 
-def _mode_reason(batch: Any) -> str | None:
+def _mode_unfit(batch: Any) -> str | None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     if custom_ops.capturing():
@@ -201,7 +199,7 @@ def _mode_reason(batch: Any) -> str | None:
     return None
 
 
-def _rows_reason(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+def _rows_unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     from sglang.srt.server_args import get_global_server_args
 
     arguments = get_global_server_args()
@@ -232,7 +230,7 @@ def _rows_reason(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _layout_reason(batch: Any, positions: torch.Tensor) -> str | None:
+def _layout_unfit(batch: Any, positions: torch.Tensor) -> str | None:
     if batch.global_num_tokens_cpu is not None:
         return "data-parallel attention pads the batch"
     if batch.padded_static_len >= 0:
@@ -257,7 +255,7 @@ def _layout_reason(batch: Any, positions: torch.Tensor) -> str | None:
     return None
 
 
-def backend_refusal(backend: Any) -> str | None:
+def backend_unfit(backend: Any) -> str | None:
     """Why this attention backend's metadata are not ours to make, or None."""
     if not sglang_types.is_triton_backend(backend):
         return f"the attention backend is {type(backend).__name__}"
@@ -268,7 +266,7 @@ def backend_refusal(backend: Any) -> str | None:
     return None
 
 
-def _cache_reason(model: Any, pool: Any) -> str | None:
+def _cache_unfit(model: Any, pool: Any) -> str | None:
     """With an 8-bit cache stock's extend kernel does not compile for the shared layers.
 
     It is to fail at the first prompt, not at the first one that is not cut.

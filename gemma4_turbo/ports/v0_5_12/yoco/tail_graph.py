@@ -69,10 +69,10 @@ def run(model: Any, cut: Cut, tail: Tail, batch: Any) -> torch.Tensor:
         return layers(tail)
     mine = None
     try:
-        reason = refusal(tail, batch)
+        reason = unfit(tail, batch)
         if reason is None:
             mine = _graphs(model, cut, tail, batch)
-            reason = mine.refusal(tail, batch)
+            reason = mine.unfit(tail, batch)
         if reason is None:
             found, how = mine.run(tail, batch, layers)  # type: ignore[union-attr]
             if how is None:
@@ -138,7 +138,7 @@ def _made_for(model: Any, cut: Cut, tail: Tail, batch: Any) -> tuple[Any, ...]:
 # -- what takes the eager path ------------------------------------------------------------------------
 
 
-def refusal(tail: Tail, batch: Any) -> str | None:
+def unfit(tail: Tail, batch: Any) -> str | None:
     """Why no graph runs for this tail in this server, or None."""
     from sglang.srt.distributed import get_tensor_model_parallel_world_size
     from sglang.srt.server_args import get_global_server_args
@@ -146,12 +146,12 @@ def refusal(tail: Tail, batch: Any) -> str | None:
     if tail.hidden_states.device.type not in DEVICES:
         return "not on a GPU"
     arguments = get_global_server_args()
-    reason = graphs.argument_refusal(arguments, OFF)
+    reason = graphs.argument_unfit(arguments, OFF)
     if reason is not None:
         return reason
     if get_tensor_model_parallel_world_size() > 1:
         return "tensor parallelism: the ranks' reductions are not recorded"
-    reason = row_cut.backend_refusal(batch.attn_backend)
+    reason = row_cut.backend_unfit(batch.attn_backend)
     if reason is not None:
         return reason
     if tail.residual is not None:
@@ -360,7 +360,7 @@ class Graphs:
         self.captured: dict[Key, Any] = {}
         self.failed = failed
 
-    def refusal(self, tail: Tail, batch: Any) -> str | None:
+    def unfit(self, tail: Tail, batch: Any) -> str | None:
         """Why this tail runs eagerly, or None."""
         if self.watched.hooked():
             return hooks.HOOKED.format("a layer")

@@ -84,7 +84,7 @@ def prepare(model: Any, batch: Any, kwargs: dict[str, Any]) -> bool:
     try:
         first = row_cut.first_shared(model)
         none = row_cut.NOTHING_SHARED
-        reason = _fallback.why_not() or (none if first is None else refusal(model, batch, kwargs))
+        reason = _fallback.unfit() or (none if first is None else unfit(model, batch, kwargs))
     except Exception as error:
         reason = _fallback.failed(run, None, error)
     if reason is not None:
@@ -103,7 +103,7 @@ def _about_to_compile() -> bool:
     return context.is_in_piecewise_cuda_graph() and context.get_forward_context() is not None
 
 
-def refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+def unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     """Why no graph of this server is to be cut, or None."""
     from sglang.srt.distributed import get_tensor_model_parallel_world_size
     from sglang.srt.server_args import get_global_server_args
@@ -113,12 +113,12 @@ def refusal(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     if peer("optional_kv").state != states.ACTIVE:
         return "`optional_kv` is off, without which a batch that is not cut cannot run"
     arguments = get_global_server_args()
-    reason = graphs.argument_refusal(arguments, OFF)
+    reason = graphs.argument_unfit(arguments, OFF)
     if reason is not None:
         return reason
     if get_tensor_model_parallel_world_size() > 1:
         return "tensor parallelism: the ranks' reductions are not those of a graph"
-    return row_cut.server_refusal(model, batch, kwargs)
+    return row_cut.server_unfit(model, batch, kwargs)
 
 
 def forget() -> None:
@@ -194,9 +194,9 @@ def _rows_only(
         return False  # reverted since: the graphs stay
     try:
         real = _without_padding(batch, positions)
-        reason = _fallback.why_not()
+        reason = _fallback.unfit()
         if reason is None:
-            reason = row_cut.batch_refusal(model, real, real.positions, {})
+            reason = row_cut.batch_unfit(model, real, real.positions, {})
         cut = row_cut.counted(run, model, first, real, reason)
         if cut is None:
             return False
