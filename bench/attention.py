@@ -33,8 +33,8 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.provenance import provenance  # noqa: E402
-from gemma4_turbo.kernels import extend_attention as kernel  # noqa: E402
-from gemma4_turbo.kernels import extend_config as config  # noqa: E402
+from gemma4_turbo.kernels.attention import extend as kernel  # noqa: E402
+from gemma4_turbo.kernels.attention import extend_tiles as config  # noqa: E402
 
 Call = Callable[[], Any]
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -1,4 +1,4 @@
-"""`gemma4_turbo.kernels.decode_attention` against stock's two kernels, and the best cut per shape.
+"""`gemma4_turbo.kernels.attention.decode` against stock's two kernels, and the best cut per shape.
 
     python bench/decode_attention.py                                  # every model, kernel against stock
     python bench/decode_attention.py --tune --shapes 26b-a4b/sliding --batches 8,32 --lengths 512
@@ -29,8 +29,8 @@ from rich.progress import track  # noqa: E402
 
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
-from gemma4_turbo.kernels import decode_attention as kernel  # noqa: E402
-from gemma4_turbo.kernels.decode_attention import Config  # noqa: E402
+from gemma4_turbo.kernels.attention import decode as kernel  # noqa: E402
+from gemma4_turbo.kernels.attention.decode import Config  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
 STOCK_SPLITS = 8  # of stock at most, by default

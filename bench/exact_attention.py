@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.kernels.decode_attention import reference_decode_attention
-from gemma4_turbo.kernels.extend_attention import reference_extend_attention
+from gemma4_turbo.kernels.attention.decode import reference_decode_attention
+from gemma4_turbo.kernels.attention.extend import reference_extend_attention
 
 
 def _heads(q: torch.Tensor, k: torch.Tensor) -> list[tuple[slice, slice]]:

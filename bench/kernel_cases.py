@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 
 from gemma4_turbo.fusions import norm_kinds
-from gemma4_turbo.kernels import layer_norms as layer_norms_kernel
-from gemma4_turbo.kernels import layer_tail, moe_align, ple_tail, qkv, step_prologue
+from gemma4_turbo.kernels import moe_align, qkv, step_prologue
 from gemma4_turbo.kernels import router as router_kernel
-from gemma4_turbo.kernels import router_norm as router_norm_kernel
+from gemma4_turbo.kernels.norms import layer_norms as layer_norms_kernel
+from gemma4_turbo.kernels.norms import layer_tail, ple_tail
+from gemma4_turbo.kernels.norms import router_norm as router_norm_kernel
 from gemma4_turbo.kernels.qkv import Mode
 from gemma4_turbo.models.geometry import (
     GEOMETRIES,

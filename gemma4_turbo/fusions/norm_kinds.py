@@ -1,7 +1,7 @@
 """Which of stock's RMSNorm kernels runs here, found by comparison on this very GPU.
 
 SGLang calls flashinfer's norms, which are CuTe kernels where nvidia-cutlass-dsl is installed and CUDA
-kernels where it is not; traced by Dynamo it calls sgl_kernel's. `gemma4_turbo.kernels.norms` follows
+kernels where it is not; traced by Dynamo it calls sgl_kernel's. `gemma4_turbo.kernels.norms.rmsnorm` follows
 each of them. The kinds differ in one to twenty of a million numbers, so the comparison takes millions.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from gemma4_turbo.kernels import layer_norms
-from gemma4_turbo.kernels.norms import Kind
+from gemma4_turbo.kernels.norms import layer_norms
+from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.runtime.attempts import attempt
 
 EPS = 1e-6

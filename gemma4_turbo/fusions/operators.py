@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.kernels import layer_norms, layer_tail, ple_tail, qkv, router_norm
+from gemma4_turbo.kernels import qkv
+from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail, router_norm
 from gemma4_turbo.runtime import custom_ops
 
 Maybe = torch.Tensor | None
@@ -17,7 +18,7 @@ def _none(x: torch.Tensor) -> torch.Tensor:
 
 
 def layer_norms_op() -> Any:
-    """``layer_norms``, `gemma4_turbo.kernels.layer_norms`."""
+    """``layer_norms``, `gemma4_turbo.kernels.norms.layer_norms`."""
 
     def run(
         attention_output: torch.Tensor,
@@ -58,7 +59,7 @@ def layer_norms_op() -> Any:
 
 
 def router_norm_op() -> Any:
-    """``router_norm``, `gemma4_turbo.kernels.router_norm`."""
+    """``router_norm``, `gemma4_turbo.kernels.norms.router_norm`."""
     return custom_ops.register(
         "router_norm",
         "router_norm(Tensor x, Tensor scale, Tensor root_size, float eps, int kind) -> Tensor",
@@ -68,7 +69,7 @@ def router_norm_op() -> Any:
 
 
 def norm_add_op() -> Any:
-    """``norm_add``, `gemma4_turbo.kernels.ple_tail`."""
+    """``norm_add``, `gemma4_turbo.kernels.norms.ple_tail`."""
 
     def run(x: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
         out, following = ple_tail.launch_norm_add(x, *rest)
@@ -87,7 +88,7 @@ def norm_add_op() -> Any:
 
 
 def gelu_mul_op() -> Any:
-    """``gelu_mul``, `gemma4_turbo.kernels.ple_tail`."""
+    """``gelu_mul``, `gemma4_turbo.kernels.norms.ple_tail`."""
     return custom_ops.register(
         "ple_tail",
         "gelu_mul(Tensor gate, Tensor per_layer_input) -> Tensor",
@@ -97,7 +98,7 @@ def gelu_mul_op() -> Any:
 
 
 def layer_tail_op() -> Any:
-    """``layer_tail`` with the next norm, `gemma4_turbo.kernels.layer_tail`."""
+    """``layer_tail`` with the next norm, `gemma4_turbo.kernels.norms.layer_tail`."""
 
     def run(
         mlp_output: torch.Tensor,

@@ -26,7 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import norms, pdl
+from gemma4_turbo.kernels import pdl
+from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 INTERPRETED = norms.INTERPRETED

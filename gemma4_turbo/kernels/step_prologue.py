@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels.interpreted import to_float
-from gemma4_turbo.kernels.norms import MIN_EPS, flushed, mul, rsqrt_approx
+from gemma4_turbo.kernels.norms.rmsnorm import MIN_EPS, flushed, mul, rsqrt_approx
 from gemma4_turbo.kernels.rounding import round_to
 
 WIDTH = 256

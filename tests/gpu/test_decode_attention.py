@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.kernels import decode_attention as kernel
 from gemma4_turbo.kernels import pdl
-from gemma4_turbo.kernels.decode_attention import Config
+from gemma4_turbo.kernels.attention import decode as kernel
+from gemma4_turbo.kernels.attention.decode import Config
 
 SPLITS = 8  # stock's default
 HEADS = [

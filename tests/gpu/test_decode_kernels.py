@@ -10,7 +10,9 @@ import torch
 
 from gemma4_turbo.engine import run
 from gemma4_turbo.fusions import norm_kinds, operators
-from gemma4_turbo.kernels import layer_norms, layer_tail, norms, ple_tail, qkv, router_norm
+from gemma4_turbo.kernels import qkv
+from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail, router_norm
+from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.ports.v0_5_12 import stock
 from tests.runs import unpublished
 

@@ -13,9 +13,9 @@ import torch
 from sglang.srt.layers.attention import triton_backend
 from sglang.srt.layers.attention.triton_ops import extend_attention as stock
 
-from gemma4_turbo.kernels import extend_attention as kernel
-from gemma4_turbo.kernels import extend_config as config
-from gemma4_turbo.kernels import window_indices
+from gemma4_turbo.kernels.attention import extend as kernel
+from gemma4_turbo.kernels.attention import extend_tiles as config
+from gemma4_turbo.kernels.attention import window as window_indices
 from tests.extend_inputs import POISON, Batch, make, relative_error
 
 CASES = 90  # per geometry

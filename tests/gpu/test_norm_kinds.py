@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemma4_turbo.fusions import norm_kinds
-from gemma4_turbo.kernels.norms import Kind
+from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.v0_5_12 import stock
 
 WIDTHS = [256, 1536, 2560, 2816, 5376]

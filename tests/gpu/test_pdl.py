@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma4_turbo.kernels import layer_norms, norms, pdl, ple_tail, qkv, skinny_gemm
+from gemma4_turbo.kernels import pdl, qkv, skinny_gemm
+from gemma4_turbo.kernels.norms import layer_norms, ple_tail
+from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
 
 EPS = 1e-6

@@ -1,4 +1,4 @@
-"""`tail_graph.CudaGraph` on the GPU: what it records, what it leaves behind where it cannot record."""
+"""`yoco_graph.CudaGraph` on the GPU: what it records, what it leaves behind where it cannot record."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from gemma4_turbo.ports.v0_5_12.yoco import tail_graph
+from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
 
 
 def test_replays_read_the_buffers_and_share_memory():
@@ -18,8 +18,8 @@ def test_replays_read_the_buffers_and_share_memory():
         return torch.relu(x[:rows] @ weight) @ weight
 
     layers(4), layers(2)  # cuBLAS makes its workspace
-    four = tail_graph.CudaGraph(lambda: layers(4), None)
-    two = tail_graph.CudaGraph(lambda: layers(2), four.pool)
+    four = yoco_graph.CudaGraph(lambda: layers(4), None)
+    two = yoco_graph.CudaGraph(lambda: layers(2), four.pool)
     assert two.pool == four.pool
     assert gc.isenabled()
     for seed in range(3):
@@ -43,9 +43,9 @@ def test_a_failure_leaves_nothing_recording(wrong: str):
 
     stream = torch.cuda.current_stream()
     with pytest.raises((ValueError, RuntimeError)):
-        tail_graph.CudaGraph(layers, None)
+        yoco_graph.CudaGraph(layers, None)
     assert torch.cuda.current_stream() == stream
     assert not torch.cuda.is_current_stream_capturing()
     assert gc.isenabled()
     assert float((x + torch.rand(4, device="cuda")).min()) >= 1
-    assert torch.equal(tail_graph.CudaGraph(lambda: x * 2, None).replay(), x * 2)
+    assert torch.equal(yoco_graph.CudaGraph(lambda: x * 2, None).replay(), x * 2)

@@ -8,10 +8,12 @@ import torch
 
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions import norm_kinds
-from gemma4_turbo.kernels import layer_norms as layer_norms_kernel
-from gemma4_turbo.kernels import layer_tail, norms, ple_tail, qkv
-from gemma4_turbo.kernels import router_norm as router_norm_kernel
+from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels import skinny_gemm as skinny
+from gemma4_turbo.kernels.norms import layer_norms as layer_norms_kernel
+from gemma4_turbo.kernels.norms import layer_tail, ple_tail
+from gemma4_turbo.kernels.norms import rmsnorm as norms
+from gemma4_turbo.kernels.norms import router_norm as router_norm_kernel
 from gemma4_turbo.ports.v0_5_12 import stock
 
 EPS = 1e-6

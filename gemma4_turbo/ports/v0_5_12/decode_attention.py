@@ -1,4 +1,4 @@
-"""`decode_attention`: decode steps of the triton backend run `gemma4_turbo.kernels.decode_attention`.
+"""`decode_attention`: decode steps of the triton backend run `gemma4_turbo.kernels.attention.decode`.
 
 Stock cuts a sliding layer's window into as many splits as the whole sequence, although it computes the
 window's own number too. The kernel needs neither: it counts on the device, from the window's lengths.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.engine.checks import Check
-from gemma4_turbo.kernels import decode_attention as kernel
+from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.verdicts import Verdicts
 

@@ -12,7 +12,9 @@ import torch
 
 from gemma4_turbo.fusions import operators, steps
 from gemma4_turbo.fusions.steps import UNPROVEN, Step, differing, eps_of, samples
-from gemma4_turbo.kernels import layer_norms, layer_tail, norms, pdl, ple_tail
+from gemma4_turbo.kernels import pdl
+from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail
+from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.ports.v0_5_12 import linear, sglang_types, stock
 from gemma4_turbo.runtime.custom_ops import capturing
 

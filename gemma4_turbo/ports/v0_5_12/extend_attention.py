@@ -1,4 +1,4 @@
-"""`extend_attention`: the triton backend's extend path with `gemma4_turbo.kernels.extend_attention`.
+"""`extend_attention`: the triton backend's extend path with `gemma4_turbo.kernels.attention.extend`.
 
 Three functions of SGLang's triton backend are replaced. ``forward_extend`` keeps what surrounds the
 kernel (output, KV store, choice of the layer's metadata), but makes no contiguous copies of K and V.
@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.engine.checks import Check
-from gemma4_turbo.kernels import extend_attention as kernel
-from gemma4_turbo.kernels import window_indices
+from gemma4_turbo.kernels.attention import extend as kernel
+from gemma4_turbo.kernels.attention import window as window_indices
 from gemma4_turbo.ports.v0_5_12 import extend_wraps, sglang_types
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.fallback import Fallback

@@ -10,13 +10,13 @@ from gemma4_turbo.ports.v0_5_12 import decoder_layer, sglang_types
 from gemma4_turbo.runtime.hooks import FOR_ALL
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.v0_5_12.yoco import row_cut
+    from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
 
 State = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Between two layers: hidden states, residual, and the hidden states through the next norm."""
 
 
-def run_tail(self: Any, first: int, tail: row_cut.Tail) -> torch.Tensor:
+def run_tail(self: Any, first: int, tail: yoco_cut.Tail) -> torch.Tensor:
     """The layers from ``first`` on and the last norm over a tail's rows: ``[rows, hidden]``.
 
     It reads the model and the tail, nothing else: a CUDA graph of it is right as long as these are.

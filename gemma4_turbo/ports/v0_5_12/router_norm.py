@@ -8,7 +8,7 @@ import torch
 
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions import operators, steps
-from gemma4_turbo.kernels import router_norm as kernel
+from gemma4_turbo.kernels.norms import router_norm as kernel
 from gemma4_turbo.ports.v0_5_12 import checks as checks_of
 from gemma4_turbo.ports.v0_5_12 import sglang_types
 from gemma4_turbo.ports.v0_5_12.decoder_layer import batch_invariant

@@ -1,8 +1,8 @@
 """``Gemma4TextModel.forward``: the same loop, in steps that patches can take over one by one.
 
 Each layer is handed the norm that reads its result; before the layers that share KV the rows may be
-cut (`gemma4_turbo.ports.v0_5_12.yoco.row_cut`, in piecewise CUDA graphs `gemma4_turbo.ports.v0_5_12.yoco.traced_cut`),
-and what is left may run in a CUDA graph (`gemma4_turbo.ports.v0_5_12.yoco.tail_graph`).
+cut (`gemma4_turbo.ports.v0_5_12.yoco.cut`, in piecewise CUDA graphs `gemma4_turbo.ports.v0_5_12.yoco.piecewise`),
+and what is left may run in a CUDA graph (`gemma4_turbo.ports.v0_5_12.yoco.graph`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 from gemma4_turbo.ports.v0_5_12 import layer_loop
-from gemma4_turbo.ports.v0_5_12.yoco import row_cut, tail_graph, traced_cut
+from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
+from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
+from gemma4_turbo.ports.v0_5_12.yoco import piecewise as yoco_piecewise
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward"
 
@@ -41,25 +43,25 @@ def forward(
     start = input_embeds, None, None
     cut = None
     if torch.compiler.is_compiling():
-        first = traced_cut.first_layer(self)
+        first = yoco_piecewise.first_layer(self)
         if first is not None:
             state = layers(range(first), start, positions, per_layer_inputs, forward_batch)
-            return traced_cut.call(self, state, positions, per_layer_inputs)
-    elif not traced_cut.prepare(self, forward_batch, kwargs):
-        cut = row_cut.cut(self, forward_batch, positions, kwargs)
+            return yoco_piecewise.call(self, state, positions, per_layer_inputs)
+    elif not yoco_piecewise.prepare(self, forward_batch, kwargs):
+        cut = yoco_cut.cut(self, forward_batch, positions, kwargs)
     if cut is not None:
         state = layers(range(cut.first), start, positions, per_layer_inputs, forward_batch)
         if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
             return torch.zeros_like(state[0])
         try:
-            tail = row_cut.tail(cut, forward_batch, positions, *state, per_layer_inputs)
-            return row_cut.restore(cut, tail, tail_graph.run(self, cut, tail, forward_batch))
+            tail = yoco_cut.tail(cut, forward_batch, positions, *state, per_layer_inputs)
+            return yoco_cut.restore(cut, tail, yoco_graph.run(self, cut, tail, forward_batch))
         except Exception as error:  # the rows before the cut are as they were: all go on
             failure = error.with_traceback(None)
         found = layer_loop.run_layers(
             self, cut.first, state, positions, per_layer_inputs, forward_batch
         )
-        row_cut.cut_failed(failure)  # had stock's way failed too, it would not be ours
+        yoco_cut.cut_failed(failure)  # had stock's way failed too, it would not be ours
         return found
     count = len(self.layers)
     state = layers(range(count), start, positions, per_layer_inputs, forward_batch)

@@ -13,7 +13,7 @@ from gemma4_turbo.fusions import steps
 from gemma4_turbo.fusions.steps import Step
 from gemma4_turbo.kernels import pdl as launches
 from gemma4_turbo.ports.v0_5_12 import attention, checks, decoder_layer, linear, text_model
-from gemma4_turbo.ports.v0_5_12.yoco import batch, row_cut, tail_graph, traced_cut
+from gemma4_turbo.ports.v0_5_12.yoco import batch, cut, graph, piecewise
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.checks import Check
@@ -73,8 +73,8 @@ def _launch_as_usual() -> None:
 
 
 def _cut_no_more() -> None:
-    traced_cut.unregister()
-    traced_cut.forget()
+    piecewise.unregister()
+    piecewise.forget()
 
 
 layer_norms = Wired(decoder_layer.LAYER_NORMS, (_layer,), checks.layer_norms)
@@ -86,8 +86,6 @@ qkv_norm = Wired(attention.QKV_NORM, (attention.enable,), checks.qkv_norm)
 qkv_proj = Wired(attention.QKV_PROJ, (attention.enable,), checks.qkv_proj)
 rope_store = Wired(attention.ROPE_STORE, (attention.enable,), checks.rope_store)
 skinny_gemm = Wired(linear.SKINNY_GEMM, (attention.enable, _layer), checks.skinny_gemm)
-yoco = Wired(row_cut.YOCO, (_model, batch.enable), None, _nothing, row_cut.forget)
-yoco_graph = Wired(tail_graph.YOCO_GRAPH, (_model,), None, _nothing, tail_graph.drop_all)
-yoco_piecewise = Wired(
-    traced_cut.YOCO_PIECEWISE, (_model,), None, traced_cut.register, _cut_no_more
-)
+yoco = Wired(cut.YOCO, (_model, batch.enable), None, _nothing, cut.forget)
+yoco_graph = Wired(graph.YOCO_GRAPH, (_model,), None, _nothing, graph.drop_all)
+yoco_piecewise = Wired(piecewise.YOCO_PIECEWISE, (_model,), None, piecewise.register, _cut_no_more)

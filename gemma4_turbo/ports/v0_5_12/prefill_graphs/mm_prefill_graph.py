@@ -37,7 +37,7 @@ from gemma4_turbo.runtime.attempts import told
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.engine.swap import Swap
-    from gemma4_turbo.ports.v0_5_12.yoco.tail_graph import Watched
+    from gemma4_turbo.ports.v0_5_12.yoco.graph import Watched
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -250,7 +250,7 @@ def _record(run: PatchRun, runner: Any, stock: Function, enforced: bool) -> str 
 
 def missing(runner: Any) -> str | None:
     """What keeps this process from recording, though the arguments were fine, or None."""
-    from gemma4_turbo.ports.v0_5_12.yoco import tail_graph
+    from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
 
     reason = server_unfit(runner.server_args)
     if reason is not None:
@@ -259,7 +259,7 @@ def missing(runner: Any) -> str | None:
     if routine is None or not routine.in_place:
         return f"{ROUTINE} is not ours in the process that records"
     model = runner.model
-    if tail_graph.Watched([model.language_model]).hooked():
+    if yoco_graph.Watched([model.language_model]).hooked():
         return hooks.HOOKED.format("a layer")
     shares = getattr(model.config.text_config, "num_kv_shared_layers", 0)
     if shares and peer("optional_kv").state != states.ACTIVE:
@@ -279,10 +279,10 @@ def _watch(run: PatchRun, runner: Any) -> None:
     SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
     parameters in the place of all layers' old ones: the outermost layers tell.
     """
-    from gemma4_turbo.ports.v0_5_12.yoco import tail_graph
+    from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
 
     model = runner.model.language_model
-    watched = tail_graph.Watched([model.layers[0], model.layers[-1]])
+    watched = yoco_graph.Watched([model.layers[0], model.layers[-1]])
     _recorded[model] = Recorded(weakref.ref(runner), watched, hooks.Watched(list(model.children())))
     made = runner.piecewise_cuda_graph_runner
     if hasattr(made, "can_run"):  # asked before SGLang pads the batch

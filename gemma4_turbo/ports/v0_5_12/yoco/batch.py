@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.steps import Step
-from gemma4_turbo.ports.v0_5_12.yoco import row_cut
+from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def enable(step: Step, run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             except Exception as error:  # then every prompt's last row is kept
                 chunks = None
                 run.set(states.FAILED, f"unfinished prompts are not known: {told(error)}")
-            setattr(made.seq_lens_cpu, row_cut.UNFINISHED, chunks)
-            setattr(made.seq_lens_cpu, row_cut.LOGITS, processor)
+            setattr(made.seq_lens_cpu, yoco_cut.UNFINISHED, chunks)
+            setattr(made.seq_lens_cpu, yoco_cut.LOGITS, processor)
         return made
 
     return {BATCH: init_new}

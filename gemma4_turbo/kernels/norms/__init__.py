@@ -1,0 +1,1 @@
+"""RMSNorm with the bits of stock's kernels, and what is fused with it."""

@@ -1,0 +1,222 @@
+"""The cut of `gemma4_turbo.ports.v0_5_12.yoco.cut` inside SGLang's piecewise CUDA graphs of prefill.
+
+torch.compile traces the model's forward once, and SGLang cuts what it traced at the operators of
+attention: what lies between two of them becomes one CUDA graph per number of tokens. Here the traced
+forward ends before the first layer that shares KV: one operator more stands for all that is behind,
+and runs between the graphs, as attention does. It cuts the rows and runs the layers on what is left,
+so that neither the graphs nor the tokens pay for them.
+
+Whether the operator is traced is decided once, in the eager step that SGLang runs before it compiles.
+It must run whatever batch comes later: a batch that is not to be cut goes through the layers with all
+its rows.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.run import peer
+from gemma4_turbo.fusions.steps import Step
+from gemma4_turbo.ports.v0_5_12 import layer_loop, split_ops
+from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
+from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
+from gemma4_turbo.runtime import custom_ops, graphs
+from gemma4_turbo.runtime.fallback import Fallback
+
+YOCO_PIECEWISE = Step()
+NAME = "yoco_piecewise"
+
+SCHEMA = (
+    "shared_kv_layers(Tensor hidden_states, Tensor? residual, Tensor? normed, "
+    "Tensor? per_layer_inputs, Tensor positions, Tensor(a!) output, int model) -> ()"
+)
+SPLIT_NAMES = custom_ops.cut_names(SCHEMA)
+
+# On a model: its number below, and its first layer that shares KV.
+_CUT = "_gemma4_turbo_traced_cut"
+_numbers = itertools.count()
+_models: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_ops: dict[str, Callable[..., None]] = {}
+
+_fallback = Fallback("the cut")
+
+OFF = {
+    "enable_return_hidden_states": "hidden states are returned",
+    "speculative_algorithm": "speculative decoding",
+    "enable_mixed_chunk": "mixed chunks look like a plain prefill in these graphs",
+    "enable_mis": "multi-item scoring",
+    "enable_breakable_cuda_graph": "breakable CUDA graphs",
+}
+"""Arguments of the server, and what each of them means."""
+
+
+def register() -> None:
+    """The operator, and that a piecewise graph is cut at it."""
+    _ops["layers"] = custom_ops.register(
+        NAME, SCHEMA, shared_layers, lambda *args: None, counted=False
+    )
+    split_ops.cut_graphs_at(SPLIT_NAMES)
+
+
+def unregister() -> None:
+    """No later graph is cut there. Those that exist go on calling the operator."""
+    split_ops.cut_graphs_no_more_at(SPLIT_NAMES)
+
+
+# -- before the trace ---------------------------------------------------------------------------
+
+
+def prepare(model: Any, batch: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether SGLang is about to compile ``model``, which is to be cut then: noted on it."""
+    run = YOCO_PIECEWISE.run
+    if run is None:
+        if hasattr(model, _CUT) and _about_to_compile():  # noted before the patch was taken out
+            delattr(model, _CUT)
+        return False
+    if not _about_to_compile():
+        return False
+    try:
+        first = yoco_cut.first_shared(model)
+        none = yoco_cut.NOTHING_SHARED
+        reason = _fallback.unfit() or (none if first is None else unfit(model, batch, kwargs))
+    except Exception as error:
+        reason = _fallback.failed(run, None, error)
+    if reason is not None:
+        run.declined(reason)
+        return False
+    if not hasattr(model, _CUT):
+        number = next(_numbers)
+        _models[number] = model
+        setattr(model, _CUT, (number, first))
+    return True
+
+
+def _about_to_compile() -> bool:
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    return context.is_in_piecewise_cuda_graph() and context.get_forward_context() is not None
+
+
+def unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why no graph of this server is to be cut, or None."""
+    from sglang.srt.distributed import get_tensor_model_parallel_world_size
+    from sglang.srt.server_args import get_global_server_args
+
+    if yoco_cut.YOCO.run is None:
+        return "`yoco` is off"
+    if peer("optional_kv").state != states.ACTIVE:
+        return "`optional_kv` is off, without which a batch that is not cut cannot run"
+    arguments = get_global_server_args()
+    reason = graphs.argument_unfit(arguments, OFF)
+    if reason is not None:
+        return reason
+    if get_tensor_model_parallel_world_size() > 1:
+        return "tensor parallelism: the ranks' reductions are not those of a graph"
+    return yoco_cut.server_unfit(model, batch, kwargs)
+
+
+def forget() -> None:
+    """What has failed is tried again."""
+    _fallback.clear()
+
+
+# -- in the trace -------------------------------------------------------------------------------
+
+
+def first_layer(model: Any) -> int | None:
+    """The first layer that the operator stands for; None: all layers are traced."""
+    noted = getattr(model, _CUT, None)
+    return None if noted is None else noted[1]
+
+
+def call(
+    model: Any,
+    state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    positions: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+) -> torch.Tensor:
+    """The operator: what the last norm gives, ``[tokens, hidden]``."""
+    output = torch.empty_like(state[0])
+    _ops["layers"](*state, per_layer_inputs, positions, output, getattr(model, _CUT)[0])
+    return output
+
+
+# -- between the graphs -------------------------------------------------------------------------
+
+
+def shared_layers(
+    hidden_states: torch.Tensor,
+    residual: torch.Tensor | None,
+    normed: torch.Tensor | None,
+    per_layer_inputs: torch.Tensor | None,
+    positions: torch.Tensor,
+    output: torch.Tensor,
+    model: int,
+) -> None:
+    """The layers that share KV and the last norm, for the batch that SGLang runs just now.
+
+    Rows of ``output`` that nobody wants, those of the padding among them, are zeros.
+    """
+    from sglang.srt.compilation import piecewise_context_manager as piecewise
+
+    if piecewise.is_in_pcg_torch_compile() or piecewise.get_pcg_capture_stream() is not None:
+        output.zero_()  # of a made-up batch: nobody reads it
+        return
+    context: Any = piecewise.get_forward_context()
+    batch = context.forward_batch
+    whole = _models[model]
+    first = first_layer(whole)
+    assert first is not None
+    state = hidden_states, residual, normed
+    if not _rows_only(whole, first, batch, state, positions, per_layer_inputs, output):
+        rows = layer_loop.run_layers(whole, first, state, positions, per_layer_inputs, batch)
+        output.copy_(rows)
+
+
+def _rows_only(
+    model: Any,
+    first: int,
+    batch: Any,
+    state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    positions: torch.Tensor,
+    per_layer_inputs: torch.Tensor | None,
+    output: torch.Tensor,
+) -> bool:
+    """Whether the rows that are wanted are in ``output``; otherwise all must go through the layers."""
+    run = YOCO_PIECEWISE.run
+    if run is None or yoco_cut.YOCO.run is None:
+        return False  # reverted since: the graphs stay
+    try:
+        real = _without_padding(batch, positions)
+        reason = _fallback.unfit()
+        if reason is None:
+            reason = yoco_cut.batch_unfit(model, real, real.positions, {})
+        cut = yoco_cut.counted(run, model, first, real, reason)
+        if cut is None:
+            return False
+        output.zero_()
+        if cut.rows:  # else every prompt goes on in a later chunk
+            tail = yoco_cut.tail(cut, real, real.positions, *state, per_layer_inputs)
+            output[tail.rows] = yoco_graph.run(model, cut, tail, real)
+        return True
+    except Exception as error:
+        run.declined(_fallback.failed(run, None, error))
+        return False
+
+
+def _without_padding(batch: Any, positions: torch.Tensor) -> Any:
+    """The batch as it was before SGLang padded it to the size of a graph."""
+    tokens = batch.num_token_non_padded_cpu
+    real = copy.copy(batch)
+    real.positions = positions[:tokens]
+    real.out_cache_loc = batch.out_cache_loc[:tokens]
+    if batch.out_cache_loc_swa is not None:
+        real.out_cache_loc_swa = batch.out_cache_loc_swa[:tokens]
+    return real
