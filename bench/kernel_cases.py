@@ -28,7 +28,6 @@ from gemma4_turbo.models.geometry import (
     Geometry,
 )
 from gemma4_turbo.ports.v0_5_12 import attention
-from gemma4_turbo.ports.v0_5_12 import step_prologue as step_prologue_patch
 from gemma4_turbo.ports.v0_5_12 import stock as stock_kernels
 
 Call = Callable[[], Any]
@@ -396,15 +395,9 @@ def align(model: Geometry, rows: int, device: str) -> Calls:
 
 
 @cache
-def prologue_kind(device: str) -> step_prologue.RMSNormKind:
+def prologue_kind(device: str) -> int:
     """`kind_of` for rows of 256."""
-    if device == "cpu":  # Triton's interpreter
-        return step_prologue.RMS_NORMS["precise"]
-    like = torch.empty(0, device=device, dtype=torch.bfloat16)
-    kind = step_prologue_patch.find_kind(stock_kernels.eager_norms().rmsnorm, like)
-    if isinstance(kind, str):
-        raise SystemExit(f"bench/kernels.py: {kind}")
-    return kind
+    return kind_of(torch.empty(1, step_prologue.WIDTH, device=device, dtype=torch.bfloat16))
 
 
 def prologue(model: Geometry, rows: int, device: str, vocabulary: int = VOCABULARY) -> Calls:

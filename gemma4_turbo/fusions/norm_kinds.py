@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 
+from gemma4_turbo.fusions.comparison import different_bits, odd_rows
+from gemma4_turbo.fusions.stock import Functions, followed
 from gemma4_turbo.kernels.norms import layer_norms
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.runtime.attempts import attempt
@@ -23,12 +25,6 @@ NUMBERS = 2**21
 """Elements of each operand in a round."""
 
 _found: dict[tuple[Any, ...], Kinds] = {}
-_stock: list[Stock] = []
-
-
-def follow(stock: Stock) -> None:
-    """Whose norms `find` compares with. Of a process's one release line, before the first call."""
-    _stock[:] = [stock]
 
 
 class Kinds(NamedTuple):
@@ -40,34 +36,18 @@ class Kinds(NamedTuple):
     traced_reason: str | None = None
 
 
-class Stock(Protocol):
-    """Where a release line keeps stock's norms."""
-
-    def eager_norms(self) -> Functions:
-        """What runs in eager mode."""
-
-    def traced_norms(self) -> Functions:
-        """What runs where Dynamo traced the model."""
-
-
-class Functions(NamedTuple):
-    """Stock's two norms."""
-
-    rmsnorm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-    fused_add_rmsnorm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]  # in place
-
-
-def find(like: torch.Tensor) -> Kinds:
-    """The kinds for rows like ``like``: its width, dtype and device. A look-up but once.
+def find(like: torch.Tensor, width: int | None = None) -> Kinds:
+    """The kinds for rows of ``like``'s dtype and device, and of its width or another. Cached.
 
     Synchronises: never call it into a CUDA graph. Off a GPU there is nothing to compare with.
     """
     if not like.is_cuda:
         return Kinds()
-    key = (like.shape[-1], like.dtype, like.device)
+    key = (like.shape[-1] if width is None else width, like.dtype, like.device)
     if key not in _found:
-        eager, reason = _compared(_stock[0].eager_norms, like)
-        traced, traced_reason = _compared(_stock[0].traced_norms, like)
+        like = like if width is None else like.new_empty((1, width))
+        eager, reason = _compared(followed().eager_norms, like)
+        traced, traced_reason = _compared(followed().traced_norms, like)
         _found[key] = Kinds(eager, traced, reason, traced_reason)
     return _found[key]
 
@@ -135,11 +115,6 @@ def differing(stock: Functions, kind: Kind, like: torch.Tensor, seed: int) -> in
     return sum(different_bits(a, b) for a, b in pairs if a is not None)
 
 
-def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many 16-bit elements differ, two NaN counting as equal."""
-    return int(((a.view(torch.int16) != b.view(torch.int16)) & ~(a.isnan() & b.isnan())).sum())
-
-
 def operands(like: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
     """Activation, residual and three weights; zeros, subnormals, infinities and NaN among them."""
     width = like.shape[-1]
@@ -156,18 +131,3 @@ def operands(like: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:
     weights = randn(3, width) + 1.0
     weights[:, :4] = torch.tensor([0.0, -0.0, 1e-39, -1e-39])
     return x.to(like.dtype), residual.to(like.dtype), *weights.to(like.dtype)
-
-
-def odd_rows(rows: torch.Tensor) -> torch.Tensor:
-    """``rows``, of which the first ten became zero, subnormal, huge, infinite or not a number."""
-    rows[0] = 0.0
-    rows[1] *= -0.0
-    rows[2] *= 1e-39
-    rows[3] *= 1e-36
-    rows[4] *= 1e18
-    rows[5] *= 1e38
-    rows[6, 3] = float("inf")
-    rows[7, 4] = float("-inf")
-    rows[8, 5] = float("nan")
-    rows[9, ::2] *= 1e-38
-    return rows

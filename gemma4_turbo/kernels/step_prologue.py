@@ -11,7 +11,7 @@ Everything is fp32 and rounded to the tensors' dtype where stock stores a tensor
 the same. `reference_gather` and `reference_project` are that eager path, 7 and 4 launches.
 
 The order of the additions under the square root is the order of the kernel that stock runs, and
-there are three (`RMS_NORMS`), all with 32 threads a row, each adding the squares of 8 neighbours one
+there are three (`gemma4_turbo.kernels.norms.rmsnorm.Kind`), all with 32 threads a row, each adding the squares of 8 neighbours one
 after the other. They differ in the order of the butterfly over the 32, and in whether subnormals
 are flushed. Squares of bf16 and fp16 numbers and a 256th of the sum are exact in fp32, so fused or
 not fused multiply-adds give the same bits. Sources: flashinfer's ``norm.cuh`` and its CuTe
@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels.interpreted import to_float
-from gemma4_turbo.kernels.norms.rmsnorm import MIN_EPS, flushed, mul, rsqrt_approx
+from gemma4_turbo.kernels.norms.rmsnorm import MIN_EPS, Kind, flushed, mul, rsqrt_approx
 from gemma4_turbo.kernels.rounding import round_to
 
 WIDTH = 256
@@ -36,20 +36,6 @@ WIDTH = 256
 
 DTYPES = (torch.bfloat16, torch.float16)
 RMSNormFunction = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
-
-
-class RMSNormKind(NamedTuple):
-    """How one of stock's RMSNorm kernels computes a row of 256."""
-
-    ascending: bool  # butterfly over neighbours first (offsets 1 .. 16), else 16 .. 1
-    flush: bool  # subnormals count as zero when the row is scaled
-
-
-RMS_NORMS = {
-    "CuTe": RMSNormKind(ascending=True, flush=False),  # flashinfer with nvidia-cutlass-dsl
-    "fast math": RMSNormKind(ascending=False, flush=True),  # sgl_kernel on sm90; flashinfer's JIT
-    "precise": RMSNormKind(ascending=False, flush=False),  # sgl_kernel elsewhere
-}
 
 
 class Placeholders(NamedTuple):
@@ -266,12 +252,12 @@ def _project_kernel(
     tl.store(out_ptr + offset, y, mask=inside)
 
 
-def reference_rms_norm(kind: RMSNormKind) -> RMSNormFunction:
+def reference_rms_norm(kind: int) -> RMSNormFunction:
     """Stock's RMSNorm over rows of 256, in its order, but for the approximate rsqrt of a GPU."""
 
     def flushed(x: torch.Tensor) -> torch.Tensor:
         tiny = x.abs() < torch.finfo(torch.float32).tiny
-        return torch.where(tiny, x * 0.0, x) if kind.flush else x
+        return torch.where(tiny, x * 0.0, x) if kind == Kind.FAST_MATH else x
 
     def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x32 = x.float()
@@ -283,7 +269,7 @@ def reference_rms_norm(kind: RMSNormKind) -> RMSNormFunction:
             half = total.shape[1] // 2
             pairs = (
                 (total[:, ::2], total[:, 1::2])
-                if kind.ascending
+                if kind == Kind.CUTE
                 else (total[:, :half], total[:, half:])
             )
             total = pairs[0] + pairs[1]
@@ -372,7 +358,7 @@ def project_per_layer(
     per_layer_inputs: torch.Tensor | None = None,
     input_scale: torch.Tensor | None = None,
     *,
-    kind: RMSNormKind,
+    kind: int,
 ) -> torch.Tensor:
     """Scale, RMSNorm, addition and scale in one launch. Bitwise.
 
@@ -383,7 +369,7 @@ def project_per_layer(
         eps: of the RMSNorm, at least `MIN_EPS`.
         per_layer_inputs: ``[T, L, 256]``, contiguous; None leaves the addition and scale out.
         input_scale: 0-dim.
-        kind: which of `RMS_NORMS` stock runs.
+        kind: a `gemma4_turbo.kernels.norms.rmsnorm.Kind`, stock's RMSNorm that is followed.
 
     Returns:
         ``[T, L, 256]``, with the bits of `reference_project` with stock's RMSNorm.
@@ -405,7 +391,7 @@ def launch_project(
     eps: float,
     per_layer_inputs: torch.Tensor | None,
     input_scale: torch.Tensor | None,
-    kind: RMSNormKind,
+    kind: int,
 ) -> torch.Tensor:
     """`project_per_layer` without its checks."""
     tokens, columns = projection.shape
@@ -423,8 +409,8 @@ def launch_project(
             rows,
             float(eps),
             HAS_INPUTS=per_layer_inputs is not None,
-            ASCENDING=kind.ascending,
-            FLUSH=kind.flush,
+            ASCENDING=kind == Kind.CUTE,
+            FLUSH=kind == Kind.FAST_MATH,
             ROWS=rows_per_program,
             PTX=not INTERPRETED,
             num_warps=rows_per_program,

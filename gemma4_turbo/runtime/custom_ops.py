@@ -62,6 +62,11 @@ def cut_names(schema: str) -> tuple[str, str]:
     return name, f"{name}.default"
 
 
+def nothing(x: torch.Tensor) -> torch.Tensor:
+    """An operator's output that was not asked for: no element."""
+    return x.new_empty((0,))
+
+
 def capturing() -> bool:
     """Whether this thread's current stream is being captured into a CUDA graph."""
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

@@ -16,6 +16,7 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
+from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.v0_5_12 import step_prologue as patch
 from tests.runs import unpublished
 
@@ -152,8 +153,8 @@ def test_fifty_million_numbers(dtype, size, generator):
 def test_a_traced_norm(dtype, generator):
     """What SGLang's RMSNorm comes to under Dynamo, which may be another kernel than in eager."""
     arguments = patch.project_inputs(generator, dtype, 4096, 42)
-    kind = patch.norm_kind(make_run(), arguments[0], True, False)
-    assert not isinstance(kind, str), kind
+    kind, unfit = patch.norm_kind(make_run(), arguments[0], True, False)
+    assert unfit is None
     expected = kernel.reference_project(patch._traced_rms_norm, *arguments)
     assert bits_differ(kernel.project_per_layer(*arguments, kind=kind), expected) == 0
 
@@ -162,9 +163,9 @@ def test_which_norm_stock_runs(generator, record_property):
     """For the log: nothing here depends on it."""
     for traced in (False, True):
         like = torch.empty(0, dtype=torch.bfloat16, device="cuda")
-        kind = patch.norm_kind(make_run(), like, traced, False)
-        assert kind in kernel.RMS_NORMS.values(), kind
-        (name,) = (name for name, value in kernel.RMS_NORMS.items() if value == kind)
+        kind, unfit = patch.norm_kind(make_run(), like, traced, False)
+        assert unfit is None
+        name = Kind(kind).name
         record_property("traced" if traced else "eager", name)
         print(f"{'traced' if traced else 'eager'} RMSNorm: {name}")
 
@@ -178,7 +179,8 @@ def test_project_is_near_fp64(dtype, layers, generator):
     projection = torch.randn(257, layers * 256, generator=generator, device="cuda").to(dtype)
     _, scale, weight, eps, inputs, input_scale = patch.project_inputs(generator, dtype, 257, layers)
     inputs = inputs.clamp(-64, 64)
-    kind = patch.norm_kind(run, projection, False, False)
+    kind, unfit = patch.norm_kind(run, projection, False, False)
+    assert unfit is None
     got = kernel.project_per_layer(
         projection, scale, weight, eps, inputs, input_scale, kind=kind
     ).double()
@@ -197,7 +199,7 @@ def test_project_is_near_fp64(dtype, layers, generator):
 
 def test_replay_of_a_cuda_graph(generator):
     """New ids, activations and weights reach a captured prologue; an unproven dtype is declined."""
-    patch._kinds.clear()
+    patch._verdicts.clear()
     run = make_run()
     text = model(generator, 35)
     gather = patch.gather_method(run, STOCK_GATHER)
@@ -353,7 +355,7 @@ def test_multimodal_forward(ple, fewer, generator):
 
 def test_a_failed_comparison_keeps_stock(monkeypatch, generator):
     """One number that is off: stock's path for both methods, state failed, with the reason."""
-    patch._kinds.clear()
+    patch._verdicts.clear()
     right = kernel.launch_project
 
     def wrong(*arguments):
@@ -375,7 +377,7 @@ def test_a_failed_comparison_keeps_stock(monkeypatch, generator):
     assert run.counters.engaged == before
     assert run.state == states.FAILED
     assert "differ from stock" in run.reason
-    patch._kinds.clear()
+    patch._verdicts.clear()
 
 
 def test_everything_else_takes_stocks_path(generator):

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.fusions import operators, steps
-from gemma4_turbo.fusions.steps import UNPROVEN, Step, differing, samples
+from gemma4_turbo.fusions import projection, qkv
+from gemma4_turbo.fusions.fusion import Step
+from gemma4_turbo.fusions.site import UNPROVEN, Site, site_of
 from gemma4_turbo.kernels import qkv as kernel
 from gemma4_turbo.kernels.qkv import Rope, Store
 from gemma4_turbo.ports.v0_5_12 import linear, sglang_types, stock
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Attention.forward"
 
-QKV_NORM = Step()
-ROPE_STORE = Step()
-QKV_PROJ = Step()
+QKV_NORM = qkv.Qkv("qkv_norm")
+ROPE_STORE = qkv.Qkv("rope_store")
+QKV_PROJ = projection.QProjection("qkv_proj")
 
 NORM_ROWS = 256
 """Above this many tokens one program per token, as stock has it, is as fast."""
@@ -28,13 +29,12 @@ NORM_ROWS = 256
 ROPE_ROWS, ROPE_WIDTH = 1024, 3072
 """With more tokens of no more numbers in Q, K and V, stock's two launches are faster than our one."""
 
-STEPS = ((QKV_PROJ, "qkv_proj"), (QKV_NORM, "qkv_norm"), (ROPE_STORE, "rope_store"))
+FUSIONS = (QKV_PROJ, QKV_NORM, ROPE_STORE)
 
-_ops: dict[str, Any] = {}
 _stock: dict[str, Any] = {}
 
 
-class Plan(steps.Plan):
+class AttentionSite(Site):
     """What an attention's modules allow, looked at once. None: allowed, else why not."""
 
     def __init__(self, attention: Any) -> None:
@@ -104,12 +104,12 @@ def _projection_unfit(attention: Any) -> str | None:
     return reason
 
 
-def enable(step: Step, run: Any, stock: dict[str, Any]) -> dict[str, Any]:
-    """Give a step to a patch; returns the replacement."""
+def enable(fusions: tuple[Step, ...], run: Any, stock: dict[str, Any]) -> dict[str, Any]:
+    """Give fusions to a patch; returns the replacement."""
     _stock[TARGET] = stock[TARGET]
     sglang_types.load()
-    _ops["qkv"] = operators.qkv_op()
-    step.run = run
+    for fusion in fusions:
+        fusion.enable(run)
     return {TARGET: forward}
 
 
@@ -121,33 +121,30 @@ def forward(
     **kwargs: Any,
 ) -> torch.Tensor:
     """Projection, norms, rotation, attention, output projection."""
-    plan = steps.plan_of(self, Plan)
-    if plan.stocks is not None:
-        for step, name in STEPS:
-            step.settled(plan, name)  # counts
+    site = site_of(self, AttentionSite)
+    if site.stocks is not None:
+        for fusion in FUSIONS:
+            fusion.settled(site)  # counts
         return _stock[TARGET](self, positions, hidden_states, forward_batch, **kwargs)  # type: ignore[no-any-return]
-    q, k, v = _project(self, plan, hidden_states)
-    fits = plan.canonical and (q.is_cuda or (kernel.INTERPRETED and not plan.hooks("qkv_norm")))
-    rope = _rope(self, plan, positions, q, k, v) if fits else None
-    compiling = torch.compiler.is_compiling()
-    if rope is not None:
+    q, k, v = _project(self, site, hidden_states)
+    fits = site.canonical and (
+        q.is_cuda or (kernel.INTERPRETED and not site.hooks_unfit("qkv_norm"))
+    )
+    if fits and not ROPE_STORE.settled(site):
+        rope = Rope(positions, self.rotary_emb.cos_sin_cache)
         store = _store(self, forward_batch, k, v)
-        weights = self.q_norm.weight.data, self.k_norm.weight.data
-        if compiling:
-            _ops["qkv"](q, k, v, *weights, self.q_norm.eps, self.head_dim, *rope)
-        else:
-            q, k, v = kernel.launch_qkv(
-                q, k, v, *weights, self.q_norm.eps, self.head_dim, rope, store
-            )
-        return _attend(self, q, k, v, forward_batch, store is not None)
-
-    if not fits:
-        q, k, v = _plain_norms(self, plan, q, k, v)
-    elif not _norms(self, plan, q, k, v):
-        if q.is_cuda:
-            _stock_norms(self, plan, q, k, v)
-        else:
-            q, k, v = _plain_norms(self, plan, q, k, v)
+        found = ROPE_STORE(site, _args(self, q, k, v, rope, store), _rope_slower(q, k))
+        if found is not None:
+            return _attend(self, *found, forward_batch, store is not None)
+    normed = None
+    if fits and not QKV_NORM.settled(site):
+        normed = QKV_NORM(site, _args(self, q, k, v, None, None), _norms_slower(q))
+    if normed is not None:
+        q, k, v = normed
+    elif fits and q.is_cuda:
+        _stock_norms(self, q, k, v)
+    else:
+        q, k, v = _plain_norms(self, q, k, v)
     if k is not None:
         q, k = self.rotary_emb(positions, q, k.flatten(1))
     else:
@@ -171,27 +168,43 @@ def _attend(
     return linear.project(self.o_proj, output)
 
 
-# -- projection -----------------------------------------------------------------------------------
+# -- projection, norms, rotation ------------------------------------------------------------------
 
 
-def _project(self: Any, plan: Plan, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+def _project(self: Any, site: AttentionSite, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
     """Q, K and V before the norms; K and V None on layers that share them."""
-    if not QKV_PROJ.settled(plan, "qkv_proj"):
-        weight = self.qkv_proj.weight
-        reason = None
-        if x.dtype != weight.dtype:
-            reason = f"the weight is {weight.dtype}, the activations {x.dtype}"
-        if QKV_PROJ.may_run(plan, "qkv_proj", reason, lambda: 0):  # nothing to compare: GEMM rows
-            return torch.nn.functional.linear(x, weight[: self.q_size]), None, None
-    qkv = linear.project(self.qkv_proj, x)
-    q, k, v = torch.split(qkv, [self.q_size, self.kv_size, self.kv_size], dim=-1)
-    return (q, None, None) if plan.shared else (q, k, v)
+    if not QKV_PROJ.settled(site):
+        q = QKV_PROJ(site, projection.Args(x, self.qkv_proj.weight, self.q_size))
+        if q is not None:
+            return q, None, None
+    whole = linear.project(self.qkv_proj, x)
+    q, k, v = torch.split(whole, [self.q_size, self.kv_size, self.kv_size], dim=-1)
+    return (q, None, None) if site.shared else (q, k, v)
 
 
-# -- norms ----------------------------------------------------------------------------------------
+def _args(self: Any, q: Any, k: Any, v: Any, rope: Rope | None, store: Store | None) -> qkv.Args:
+    norm = self.q_norm
+    weights = norm.weight.data, self.k_norm.weight.data
+    return qkv.Args(q, k, v, *weights, norm.eps, self.head_dim, rope, store)
 
 
-def _plain_norms(self: Any, plan: Plan, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+def _norms_slower(q: torch.Tensor) -> str | None:
+    """Why stock's launch is as fast, or None."""
+    if q.shape[0] > NORM_ROWS and not torch.compiler.is_compiling():
+        return f"more than {NORM_ROWS} tokens"
+    return None
+
+
+def _rope_slower(q: torch.Tensor, k: torch.Tensor | None) -> str | None:
+    """Why stock's two launches are faster, or None."""
+    if q.shape[0] <= ROPE_ROWS or torch.compiler.is_compiling() or k is None:
+        return None
+    if q.shape[1] + 2 * k.shape[1] > ROPE_WIDTH:
+        return None
+    return f"more than {ROPE_ROWS} tokens of no more than {ROPE_WIDTH} numbers"
+
+
+def _plain_norms(self: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2, -1)
     if k is None:
         return q, None, None
@@ -200,91 +213,11 @@ def _plain_norms(self: Any, plan: Plan, q: Any, k: Any, v: Any) -> tuple[Any, An
     return q, k.flatten(-2, -1), v
 
 
-def _stock_norms(self: Any, plan: Plan, q: Any, k: Any, v: Any) -> None:
+def _stock_norms(self: Any, q: Any, k: Any, v: Any) -> None:
     """Stock's kernel, in place."""
     key_weight = None if k is None else self.k_norm.weight.data
     sizes = self.num_heads, self.num_kv_heads, self.head_dim
     stock.qkv_rmsnorm(q, k, v, self.q_norm.weight.data, key_weight, *sizes, self.q_norm.eps)
-
-
-def _norms(self: Any, plan: Plan, q: torch.Tensor, k: Any, v: Any) -> bool:
-    """Norms alone, in place. False: nothing done."""
-    if QKV_NORM.settled(plan, "qkv_norm"):
-        return False
-    weights = self.q_norm.weight.data, self.k_norm.weight.data
-    reason = kernel.unfit(q, k, v, *weights, self.head_dim)
-    if reason is None and not torch.compiler.is_compiling() and q.shape[0] > NORM_ROWS:
-        reason = f"more than {NORM_ROWS} tokens"
-    if not QKV_NORM.may_run(plan, "qkv_norm", reason, lambda: _compare_norms(self, plan, q)):
-        return False
-    if torch.compiler.is_compiling():
-        _ops["qkv"](q, k, v, *weights, self.q_norm.eps, self.head_dim, None, None)
-    else:
-        kernel.launch_qkv(q, k, v, *weights, self.q_norm.eps, self.head_dim, None, None)
-    return True
-
-
-def _split(self: Any, plan: Plan, rows: int, like: torch.Tensor) -> tuple[Any, Any, Any]:
-    whole = samples(rows, like, self.q_size + 2 * self.kv_size)
-    q, k, v = torch.split(whole, [self.q_size, self.kv_size, self.kv_size], dim=-1)
-    return (q, None, None) if plan.shared else (q, k, v)
-
-
-def _compare_norms(self: Any, plan: Plan, like: torch.Tensor) -> int:
-    if not like.is_cuda:
-        return 0
-    weights = self.q_norm.weight.data, self.k_norm.weight.data
-    found = 0
-    for several in (False, True):  # heads of a program
-        ours, stock = _split(self, plan, 64, like), _split(self, plan, 64, like)
-        kernel.launch_qkv(*ours, *weights, self.q_norm.eps, self.head_dim, None, None, several)
-        _stock_norms(self, plan, *stock)
-        found += differing([(a, b) for a, b in zip(ours, stock, strict=True) if a is not None])
-    return found
-
-
-# -- rotation and store -----------------------------------------------------------------------------
-
-
-def _rope(self: Any, plan: Plan, positions: torch.Tensor, q: Any, k: Any, v: Any) -> Rope | None:
-    if ROPE_STORE.settled(plan, "rope_store"):
-        return None
-    rope = Rope(positions, self.rotary_emb.cos_sin_cache)
-    reason = kernel.unfit(
-        q, k, v, self.q_norm.weight.data, self.k_norm.weight.data, self.head_dim, rope
-    )
-    if reason is None and q.shape[0] > ROPE_ROWS and not torch.compiler.is_compiling():
-        heads = q.shape[1] + (0 if k is None else 2 * k.shape[1])
-        if heads <= ROPE_WIDTH and k is not None:
-            reason = f"more than {ROPE_ROWS} tokens of no more than {ROPE_WIDTH} numbers"
-    if ROPE_STORE.may_run(
-        plan, "rope_store", reason, lambda: _compare_rope(self, plan, positions, q)
-    ):
-        return rope
-    return None
-
-
-def _compare_rope(self: Any, plan: Plan, positions: torch.Tensor, like: torch.Tensor) -> int:
-    if not like.is_cuda:
-        return 0
-    rows = 64
-    last = self.rotary_emb.cos_sin_cache.shape[0] - 1
-    places = torch.linspace(0, last, rows, device=like.device).to(positions.dtype)
-    rope = Rope(places, self.rotary_emb.cos_sin_cache)
-    weights = self.q_norm.weight.data, self.k_norm.weight.data
-    q, k, v = _split(self, plan, rows, like)
-    _stock_norms(self, plan, q, k, v)
-    key = torch.zeros_like(q[:, : self.kv_size]) if k is None else k.flatten(1).contiguous()
-    q, key = self.rotary_emb(places, q, key)
-    found = 0
-    for several in (False, True):  # heads of a program
-        ours = _split(self, plan, rows, like)
-        kernel.launch_qkv(*ours, *weights, self.q_norm.eps, self.head_dim, rope, None, several)
-        pairs = [(ours[0], q)]
-        if k is not None:
-            pairs += [(ours[1], key), (ours[2], v)]
-        found += differing(pairs)
-    return found
 
 
 def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:

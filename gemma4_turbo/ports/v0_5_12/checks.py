@@ -1,24 +1,24 @@
-"""What ``verify`` compares: each kernel with stock's calls on a GPU, with plain torch without one."""
+"""What ``verify`` draws: each fusion against stock's calls on a GPU, against plain torch without one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from gemma4_turbo.engine.checks import Check
-from gemma4_turbo.fusions import norm_kinds
-from gemma4_turbo.kernels import qkv
+from gemma4_turbo.fusions import layer_norms as norms_between
+from gemma4_turbo.fusions import layer_tail, norm_kinds, ple_tail, qkv, router_norm
+from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.kernels import skinny_gemm as skinny
-from gemma4_turbo.kernels.norms import layer_norms as layer_norms_kernel
-from gemma4_turbo.kernels.norms import layer_tail, ple_tail
-from gemma4_turbo.kernels.norms import rmsnorm as norms
-from gemma4_turbo.kernels.norms import router_norm as router_norm_kernel
-from gemma4_turbo.ports.v0_5_12 import stock
+from gemma4_turbo.kernels.norms.layer_norms import Router
+from gemma4_turbo.kernels.norms.layer_tail import Experts, NextNorm
+from gemma4_turbo.kernels.qkv import Rope
+from gemma4_turbo.ports.v0_5_12 import stock as stocks
 
 EPS = 1e-6
-Pair = tuple[torch.Tensor, torch.Tensor]
-Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def _rows(device: str, width: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -33,130 +33,114 @@ def _weight(device: str, width: int, seed: int) -> torch.Tensor:
     return (_rows(device, width, seed)[-1].float().tanh() + 1.5).bfloat16()
 
 
-def _rmsnorm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    if not x.is_cuda:
-        return norms.reference_rmsnorm(x, weight, EPS)
-    return stock.eager_norms().rmsnorm(x, weight, EPS)
+def _root(device: str, width: int) -> torch.Tensor:
+    return torch.tensor(width**-0.5, device=device, dtype=torch.bfloat16)
 
 
-def _kind(like: torch.Tensor) -> int:
-    return norm_kinds.find(like).eager
+def _scalar(device: str) -> torch.Tensor:
+    return torch.tensor([0.7], device=device, dtype=torch.bfloat16)
 
 
-def _check(patch: str, what: str, device: str, pairs: list[Pair]) -> list[Check]:
+def _check(fusion: Fusion[Any, Any], what: str, device: str, draw: Callable[[], Any]) -> Check:
+    """One fusion on operands that are drawn twice: both sides may overwrite them."""
+    args, others = draw(), draw()
+    unfit = fusion.unfit(args)
+    if unfit is not None:
+        raise ValueError(unfit)
+    kind = norm_kinds.find(fusion.like(args)).eager
+    ours = fusion.written(args, fusion.launch(args, kind))
+    on_gpu = device == "cuda"
+    result = fusion.theirs(stocks, others) if on_gpu else fusion.reference(others)
+    pairs = [
+        (a.contiguous(), b.contiguous())
+        for a, b in zip(ours, fusion.written(others, result), strict=True)
+        if a is not None and b is not None
+    ]
     bits = sum(int((a.view(torch.int16) != b.view(torch.int16)).sum()) for a, b in pairs)
-    if device == "cuda":
+    if on_gpu:
         against, allowed, passed = "stock's calls on this GPU", "not one bit", bits == 0
     else:
         # The order of a sum shifts a value by an ulp of fp32 and now and then flips a rounding.
         against, allowed = "plain torch", "2 ulp"
         slack = 2 * torch.finfo(torch.bfloat16).eps
         passed = all(torch.allclose(a.float(), b.float(), rtol=slack, atol=1e-2) for a, b in pairs)
-    return [Check(patch, what, against, sum(a.numel() for a, _ in pairs), bits, allowed, passed)]
+    count = sum(a.numel() for a, _ in pairs)
+    return Check(fusion.patch, what, against, count, bits, allowed, passed)
 
 
 def layer_norms(device: str) -> list[Check]:
     """Widths of 26B-A4B (with router) and E4B (without)."""
-    checks = []
-    for width, with_router in ((2816, True), (2560, False)):
+
+    def draw(width: int, with_router: bool) -> norms_between.Args:
         x, r = _rows(device, width, 1), _rows(device, width, 2).flip(0).contiguous()
         w = [_weight(device, width, seed) for seed in (3, 4, 5, 6)]
-        root = torch.tensor(width**-0.5, device=device, dtype=torch.bfloat16)
-        router = layer_norms_kernel.Router(w[2], root, EPS, w[3], EPS) if with_router else None
-        ours_r = r.clone()
-        ours = layer_norms_kernel.layer_norms(
-            x, ours_r, w[0], EPS, w[1], EPS, router, kind=_kind(x)
-        )
-        if device == "cuda":
-            first = _rmsnorm(x, w[0])
-            stock.eager_norms().fused_add_rmsnorm(first, r, w[1], EPS)
-            expected: tuple[Any, ...] = (first, None, None)
-            if with_router:
-                normed = _rmsnorm(r, torch.ones_like(w[0])) * (w[2] * root)
-                expected = (first, normed, _rmsnorm(r, w[3]))
-        else:
-            expected = layer_norms_kernel.reference_layer_norms(x, r, w[0], EPS, w[1], EPS, router)
-        pairs = [(ours_r, r)]
-        pairs += [(a, b) for a, b in zip(ours, expected, strict=True) if a is not None]
-        checks += _check("layer_norms", f"width {width}, scales 0.01 to 30", device, pairs)
-    return checks
+        router = Router(w[2], _root(device, width), EPS, w[3], EPS) if with_router else None
+        return norms_between.Args(x, r, w[0], EPS, w[1], EPS, router)
+
+    fusion = norms_between.LayerNorms("layer_norms")
+    return [
+        _check(fusion, f"width {width}, scales 0.01 to 30", device, partial(draw, width, router))
+        for width, router in ((2816, True), (2560, False))
+    ]
 
 
-def router_norm(device: str) -> list[Check]:
+def router_norms(device: str) -> list[Check]:
     """Width of 26B-A4B."""
-    x, scale = _rows(device, 2816, 1), _weight(device, 2816, 2)
-    root = torch.tensor(2816**-0.5, device=device, dtype=torch.bfloat16)
-    ours = router_norm_kernel.router_norm(x, scale, root, EPS, kind=_kind(x))
-    expected = _rmsnorm(x, torch.ones_like(scale)) * (scale * root)
-    return _check("router_norm", "width 2816, scales 0.01 to 30", device, [(ours, expected)])
+
+    def draw() -> router_norm.Args:
+        x, scale = _rows(device, 2816, 1), _weight(device, 2816, 2)
+        return router_norm.Args(x, scale, _root(device, 2816), EPS)
+
+    fusion = router_norm.RouterNorm("router_norm")
+    return [_check(fusion, "width 2816, scales 0.01 to 30", device, draw)]
 
 
-def ple_tail_pairs(device: str, width: int) -> list[Pair]:
-    """Both ends and the gate between them."""
-    x, r = _rows(device, width, 1), _rows(device, width, 2).flip(0).contiguous()
-    w, after = _weight(device, width, 3), _weight(device, width, 4)
-    scalar = torch.tensor([0.7], device=device, dtype=torch.bfloat16)
-    first, _ = ple_tail.norm_add(x, w, EPS, r, kind=_kind(x))
-    last, following = ple_tail.norm_add(x, w, EPS, r, scalar, after, EPS, kind=_kind(x))
-    gate, factor = _rows(device, 256, 5), _rows(device, 256, 6)
-    expected = (_rmsnorm(x, w) + r) * scalar
-    assert following is not None
-    return [
-        (first, _rmsnorm(x, w) + r),
-        (last, expected),
-        (following, _rmsnorm(expected, after)),
-        (ple_tail.gelu_mul(gate, factor), ple_tail.reference_gelu_mul(gate, factor)),
-    ]
+def ple_tails(device: str) -> list[Check]:
+    """Widths of E2B and E4B: both ends and the gate between them, then the end with the next norm."""
 
+    def three(width: int) -> ple_tail.Args:
+        x, r = _rows(device, width, 1), _rows(device, width, 2).flip(0).contiguous()
+        w, last = _weight(device, width, 3), _weight(device, width, 7)
+        gate, factor = _rows(device, 256, 5), _rows(device, 256, 6)
+        after = _rows(device, width, 8)
+        return ple_tail.Args(x, w, EPS, r, gate, factor, after, last, EPS, _scalar(device))
 
-def ple_tail_checks(device: str) -> list[Check]:
-    """Widths of E2B and E4B."""
-    return [
-        check
-        for width in (1536, 2560)
-        for check in _check("ple_tail", f"width {width}", device, ple_tail_pairs(device, width))
-    ]
+    def end(width: int) -> ple_tail.NormAdd:
+        x, r = _rows(device, width, 1), _rows(device, width, 2).flip(0).contiguous()
+        w, after = _weight(device, width, 3), _weight(device, width, 4)
+        return ple_tail.NormAdd(x, w, EPS, r, _scalar(device), after, EPS)
+
+    checks = []
+    for width in (1536, 2560):
+        tail, following = ple_tail.PleTail("ple_tail"), ple_tail.PleInputNorm("ple_tail")
+        checks.append(_check(tail, f"width {width}", device, partial(three, width)))
+        what = f"width {width}, with the next norm"
+        checks.append(_check(following, what, device, partial(end, width)))
+    return checks
 
 
 def input_norm(device: str) -> list[Check]:
     """26B-A4B's tail with the next norm."""
-    return _tail("input_norm", device, summed=True)
+    return _tail(layer_tail.LayerTail("input_norm"), device, summed=True)
 
 
 def experts_sum(device: str) -> list[Check]:
     """26B-A4B's tail with the sum over eight experts."""
-    return _tail("experts_sum", device, summed=False)
+    return _tail(layer_tail.LayerTail("experts_sum"), device, summed=False)
 
 
-def _tail(patch: str, device: str, summed: bool) -> list[Check]:
+def _tail(fusion: layer_tail.LayerTail, device: str, summed: bool) -> list[Check]:
     width = 2816
-    x, r = _rows(device, width, 1)[:32], _rows(device, width, 2)[:32]
-    rows = x.shape[0]
-    choices = torch.stack([_rows(device, width, 10 + k)[:32] for k in range(8)], dim=1)
-    w = [_weight(device, width, seed) for seed in (3, 4, 5, 6)]
-    scalar = torch.tensor([0.7], device=device, dtype=torch.bfloat16)
-    total = choices.float().sum(1).bfloat16()
-    if device == "cuda":
-        stock.sum_experts(choices, total)
-    output = total if summed else choices.contiguous()
-    experts = layer_tail.Experts(output, w[1], EPS, w[0], EPS)
-    after = layer_tail.NextNorm(w[3], EPS, _kind(x))
-    ours, following = layer_tail.layer_tail(x, w[2], EPS, r, scalar, experts, after)
-    if device == "cuda":
-        expected = stock.dual_norm_residual(x, w[0], total, w[1], w[2], r, scalar, (EPS, EPS, EPS))
-    else:
-        expected, _ = layer_tail.reference_layer_tail(x, w[2], EPS, r, scalar, experts)
-    assert following is not None
-    what = f"{rows} rows of width {width}"
-    return _check(patch, what, device, [(ours, expected), (following, _rmsnorm(expected, w[3]))])
 
+    def draw() -> layer_tail.Args:
+        x, r = _rows(device, width, 1)[:32], _rows(device, width, 2)[:32]
+        choices = torch.stack([_rows(device, width, 10 + k)[:32] for k in range(8)], dim=1)
+        w = [_weight(device, width, seed) for seed in (3, 4, 5, 6)]
+        output = choices.float().sum(1).bfloat16() if summed else choices.contiguous()
+        experts = Experts(output, w[1], EPS, w[0], EPS)
+        return layer_tail.Args(x, w[2], EPS, r, _scalar(device), experts, NextNorm(w[3], EPS, 0))
 
-def _heads(device: str, head_dim: int, heads: int, kv_heads: int) -> Heads:
-    whole = _rows(device, (heads + 2 * kv_heads) * head_dim, 7)
-    q, k, v = torch.split(
-        whole, [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim], dim=-1
-    )
-    return q, k, v
+    return [_check(fusion, f"{len(draw().residual)} rows of width {width}", device, draw)]
 
 
 def qkv_norm(device: str) -> list[Check]:
@@ -167,6 +151,23 @@ def qkv_norm(device: str) -> list[Check]:
 def rope_store(device: str) -> list[Check]:
     """Both head sizes, with rotation."""
     return [check for d in (256, 512) for check in _qkv("rope_store", device, d, rope=True)]
+
+
+def _qkv(patch: str, device: str, head_dim: int, rope: bool) -> list[Check]:
+    heads, kv_heads = 4, 2
+
+    def draw() -> qkv.Args:
+        whole = _rows(device, (heads + 2 * kv_heads) * head_dim, 7)
+        sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+        q, k, v = torch.split(whole, sizes, dim=-1)
+        weights = _weight(device, head_dim, 3), _weight(device, head_dim, 4)
+        angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, head_dim // 2)
+        cache = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+        positions = torch.arange(q.shape[0], device=device) * 7 % 4096
+        turn = Rope(positions, cache) if rope else None
+        return qkv.Args(q, k, v, *weights, EPS, head_dim, turn, None)
+
+    return [_check(qkv.Qkv(patch), f"head size {head_dim}", device, draw)]
 
 
 def skinny_gemm(device: str) -> list[Check]:
@@ -199,31 +200,6 @@ def skinny_gemm(device: str) -> list[Check]:
             )
         )
     return checks
-
-
-def _qkv(patch: str, device: str, head_dim: int, rope: bool) -> list[Check]:
-    ours, theirs = _heads(device, head_dim, 4, 2), _heads(device, head_dim, 4, 2)
-    qw, kw = _weight(device, head_dim, 3), _weight(device, head_dim, 4)
-    rows = ours[0].shape[0]
-    angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, head_dim // 2)
-    cache = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
-    positions = torch.arange(rows, device=device) * 7 % 4096
-    turn = qkv.Rope(positions, cache) if rope else None
-    expected = qkv.reference_qkv(*theirs, qw, kw, EPS, head_dim, turn)
-    if device == "cuda":
-        q, k, v = theirs
-        stock.qkv_rmsnorm(q, k, v, qw, kw, 4, 2, head_dim, EPS)
-        k = k.contiguous()
-        if rope:
-            stock.rotate(positions, q.view(rows, -1, head_dim), k.view(rows, -1, head_dim), cache)
-        expected = (q, k, v)
-    found = qkv.qkv(*ours, qw, kw, EPS, head_dim, turn)
-    pairs = [
-        (a.contiguous(), b.contiguous())
-        for a, b in zip(found, expected, strict=True)
-        if a is not None and b is not None
-    ]
-    return _check(patch, f"head size {head_dim}", device, pairs)
 
 
 def qkv_proj(device: str) -> list[Check]:

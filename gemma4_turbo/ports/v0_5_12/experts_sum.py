@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.engine.checks import Check
-from gemma4_turbo.fusions import steps
+from gemma4_turbo.fusions.fusion import forget
 from gemma4_turbo.ports.v0_5_12 import checks as checks_of
 from gemma4_turbo.ports.v0_5_12 import decoder_layer
 
@@ -36,14 +36,14 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return
         reduce(x, out, routed_scaling_factor)
 
-    layer = decoder_layer.enable(decoder_layer.EXPERTS_SUM, run)
+    layer = decoder_layer.enable((decoder_layer.EXPERTS_SUM,), run)
     return {**layer, REDUCTION: moe_sum_reduce_torch_compile}
 
 
 def undo(run: PatchRun) -> None:
-    """Switch the step off; the shared forward may live on for other patches."""
+    """Switch the fusion off; the shared forward may live on for other patches."""
     decoder_layer.EXPERTS_SUM.run = None
-    steps.forget("experts_sum")
+    forget("experts_sum")
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:

@@ -9,22 +9,22 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.fusions import steps
-from gemma4_turbo.fusions.steps import UNPROVEN, Step
+from gemma4_turbo.fusions import skinny_gemm
+from gemma4_turbo.fusions.site import UNPROVEN, Site, site_of
 from gemma4_turbo.kernels import skinny_gemm as kernel
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
 from gemma4_turbo.ports.v0_5_12 import sglang_types
 from gemma4_turbo.runtime.custom_ops import capturing
 from gemma4_turbo.runtime.hooks import hooked
 
-SKINNY_GEMM = Step()
+SKINNY_GEMM = skinny_gemm.SkinnyGemm("skinny_gemm")
 NAME = "skinny_gemm"
 ARRIVED = "_gemma4_turbo_arrived"  # on a module
 
 TOO_MANY_ROWS = f"x must have at most {kernel.MAX_ROWS} rows"
 
 
-class Plan(steps.Plan):
+class LinearSite(Site):
     """What one linear layer allows, looked at once."""
 
     def __init__(self, module: Any, epilogue: Epilogue) -> None:
@@ -43,10 +43,6 @@ class Plan(steps.Plan):
         # Zeros that a launch leaves as zeros; one of its own for each layer, as layers of two
         # streams may run at the same time. Never made while a CUDA graph is captured.
         self.arrived: torch.Tensor | None = None
-
-    def config(self, rows: int) -> kernel.Config:
-        """How so many rows are cut."""
-        return self.few if rows <= kernel.FEW_ROWS else self.many
 
 
 def _processors(device: torch.device) -> int:
@@ -122,23 +118,15 @@ def _run(
     if x.shape[0] > kernel.MAX_ROWS:
         SKINNY_GEMM.run.declined(TOO_MANY_ROWS)
         return None
-    plan = steps.plan_of(module, Plan, epilogue)
-    if plan.skinny_gemm is not None and plan.skinny_gemm is not UNPROVEN:
-        SKINNY_GEMM.run.declined(plan.skinny_gemm)
+    site = site_of(module, LinearSite, epilogue)
+    if site.skinny_gemm is not None and site.skinny_gemm is not UNPROVEN:
+        SKINNY_GEMM.run.declined(site.skinny_gemm)
         return None
     weight = module.weight
-    reason = kernel.unfit(x, weight, epilogue, extra)
-    if plan.arrived is None and not capturing():
-        plan.arrived = _zeros(module, kernel.tiles(weight, epilogue, plan.few), weight.device)
-    if reason is None and plan.arrived is None:
-        reason = "a linear layer was not run before the capture"
-    if not SKINNY_GEMM.may_run(
-        plan, NAME, reason, lambda: _compare(module, plan, x, epilogue, extra)
-    ):
-        return None
-    assert plan.arrived is not None
-    config = plan.config(x.shape[0])
-    return kernel.launch_skinny_gemm(x, weight, config, epilogue, extra, plan.arrived)
+    if site.arrived is None and not capturing():
+        site.arrived = _zeros(module, kernel.tiles(weight, epilogue, site.few), weight.device)
+    args = skinny_gemm.Args(x, weight, site.few, site.many, epilogue, extra, site.arrived)
+    return SKINNY_GEMM(site, args)
 
 
 def _zeros(module: Any, count: int, device: torch.device) -> torch.Tensor:
@@ -149,35 +137,3 @@ def _zeros(module: Any, count: int, device: torch.device) -> torch.Tensor:
             return zeros  # type: ignore[no-any-return]
     every.append(torch.zeros(count, dtype=torch.int32, device=device))
     return every[-1]  # type: ignore[no-any-return]
-
-
-def _telling(weight: torch.Tensor) -> torch.Tensor:
-    """The weight, or random numbers where it says nothing of the code: not all finite, or mostly 0.
-
-    The verdict is shared by all layers of the shape and stays; what is in this one may be written later.
-    """
-    finite = torch.isfinite(weight.sum(dtype=torch.float32))
-    if bool(finite) and 2 * int(torch.count_nonzero(weight)) > weight.numel():
-        return weight.data
-    return steps.samples(weight.shape[0], weight)
-
-
-def _compare(
-    module: Any, plan: Plan, like: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
-) -> int:
-    """Elements farther from stock's than two roundings of the largest in their row."""
-    if not like.is_cuda:
-        return 0
-    assert plan.arrived is not None
-    weight = _telling(module.weight)
-    found = 0
-    for rows in (kernel.FEW_ROWS, kernel.MAX_ROWS):
-        x = steps.samples(rows, like)
-        factor = None if extra is None else steps.samples(rows, extra)
-        ours = kernel.launch_skinny_gemm(
-            x, weight, plan.config(rows), epilogue, factor, plan.arrived
-        ).float()
-        stock = kernel.reference_skinny_gemm(x, weight, epilogue, factor).float()
-        bound = stock.abs().amax(-1, keepdim=True) * 2.0**-6
-        found += int(((ours - stock).abs() > bound).sum()) + int((~ours.isfinite()).sum())
-    return found

@@ -20,7 +20,7 @@ from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.kernels import router as kernel
 from gemma4_turbo.kernels import topk_order
 from gemma4_turbo.runtime import custom_ops
-from gemma4_turbo.runtime.attempts import attempt
+from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -29,7 +29,7 @@ TARGET = "sglang.srt.models.gemma4_causal:Gemma4MoE.__init__"
 Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 _routed: weakref.WeakSet[Any] = weakref.WeakSet()  # the Gemma4MoE whose routing is ours
-_verdicts: dict[tuple[Any, ...], str | None] = {}  # of self_check, per device, dtypes and shape
+_verdicts = Verdicts()  # of self_check, per device, dtypes and shape
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ def _take_over(run: PatchRun, moe: Any) -> None:
     ours = routing_function(run, stock, moe.per_expert_scale)
     # The logits have the model's dtype. Checking it now also compiles the kernel before any CUDA
     # graph is captured.
-    failure = self_check(stock, moe.per_expert_scale, torch.get_default_dtype(), config.top_k)
+    failure = self_check(run, stock, moe.per_expert_scale, torch.get_default_dtype(), config.top_k)
     if failure is not None:
         run.set(states.FAILED, failure)
         return
@@ -93,7 +93,8 @@ def routing_function(run: PatchRun, stock: Routing, per_expert_scale: torch.Tens
             return stock(hidden_states, gating_output, topk, renormalize)
         if reason is None:
             capturing = custom_ops.capturing()
-            reason = _unproven(run, stock, per_expert_scale, gating_output.dtype, topk, capturing)
+            dtype = gating_output.dtype
+            reason = self_check(run, stock, per_expert_scale, dtype, topk, capturing)
             if reason is None:
                 run.engaged(capturing)
                 return kernel.launch_routing(gating_output, per_expert_scale, topk)
@@ -102,26 +103,6 @@ def routing_function(run: PatchRun, stock: Routing, per_expert_scale: torch.Tens
 
     routing_function.gemma4_turbo_stock = stock  # type: ignore[attr-defined]
     return routing_function
-
-
-def _unproven(
-    run: PatchRun,
-    stock: Routing,
-    per_expert_scale: torch.Tensor,
-    dtype: torch.dtype,
-    topk: int,
-    capturing: bool,
-) -> str | None:
-    """Why the kernel may not run for these dtypes here, or None. A look-up but for the first time."""
-    key = _key(per_expert_scale, dtype, topk)
-    if key in _verdicts:
-        return _verdicts[key]
-    if capturing:  # a comparison needs a synchronisation, which a capture forbids
-        return f"{dtype} logits were not compared with stock before the capture"
-    failure = self_check(stock, per_expert_scale, dtype, topk)
-    if failure is not None:
-        run.set(states.FAILED, failure)
-    return failure
 
 
 def _custom_op() -> Routing:
@@ -161,38 +142,39 @@ def _backend_unfit(topk: Any) -> str | None:
     return f"MoE backend {backend.value} routes by itself and never calls the routing function"
 
 
-def _key(per_expert_scale: torch.Tensor, dtype: torch.dtype, topk: int) -> tuple[Any, ...]:
-    return per_expert_scale.device, per_expert_scale.dtype, per_expert_scale.shape[0], dtype, topk
-
-
 def self_check(
-    stock: Routing, per_expert_scale: torch.Tensor, dtype: torch.dtype, topk: int
+    run: PatchRun,
+    stock: Routing,
+    per_expert_scale: torch.Tensor,
+    dtype: torch.dtype,
+    topk: int,
+    capturing: bool = False,
 ) -> str | None:
-    """Compare with stock's closure on this very GPU. None if every bit agrees.
+    """Why the kernel may not run here, or None: compared with stock's closure, every bit. Cached.
 
-    The order of ties is PyTorch's, so another PyTorch or another GPU might have another one. Done
-    once per key, on rows of which half are full of ties. Without a GPU there is nothing to compare
-    with: `gemma4_turbo verify` uses the numpy oracle there.
+    The order of ties is PyTorch's, so another PyTorch or another GPU might have another one. Half of
+    the rows are full of ties. Without a GPU there is nothing to compare with: `gemma4_turbo verify`
+    uses the numpy oracle there.
 
     Args:
+        run: of the patch; becomes `failed`.
         stock: stock's routing function, closed over ``per_expert_scale``.
         per_expert_scale: ``[E]``.
         dtype: of the router's logits.
         topk: K.
+        capturing: into a CUDA graph, which forbids the synchronisation of a comparison.
     """
-    key = _key(per_expert_scale, dtype, topk)
-    if key not in _verdicts:
-        if per_expert_scale.device.type == "meta":
-            return None  # no data yet: checked at the first call
-        found = broken = None
-        if per_expert_scale.device.type == "cuda":
-            found, broken = attempt(
-                None,
-                "self-check of the routing",
-                lambda: _compare(stock, per_expert_scale, dtype, topk),
-            )
-        _verdicts[key] = found or broken
-    return _verdicts[key]
+    device = per_expert_scale.device
+    if device.type == "meta":
+        return None  # no data yet: compared at the first call
+    key = device, per_expert_scale.dtype, per_expert_scale.shape[0], dtype, topk
+    waiting = None
+    if capturing:
+        waiting = f"{dtype} logits were not compared with stock before the capture"
+
+    return _verdicts.unfit(
+        run, key, waiting, lambda: _compare(stock, per_expert_scale, dtype, topk)
+    )
 
 
 @torch.no_grad()
@@ -200,6 +182,8 @@ def _compare(
     stock: Routing, per_expert_scale: torch.Tensor, dtype: torch.dtype, topk: int
 ) -> str | None:
     device = per_expert_scale.device
+    if device.type != "cuda":
+        return None
     generator = torch.Generator(device).manual_seed(0)  # the global state stays as it is
     rows = tie_rows(512, per_expert_scale.shape[0], generator).to(dtype)
     if kernel.unfit(rows, per_expert_scale, topk) is not None:

@@ -33,6 +33,7 @@ class Types(NamedTuple):
     moe_methods: tuple[type, ...]  # whose result is the buffer that the reduction wrote
     dispatcher: Any
     attention: Any
+    layernorm: Any  # a module, whose batch-invariant mode is asked for at every call
     swa_pool: Any
     pool: Any
 
@@ -76,6 +77,7 @@ def load() -> None:
             (unquant.UnquantizedFusedMoEMethod, fp8.Fp8MoEMethod),
             StandardDispatcher,
             radix_attention.RadixAttention,
+            layernorm,
             swa_memory_pool.SWAKVPool,
             memory_pool.MHATokenToKVPool,
         )
@@ -134,6 +136,13 @@ def method_unfit(module: Any) -> str | None:
     return None
 
 
+def batch_invariant_unfit() -> str | None:
+    """Why stock's norms are not ``sgl_kernel``'s at the moment, or None."""
+    if _types[0].layernorm.is_batch_invariant_mode_enabled():
+        return "batch-invariant mode has norms of its own"
+    return None
+
+
 def hooks_unfit(module: Any) -> str | None:
     """Why a module has to be called, or None."""
     return HOOKED.format(f"a {name(module)}") if hooked(module) else None
@@ -175,7 +184,7 @@ def router_unfit(router: Any) -> str | None:
 
 
 def method_parts(module: Any) -> list[tuple[Any, str]]:
-    """What somebody may set on a linear layer's method, for `steps.Plan.made_for`."""
+    """What somebody may set on a linear layer's method, for `gemma4_turbo.fusions.site.Site.made_for`."""
     method = getattr(module, "quant_method", None)
     return [(method, "apply")] if hasattr(method, "__dict__") else []
 
@@ -224,7 +233,7 @@ def reduction_unfit(experts: Any) -> str | None:
 
 
 def reduction_parts(experts: Any) -> list[tuple[Any, str]]:
-    """What somebody may set between the reduction and the layer, for `steps.Plan.made_for`."""
+    """What somebody may set between the reduction and the layer, for `gemma4_turbo.fusions.site.Site.made_for`."""
     method = experts.quant_method
     return [
         (method, "apply"),

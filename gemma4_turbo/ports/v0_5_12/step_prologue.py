@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 
-from gemma4_turbo.engine import states
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.run import peer
-from gemma4_turbo.fusions.norm_kinds import different_bits, odd_rows
+from gemma4_turbo.fusions import norm_kinds
+from gemma4_turbo.fusions.comparison import different_bits, odd_rows
 from gemma4_turbo.kernels import step_prologue as kernel
+from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.v0_5_12 import sglang_types, stock
 from gemma4_turbo.runtime import custom_ops
-from gemma4_turbo.runtime.attempts import attempt
 from gemma4_turbo.runtime.hooks import hooked
+from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessor
@@ -45,7 +46,10 @@ ProjectArguments = tuple[
     torch.Tensor, torch.Tensor, torch.Tensor, float, torch.Tensor | None, torch.Tensor | None
 ]
 
-_kinds: dict[tuple[Any, ...], kernel.RMSNormKind | str] = {}  # of norm_kind
+Key = tuple[torch.device, torch.dtype, bool]  # the last: traced
+
+_verdicts = Verdicts()
+_kinds: dict[Key, int] = {}  # where the verdict is None
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def gather_method(run: PatchRun, stock: Function) -> Function:
             return _per_layer(self, rows)
         if reason is None:
             capturing = custom_ops.capturing()
-            reason = _failure(norm_kind(run, embedding.weight, False, capturing))
+            reason = norm_kind(run, embedding.weight, False, capturing)[1]
             if reason is None:
                 run.engaged(capturing)
                 return _per_layer(
@@ -122,10 +126,9 @@ def project_method(run: PatchRun, stock: Function) -> Function:
         compiling = torch.compiler.is_compiling()
         capturing = not compiling and custom_ops.capturing()
         reason = reason_of(norm, inputs_embeds)
-        kind: kernel.RMSNormKind | str | None = None
+        kind = int(Kind.PRECISE)
         if reason is None and not compiling:
-            kind = norm_kind(run, inputs_embeds, False, capturing)
-            reason = _failure(kind)
+            kind, reason = norm_kind(run, inputs_embeds, False, capturing)
         if reason is None:
             projection, _ = self.per_layer_model_projection(inputs_embeds)
             arguments = (
@@ -141,7 +144,7 @@ def project_method(run: PatchRun, stock: Function) -> Function:
                 return traced(*arguments)  # type: ignore[no-any-return]
             if reason is None:
                 run.engaged(capturing)
-                return kernel.launch_project(*arguments, kind)  # type: ignore[arg-type]
+                return kernel.launch_project(*arguments, kind)
             if not compiling:
                 run.declined(reason)
             return _behind_product(self, projection, inputs_embeds, per_layer_inputs)
@@ -242,7 +245,7 @@ def _traced_gather(
     input_ids: torch.Tensor, weight: torch.Tensor, embed_scale: float, vocab: int
 ) -> torch.Tensor:
     """The body of the operator that torch.compile keeps: runs when the compiled code does."""
-    if _failure(_traced_kind(weight)) is None:
+    if _traced_kind(weight)[1] is None:
         return kernel.launch_gather(input_ids, weight, embed_scale, vocab)
     return kernel.reference_gather(input_ids, weight, embed_scale, vocab)
 
@@ -256,13 +259,13 @@ def _traced_project(
     input_scale: torch.Tensor | None,
 ) -> torch.Tensor:
     arguments = (projection, projection_scale, weight, eps, per_layer_inputs, input_scale)
-    kind = _traced_kind(projection)
-    if isinstance(kind, str):
+    kind, unfit = _traced_kind(projection)
+    if unfit is not None:
         return kernel.reference_project(_traced_rms_norm, *arguments)
     return kernel.launch_project(*arguments, kind)
 
 
-def _traced_kind(like: torch.Tensor) -> kernel.RMSNormKind | str:
+def _traced_kind(like: torch.Tensor) -> tuple[int, str | None]:
     return norm_kind(peer(NAME), like, True, custom_ops.capturing())
 
 
@@ -295,7 +298,7 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
                 "a placeholder's token id is not set"
                 if placeholders is None
                 else reason_of(embedding, input_ids, text.vocab_size_per_layer_input)
-                or _failure(norm_kind(run, embedding.weight, False, capturing))
+                or norm_kind(run, embedding.weight, False, capturing)[1]
             )
             if reason is not None:
                 run.declined(reason)
@@ -356,34 +359,30 @@ def _placeholders(config: Any) -> kernel.Placeholders | None:
 
 def norm_kind(
     run: PatchRun, like: torch.Tensor, traced: bool, capturing: bool
-) -> kernel.RMSNormKind | str:
-    """Which of `kernel.RMS_NORMS` stock runs here, or why ours may not run. A look-up but once.
+) -> tuple[int, str | None]:
+    """Which `Kind` of RMSNorm stock runs over 256 columns here, and why ours may not run. Cached.
 
     Args:
+        run: of the patch.
         like: a tensor of the device and dtype in question.
         traced: for calls that Dynamo traces: SGLang's RMSNorm takes another kernel there.
         capturing: into a CUDA graph, which forbids the synchronisation of a comparison.
     """
+    if not like.is_cuda:  # Triton's interpreter: nothing to compare with
+        return Kind.PRECISE, None
     key = (like.device, like.dtype, traced)
-    if key in _kinds:
-        return _kinds[key]
-    if not like.is_cuda:
-        return kernel.RMS_NORMS["precise"]  # Triton's interpreter: nothing to compare with
-    if capturing:
-        return f"{like.dtype} was not compared with stock before the capture"
-    found, broken = attempt(
-        run,
-        f"self-check for {like.dtype}",
-        lambda: find_kind(_traced_rms_norm if traced else _rms_norm(), like),
-    )
-    kind = _kinds[key] = found or str(broken)
-    if isinstance(found, str):
-        run.set(states.FAILED, found)
-    return kind
+    waiting = f"{like.dtype} was not compared with stock before the capture" if capturing else None
+    unfit = _verdicts.unfit(run, key, waiting, lambda: _compare(key, like))
+    return (Kind.PRECISE, unfit) if unfit is not None else (_kinds[key], None)
 
 
-def _failure(kind: kernel.RMSNormKind | str | None) -> str | None:
-    return kind if isinstance(kind, str) else None
+def _compare(key: Key, like: torch.Tensor) -> str | None:
+    kinds = norm_kinds.find(like, kernel.WIDTH)
+    traced = key[-1]
+    if (reason := kinds.traced_reason if traced else kinds.reason) is not None:
+        return reason
+    _kinds[key] = kinds.traced if traced else kinds.eager
+    return compare(_traced_rms_norm if traced else _rms_norm(), _kinds[key], like)
 
 
 def _rms_norm() -> kernel.RMSNormFunction:
@@ -396,39 +395,35 @@ _traced_rms_norm = stock.traced_norms().rmsnorm
 
 
 @torch.no_grad()
-def find_kind(
-    rms_norm: kernel.RMSNormFunction, like: torch.Tensor, rounds: int = 16
-) -> kernel.RMSNormKind | str:
-    """The kind with which every bit agrees with stock on this very GPU, or what differs.
+def compare(
+    rms_norm: kernel.RMSNormFunction, kind: int, like: torch.Tensor, rounds: int = 16
+) -> str | None:
+    """What of the two kernels differs from stock on this very GPU, or None.
 
-    The kinds differ in one to twenty of a million numbers, so it takes 2 million a round. Every
-    other round leaves the per-layer inputs out, which hide some of that.
+    Every other round leaves the per-layer inputs out, which hide some of a difference.
 
     Args:
         rms_norm: stock's.
+        kind: the one of ours that follows it.
         like: a tensor of the device and dtype in question.
-        rounds: how many.
+        rounds: of 2 million numbers each.
     """
     generator = torch.Generator(like.device).manual_seed(0)  # the global state stays as it is
     ids, table = gather_inputs(generator, like.dtype)
     gathered = [f(ids, table, 16.0, 40) for f in (kernel.launch_gather, kernel.reference_gather)]
-    failure = ""
-    if different_bits(*gathered) == 0:
-        left = list(kernel.RMS_NORMS.values())
-        for i in range(rounds):
-            arguments = project_inputs(generator, like.dtype, 512, 16)
-            if i % 2:
-                arguments = (*arguments[:4], None, None)
-            expected = kernel.reference_project(rms_norm, *arguments)
-            for kind in list(left):
-                count = different_bits(kernel.launch_project(*arguments, kind), expected)
-                if count:
-                    left.remove(kind)
-                    failure = f"{count} of {expected.numel()} numbers"
-        if left:
-            return left[0]
+    failure = "embeddings" if different_bits(*gathered) else ""
+    for i in range(rounds):
+        arguments = project_inputs(generator, like.dtype, 512, 16)
+        if i % 2:
+            arguments = (*arguments[:4], None, None)
+        expected = kernel.reference_project(rms_norm, *arguments)
+        count = different_bits(kernel.launch_project(*arguments, kind), expected)
+        if count:
+            failure = f"{count} of {expected.numel()} numbers"
+    if not failure:
+        return None
     return (
-        f"self-check: {failure or 'embeddings'} of {like.dtype} differ from stock on "
+        f"self-check: {failure} of {like.dtype} differ from stock on "
         f"{torch.cuda.get_device_name(like.device)} with torch {torch.__version__}"
     )
 
@@ -503,7 +498,7 @@ def _check_project(run: PatchRun, arguments: tuple[Any, ...]) -> Check:
 
     projection, scale, weight, eps, inputs, input_scale = arguments
     if not projection.is_cuda:
-        kind = kernel.RMS_NORMS["precise"]
+        kind = int(Kind.PRECISE)
         expected = kernel.reference_project(kernel.reference_rms_norm(kind), *arguments)
         got = kernel.project_per_layer(*arguments, kind=kind)
         return _check("per-layer projection", "the same order in torch", got, expected)
@@ -518,8 +513,7 @@ def _check_project(run: PatchRun, arguments: tuple[Any, ...]) -> Check:
         hidden_size_per_layer_input=kernel.WIDTH,
     )
     expected = _stock(run, PROJECT)(model, projection, inputs)
-    found = norm_kind(run, projection, False, False)
-    kind = kernel.RMS_NORMS["precise"] if isinstance(found, str) else found
+    kind, _ = norm_kind(run, projection, False, False)
     got = kernel.project_per_layer(*arguments, kind=kind)
     return _check("per-layer projection", "stock's method on this GPU", got, expected)
 

@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from gemma4_turbo.fusions import norm_kinds
-from gemma4_turbo.fusions.norm_kinds import Functions
+from gemma4_turbo.fusions.stock import Functions, follow
 
 
 def eager_norms() -> Functions:
@@ -128,4 +127,4 @@ def store_kv(
     )
 
 
-norm_kinds.follow(sys.modules[__name__])  # a process has one release line
+follow(sys.modules[__name__])  # a process has one release line

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gemma4_turbo.fusions import steps
-from gemma4_turbo.fusions.steps import Step
+from gemma4_turbo.fusions.fusion import Step, forget
 from gemma4_turbo.kernels import pdl as launches
 from gemma4_turbo.ports.v0_5_12 import attention, checks, decoder_layer, linear, text_model
 from gemma4_turbo.ports.v0_5_12.yoco import batch, cut, graph, piecewise
@@ -20,7 +19,8 @@ if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
 
 Replacements = dict[str, Any]
-Enable = Callable[[Step, Any, dict[str, Any]], Replacements]
+Fusions = tuple[Step, ...]
+Enable = Callable[[Fusions, Any, dict[str, Any]], Replacements]
 
 
 def _nothing() -> None:
@@ -28,26 +28,27 @@ def _nothing() -> None:
 
 
 class Wired(NamedTuple):
-    """One fusion, and the forwards that it is a step of."""
+    """The fusions of one patch, and the forwards that they are part of."""
 
-    step: Step
+    fusions: Fusions
     forwards: tuple[Enable, ...]
     compare: Callable[[str], list[Check]] | None = None  # None: no arithmetic of its own
     before: Callable[[], object] = _nothing  # when it goes in
     after: Callable[[], object] = _nothing  # when it has come out
 
     def build(self, run: PatchRun, stock: dict[str, Any]) -> Replacements:
-        """The shared forwards, with this step on."""
+        """The shared forwards, with these fusions on."""
         self.before()
         replaced: Replacements = {}
         for enable in self.forwards:
-            replaced |= enable(self.step, run, stock)
+            replaced |= enable(self.fusions, run, stock)
         return replaced
 
     def undo(self, run: PatchRun) -> None:
-        """Switch the step off; its verdicts are asked again. CUDA graphs keep what they captured."""
-        self.step.run = None
-        steps.forget(run.patch.name)
+        """Switch them off; their verdicts are asked again. CUDA graphs keep what they captured."""
+        for fusion in self.fusions:
+            fusion.run = None
+        forget(run.patch.name)
         self.after()
 
     def verify(self, run: PatchRun, device: str) -> list[Check]:
@@ -55,12 +56,13 @@ class Wired(NamedTuple):
         return [] if self.compare is None else self.compare(device)
 
 
-def _layer(step: Step, run: Any, stock: dict[str, Any]) -> Replacements:
-    return decoder_layer.enable(step, run)
+def _layer(fusions: Fusions, run: Any, stock: dict[str, Any]) -> Replacements:
+    return decoder_layer.enable(fusions, run)
 
 
-def _model(step: Step, run: Any, stock: dict[str, Any]) -> Replacements:
-    step.run = run
+def _model(fusions: Fusions, run: Any, stock: dict[str, Any]) -> Replacements:
+    for fusion in fusions:
+        fusion.enable(run)
     return {text_model.TARGET: text_model.forward}
 
 
@@ -77,15 +79,19 @@ def _cut_no_more() -> None:
     piecewise.forget()
 
 
-layer_norms = Wired(decoder_layer.LAYER_NORMS, (_layer,), checks.layer_norms)
-ple_tail = Wired(decoder_layer.PLE_TAIL, (_layer,), checks.ple_tail_checks)
-input_norm = Wired(decoder_layer.INPUT_NORM, (_layer, _model), checks.input_norm)
-mlp_stream = Wired(decoder_layer.MLP_STREAM, (_layer,))
-pdl = Wired(decoder_layer.PDL, (_layer,), None, _launch_early, _launch_as_usual)
-qkv_norm = Wired(attention.QKV_NORM, (attention.enable,), checks.qkv_norm)
-qkv_proj = Wired(attention.QKV_PROJ, (attention.enable,), checks.qkv_proj)
-rope_store = Wired(attention.ROPE_STORE, (attention.enable,), checks.rope_store)
-skinny_gemm = Wired(linear.SKINNY_GEMM, (attention.enable, _layer), checks.skinny_gemm)
-yoco = Wired(cut.YOCO, (_model, batch.enable), None, _nothing, cut.forget)
-yoco_graph = Wired(graph.YOCO_GRAPH, (_model,), None, _nothing, graph.drop_all)
-yoco_piecewise = Wired(piecewise.YOCO_PIECEWISE, (_model,), None, piecewise.register, _cut_no_more)
+layer_norms = Wired((decoder_layer.LAYER_NORMS,), (_layer,), checks.layer_norms)
+ple_tail = Wired((decoder_layer.PLE_TAIL,), (_layer,), checks.ple_tails)
+input_norm = Wired(
+    (decoder_layer.INPUT_NORM, decoder_layer.PLE_INPUT_NORM), (_layer, _model), checks.input_norm
+)
+mlp_stream = Wired((decoder_layer.MLP_STREAM,), (_layer,))
+pdl = Wired((decoder_layer.PDL,), (_layer,), None, _launch_early, _launch_as_usual)
+qkv_norm = Wired((attention.QKV_NORM,), (attention.enable,), checks.qkv_norm)
+qkv_proj = Wired((attention.QKV_PROJ,), (attention.enable,), checks.qkv_proj)
+rope_store = Wired((attention.ROPE_STORE,), (attention.enable,), checks.rope_store)
+skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, _layer), checks.skinny_gemm)
+yoco = Wired((cut.YOCO,), (_model, batch.enable), None, _nothing, cut.forget)
+yoco_graph = Wired((graph.YOCO_GRAPH,), (_model,), None, _nothing, graph.drop_all)
+yoco_piecewise = Wired(
+    (piecewise.YOCO_PIECEWISE,), (_model,), None, piecewise.register, _cut_no_more
+)

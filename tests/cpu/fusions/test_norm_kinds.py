@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.fusions import norm_kinds, steps
+from gemma4_turbo.fusions import norm_kinds
+from gemma4_turbo.fusions.fusion import Fusion
+from gemma4_turbo.fusions.site import UNPROVEN, Site
 from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 
 ROW = torch.empty(1, 256, dtype=torch.bfloat16)
+ONES = torch.ones(1, 256, dtype=torch.bfloat16)
 NOTHING = norm_kinds.Functions(lambda *_: ROW, lambda *_: None)
 
 
@@ -86,15 +90,37 @@ class Counted:
         self.reasons.append(reason)
 
 
-def test_a_step_without_a_kind_stays_with_stock_and_is_reported(monkeypatch):
-    kinds = norm_kinds.Kinds(reason="self-check: no kind", traced_reason="self-check: no kind")
+class Doubled(Fusion[torch.Tensor, torch.Tensor]):
+    """Twice; traced, three times. Compared never: off a GPU there is nothing to compare with."""
+
+    def unfit(self, args: torch.Tensor) -> str | None:
+        return None
+
+    def launch(self, args: torch.Tensor, kind: int) -> torch.Tensor:
+        return args * 2
+
+    def traced(self, args: torch.Tensor, kind: int) -> torch.Tensor:
+        return args * 3
+
+    def like(self, args: torch.Tensor) -> torch.Tensor:
+        return args
+
+
+def doubled(monkeypatch: pytest.MonkeyPatch, kinds: norm_kinds.Kinds) -> tuple[Any, Any, Any]:
+    """The fusion, its run, and a site; stock runs ``kinds``."""
     monkeypatch.setattr(norm_kinds, "find", lambda like: kinds)
-    step, run = steps.Step(), Counted()
-    step.run = run  # type: ignore[assignment]
-    plan = steps.Plan((256,), SimpleNamespace(is_torch_compile=False))
-    plan.some = steps.UNPROVEN  # type: ignore[attr-defined]
+    fusion, run = Doubled("some"), Counted()
+    fusion.run = run  # type: ignore[assignment]
+    site: Any = Site((object(), 256), SimpleNamespace(is_torch_compile=False))
+    site.some = UNPROVEN
+    return fusion, run, site
+
+
+def test_a_fusion_without_a_kind_stays_with_stock_and_is_reported(monkeypatch):
+    kinds = norm_kinds.Kinds(reason="self-check: no kind", traced_reason="self-check: no kind")
+    fusion, run, site = doubled(monkeypatch, kinds)
     for _ in range(2):
-        assert not step.may_run(plan, "some", None, lambda: pytest.fail("compared"), ROW)
+        assert fusion(site, ONES) is None
     assert run.states == [(states.FAILED, "self-check: no kind")]
     assert run.reasons == ["self-check: no kind"] * 2
     assert run.count == 0
@@ -103,19 +129,16 @@ def test_a_step_without_a_kind_stays_with_stock_and_is_reported(monkeypatch):
 def test_a_traced_call_needs_its_own_kind(monkeypatch):
     """Eager is proven, traced is not: traced code makes stock's calls."""
     kinds = norm_kinds.Kinds(eager=int(Kind.CUTE), traced_reason="self-check: no kind")
-    monkeypatch.setattr(norm_kinds, "find", lambda like: kinds)
-    step, run = steps.Step(), Counted()
-    step.run = run  # type: ignore[assignment]
-    plan = steps.Plan(("another", 256), SimpleNamespace(is_torch_compile=False))
-    plan.some = steps.UNPROVEN  # type: ignore[attr-defined]
-    assert step.may_run(plan, "some", None, lambda: 0, ROW)
+    fusion, run, site = doubled(monkeypatch, kinds)
+    assert torch.equal(fusion(site, ONES), ONES * 2)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not step.may_run(plan, "some", None, lambda: 0, ROW)
-    plan.kinds = kinds._replace(traced_reason=None)
-    assert step.may_run(plan, "some", None, lambda: 0, ROW)
+    assert fusion(site, ONES) is None
+    site.kinds = kinds._replace(traced_reason=None)
+    assert torch.equal(fusion(site, ONES), ONES * 3)
     # The module runs its native form there, for Inductor.
-    plan.norm.is_torch_compile = True
-    assert not step.may_run(plan, "some", None, lambda: 0, ROW)
+    site.norm.is_torch_compile = True
+    assert fusion(site, ONES) is None
+    assert run.count == 1
 
 
 @pytest.mark.skipif(not norms.INTERPRETED, reason="needs Triton's interpreter")

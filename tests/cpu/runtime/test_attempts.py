@@ -11,6 +11,8 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
+from gemma4_turbo.fusions.fusion import Fusion
+from gemma4_turbo.fusions.site import UNPROVEN, Site
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.runtime import attempts
 from gemma4_turbo.runtime.verdicts import Verdicts
@@ -49,17 +51,46 @@ def test_a_verdict(error: Exception, run: PatchRun):
     assert verdicts.unfit(run, (1,), None, raising(AssertionError("asked again"))) == reason
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
-def test_a_step(error: Exception, run: PatchRun):
-    from gemma4_turbo.fusions import steps
+class Compared(Fusion[Any, None]):
+    """Whose comparison with stock raises."""
 
-    step = steps.Step()
-    step.run = run
-    plan = steps.Plan((object(),), SimpleNamespace(is_torch_compile=False))
-    plan.layer_norms = steps.UNPROVEN  # type: ignore[attr-defined]
-    assert not step.may_run(plan, "layer_norms", None, raising(error))
+    follows_rmsnorm = False
+    error: Exception
+
+    def unfit(self, args: Any) -> str | None:
+        return None
+
+    def launch(self, args: Any, kind: int) -> None:
+        raise AssertionError("launched")
+
+    def like(self, args: Any) -> torch.Tensor:
+        return args  # type: ignore[no-any-return]
+
+    def differing(self, args: Any, kind: int) -> int:
+        raise self.error
+
+
+def compared(run: PatchRun, error: Exception) -> tuple[Compared, Site]:
+    """A fusion that has not been compared yet, and where it would run."""
+    fusion = Compared("layer_norms")
+    fusion.error = error
+    fusion.enable(run)
+    site = Site((object(),), SimpleNamespace(is_torch_compile=False))
+    site.layer_norms = UNPROVEN  # type: ignore[attr-defined]
+    return fusion, site
+
+
+LIKE: Any = SimpleNamespace(is_cuda=True, shape=(1, 256), dtype=torch.bfloat16, device="cuda:0")
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+def test_a_fusion(error: Exception, run: PatchRun):
+    fusion, site = compared(run, error)
+    assert fusion(site, LIKE) is None
     assert run.state == states.FAILED
-    assert not step.may_run(plan, "layer_norms", None, raising(AssertionError("asked again")))
+    fusion.error = AssertionError("asked again")
+    assert fusion(site, LIKE) is None
+    assert type(error).__name__ in str(site.layer_norms)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
@@ -67,47 +98,45 @@ def test_the_search_for_stocks_norm(
     error: Exception, run: PatchRun, monkeypatch: pytest.MonkeyPatch
 ):
     """Also where stock's norm is not even there."""
-    from gemma4_turbo.fusions import norm_kinds, steps
+    from gemma4_turbo.fusions import norm_kinds
     from gemma4_turbo.ports.v0_5_12 import stock
 
     monkeypatch.setattr(norm_kinds, "_found", {})
-    like = SimpleNamespace(is_cuda=True, shape=(1, 256), dtype=torch.bfloat16, device="cuda:0")
     monkeypatch.setattr(norm_kinds, "compare", raising(error))
     monkeypatch.setattr(stock, "eager_norms", raising(error))
-    found = norm_kinds.find(like)  # type: ignore[arg-type]
+    found = norm_kinds.find(LIKE)
     assert type(error).__name__ in str(found.reason)
     assert type(error).__name__ in str(found.traced_reason)
 
-    step = steps.Step()
-    step.run = run
-    plan = steps.Plan((object(),), SimpleNamespace(is_torch_compile=False))
-    plan.layer_norms = steps.UNPROVEN  # type: ignore[attr-defined]
-    assert not step.may_run(plan, "layer_norms", None, lambda: 0, like)  # type: ignore[arg-type]
+    fusion, site = compared(run, AssertionError("compared without a kind"))
+    fusion.follows_rmsnorm = True  # type: ignore[misc]
+    assert fusion(site, LIKE) is None
+    assert (run.state, run.reason) == (states.FAILED, found.reason)
+
+
+def test_the_router(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
+    from gemma4_turbo.ports.v0_5_12 import router
+
+    monkeypatch.setattr(router, "_verdicts", Verdicts())
+    monkeypatch.setattr(router, "_compare", raising(ERRORS[0]))
+    scale: Any = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(128,))
+    unfit = router.self_check(run, raising(ERRORS[0]), scale, torch.bfloat16, 8)
+    assert "OutOfMemoryError" in str(unfit)
+    assert router.self_check(run, raising(ERRORS[1]), scale, torch.bfloat16, 8) == unfit
     assert run.state == states.FAILED
 
 
-def test_the_router(monkeypatch: pytest.MonkeyPatch):
-    from gemma4_turbo.ports.v0_5_12 import router
-
-    monkeypatch.setattr(router, "_verdicts", {})
-    monkeypatch.setattr(router, "_compare", raising(ERRORS[0]))
-    scale = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16, shape=(128,))
-    told = router.self_check(raising(ERRORS[0]), scale, torch.bfloat16, 8)  # type: ignore[arg-type]
-    assert "OutOfMemoryError" in str(told)
-    again = router.self_check(raising(ERRORS[1]), scale, torch.bfloat16, 8)  # type: ignore[arg-type]
-    assert again == told
-
-
 def test_the_prologue(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
+    from gemma4_turbo.fusions import norm_kinds
     from gemma4_turbo.ports.v0_5_12 import step_prologue
 
-    monkeypatch.setattr(step_prologue, "_kinds", {})
+    monkeypatch.setattr(step_prologue, "_verdicts", Verdicts())
     monkeypatch.setattr(step_prologue, "_rms_norm", lambda: None)
-    monkeypatch.setattr(step_prologue, "find_kind", raising(ERRORS[1]))
-    like = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda:0")
-    kind = step_prologue.norm_kind(run, like, False, False)  # type: ignore[arg-type]
-    assert "RuntimeError" in str(kind)
-    assert step_prologue._failure(kind) == kind
+    monkeypatch.setattr(norm_kinds, "find", lambda like, width: norm_kinds.Kinds())
+    monkeypatch.setattr(step_prologue, "compare", raising(ERRORS[1]))
+    like: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda:0")
+    _, unfit = step_prologue.norm_kind(run, like, False, False)
+    assert "RuntimeError" in str(unfit)
     assert run.state == states.FAILED
 
 

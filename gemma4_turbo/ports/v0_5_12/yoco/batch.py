@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.fusions.steps import Step
+from gemma4_turbo.fusions.fusion import Step
 from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
 from gemma4_turbo.runtime.attempts import told
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 BATCH = "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new"
 
 
-def enable(step: Step, run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The batch's constructor, which notes it."""
     init = stock[BATCH]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo.fusions.steps import Step
+from gemma4_turbo.fusions.fusion import Step
 from gemma4_turbo.ports.v0_5_12 import sglang_types
 from gemma4_turbo.runtime import custom_ops, hooks
 from gemma4_turbo.runtime.fallback import Fallback

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.fusions.steps import Step
+from gemma4_turbo.fusions.fusion import Step
 from gemma4_turbo.ports.v0_5_12 import layer_loop
 from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
 from gemma4_turbo.ports.v0_5_12.yoco.cut import Cut, Tail

@@ -116,7 +116,7 @@ def compare(
     stock = {what: hooked(model, register) for what, register in hooks_of.items()}
     ENGINE.apply(**PATCHES[patches])
     if warm:
-        forwards.run(model, tokens=1)  # the hooks come when plans and verdicts are there
+        forwards.run(model, tokens=1)  # the hooks come when sites and verdicts are there
     for what, register in hooks_of.items():
         found, shapes = hooked(model, register)
         expected, stocks = stock[what]
@@ -197,7 +197,7 @@ def test_what_declines_says_so():
     assert ENGINE.runs["qkv_norm"].counters.engaged > 0
 
 
-def test_a_module_in_the_place_of_another_ends_the_plan():
+def test_a_module_in_the_place_of_another_ends_the_site():
     """A wrapper that comes when the layer has run: it is called, whatever it is made of."""
     model = forwards.build("dense")
     ENGINE.apply()

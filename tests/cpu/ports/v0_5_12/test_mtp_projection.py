@@ -35,7 +35,7 @@ def test_only_q_is_multiplied():
         multiplied = mock.Mock(wraps=torch.nn.functional.linear)
         with only_patch("qkv_proj") as run, mock.patch("torch.nn.functional.linear", multiplied):
             before = run.engaged_count()
-            q, k, v = attention._project(part, attention.Plan(part), x)
+            q, k, v = attention._project(part, attention.AttentionSite(part), x)
             assert run.engaged_count() == before + 1
         (call,) = multiplied.call_args_list
         assert call.args[1].shape[0] == part.q_size

@@ -12,6 +12,7 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import router as kernel
 from gemma4_turbo.ports.v0_5_12 import router as patch
+from gemma4_turbo.runtime.verdicts import Verdicts
 from tests.cpu.conftest import patched_sglang
 from tests.router_inputs import bits_differ, logits
 from tests.runs import unpublished
@@ -169,8 +170,8 @@ def test_a_failed_check_keeps_stock(monkeypatch: pytest.MonkeyPatch, late: bool)
     """A GPU on which one bit differs: stock's path, state failed, whenever that is found out."""
     small = build()
     run = ENGINE.runs["router"]
-    monkeypatch.setattr(patch, "_verdicts", {})
-    monkeypatch.setattr(patch, "self_check", lambda *args: "self-check: 1 of 512 rows differ")
+    monkeypatch.setattr(patch, "_verdicts", Verdicts())
+    monkeypatch.setattr(patch, "_compare", lambda *args: "self-check: 1 of 512 rows differ")
     x = torch.randn(3, 128).bfloat16()
     if not late:
         small.moe.topk.topk_config.custom_routing_function = routing_of(small).gemma4_turbo_stock
@@ -185,9 +186,10 @@ def test_a_failed_check_keeps_stock(monkeypatch: pytest.MonkeyPatch, late: bool)
 
 def test_a_model_built_on_meta_is_checked_at_its_first_call(monkeypatch: pytest.MonkeyPatch):
     """No verdict is stored for a parameter without data."""
-    monkeypatch.setattr(patch, "_verdicts", {})
+    monkeypatch.setattr(patch, "_verdicts", Verdicts())
     scale = torch.ones(128, device="meta")
-    assert patch.self_check(print, scale, torch.bfloat16, 8) is None  # type: ignore[arg-type]
+    run = ENGINE.runs["router"]
+    assert patch.self_check(run, print, scale, torch.bfloat16, 8) is None  # type: ignore[arg-type]
     assert patch._verdicts == {}
 
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_turbo.engine import states
+from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
+from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.v0_5_12 import step_prologue as patch
+from gemma4_turbo.runtime.verdicts import Verdicts
 from tests.cpu.conftest import only_patch, patched_sglang
 
 LAYERS, HIDDEN, VOCAB, PLE_VOCAB = 2, 128, 50, 40
 IMAGE, VIDEO, AUDIO, PAD = 45, 46, 7, 3
-KINDS = pytest.mark.parametrize("kind", kernel.RMS_NORMS.values(), ids=kernel.RMS_NORMS)
+KINDS = pytest.mark.parametrize("kind", list(Kind), ids=lambda kind: kind.name)
 DTYPES = pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy")  # infinities are meant
@@ -92,7 +93,7 @@ def test_the_order_of_the_sum_is_seen():
     """Rows, a few of ten thousand, on which the two orders round to different outputs."""
     rows = torch.randn(40_000, 256, generator=generator(), dtype=torch.float32).half()
     one, scale = torch.ones(256, dtype=torch.half), torch.tensor(1.0).half()
-    kinds = kernel.RMS_NORMS["CuTe"], kernel.RMS_NORMS["precise"]
+    kinds = Kind.CUTE, Kind.PRECISE
     outputs = [kernel.reference_rms_norm(kind)(rows, one, 1e-6) for kind in kinds]
     telling = (outputs[0] != outputs[1]).any(dim=1).nonzero().flatten()[:8]
     assert len(telling) > 0
@@ -114,7 +115,7 @@ def test_the_reference_orders_its_sum_as_documented(ascending):
     for offset in (1, 2, 4, 8, 16) if ascending else (16, 8, 4, 2, 1):
         threads = [threads[lane] + threads[lane ^ offset] for lane in range(32)]
     expected = (row.float() * torch.rsqrt(threads[0] / 256 + 1e-6)).bfloat16()
-    rms_norm = kernel.reference_rms_norm(kernel.RMSNormKind(ascending, False))
+    rms_norm = kernel.reference_rms_norm(Kind.CUTE if ascending else Kind.PRECISE)
     weight = torch.ones(256, dtype=torch.bfloat16)
     assert torch.equal(rms_norm(row[None], weight, 1e-6)[0], expected)
 
@@ -123,7 +124,7 @@ def test_the_kinds_differ():
     """In the order of the sum, seen before the rounding hides it, and in subnormals."""
     rows = torch.randn(64, 256, generator=generator()).half().float()
     sums = []
-    for kind in (kernel.RMS_NORMS["CuTe"], kernel.RMS_NORMS["precise"]):
+    for kind in (Kind.CUTE, Kind.PRECISE):
         rms_norm = kernel.reference_rms_norm(kind)
         sums.append(rms_norm(rows, torch.ones(256), 1e-6))
     assert not torch.equal(*sums)
@@ -131,10 +132,10 @@ def test_the_kinds_differ():
     one = torch.ones(256, dtype=torch.bfloat16)
     scale = torch.tensor(1.0).bfloat16()
     outputs = {
-        name: bool(kernel.project_per_layer(tiny, scale, one, 1e-6, kind=kind).any())
-        for name, kind in kernel.RMS_NORMS.items()
+        kind: bool(kernel.project_per_layer(tiny, scale, one, 1e-6, kind=kind).any())
+        for kind in Kind
     }
-    assert outputs == {"CuTe": True, "fast math": False, "precise": True}
+    assert outputs == {Kind.CUTE: True, Kind.FAST_MATH: False, Kind.PRECISE: True}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +180,7 @@ def test_projection_names_the_wrong_argument(argument, position, change):
     arguments: list[Any] = list(patch.project_inputs(generator(), torch.bfloat16, 6, 4))
     arguments[position] = change(arguments[position])
     with pytest.raises(ValueError, match=argument):
-        kernel.project_per_layer(*arguments, kind=kernel.RMS_NORMS["CuTe"])
+        kernel.project_per_layer(*arguments, kind=Kind.CUTE)
 
 
 # -- the text model ------------------------------------------------------------------------------------
@@ -404,8 +405,9 @@ def test_traced_calls_keep_stocks_numbers_where_ours_are_not(monkeypatch: pytest
     """A GPU on which a bit differs: the operators run stock's steps."""
     arguments = patch.project_inputs(generator(), torch.bfloat16, 6, 4)
     ids, table = patch.gather_inputs(generator(), torch.bfloat16)
-    rms_norm = kernel.reference_rms_norm(kernel.RMS_NORMS["precise"])
-    monkeypatch.setattr(patch, "norm_kind", lambda *a: "self-check: 3 of 512 numbers differ")
+    rms_norm = kernel.reference_rms_norm(Kind.PRECISE)
+    unfit = Kind.PRECISE, "self-check: 3 of 512 numbers differ"
+    monkeypatch.setattr(patch, "norm_kind", lambda *a: unfit)
     monkeypatch.setattr(patch, "_traced_rms_norm", rms_norm)
     monkeypatch.setattr(kernel, "launch_project", None)
     monkeypatch.setattr(kernel, "launch_gather", None)
@@ -418,37 +420,28 @@ def test_traced_calls_keep_stocks_numbers_where_ours_are_not(monkeypatch: pytest
 # -- which RMSNorm stock runs ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["CuTe", "fast math"])
-def test_the_kind_is_found_by_comparison(name: str, monkeypatch: pytest.MonkeyPatch):
-    """A stand-in for stock on a CPU: what computes like one kind is taken for that kind."""
-    kinds = {n: kernel.RMS_NORMS[n] for n in ("fast math", "CuTe")}
-    monkeypatch.setattr(kernel, "RMS_NORMS", kinds)
-    tokens = patch.project_inputs
-    monkeypatch.setattr(patch, "project_inputs", lambda g, d, *shape: tokens(g, d, 6, 4))
-    rms_norm = kernel.reference_rms_norm(kinds[name])
-    like = torch.empty(0, dtype=torch.bfloat16)
-    assert patch.find_kind(rms_norm, like, rounds=1) == kinds[name]
-
-
-@pytest.mark.parametrize("wrong", ["norm", "gather"])
-def test_an_unknown_norm_is_refused(wrong: str, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("wrong", [None, "kind", "norm", "gather"])
+def test_another_norm_or_embedding_is_seen(wrong: str | None, monkeypatch: pytest.MonkeyPatch):
+    """Stand-ins for stock on a CPU: what computes like our kind passes, and nothing else."""
     tokens = patch.project_inputs
     monkeypatch.setattr(patch, "project_inputs", lambda g, d, *shape: tokens(g, d, 6, 4))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    right = kernel.reference_rms_norm(kernel.RMS_NORMS["CuTe"])
+    right = kernel.reference_rms_norm(Kind.CUTE)
 
     def rms_norm(x, weight, eps):
         y = right(x, weight, eps)
-        y[11, 7] *= 1.02
+        if wrong == "norm":
+            y[11, 7] *= 1.02
         return y
 
     if wrong == "gather":
         gather = kernel.launch_gather
         monkeypatch.setattr(kernel, "launch_gather", lambda *a: gather(*a) * 1.02)
     like = torch.empty(0, dtype=torch.bfloat16)
-    found = patch.find_kind(rms_norm if wrong == "norm" else right, like, rounds=1)
-    assert isinstance(found, str)
-    assert "differ from stock on a GPU" in found
+    kind = Kind.FAST_MATH if wrong == "kind" else Kind.CUTE  # which flushes subnormals
+    unfit = patch.compare(rms_norm, kind, like, rounds=1)
+    assert (unfit is None) == (wrong is None)
+    assert wrong is None or "differ from stock on a GPU" in str(unfit)
 
 
 def test_the_kind_is_looked_for_once_and_never_during_a_capture(monkeypatch: pytest.MonkeyPatch):
@@ -457,178 +450,31 @@ def test_the_kind_is_looked_for_once_and_never_during_a_capture(monkeypatch: pyt
     run = copy.copy(ENGINE.runs["step_prologue"])
     monkeypatch.setattr(run, "_host", SimpleNamespace(publish=lambda: None))
     calls: list[Any] = []
+    monkeypatch.setattr(patch, "_verdicts", Verdicts())
     monkeypatch.setattr(patch, "_kinds", {})
     monkeypatch.setattr(patch, "_rms_norm", lambda: None)
-    monkeypatch.setattr(patch, "find_kind", lambda *a: calls.append(a) or "self-check: no")
-    assert "before the capture" in str(patch.norm_kind(run, like, False, True))
+    monkeypatch.setattr(patch, "_traced_rms_norm", lambda: None)
+    kinds = norm_kinds.Kinds(eager=Kind.CUTE, traced=Kind.FAST_MATH)
+    monkeypatch.setattr(norm_kinds, "find", lambda like, width: kinds)
+    monkeypatch.setattr(patch, "compare", lambda _, kind, like: calls.append(kind))
+    assert "before the capture" in str(patch.norm_kind(run, like, False, True)[1])
     assert not calls
-    assert patch.norm_kind(run, like, False, False) == "self-check: no"
-    assert patch.norm_kind(run, like, False, True) == "self-check: no"
-    assert len(calls) == 1
+    for capturing in (False, True):
+        assert patch.norm_kind(run, like, False, capturing) == (Kind.CUTE, None)
+    assert patch.norm_kind(run, like, True, False) == (Kind.FAST_MATH, None)
+    assert calls == [Kind.CUTE, Kind.FAST_MATH]
+
+
+@pytest.mark.parametrize("wrong", ["kind", "kernel"])
+def test_no_kernel_without_a_kind_that_agrees(wrong: str, monkeypatch: pytest.MonkeyPatch):
+    like: Any = SimpleNamespace(device="cuda:0", dtype=torch.bfloat16, is_cuda=True)
+    run = copy.copy(ENGINE.runs["step_prologue"])
+    monkeypatch.setattr(run, "_host", SimpleNamespace(publish=lambda: None))
+    monkeypatch.setattr(patch, "_verdicts", Verdicts())
+    monkeypatch.setattr(patch, "_rms_norm", lambda: None)
+    kinds = norm_kinds.Kinds(reason="self-check: no" if wrong == "kind" else None)
+    monkeypatch.setattr(norm_kinds, "find", lambda like, width: kinds)
+    compared = None if wrong == "kind" else "self-check: no"
+    monkeypatch.setattr(patch, "compare", lambda *a: compared)
+    assert patch.norm_kind(run, like, False, False)[1] == "self-check: no"
     assert run.state == states.FAILED
-
-
-# -- the multimodal class --------------------------------------------------------------------------------
-
-
-def multimodal(ple: bool, **changes: Any) -> Any:
-    """What Gemma4ForConditionalGeneration.forward reads of itself, around a real text model."""
-    config = SimpleNamespace(
-        image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO, text_config=None
-    )
-    text = text_model(ple)
-    config.text_config = text.config
-    for name, value in changes.items():
-        setattr(config, name, value)
-    return SimpleNamespace(
-        config=config,
-        language_model=text,
-        capture_aux_hidden_states=False,
-        get_image_feature=None,
-        get_video_feature=None,
-        get_audio_feature=None,
-        get_per_layer_inputs=text.get_per_layer_inputs,
-        prepare_attn_masks=lambda batch, ids, mask_dtype: batch.masks.append((ids, mask_dtype)),
-        logits_processor=lambda *a: a,
-    )
-
-
-def batch(**changes: Any) -> Any:
-    """A decode batch, as far as the forward functions look at it."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-    fields = {
-        "forward_mode": ForwardMode.DECODE,
-        "contains_image_inputs": lambda: False,
-        "contains_mm_inputs": lambda: False,
-        "input_embeds": None,
-        "mm_input_embeds": None,
-        "masks": [],
-    }
-    return SimpleNamespace(**fields | changes)
-
-
-def forward(model: Any, *arguments: Any, **kwargs: Any) -> Any:
-    from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
-
-    return Gemma4ForConditionalGeneration.forward(model, *arguments, **kwargs)
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that the dispatcher sees."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen[str(function)] += 1
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("ple", [True, False])
-def test_multimodal_forward_agrees_with_stock(ple: bool):
-    """Same hidden states, positions moved by one in place, the ids left as they were."""
-    model = multimodal(ple)
-    positions, stock_positions, ids = torch.arange(8), torch.arange(8), IDS.clone()
-    before = engaged()
-    _, hidden_states, embedding, _, aux = forward(model, ids, positions, batch())
-    assert engaged() - before == (2 if ple else 1)
-    assert torch.equal(ids, IDS)
-    assert embedding is model.language_model.embed_tokens
-    assert aux is None
-    ENGINE.revert()
-    stock = forward(model, ids, stock_positions, batch())
-    assert near(hidden_states, stock[1])
-    assert torch.equal(positions, stock_positions)
-    assert int(positions[0]) == 1
-
-
-@pytest.mark.parametrize("ple", [True, False])
-def test_the_copy_of_the_ids_is_gone(ple: bool):
-    """No copy, no comparison and no masked write is left of stock's."""
-    model = multimodal(ple)
-    gone = {"aten.clone.default", "aten.eq.Scalar", "aten.index_put_.default"}
-    ids, positions = IDS.clone(), torch.arange(8)
-    with Operators() as ours:
-        forward(model, ids, positions, batch())
-    ENGINE.revert()
-    with Operators() as stock:
-        forward(model, ids, positions, batch())
-    assert gone <= set(stock.seen)
-    assert not gone & set(ours.seen)
-
-
-def test_placeholders_are_embedded_as_padding():
-    """The audio token of this configuration is inside the per-layer vocabulary."""
-    model = multimodal(True)
-    received = []
-    text = model.language_model
-    project = text.project_per_layer_inputs
-    text.project_per_layer_inputs = lambda e, p: received.append(p) or project(e, p)
-    forward(model, torch.tensor([AUDIO, PAD, IMAGE, 12]), torch.arange(4), batch())
-    (inputs,) = received
-    assert torch.equal(inputs[0], inputs[1])
-    assert torch.equal(inputs[2], inputs[1])
-    assert not torch.equal(inputs[3], inputs[1])
-
-
-def test_multimodal_details():
-    """Masks for images in an extend batch only; Eagle's states taken apart; one kind of input."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
-
-    model = multimodal(True)
-    for mode, masks in ((ForwardMode.EXTEND, 1), (ForwardMode.DECODE, 0)):
-        images = batch(forward_mode=mode, contains_image_inputs=lambda: True)
-        forward(model, IDS.clone(), torch.arange(8), images)
-        assert len(images.masks) == masks
-        assert all(mask_dtype is torch.bool for _, mask_dtype in images.masks)
-    model.capture_aux_hidden_states = True
-    model.language_model.layers_to_capture = [1]
-    result = forward(model, IDS.clone(), torch.arange(8), batch())
-    assert len(result[4]) == 1
-    for ids, embeds in ((None, None), (IDS, torch.zeros(8, HIDDEN))):
-        positions = torch.arange(8)
-        with pytest.raises(ValueError, match="exactly one"):
-            forward(model, ids, positions, batch(), embeds)
-        assert int(positions[0]) == 0
-
-
-def test_multimodal_forward_is_run_without_gradients():
-    with torch.enable_grad():
-        _, hidden_states, *_ = forward(multimodal(True), IDS.clone(), torch.arange(8), batch())
-    assert not hidden_states.requires_grad
-
-
-def test_an_unset_placeholder_takes_stocks_path(monkeypatch: pytest.MonkeyPatch):
-    """The text model's own methods still run ours."""
-    monkeypatch.setattr(ENGINE.runs["step_prologue"], "_decline_reason", "")
-    model = multimodal(True, audio_token_id=None)
-    positions = torch.arange(8)
-    ids = IDS.clone()
-    with Operators() as seen:
-        forward(model, ids, positions, batch())
-    assert "aten.clone.default" in seen.seen
-    assert int(positions[0]) == 1
-    assert "placeholder" in ENGINE.runs["step_prologue"].full_reason()
-
-
-def test_signatures_are_stocks():
-    """Names, order and defaults of the parameters."""
-    import inspect
-
-    for swap in ENGINE.runs["step_prologue"].swaps:
-        ours = inspect.signature(vars(swap.owner)[swap.name])
-        stocks = inspect.signature(swap.function)
-        assert [(p.name, p.kind, p.default) for p in ours.parameters.values()] == [
-            (p.name, p.kind, p.default) for p in stocks.parameters.values()
-        ]
-
-
-def test_verify_finds_wrong_kernels(monkeypatch: pytest.MonkeyPatch):
-    run = ENGINE.runs["step_prologue"]
-    assert all(check.passed for check in patch.verify(run, "cpu"))
-    for name in ("launch_gather", "launch_project"):
-        right = getattr(kernel, name)
-        monkeypatch.setattr(kernel, name, lambda *a, right=right: right(*a) * 1.02)
-    assert not any(check.passed for check in patch.verify(run, "cpu"))

@@ -1,0 +1,34 @@
+"""What a self-check draws and counts."""
+
+from __future__ import annotations
+
+import torch
+
+
+def samples(rows: int, like: torch.Tensor, width: int | None = None) -> torch.Tensor:
+    """Random rows like an activation, scales from 0.01 to 30, the global generator untouched."""
+    generator = torch.Generator(like.device).manual_seed(rows)
+    shape = (rows, like.shape[-1] if width is None else width)
+    drawn = torch.randn(shape, generator=generator, device=like.device, dtype=torch.float32)
+    scale = torch.logspace(-2, 1.5, rows, device=like.device, dtype=torch.float32)
+    return (drawn * scale[:, None]).to(like.dtype)
+
+
+def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many 16-bit elements differ, two NaN counting as equal."""
+    return int(((a.view(torch.int16) != b.view(torch.int16)) & ~(a.isnan() & b.isnan())).sum())
+
+
+def odd_rows(rows: torch.Tensor) -> torch.Tensor:
+    """``rows``, of which the first ten became zero, subnormal, huge, infinite or not a number."""
+    rows[0] = 0.0
+    rows[1] *= -0.0
+    rows[2] *= 1e-39
+    rows[3] *= 1e-36
+    rows[4] *= 1e18
+    rows[5] *= 1e38
+    rows[6, 3] = float("inf")
+    rows[7, 4] = float("-inf")
+    rows[8, 5] = float("nan")
+    rows[9, ::2] *= 1e-38
+    return rows

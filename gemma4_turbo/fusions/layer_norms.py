@@ -1,0 +1,108 @@
+"""Between attention and feed-forward: three RMSNorms, an addition, the router's scale."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.fusion import Fusion, Tensors
+from gemma4_turbo.fusions.stock import Stock
+from gemma4_turbo.kernels.norms import layer_norms as kernel
+from gemma4_turbo.kernels.norms.layer_norms import Outputs, Router
+from gemma4_turbo.runtime import custom_ops
+
+NO_ROUTER = (None, None, 0.0, None, 0.0)
+
+
+class Args(NamedTuple):
+    """As `gemma4_turbo.kernels.norms.layer_norms.layer_norms`."""
+
+    attention_output: torch.Tensor
+    residual: torch.Tensor
+    post_attention_weight: torch.Tensor
+    post_attention_eps: float
+    pre_feedforward_weight: torch.Tensor
+    pre_feedforward_eps: float
+    router: Router | None
+
+
+class LayerNorms(Fusion[Args, Outputs]):
+    """`gemma4_turbo.kernels.norms.layer_norms`."""
+
+    def unfit(self, args: Args) -> str | None:
+        return kernel.unfit(args[0], args[1], args[2], args[4], args[6])
+
+    def launch(self, args: Args, kind: int) -> Outputs:
+        return kernel.launch_layer_norms(*args, kind)
+
+    def operator(self) -> Any:
+        return custom_ops.register(
+            self.patch,
+            "layer_norms(Tensor attention_output, Tensor(a!) residual, Tensor w1, float eps1,"
+            " Tensor w2, float eps2, Tensor? scale, Tensor? root_size, float eps3, Tensor? w3,"
+            " float eps4, int kind) -> (Tensor, Tensor, Tensor)",
+            _run,
+            _fake,
+        )
+
+    def traced(self, args: Args, kind: int) -> Outputs:
+        router = args.router or NO_ROUTER
+        found = self.op(*args[:6], *router, kind)
+        return found if args.router is not None else (found[0], None, None)
+
+    def theirs(self, stock: Stock, args: Args) -> Outputs:
+        x, residual, w1, eps1, w2, eps2, router = args
+        rmsnorm, fused_add_rmsnorm = stock.eager_norms()
+        mlp_input = rmsnorm(x, w1, eps1)
+        fused_add_rmsnorm(mlp_input, residual, w2, eps2)
+        if router is None:
+            return mlp_input, None, None
+        scale = (router.scale * router.root_size).to(x.dtype)
+        normed = rmsnorm(residual, torch.ones_like(router.scale), router.eps)
+        w3, eps3 = router.pre_feedforward_2_weight, router.pre_feedforward_2_eps
+        return mlp_input, normed * scale, rmsnorm(residual, w3, eps3)
+
+    def reference(self, args: Args) -> Outputs:
+        return kernel.reference_layer_norms(*args)
+
+    def drawn(self, args: Args) -> Args:
+        x = samples(96, args.residual)
+        return args._replace(attention_output=x, residual=x.flip(0))
+
+    def like(self, args: Args) -> torch.Tensor:
+        return args.residual
+
+    def written(self, args: Args, result: Outputs) -> Tensors:
+        return *result, args.residual
+
+
+def _run(
+    attention_output: torch.Tensor,
+    residual: torch.Tensor,
+    w1: torch.Tensor,
+    eps1: float,
+    w2: torch.Tensor,
+    eps2: float,
+    *router: Any,
+) -> tuple[torch.Tensor, ...]:
+    *parts, kind = router
+    found = kernel.launch_layer_norms(
+        attention_output,
+        residual,
+        w1,
+        eps1,
+        w2,
+        eps2,
+        None if parts[0] is None else Router(*parts),
+        kind,
+    )
+    return tuple(custom_ops.nothing(residual) if x is None else x for x in found)
+
+
+def _fake(x: torch.Tensor, residual: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, ...]:
+    made = x.new_empty(x.shape)
+    if rest[4] is None:
+        return made, custom_ops.nothing(x), custom_ops.nothing(x)
+    return made, x.new_empty(x.shape), x.new_empty(x.shape)

@@ -1,0 +1,87 @@
+"""Stock's own calls, as a fusion needs them: what a release line's ``stock.py`` has to offer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+
+
+class Functions(NamedTuple):
+    """Stock's two norms."""
+
+    rmsnorm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
+    fused_add_rmsnorm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]  # in place
+
+
+class Stock(Protocol):
+    """One function per stage; each looks its kernel up where SGLang's model does."""
+
+    def eager_norms(self) -> Functions:
+        """What runs in eager mode."""
+
+    def traced_norms(self) -> Functions:
+        """What runs where Dynamo traced the model."""
+
+    def qkv_rmsnorm(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        q_weight: torch.Tensor,
+        k_weight: torch.Tensor | None,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        eps: float,
+    ) -> None:
+        """Norms of Q, K and V over each head, in place."""
+
+    def rotate(
+        self,
+        positions: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+    ) -> None:
+        """Rotary embedding of Q and K ``[rows, heads, head_dim]``, in place."""
+
+    def norm_residual(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor,
+        scalar: torch.Tensor,
+        eps: float,
+    ) -> torch.Tensor:
+        """``(norm(x) + residual) * scalar``."""
+
+    def dual_norm_residual(
+        self,
+        mlp: torch.Tensor,
+        mlp_weight: torch.Tensor,
+        experts: torch.Tensor,
+        experts_weight: torch.Tensor,
+        weight: torch.Tensor,
+        residual: torch.Tensor,
+        scalar: torch.Tensor,
+        eps: tuple[float, float, float],
+    ) -> torch.Tensor:
+        """``(norm(norm_1(mlp) + norm_2(experts)) + residual) * scalar``."""
+
+    def sum_experts(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """``x [rows, topk, hidden]`` summed over a token's experts into ``out``."""
+
+
+_stock: list[Stock] = []
+
+
+def follow(stock: Stock) -> None:
+    """Whose calls fusions are compared with. Of a process's one release line, before the first call."""
+    _stock[:] = [stock]
+
+
+def followed() -> Stock:
+    """The release line's; IndexError before `follow`."""
+    return _stock[0]

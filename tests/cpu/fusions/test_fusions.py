@@ -1,0 +1,176 @@
+"""Every bitwise fusion: kernel, stock's calls and the reference say the same, as far as a CPU can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo.fusions import fusion as fusions
+from gemma4_turbo.fusions.fusion import Fusion, Tensors
+from gemma4_turbo.fusions.stock import Functions
+from gemma4_turbo.kernels import qkv
+from gemma4_turbo.kernels.norms.rmsnorm import Kind, reference_rmsnorm
+from tests.fusion_cases import EPS, NAMES, case
+
+each_case = pytest.mark.parametrize("name", NAMES)
+
+
+class Stock:
+    """Stock's calls in plain torch, rounding where stock rounds."""
+
+    def eager_norms(self) -> Functions:
+        """The two norms."""
+
+        def fused_add(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+            total = x.float() + r.float()
+            r.copy_(total)
+            scale = torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + eps)
+            x.copy_(total * scale * weight.float())
+
+        return Functions(reference_rmsnorm, fused_add)
+
+    def qkv_rmsnorm(self, q: Any, k: Any, v: Any, qw: Any, kw: Any, *rest: Any) -> None:
+        """In place, as stock."""
+        *_, head_dim, eps = rest
+        normed = qkv.reference_qkv(q, k, v, qw, kw, eps, head_dim)
+        for tensor, result in zip((q, k, v), normed, strict=True):
+            if tensor is not None:
+                tensor.copy_(result)
+
+    def rotate(self, positions: Any, q: Any, k: Any, cache: Any) -> None:
+        """In place, as stock."""
+        cos, sin = cache[positions][:, None].chunk(2, dim=-1)
+        for x in (q, k):
+            a, b = x.float().chunk(2, dim=-1)
+            x.copy_(torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1))
+
+    def norm_residual(self, x: Any, weight: Any, residual: Any, scalar: Any, eps: float) -> Any:
+        """Rounded once."""
+        return self._rounded(self._norm(x.float(), weight, eps), residual, scalar)
+
+    def dual_norm_residual(self, *args: Any) -> Any:
+        """Rounded once."""
+        mlp, w1, experts, w2, weight, residual, scalar, (eps1, eps2, eps) = args
+        both = self._norm(mlp.float(), w1, eps1) + self._norm(experts.float(), w2, eps2)
+        return self._rounded(self._norm(both, weight, eps), residual, scalar)
+
+    def sum_experts(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """One choice after the other."""
+        out.copy_(sum(x[:, k].float() for k in range(x.shape[1])))  # type: ignore[arg-type]
+
+    @staticmethod
+    def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+
+    @staticmethod
+    def _rounded(x: torch.Tensor, residual: Any, scalar: Any) -> torch.Tensor:
+        return ((x + residual.float()) * scalar.float()).bfloat16()
+
+
+def computed(name: str, by: str) -> Tensors:
+    """All that one of the three computes."""
+    fusion, args = case(name, "cpu")
+    if by == "kernel":
+        return fusion.written(args, fusion.launch(args, Kind.PRECISE))
+    if by == "reference":
+        return fusion.written(args, fusion.reference(args))
+    return fusion.written(args, fusion.theirs(Stock(), args))  # type: ignore[arg-type]
+
+
+def differ(ours: Tensors, theirs: Tensors) -> list[int]:
+    """Results that differ by more than the order of a sum explains, an ulp of bf16 or two."""
+    pairs = list(zip(ours, theirs, strict=True))
+    assert all((a is None) == (b is None) for a, b in pairs)
+    slack = 2 * torch.finfo(torch.bfloat16).eps
+    return [
+        i
+        for i, (a, b) in enumerate(pairs)
+        if a is not None
+        and b is not None
+        and not torch.allclose(a.float(), b.float(), rtol=slack, atol=slack)
+    ]
+
+
+@each_case
+@pytest.mark.parametrize("by", ["stock", "reference"])
+def test_the_kernel_computes_what_stock_does(name: str, by: str):
+    assert differ(computed(name, "kernel"), computed(name, by)) == []
+
+
+@each_case
+def test_its_arguments_fit(name: str):
+    fusion, args = case(name, "cpu")
+    assert fusion.unfit(args) is None
+
+
+@each_case
+def test_what_a_self_check_draws(name: str):
+    """The same every time, though a call overwrites it; for the kernel; this call's weights."""
+    fusion, args = case(name, "cpu")
+    first = fusion.drawn(args)
+    fusion.launch(first, Kind.PRECISE)
+    second, third = fusion.drawn(args), fusion.drawn(args)
+    assert fusion.unfit(second) is None
+    for field, a, b in zip(second._fields, second, third, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b), field
+        if "weight" in field:
+            assert a is getattr(args, field)
+
+
+@each_case
+def test_a_self_check_sees_one_wrong_number(name: str, monkeypatch: pytest.MonkeyPatch):
+    """With stock's calls in the kernel's place it finds nothing; with one number changed, that one."""
+    fusion, args = case(name, "cpu")
+    monkeypatch.setattr(fusions, "followed", Stock)
+    monkeypatch.setattr("gemma4_turbo.fusions.qkv.followed", Stock)
+    wrong: list[int] = []
+
+    def launch(args: Any, kind: int) -> Any:
+        result = fusion.theirs(Stock(), args)  # type: ignore[arg-type]
+        for tensor in fusion.written(args, result)[: len(wrong)]:
+            assert tensor is not None
+            tensor[1, 3] += tensor[1, 3].abs() + 1
+        return result
+
+    monkeypatch.setattr(fusion, "launch", launch)
+    if isinstance(fusion, fusions.Fusion) and fusion.patch in ("qkv_norm", "rope_store"):
+        monkeypatch.setattr(qkv, "launch_qkv", lambda *args: launch(type(second)(*args[:9]), 0))
+    second = fusion.drawn(args)
+    assert fusion.differing(args, Kind.PRECISE) == 0
+    wrong.append(1)
+    times = 2 if fusion.patch in ("qkv_norm", "rope_store") else 1  # one head a program, several
+    assert fusion.differing(args, Kind.PRECISE) == times
+
+
+def test_every_bitwise_fusion_is_here():
+    """Each fusion of the ports that is compared with stock's bits has a case."""
+    from gemma4_turbo.fusions.projection import QProjection
+    from gemma4_turbo.fusions.skinny_gemm import SkinnyGemm
+    from gemma4_turbo.ports.v0_5_12 import attention, decoder_layer, linear, router_norm
+
+    modules = (attention, decoder_layer, linear, router_norm)
+    kinds = {type(value) for module in modules for value in vars(module).values()}
+    bitwise = {
+        kind for kind in kinds if issubclass(kind, Fusion) and kind not in (QProjection, SkinnyGemm)
+    }
+    assert bitwise == {type(case(name, "cpu")[0]) for name in NAMES}
+
+
+def test_epsilons_are_told_apart(monkeypatch: pytest.MonkeyPatch):
+    """Each norm is given its own, in kernel and stock alike."""
+    for name in ("layer_norms, router", "input_norm, experts", "ple_tail, next norm"):
+        fusion, args = case(name, "cpu")
+        fields = [field for field in args._fields if field.endswith("eps")]
+        assert fields
+        for place, field in enumerate(fields):
+            fusion, args = case(name, "cpu")
+            _, others = case(name, "cpu")
+            eps = EPS + 0.5 * (place + 1)
+            ours = fusion.written(args, fusion.launch(args._replace(**{field: eps}), Kind.PRECISE))
+            theirs = fusion.theirs(Stock(), others._replace(**{field: eps}))  # type: ignore[arg-type]
+            assert differ(ours, fusion.written(others, theirs)) == [], (name, field)
+            plain = computed(name, "kernel")
+            assert differ(ours, plain) != [], (name, field)
