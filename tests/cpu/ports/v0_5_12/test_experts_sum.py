@@ -70,9 +70,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_the_buffer_itself(monkeypatch: pytest.MonkeyPatch):
     launched: list[Any] = []
-    launch = decoder_layer.layer_tail.launch_layer_tail
+    launch = decoder_layer.layer_tail.kernel.launch_layer_tail
     monkeypatch.setattr(
-        decoder_layer.layer_tail,
+        decoder_layer.layer_tail.kernel,
         "launch_layer_tail",
         lambda *args: launched.append(args) or launch(*args),
     )
