@@ -21,6 +21,7 @@ from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, RadixAttention, TritonBackend
 
 TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode"
 
@@ -36,14 +37,14 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
     @functools.wraps(stock_forward)
     def forward_decode(
-        self: Any,
+        self: TritonBackend,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        sinks: Any = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)  # type: ignore[no-any-return]
@@ -91,7 +92,13 @@ def undo(run: PatchRun) -> None:
 class _Call:
     """Arguments of one launch, or why there is none."""
 
-    def __init__(self, backend: Any, q: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+    def __init__(
+        self,
+        backend: TritonBackend,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+    ) -> None:
         metadata = backend.forward_metadata
         if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
             self.indptr, self.indices = metadata.window_kv_indptr, metadata.window_kv_indices
@@ -128,7 +135,9 @@ class _Call:
         self.arrived = arrived
 
 
-def _layer_unfit(backend: Any, layer: Any, sinks: Any) -> str | None:
+def _layer_unfit(
+    backend: TritonBackend, layer: RadixAttention, sinks: torch.Tensor | None
+) -> str | None:
     """Why the kernel cannot do what this layer asks for, or None."""
     if backend.use_mla:
         return "MLA"
