@@ -44,8 +44,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         block_k: int | None = 0,
         per_channel_quant: bool = False,
         down_moe: bool = False,
-    ) -> dict[int, Any] | None:
-        def stocks() -> dict[int, Any] | None:
+    ) -> moe_tables.Table | None:
+        def stocks() -> moe_tables.Table | None:
             return look_up(  # type: ignore[no-any-return]
                 E, N, dtype, block_n, block_k,
                 per_channel_quant=per_channel_quant, down_moe=down_moe,

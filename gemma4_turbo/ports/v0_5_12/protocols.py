@@ -22,11 +22,13 @@ import torch
 class Module(Protocol):
     """``torch.nn.Module``, beside what a class below reads of a module of SGLang's."""
 
-    _parameters: dict[str, torch.nn.Parameter | None]
-    _buffers: dict[str, torch.Tensor | None]
     _forward_hooks: dict[int, Callable[..., Any]]
     _forward_pre_hooks: dict[int, Callable[..., Any]]
 
+    @property
+    def _parameters(self) -> Mapping[str, torch.Tensor | None]: ...
+    @property
+    def _buffers(self) -> Mapping[str, torch.Tensor | None]: ...
     @property
     def _modules(self) -> Mapping[str, Module | None]: ...
     def modules(self) -> Iterator[Module]: ...
@@ -294,7 +296,7 @@ class TextConfig(Protocol):
     hidden_size: int
     num_hidden_layers: int
     pad_token_id: int | None
-    sliding_window: int | None
+    sliding_window: int
 
 
 class TextModel(Module, Protocol):
