@@ -768,6 +768,12 @@ class DraftBatch(ForwardBatch, Protocol):
     spec_info: DraftInput
 
 
+class CapturedDraftBatch(DraftBatch, Protocol):
+    """A `DraftBatch` over the buffers of a `DraftGraphRunner`."""
+
+    seq_lens_cpu: torch.Tensor
+
+
 class FrozenKVContext(Protocol):
     """``sglang.srt.speculative.frozen_kv_mtp_info.FrozenKVMTPContext``."""
 

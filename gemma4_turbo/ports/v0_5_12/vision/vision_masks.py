@@ -15,6 +15,7 @@ from gemma4_turbo.runtime import custom_ops, hooks
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import VisionAttention
 
 TARGET = "sglang.srt.models.gemma4_vision:Gemma4VisionAttention.forward"
 READ_NO_MASK = ("VisionTritonAttention", "VisionFlash3Attention", "VisionFlash4Attention")
@@ -28,7 +29,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     read_none = tuple(getattr(vision, name) for name in READ_NO_MASK if hasattr(vision, name))
 
     def forward(
-        self: Any,
+        self: VisionAttention,
         hidden_states: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
