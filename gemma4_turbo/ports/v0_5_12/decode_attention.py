@@ -9,6 +9,7 @@ A trace of torch.compile sees stock's function.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ _verdicts = Verdicts()
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The kernel where it fits and has passed its check, else stock."""
-    stock_forward = stock[TARGET]
+    stock_forward: Callable[..., torch.Tensor] = stock[TARGET]
 
     @functools.wraps(stock_forward)
     def forward_decode(
@@ -47,7 +48,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)  # type: ignore[no-any-return]
+            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         call = None
         reason = _layer_unfit(self, layer, sinks)
         if reason is None:
@@ -55,12 +56,12 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             reason = call.reason
         if reason is not None or call is None:
             run.declined(str(reason))
-            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)  # type: ignore[no-any-return]
+            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         capturing = custom_ops.capturing()
         reason = _unproven(run, call, capturing)
         if reason is not None:
             run.declined(reason)
-            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)  # type: ignore[no-any-return]
+            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         run.engaged(capturing)
         if save_kv_cache:
             forward_batch.token_to_kv_pool.set_kv_buffer(

@@ -245,12 +245,12 @@ def _mapping(allocator: object) -> tuple[torch.Tensor | None, str | None]:
     return cache.full_to_swa_index_mapping, None  # type: ignore[union-attr]
 
 
-def _window(run: PatchRun, stock: Callable[..., Any]) -> Callable[..., Any]:
+def _window(run: PatchRun, stock: Callable[..., object]) -> Callable[..., object]:
     """Either of stock's two functions; that of the CUDA graphs also brings the indices' buffer."""
     names = tuple(inspect.signature(stock).parameters)
 
     @functools.wraps(stock)
-    def window(*args: Any, **kwargs: Any) -> Any:
+    def window(*args: object, **kwargs: object) -> object:
         found = failure = None
         reason = _window_fallback.unfit()
         if reason is None:

@@ -61,7 +61,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _forward(run: PatchRun, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _forward(run: PatchRun, forward: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(forward)
     def checked(
         self: TRTLLMBackend,
@@ -72,7 +72,7 @@ def _forward(run: PatchRun, forward: Callable[..., Any]) -> Callable[..., Any]:
         forward_batch: ForwardBatch,
         *args: object,
         **kwargs: object,
-    ) -> Any:
+    ) -> object:
         if custom_ops.capturing():
             run.declined("a capture forbids looking; what a graph reads is looked at per replay")
         else:

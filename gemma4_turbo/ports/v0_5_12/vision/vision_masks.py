@@ -7,6 +7,7 @@ class, and one whose ``forward`` somebody has set may be shown the mask.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Stock's forward, without the mask where nobody reads it."""
     from sglang.srt.layers.attention import vision
 
-    attention = stock[TARGET]
+    attention: Callable[..., torch.Tensor] = stock[TARGET]
     read_none = tuple(getattr(vision, name) for name in READ_NO_MASK if hasattr(vision, name))
 
     def forward(
@@ -36,7 +37,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return attention(self, hidden_states, cos, sin, attention_mask)  # type: ignore[no-any-return]
+            return attention(self, hidden_states, cos, sin, attention_mask)
         backend = self.qkv_backend
         if type(backend) not in read_none:
             run.declined(f"{type(backend).__name__} may read the mask")
@@ -45,6 +46,6 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         else:
             attention_mask = None
             run.engaged(custom_ops.capturing())
-        return attention(self, hidden_states, cos, sin, attention_mask)  # type: ignore[no-any-return]
+        return attention(self, hidden_states, cos, sin, attention_mask)
 
     return {TARGET: forward}

@@ -120,7 +120,7 @@ def _graphs(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> Grap
     return found
 
 
-def _made_for(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> tuple[Any, ...]:
+def _made_for(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> tuple[object, ...]:
     """Objects that buffers are made for and memory that graphs point to, the weights apart."""
     pool, hidden = batch.token_to_kv_pool, tail.hidden_states
     read = sorted({layer.self_attn.attn.layer_id for layer in model.layers[cut.first :]})
@@ -351,7 +351,7 @@ class Graphs:
     """The graphs of one model over one set of pools."""
 
     def __init__(
-        self, model: TextModel, cut: Cut, made_for: tuple[Any, ...], failed: dict[Key, str]
+        self, model: TextModel, cut: Cut, made_for: tuple[object, ...], failed: dict[Key, str]
     ) -> None:
         self.made_for = made_for
         self.watched = Watched([*model.layers[cut.first :], model.norm])
