@@ -36,7 +36,7 @@ class Module(Protocol):
 
 
 class PlatformOp(Module, Protocol):
-    """``sglang.srt.layers.utils.MultiPlatformOp``: a module that chooses its function by platform."""
+    """``sglang.srt.layers.utils.multi_platform.MultiPlatformOp``: a module that chooses its function by platform."""
 
     _forward_method: MethodType
 
@@ -183,7 +183,7 @@ class TopKConfig(Protocol):
     """``sglang.srt.layers.moe.topk.TopKConfig``."""
 
     top_k: int
-    custom_routing_function: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None
+    custom_routing_function: Callable[..., tuple[torch.Tensor, torch.Tensor]]  # a Gemma4MoE has one
     output_format: object
 
 
@@ -194,7 +194,7 @@ class TopK(Module, Protocol):
 
 
 class MoeRunner(Protocol):
-    """``sglang.srt.layers.moe.moe_runner.MoeRunner``."""
+    """``sglang.srt.layers.moe.moe_runner.runner.MoeRunner``."""
 
     runner_backend: MoeRunnerBackend
 
