@@ -6,7 +6,6 @@ import importlib.util
 import re
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 # The first FlashInfer whose TRT-LLM kernel verifies more tokens with heads of 512 rightly.
 FLASHINFER_FOR_LONG_DRAFTS = (0, 6, 14)
@@ -34,7 +33,7 @@ def release(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 
-def on_launch(server_args: Any) -> list[str]:
+def on_launch(server_args: object) -> list[str]:
     """One sentence for each thing in stock's ``ServerArgs`` that is known to go wrong."""
     drafted = getattr(server_args, "speculative_num_draft_tokens", None) or 0
     backends = {getattr(server_args, name, None) for name in _BACKENDS}

@@ -7,13 +7,15 @@ SGLang's ``load_plugins`` afterwards leaves them without a say, and nothing else
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 from gemma4_turbo.engine import states
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.installer import Engine
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.any.protocols import ServerArgs
 
 _MODULE = "sglang.srt.server_args"
 _CLASS = f"{_MODULE}:ServerArgs."
@@ -29,12 +31,12 @@ def _installed(engine: Engine) -> list[PatchRun]:
     ]
 
 
-def mark(engine: Engine, server_args: Any) -> None:
+def mark(engine: Engine, server_args: object) -> None:
     """Note in a new instance which patches had a say in it."""
     vars(server_args)[_MARK] = tuple(run.patch.name for run in _installed(engine))
 
 
-def without_a_say(engine: Engine, server_args: Any) -> dict[str, bool]:
+def without_a_say(engine: Engine, server_args: object) -> dict[str, bool]:
     """Patches that are on and came too late for this instance, and whether they would have acted."""
     if not any(base.__module__ == _MODULE for base in type(server_args).__mro__):
         return {}  # a stand-in
@@ -46,28 +48,28 @@ def without_a_say(engine: Engine, server_args: Any) -> dict[str, bool]:
     }
 
 
-def _would_have_acted(run: PatchRun, server_args: Any) -> bool:
+def _would_have_acted(run: PatchRun, server_args: object) -> bool:
     try:
-        return _ACTS[run.patch.name](run.code, server_args)
+        return _ACTS[run.patch.name](cast("ModuleType", run.code), cast("ServerArgs", server_args))
     except Exception:  # where they cannot tell, the patches themselves leave stock's value
         return False
 
 
-def _swa_ratio(code: Any, server_args: Any) -> bool:
+def _swa_ratio(code: ModuleType, server_args: ServerArgs) -> bool:
     default = float(getattr(type(server_args), code.FIELD))
     return getattr(server_args, code.FIELD) == default and code.unfit(server_args) is None
 
 
-def _mm_prefill_graph(code: Any, server_args: Any) -> bool:
+def _mm_prefill_graph(code: ModuleType, server_args: ServerArgs) -> bool:
     return not server_args.enforce_piecewise_cuda_graph and code.unfit(server_args) is None
 
 
-def _mtp_moe_runner(code: Any, server_args: Any) -> bool:
+def _mtp_moe_runner(code: ModuleType, server_args: ServerArgs) -> bool:
     backend = server_args.moe_runner_backend
-    return backend.startswith("flashinfer") and code.is_unquantised_gemma4(server_args)  # type: ignore[no-any-return]
+    return backend.startswith("flashinfer") and code.is_unquantised_gemma4(server_args)
 
 
-_ACTS: dict[str, Callable[[Any, Any], bool]] = {
+_ACTS: dict[str, Callable[[ModuleType, ServerArgs], bool]] = {
     "swa_ratio": _swa_ratio,
     "mm_prefill_graph": _mm_prefill_graph,
     "mtp_moe_runner": _mtp_moe_runner,

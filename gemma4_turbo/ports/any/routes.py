@@ -16,7 +16,7 @@ import zipimport
 from collections.abc import Iterable, Iterator
 from importlib import machinery
 from importlib.metadata import entry_points
-from typing import Any
+from typing import cast
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -91,10 +91,12 @@ def _sitecustomize() -> bool:
         code = _read(spec)
     except OSError:
         return False  # Python cannot read it either, says so and goes on
-    return _calls_us(code, is_source=spec.origin.endswith(tuple(machinery.SOURCE_SUFFIXES)))
+    return _calls_us(
+        code, is_source=cast("str", spec.origin).endswith(tuple(machinery.SOURCE_SUFFIXES))
+    )
 
 
-def _sitecustomizes(entries: Iterable[str]) -> Iterator[Any]:
+def _sitecustomizes(entries: Iterable[str]) -> Iterator[machinery.ModuleSpec]:
     """The specs of those on PYTHONPATH, in order; Python runs the first one only.
 
     By finders of its own: the import system's keep what they have seen once.
@@ -111,18 +113,18 @@ def _sitecustomizes(entries: Iterable[str]) -> Iterator[Any]:
             break
 
 
-def _read(spec: Any) -> bytes:
+def _read(spec: machinery.ModuleSpec) -> bytes:
     """What a spec's loader would load, bounded."""
-    archive = getattr(spec.loader, "archive", None)
+    archive, origin = getattr(spec.loader, "archive", None), cast("str", spec.origin)
     if archive is None:
-        with open(spec.origin, "rb") as file:
+        with open(origin, "rb") as file:
             code = file.read(MOST_BYTES + 1)
     else:
-        member = os.path.relpath(spec.origin, archive)
+        member = os.path.relpath(origin, archive)
         with zipfile.ZipFile(archive) as opened, opened.open(member) as file:
             code = file.read(MOST_BYTES + 1)
     if len(code) > MOST_BYTES:
-        raise ValueError(f"{spec.origin} is larger than {MOST_BYTES} bytes")
+        raise ValueError(f"{origin} is larger than {MOST_BYTES} bytes")
     return code
 
 
@@ -157,7 +159,7 @@ def _calls_us(code: bytes, is_source: bool) -> bool:
 
 
 def unreached_schedulers(
-    routes: Iterable[str], engine: Any, server_args: Any, starter: Any
+    routes: Iterable[str], engine: object, server_args: object, starter: object
 ) -> list[str]:
     """Why schedulers of a launch would be stock though there is a way into ordinary ones.
 
@@ -187,7 +189,7 @@ def unreached_schedulers(
     ]
 
 
-def unreached_encoders(routes: Iterable[str], server_args: Any) -> list[str]:
+def unreached_encoders(routes: Iterable[str], server_args: object) -> list[str]:
     """Why ranks of an encoder server would be stock: only the first is in the main process."""
     ranks = getattr(server_args, "tp_size", 1)
     if not isinstance(ranks, int) or ranks < 2 or SITECUSTOMIZE in routes:

@@ -11,6 +11,7 @@ rounding of the weights' type; the order of the tokens is stock's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +23,8 @@ from gemma4_turbo.runtime.attempts import attempt
 from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import MultimodalDataItem
-
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.any.protocols import MultimodalItem, MultimodalModel, VisionTower
 
 IMAGE = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_image_feature"
 VIDEO = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_video_feature"
@@ -40,10 +40,10 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Both functions."""
     image, video = stock[IMAGE], stock[VIDEO]
 
-    def get_image_feature(self: Any, items: list[MultimodalDataItem]) -> torch.Tensor:
+    def get_image_feature(self: MultimodalModel, items: list[MultimodalItem]) -> torch.Tensor:
         return _features(run, self, items, "image_position_ids", image)
 
-    def get_video_feature(self: Any, items: list[MultimodalDataItem]) -> torch.Tensor:
+    def get_video_feature(self: MultimodalModel, items: list[MultimodalItem]) -> torch.Tensor:
         return _features(run, self, items, "video_position_ids", video)
 
     return {IMAGE: get_image_feature, VIDEO: get_video_feature}
@@ -55,12 +55,16 @@ def undo(run: PatchRun) -> None:
 
 
 def _features(
-    run: PatchRun, model: Any, items: list[Any], attribute: str, stock: Any
+    run: PatchRun,
+    model: MultimodalModel,
+    items: list[MultimodalItem],
+    attribute: str,
+    stock: Callable[[MultimodalModel, list[MultimodalItem]], torch.Tensor],
 ) -> torch.Tensor:
     """The embeddings of all items."""
 
     def stocks() -> torch.Tensor:
-        return stock(model, items)  # type: ignore[no-any-return]
+        return stock(model, items)
 
     if torch.compiler.is_compiling():
         return stocks()
@@ -77,7 +81,9 @@ def _features(
     )
 
 
-def _batched(model: Any, items: list[Any], attribute: str, ranks: int) -> torch.Tensor:
+def _batched(
+    model: MultimodalModel, items: list[MultimodalItem], attribute: str, ranks: int
+) -> torch.Tensor:
     """The embeddings of all items; `DeclinedError` where stock's path is to run."""
     entries = [entry for item in items for entry in _entries(model, item, attribute)]
     if not any(entry.positions is not None for entry in entries):
@@ -102,7 +108,7 @@ def _batched(model: Any, items: list[Any], attribute: str, ranks: int) -> torch.
     return batches.in_order(entries, encoded, projected, masks, model.language_model.device)
 
 
-def model_unfit(model: Any) -> str | None:
+def model_unfit(model: MultimodalModel) -> str | None:
     """Why this model's encoder is called image by image, or None."""
     from sglang.srt.layers.attention import vision
     from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration, Gemma4MultimodalEmbedder
@@ -125,11 +131,11 @@ def model_unfit(model: Any) -> str | None:
     return None
 
 
-def _embedder(model: Any) -> Any:
+def _embedder(model: MultimodalModel) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tokens: model.embed_vision(inputs_embeds=tokens)
 
 
-def _entries(model: Any, item: Any, attribute: str) -> list[batches.Entry]:
+def _entries(model: MultimodalModel, item: MultimodalItem, attribute: str) -> list[batches.Entry]:
     """An item's images or frames. `DeclinedError` if it holds anything unexpected."""
     from sglang.srt.managers.schedule_batch import flatten_nested_list
 
@@ -168,7 +174,7 @@ def _entries(model: Any, item: Any, attribute: str) -> list[batches.Entry]:
     return entries
 
 
-def describe(tower: Any) -> batches.Encoder:
+def describe(tower: VisionTower) -> batches.Encoder:
     """What the memory of SGLang's vision encoder depends on, under the patches that are in."""
     from gemma4_turbo.engine import states
 
@@ -184,7 +190,7 @@ def describe(tower: Any) -> batches.Encoder:
     )
 
 
-def _one_at_a_time(tower: Any) -> bool:
+def _one_at_a_time(tower: VisionTower) -> bool:
     """SGLang's attention through torch refuses a batch in the form that Gemma 4 asks for."""
     from sglang.srt.layers.attention import vision
 

@@ -8,6 +8,7 @@ is stock's own, so the bits are stock's wherever the table is finite.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.any.protocols import PatchEmbedder
 
 TARGET = "sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings"
 
@@ -25,10 +27,10 @@ _fallback = Fallback("the look-up")
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The look-up; stock for ids that its one-hot would refuse."""
-    one_hot = stock[TARGET]
+    one_hot: Callable[..., torch.Tensor] = stock[TARGET]
 
     def _position_embeddings(
-        self: Any, patch_positions: torch.Tensor, padding_positions: torch.Tensor
+        self: PatchEmbedder, patch_positions: torch.Tensor, padding_positions: torch.Tensor
     ) -> torch.Tensor:
         def ours() -> torch.Tensor:
             table = self.position_embedding_table
@@ -38,7 +40,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return look_up(patch_positions, padding_positions, table)
 
         def stocks() -> torch.Tensor:
-            return one_hot(self, patch_positions, padding_positions)  # type: ignore[no-any-return]
+            return one_hot(self, patch_positions, padding_positions)
 
         if torch.compiler.is_compiling():
             return stocks()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any
 
 from gemma4_turbo.engine import gates, neighbours
 from gemma4_turbo.engine.gates import Call, Check, add, guarded, install, register, remove
@@ -34,11 +33,11 @@ ENCODER_LOADED = "sglang.srt.disaggregation.encode_server:MMEncoder.__init__"
 
 # -- the launch -----------------------------------------------------------------------------------
 
-_launched: list[Any] = []  # the arguments of the launch that was looked at last
+_launched: list[object] = []  # the arguments of the launch that was looked at last
 
 
-def _server_args(call: Call) -> Any:
-    found = call.kwargs.get("server_args")
+def _server_args(call: Call) -> object:
+    found: object = call.kwargs.get("server_args")
     return call.args[0] if found is None and call.args else found
 
 

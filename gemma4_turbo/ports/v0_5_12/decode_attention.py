@@ -9,6 +9,7 @@ A trace of torch.compile sees stock's function.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, RadixAttention, TritonBackend
 
 TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode"
 
@@ -32,21 +34,21 @@ _verdicts = Verdicts()
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The kernel where it fits and has passed its check, else stock."""
-    stock_forward = stock[TARGET]
+    stock_forward: Callable[..., torch.Tensor] = stock[TARGET]
 
     @functools.wraps(stock_forward)
     def forward_decode(
-        self: Any,
+        self: TritonBackend,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        sinks: Any = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
-            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)  # type: ignore[no-any-return]
+            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         call = None
         reason = _layer_unfit(self, layer, sinks)
         if reason is None:
@@ -54,12 +56,12 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             reason = call.reason
         if reason is not None or call is None:
             run.declined(str(reason))
-            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)  # type: ignore[no-any-return]
+            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         capturing = custom_ops.capturing()
         reason = _unproven(run, call, capturing)
         if reason is not None:
             run.declined(reason)
-            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)  # type: ignore[no-any-return]
+            return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         run.engaged(capturing)
         if save_kv_cache:
             forward_batch.token_to_kv_pool.set_kv_buffer(
@@ -91,7 +93,13 @@ def undo(run: PatchRun) -> None:
 class _Call:
     """Arguments of one launch, or why there is none."""
 
-    def __init__(self, backend: Any, q: torch.Tensor, layer: Any, forward_batch: Any) -> None:
+    def __init__(
+        self,
+        backend: TritonBackend,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+    ) -> None:
         metadata = backend.forward_metadata
         if layer.sliding_window_size is not None and layer.sliding_window_size > -1:
             self.indptr, self.indices = metadata.window_kv_indptr, metadata.window_kv_indices
@@ -128,7 +136,9 @@ class _Call:
         self.arrived = arrived
 
 
-def _layer_unfit(backend: Any, layer: Any, sinks: Any) -> str | None:
+def _layer_unfit(
+    backend: TritonBackend, layer: RadixAttention, sinks: torch.Tensor | None
+) -> str | None:
     """Why the kernel cannot do what this layer asks for, or None."""
     if backend.use_mla:
         return "MLA"

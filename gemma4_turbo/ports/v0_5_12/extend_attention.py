@@ -25,6 +25,7 @@ from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, RadixAttention, TritonBackend
 
 BACKEND = "sglang.srt.layers.attention.triton_backend"
 STOCK_KERNEL = "sglang.srt.layers.attention.triton_ops.extend_attention"
@@ -59,12 +60,12 @@ def undo(run: PatchRun) -> None:
 def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(stock)
     def forward_extend(
-        self: Any,
+        self: TritonBackend,
         q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: Any,
-        forward_batch: Any,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
@@ -95,7 +96,13 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
     return forward_extend
 
 
-def _layer_unfit(backend: Any, layer: Any, k: Any, v: Any, sinks: Any) -> str | None:
+def _layer_unfit(
+    backend: TritonBackend,
+    layer: RadixAttention,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+) -> str | None:
     """Why this layer takes stock's path in this backend, or None."""
     if not sglang_types.is_triton_backend(backend):
         return f"the attention backend is {type(backend).__name__}"
@@ -128,7 +135,13 @@ class _Call:
     """
 
     def __init__(
-        self, backend: Any, q: torch.Tensor, k: Any, v: Any, layer: Any, forward_batch: Any
+        self,
+        backend: TritonBackend,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
     ) -> None:
         heads, dim = layer.tp_q_head_num, layer.qk_head_dim
         pool = forward_batch.token_to_kv_pool
@@ -139,7 +152,7 @@ class _Call:
         self.given = k, v
         self.k_buffer = pool.get_key_buffer(layer.layer_id)
         self.v_buffer = pool.get_value_buffer(layer.layer_id)
-        if k is None:  # the layer shares the KV of an earlier one
+        if k is None or v is None:  # the layer shares the KV of an earlier one
             tokens = forward_batch.out_cache_loc.shape[0]
             k, v = self.k_buffer[:tokens], self.v_buffer[:tokens]
         self.q = q.view(-1, heads, dim)
@@ -152,7 +165,7 @@ class _Call:
         self.kv_indices = metadata.window_kv_indices if sliding else metadata.kv_indices
         if metadata.kv_indices is not None and metadata.kv_indices.shape[0] == 0:
             self.kv_indices = metadata.kv_indices  # no prefix at all; the window's is a bound
-        self.options = {
+        self.options: dict[str, Any] = {
             "sm_scale": layer.scaling,
             "sliding_window_size": window if sliding else -1,
             "custom_mask": metadata.custom_mask,
@@ -170,7 +183,7 @@ class _Call:
     def run(self, save_kv_cache: bool) -> torch.Tensor:
         """Store K and V, attend, and return the output in q's shape."""
         key, value = self.given
-        if key is None:
+        if key is None or value is None:
             slots = extend_wraps.new_slots(self.layer, self.batch)
             self.k, self.v = self.k_buffer[slots], self.v_buffer[slots]
         elif save_kv_cache:
@@ -200,7 +213,7 @@ class _Call:
         return out
 
 
-def _causal(backend: Any, layer: Any) -> bool:
+def _causal(backend: TritonBackend, layer: RadixAttention) -> bool:
     """As stock decides it; the kinds of attention are compared by their names."""
     kind = getattr(layer.attn_type, "name", "")
     both_ways = kind == "DECODER_BIDIRECTIONAL" and backend.allow_bidirectional_attention_in_extend
@@ -219,7 +232,7 @@ def _stock_query_block(head_dim: int) -> int:
 # -- the window's slots -------------------------------------------------------------------------
 
 
-def _mapping(allocator: Any) -> tuple[torch.Tensor | None, str | None]:
+def _mapping(allocator: object) -> tuple[torch.Tensor | None, str | None]:
     """(the mapping from full to sliding slots or None, why it cannot be told or None)."""
     if not hasattr(allocator, "translate_loc_from_full_to_swa"):
         return None, None
@@ -232,12 +245,12 @@ def _mapping(allocator: Any) -> tuple[torch.Tensor | None, str | None]:
     return cache.full_to_swa_index_mapping, None  # type: ignore[union-attr]
 
 
-def _window(run: PatchRun, stock: Callable[..., Any]) -> Callable[..., Any]:
+def _window(run: PatchRun, stock: Callable[..., object]) -> Callable[..., object]:
     """Either of stock's two functions; that of the CUDA graphs also brings the indices' buffer."""
     names = tuple(inspect.signature(stock).parameters)
 
     @functools.wraps(stock)
-    def window(*args: Any, **kwargs: Any) -> Any:
+    def window(*args: object, **kwargs: object) -> object:
         found = failure = None
         reason = _window_fallback.unfit()
         if reason is None:
@@ -337,7 +350,7 @@ def verify(run: PatchRun, device: str) -> list[Check]:
     return checks
 
 
-def _starts(lengths: Any, device: str) -> torch.Tensor:
+def _starts(lengths: list[int], device: str) -> torch.Tensor:
     sums = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     return torch.tensor(sums, dtype=torch.int32, device=device)
 

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from gemma4_turbo.ports.v0_5_12 import sglang_types
 
+if TYPE_CHECKING:
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, RadixAttention, TritonBackend
+
 TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend"
 
-Forward = Callable[..., Any]
+Forward = Callable[..., torch.Tensor]
 Wrap = Callable[[Forward], Forward]
 
 # From the inside out: a kernel has to see K and V as `kv_scales` reads them from the cache.
@@ -39,12 +44,13 @@ def disable(patch: str) -> None:
         _compose()
 
 
-def new_slots(layer: Any, forward_batch: Any) -> Any:
+def new_slots(layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
     """Where the step's own tokens lie in the buffers of this ``RadixAttention``'s pool."""
     pool, slots = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
     # As stock's backend has it.
     if isinstance(pool, sglang_types.types().swa_pool) and pool.layers_mapping[layer.layer_id][1]:
-        return pool.translate_loc_from_full_to_swa(slots)  # a sliding layer has a pool of its own
+        own: torch.Tensor = pool.translate_loc_from_full_to_swa(slots)
+        return own  # a sliding layer has a pool of its own
     return slots
 
 
@@ -56,14 +62,14 @@ def _compose() -> None:
 
 
 def forward_extend(
-    self: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    layer: Any,
-    forward_batch: Any,
+    self: TritonBackend,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    layer: RadixAttention,
+    forward_batch: ForwardBatch,
     save_kv_cache: bool = True,
-    sinks: Any = None,
-) -> Any:
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Stock's arguments and result."""
     return _functions["whole"](self, q, k, v, layer, forward_batch, save_kv_cache, sinks)

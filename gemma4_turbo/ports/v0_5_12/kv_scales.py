@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,6 +27,16 @@ from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        AssistantModel,
+        ForwardBatch,
+        FrozenKVContext,
+        KVPool,
+        ModelRunner,
+        Module,
+        RadixAttention,
+        TritonBackend,
+    )
 
 CONFIGURE = "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype"
 BIND = "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context"
@@ -35,16 +46,16 @@ FINISH = "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.process_weig
 class Scales(NamedTuple):
     """What a ``RadixAttention`` keeps of its two scales: tensors for writing, floats for reading."""
 
-    k_scale: Any
-    v_scale: Any
+    k_scale: torch.Tensor | float | None
+    v_scale: torch.Tensor | float | None
     k_scale_float: float | None
     v_scale_float: float | None
 
     @staticmethod
-    def of(attention: Any) -> Scales:
+    def of(attention: RadixAttention) -> Scales:
         """Copies of the tensors: a ``Parameter`` may be written to in place."""
 
-        def copied(value: Any) -> Any:
+        def copied(value: torch.Tensor | float | None) -> torch.Tensor | float | None:
             return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
         return Scales(
@@ -54,7 +65,7 @@ class Scales(NamedTuple):
             attention.v_scale_float,
         )
 
-    def write_to(self, attention: Any) -> None:
+    def write_to(self, attention: RadixAttention) -> None:
         """Into parameters in place, where there are any: a later loading finds them there."""
         for name in ("k_scale", "v_scale"):
             present, value = getattr(attention, name), getattr(self, name)
@@ -68,19 +79,19 @@ class Scales(NamedTuple):
 class Link(NamedTuple):
     """Whose cache an attention reads."""
 
-    owner: weakref.ref[Any]
+    owner: weakref.ref[RadixAttention]
     stock: Scales  # what stock left there
 
 
-def floats(attention: Any) -> tuple[float, float]:
+def floats(attention: RadixAttention) -> tuple[float, float]:
     """The scales as the kernels see them: without one, 1."""
     k, v = attention.k_scale_float, attention.v_scale_float
     return (1.0 if k is None else k, 1.0 if v is None else v)
 
 
-_links: weakref.WeakKeyDictionary[Any, Link] = weakref.WeakKeyDictionary()
-_scaled: weakref.WeakSet[Any] = weakref.WeakSet()  # those whose scales are the owner's by our doing
-_owners: weakref.WeakSet[Any] = weakref.WeakSet()
+_links: weakref.WeakKeyDictionary[RadixAttention, Link] = weakref.WeakKeyDictionary()
+_scaled: weakref.WeakSet[RadixAttention] = weakref.WeakSet()  # given the owner's scales by us
+_owners: weakref.WeakSet[RadixAttention] = weakref.WeakSet()
 _fallback = Fallback("the multiplication of K and V")
 
 
@@ -96,9 +107,11 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _configure(run: PatchRun, configure: Any) -> Any:
+def _configure(
+    run: PatchRun, configure: Callable[[ModelRunner], None]
+) -> Callable[[ModelRunner], None]:
     @functools.wraps(configure)
-    def configure_kv_cache_dtype(self: Any) -> None:
+    def configure_kv_cache_dtype(self: ModelRunner) -> None:
         configure(self)
         if eight_bit(self.kv_cache_dtype):
             _guarded(run, link_shared_layers, self.model)
@@ -106,11 +119,13 @@ def _configure(run: PatchRun, configure: Any) -> Any:
     return configure_kv_cache_dtype
 
 
-def _bind(run: PatchRun, bind: Any) -> Any:
+def _bind(
+    run: PatchRun, bind: Callable[[AssistantModel, Module, KVPool], FrozenKVContext]
+) -> Callable[[AssistantModel, Module, KVPool], FrozenKVContext]:
     @functools.wraps(bind)
     def build_frozen_kv_mtp_context(
-        self: Any, target_model: Any, target_token_to_kv_pool: Any
-    ) -> Any:
+        self: AssistantModel, target_model: Module, target_token_to_kv_pool: KVPool
+    ) -> FrozenKVContext:
         context = bind(self, target_model, target_token_to_kv_pool)
         if eight_bit(getattr(target_token_to_kv_pool, "dtype", None)):
             _guarded(run, link_draft, self, target_model, context)
@@ -119,9 +134,11 @@ def _bind(run: PatchRun, bind: Any) -> Any:
     return build_frozen_kv_mtp_context
 
 
-def _finish(run: PatchRun, finish: Any) -> Any:
+def _finish(
+    run: PatchRun, finish: Callable[[object, RadixAttention], None]
+) -> Callable[[object, RadixAttention], None]:
     @functools.wraps(finish)
-    def process_weights_after_loading(self: Any, layer: Any) -> None:
+    def process_weights_after_loading(self: object, layer: RadixAttention) -> None:
         finish(self, layer)
         if _links:
             _guarded(run, refresh, layer)
@@ -129,18 +146,18 @@ def _finish(run: PatchRun, finish: Any) -> Any:
     return process_weights_after_loading
 
 
-def _extend(run: PatchRun, forward: Any) -> Any:
+def _extend(run: PatchRun, forward: extend_wraps.Forward) -> extend_wraps.Forward:
     @functools.wraps(forward)
     def forward_extend(
-        self: Any,
-        q: Any,
-        k: Any,
-        v: Any,
-        layer: Any,
-        forward_batch: Any,
+        self: TritonBackend,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        sinks: Any = None,
-    ) -> Any:
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         if k is None and v is None and _fallback.unfit() is None:
             try:
                 if scaled(run, layer):
@@ -154,19 +171,19 @@ def _extend(run: PatchRun, forward: Any) -> Any:
     return forward_extend
 
 
-def _guarded(run: PatchRun, function: Any, *arguments: Any) -> None:
+def _guarded(run: PatchRun, function: Callable[..., None], *arguments: object) -> None:
     try:
         function(run, *arguments)
     except Exception as error:  # never in the way of a model that stock can serve
         run.set(states.FAILED, told(error))
 
 
-def eight_bit(dtype: Any) -> bool:
+def eight_bit(dtype: object) -> bool:
     """Whether a KV cache of ``dtype`` is written divided by the scales."""
     return isinstance(dtype, torch.dtype) and dtype.itemsize == 1
 
 
-def link_shared_layers(run: PatchRun, model: Any) -> None:
+def link_shared_layers(run: PatchRun, model: Module) -> None:
     """Every KV-shared layer of ``model`` follows the layer whose cache it reads."""
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
     from sglang.srt.models.gemma4_mtp import Gemma4AssistantForCausalLM
@@ -182,7 +199,9 @@ def link_shared_layers(run: PatchRun, model: Any) -> None:
                     link(run, attention.attn, owner.attn)
 
 
-def link_draft(run: PatchRun, draft: Any, target_model: Any, context: Any) -> None:
+def link_draft(
+    run: PatchRun, draft: AssistantModel, target_model: Module, context: FrozenKVContext
+) -> None:
     """Every layer of an assistant follows the target's layer that ``context`` gives it."""
     from sglang.srt.models.gemma4_mtp import _resolve_target_text_model
 
@@ -192,14 +211,14 @@ def link_draft(run: PatchRun, draft: Any, target_model: Any, context: Any) -> No
         link(run, layer.self_attn.attn, owner.self_attn.attn)
 
 
-def link(run: PatchRun, reader: Any, owner: Any) -> None:
+def link(run: PatchRun, reader: RadixAttention, owner: RadixAttention) -> None:
     """From now on ``reader`` has the scales of ``owner``."""
     _links[reader] = Link(weakref.ref(owner), Scales.of(reader))
     _owners.add(owner)
     follow(run, reader)
 
 
-def follow(run: PatchRun, reader: Any) -> None:
+def follow(run: PatchRun, reader: RadixAttention) -> None:
     """Take over the owner's scales where they differ."""
     owner = _links[reader].owner()
     if owner is None or floats(owner) == floats(reader):
@@ -209,7 +228,7 @@ def follow(run: PatchRun, reader: Any) -> None:
     run.engaged(False)
 
 
-def scaled(run: PatchRun, layer: Any) -> bool:
+def scaled(run: PatchRun, layer: RadixAttention) -> bool:
     """Whether what the cache holds for ``layer``, a reader or an owner, was divided by scales.
 
     A reader takes over here what somebody gave its owner without a loading of weights.
@@ -221,7 +240,7 @@ def scaled(run: PatchRun, layer: Any) -> bool:
     return floats(layer) != (1.0, 1.0)
 
 
-def refresh(run: PatchRun, layer: Any) -> None:
+def refresh(run: PatchRun, layer: RadixAttention) -> None:
     """After the weights of ``layer`` were loaded again: itself, and all that read its cache."""
     for reader, (owner, _) in list(_links.items()):
         if reader is layer or owner() is layer:
@@ -229,7 +248,7 @@ def refresh(run: PatchRun, layer: Any) -> None:
 
 
 def new_keys_and_values(
-    layer: Any, forward_batch: Any, dtype: torch.dtype
+    layer: RadixAttention, forward_batch: ForwardBatch, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of an extend step's own tokens, out of the owner's cache, as they were computed.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ _found: dict[tuple[int, int], tuple[Pair | None, str]] = {}  # per shape: tables
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The package's tables where there are some for this shape and GPU, else stock's look-up."""
-    look_up = stock[TARGET]
+    look_up: Callable[..., moe_tables.Table | None] = stock[TARGET]
 
     @functools.wraps(look_up)
     def get_moe_configs(
@@ -44,9 +45,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         block_k: int | None = 0,
         per_channel_quant: bool = False,
         down_moe: bool = False,
-    ) -> dict[int, Any] | None:
-        def stocks() -> dict[int, Any] | None:
-            return look_up(  # type: ignore[no-any-return]
+    ) -> moe_tables.Table | None:
+        def stocks() -> moe_tables.Table | None:
+            return look_up(
                 E, N, dtype, block_n, block_k,
                 per_channel_quant=per_channel_quant, down_moe=down_moe,
             )  # fmt: skip

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,6 +22,12 @@ from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        ForwardBatch,
+        RadixAttention,
+        SWAAllocator,
+        TRTLLMBackend,
+    )
 
 BACKEND = "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend"
 ALLOCATOR = "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator"
@@ -54,11 +61,18 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _forward(run: PatchRun, forward: Any) -> Any:
+def _forward(run: PatchRun, forward: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(forward)
     def checked(
-        self: Any, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, *args: Any, **kwargs: Any
-    ) -> Any:
+        self: TRTLLMBackend,
+        q: object,
+        k: object,
+        v: object,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        *args: object,
+        **kwargs: object,
+    ) -> object:
         if custom_ops.capturing():
             run.declined("a capture forbids looking; what a graph reads is looked at per replay")
         else:
@@ -76,9 +90,11 @@ def _forward(run: PatchRun, forward: Any) -> Any:
     return checked
 
 
-def _replay(run: PatchRun, replay: Any) -> Any:
+def _replay(run: PatchRun, replay: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(replay)
-    def init_forward_metadata_replay_cuda_graph(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init_forward_metadata_replay_cuda_graph(
+        self: TRTLLMBackend, *args: object, **kwargs: object
+    ) -> None:
         replay(self, *args, **kwargs)
         pool = self._swa_kv_pool
         if pool is None:
@@ -98,13 +114,15 @@ def _replay(run: PatchRun, replay: Any) -> Any:
     return init_forward_metadata_replay_cuda_graph
 
 
-def _longest(backend: Any) -> int:
+def _longest(backend: TRTLLMBackend) -> int:
     return int(backend.max_context_len) + int(backend.speculative_num_draft_tokens or 0)
 
 
-def _allocation(run: PatchRun, allocate: Any) -> Any:
+def _allocation(
+    run: PatchRun, allocate: Callable[..., torch.Tensor | None]
+) -> Callable[..., torch.Tensor | None]:
     @functools.wraps(allocate)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def checked(self: SWAAllocator, *args: object, **kwargs: object) -> torch.Tensor | None:
         slots = allocate(self, *args, **kwargs)
         if slots is not None:
             sliding = self.full_to_swa_index_mapping[slots.long()]
@@ -139,7 +157,7 @@ def look(run: PatchRun, table: Table, where: str) -> None:
 
 
 def look_at_slots(
-    run: PatchRun, what: str, allocator: Any, slots: torch.Tensor, sliding: torch.Tensor
+    run: PatchRun, what: str, allocator: SWAAllocator, slots: torch.Tensor, sliding: torch.Tensor
 ) -> None:
     """Raise `TrapError` if a slot does not exist, or two tokens got the same one.
 
@@ -176,7 +194,7 @@ def look_at_slots(
         )
 
 
-def _trap(message: str, values: dict[str, Any]) -> None:
+def _trap(message: str, values: dict[str, object]) -> None:
     kept = {
         name: value.detach().cpu() if isinstance(value, torch.Tensor) else value
         for name, value in values.items()
@@ -188,7 +206,7 @@ def _trap(message: str, values: dict[str, Any]) -> None:
     raise TrapError(f"{message}; torch.load({path!r}) has them all")
 
 
-def _dump(values: dict[str, Any]) -> str:
+def _dump(values: dict[str, object]) -> str:
     """Keep ``values`` in a new file of the state folder."""
     with state_folder.opened(create=True) as folder:
         name = f"trtllm_debug-{processes.own()}-{next(_dumps)}.pt"

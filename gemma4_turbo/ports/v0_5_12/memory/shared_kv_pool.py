@@ -21,6 +21,7 @@ from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import ModelConfig, ModelRunner, PoolConfigurator
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -35,7 +36,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Stock's configurator, over the layers that have KV of their own."""
     init, calculate = stock[TARGET], stock[SIZES]
 
-    def __init__(self: Any, mr: Any) -> None:
+    def __init__(self: PoolConfigurator, mr: ModelRunner) -> None:
         reason, problem = attempt(run, "a look at the layers", lambda: unfit(mr))
         reason = reason or problem
         if reason is not None:
@@ -71,7 +72,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         setattr(self, FOR_POOLS, functools.partial(bytes_for_pools, mr, before, after))
         run.engaged(False)
 
-    def calculate_pool_sizes(self: Any, available_bytes: int, page_size: int) -> Any:
+    def calculate_pool_sizes(
+        self: PoolConfigurator, available_bytes: int, page_size: int
+    ) -> object:
         for_pools = getattr(self, FOR_POOLS, None)
         if for_pools is not None:
             try:
@@ -83,7 +86,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {TARGET: __init__, SIZES: calculate_pool_sizes}
 
 
-def bytes_for_pools(mr: Any, before: float, after: float, available_bytes: int) -> int:
+def bytes_for_pools(mr: ModelRunner, before: float, after: float, available_bytes: int) -> int:
     """What stock's table of requests leaves of the bytes, at ``before`` and ``after`` bytes a token."""
     stock, ours = int(available_bytes // before), int(available_bytes // after)
     rows: int = mr._resolve_max_num_reqs(ours) - mr._resolve_max_num_reqs(stock)
@@ -93,7 +96,7 @@ def bytes_for_pools(mr: Any, before: float, after: float, available_bytes: int) 
     return max(available_bytes - growth, fewest)
 
 
-def unfit(mr: Any) -> str | None:
+def unfit(mr: ModelRunner) -> str | None:
     """Why the pools stay as stock makes them, or None."""
     arguments, config = mr.server_args, mr.model_config
     architectures = getattr(config.hf_config, "architectures", None) or []
@@ -117,11 +120,11 @@ def unfit(mr: Any) -> str | None:
     return None
 
 
-def _shared(config: Any) -> int:
+def _shared(config: ModelConfig) -> int:
     return int(getattr(config.hf_text_config, "num_kv_shared_layers", 0) or 0)
 
 
-def owners(config: Any) -> tuple[list[int], list[int]]:
+def owners(config: ModelConfig) -> tuple[list[int], list[int]]:
     """Full and sliding layers that write KV."""
     first = config.hf_text_config.num_hidden_layers - _shared(config)
     full = [layer for layer in config.full_attention_layer_ids if layer < first]

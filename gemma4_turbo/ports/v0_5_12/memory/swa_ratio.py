@@ -16,6 +16,7 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import ServerArgs as Arguments
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -28,7 +29,7 @@ ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
 class Unset(float):
     """Stock's default, where nobody gave a value. Equal to it; plain once the model is known."""
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
         """Pickled as the number: another process need not know this class."""
         return float, (float(self),)
 
@@ -40,7 +41,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     adjust = stock[TARGET]
     _set_default(ServerArgs, Unset(getattr(ServerArgs, FIELD)))
 
-    def _handle_model_specific_adjustments(self: Any) -> None:
+    def _handle_model_specific_adjustments(self: Arguments) -> None:
         adjust(self)
         given = getattr(self, FIELD)
         if not isinstance(given, Unset):
@@ -61,7 +62,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {TARGET: _handle_model_specific_adjustments}
 
 
-def unfit(arguments: Any) -> str | None:
+def unfit(arguments: Arguments) -> str | None:
     """Why stock's default stays, or None."""
     from sglang.srt.connector import ConnectorType
     from sglang.srt.utils.common import parse_connector_type

@@ -18,10 +18,11 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import Attention
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__"
 
-_narrowed: weakref.WeakSet[Any] = weakref.WeakSet()  # the Gemma4Attention whose window is ours
+_narrowed: weakref.WeakSet[Attention] = weakref.WeakSet()  # those whose window is ours
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     construct = stock[TARGET]
 
     @functools.wraps(construct)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Attention, *args: object, **kwargs: object) -> None:
         construct(self, *args, **kwargs)
         try:
             reason = _narrow(self)
@@ -44,7 +45,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {TARGET: __init__}
 
 
-def _narrow(attention: Any) -> str | None:
+def _narrow(attention: Attention) -> str | None:
     """Why a sliding layer keeps its window, or None."""
     window = attention.config.sliding_window
     if attention.sliding_window is None:
@@ -56,7 +57,7 @@ def _narrow(attention: Any) -> str | None:
     return None
 
 
-def _set_window(attention: Any, window: int) -> None:
+def _set_window(attention: Attention, window: int) -> None:
     attention.sliding_window = attention.attn.sliding_window_size = window
 
 

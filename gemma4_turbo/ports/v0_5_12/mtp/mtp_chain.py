@@ -30,6 +30,13 @@ from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        DraftBatch,
+        DraftGraphRunner,
+        DraftInput,
+        DraftWorker,
+        LogitsProcessorOutput,
+    )
 
 CONSTRUCT = (
     "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPCudaGraphRunner.__init__"
@@ -37,7 +44,7 @@ CONSTRUCT = (
 METHODS = ("draft_forward", "_capture_for_decode")  # of the worker
 
 _fallback = Fallback("the draft")
-_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have our methods
+_workers: weakref.WeakSet[DraftWorker] = weakref.WeakSet()  # those that have our methods
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +52,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     construct = stock[CONSTRUCT]
 
     @functools.wraps(construct)
-    def __init__(self: Any, frozen_kv_mtp_worker: Any) -> None:
+    def __init__(self: DraftGraphRunner, frozen_kv_mtp_worker: DraftWorker) -> None:
         reason, problem = attempt(run, "a look at the worker", lambda: unfit(frozen_kv_mtp_worker))
         reason = reason or problem
         if reason is None:
@@ -63,7 +70,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {CONSTRUCT: __init__}
 
 
-def unfit(worker: Any) -> str | None:
+def unfit(worker: DraftWorker) -> str | None:
     """Why a ``FrozenKVMTPWorker`` keeps stock's methods, or None."""
     if worker.topk != 1:
         return f"{worker.topk} candidates per step"
@@ -79,7 +86,12 @@ def best(logits: torch.Tensor) -> torch.Tensor:
     return logits.max(dim=-1, keepdim=True).indices
 
 
-def capture_for_decode(run: PatchRun, worker: Any, logits_output: Any, draft_input: Any) -> None:
+def capture_for_decode(
+    run: PatchRun,
+    worker: DraftWorker,
+    logits_output: LogitsProcessorOutput,
+    draft_input: DraftInput,
+) -> None:
     """What the seed step leaves in ``draft_input`` for the draft."""
 
     def ours() -> None:
@@ -94,7 +106,10 @@ def capture_for_decode(run: PatchRun, worker: Any, logits_output: Any, draft_inp
 
 
 def draft_forward(
-    run: PatchRun, worker: Any, forward_batch: Any, skip_attn_backend_init: bool = False
+    run: PatchRun,
+    worker: DraftWorker,
+    forward_batch: DraftBatch,
+    skip_attn_backend_init: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Parents, places and tokens of the draft, as stock's ``draft_forward`` returns them."""
     draft_input = forward_batch.spec_info
@@ -102,9 +117,7 @@ def draft_forward(
 
     def stocks() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         forward_batch.input_ids, draft_input.hidden_states = given
-        return type(worker).draft_forward(  # type: ignore[no-any-return]
-            worker, forward_batch, skip_attn_backend_init
-        )
+        return type(worker).draft_forward(worker, forward_batch, skip_attn_backend_init)
 
     return _fallback.call(
         run,
@@ -115,7 +128,7 @@ def draft_forward(
 
 
 def _draft(
-    worker: Any, forward_batch: Any, skip_attn_backend_init: bool
+    worker: DraftWorker, forward_batch: DraftBatch, skip_attn_backend_init: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from sglang.srt.speculative.spec_utils import maybe_detect_nan, maybe_detect_oob
 

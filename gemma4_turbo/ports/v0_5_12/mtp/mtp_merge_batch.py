@@ -17,6 +17,7 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import DraftInput, ScheduleBatch
 
 TARGET = "sglang.srt.managers.schedule_batch:ScheduleBatch.merge_batch"
 
@@ -33,7 +34,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     outlived = (FrozenKVMTPVerifyInput, FrozenKVMTPDraftExtendInput)
 
     @functools.wraps(merge)
-    def merge_batch(self: Any, other: Any) -> None:
+    def merge_batch(self: ScheduleBatch, other: ScheduleBatch) -> None:
         for batch, partner in ((self, other), (other, self)):
             # A batch that still has something to decode needs real draft tokens: not ours to mend.
             try:
@@ -48,7 +49,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {TARGET: merge_batch}
 
 
-def idle_draft_input(draft_input: Any, batch: Any, partner: Any) -> Any:
+def idle_draft_input(
+    draft_input: type[DraftInput], batch: ScheduleBatch, partner: ScheduleBatch
+) -> DraftInput:
     """A draft input for no request, shaped like that of ``partner`` where it has one.
 
     Args:

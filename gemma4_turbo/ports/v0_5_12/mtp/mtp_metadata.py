@@ -22,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_turbo.engine import states
@@ -30,6 +30,13 @@ from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        DraftGraphRunner,
+        DraftWorker,
+        ForwardBatch,
+        Request,
+        ScheduleBatch,
+    )
 
 CAPTURE = (
     "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPCudaGraphRunner.capture"
@@ -44,10 +51,10 @@ METHODS = (
     EAGER,
 )  # of the worker
 
-_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have our methods
+_workers: weakref.WeakSet[DraftWorker] = weakref.WeakSet()  # those that have our methods
 
 
-Requests = tuple[tuple[str, Any], ...]  # id and row of the table of slots: users choose ids
+Requests = tuple[tuple[str, int | None], ...]  # id and row of the table of slots: users choose ids
 
 
 class Filled(NamedTuple):
@@ -68,7 +75,7 @@ class Memory:
         self.drafting = False
 
     @contextlib.contextmanager
-    def step(self, requests: Callable[[], Any], drafting: bool) -> Iterator[None]:
+    def step(self, requests: Callable[[], Iterable[Request]], drafting: bool) -> Iterator[None]:
         """A draft or a seed step of these requests."""
         try:
             self.requests = tuple((request.rid, request.req_pool_idx) for request in requests())
@@ -86,7 +93,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     capture_all = stock[CAPTURE]
 
     @functools.wraps(capture_all)
-    def capture(self: Any) -> None:
+    def capture(self: DraftGraphRunner) -> None:
         capture_all(self)
         worker = self.frozen_kv_mtp_worker
         reason, problem = attempt(run, "a look at the worker", lambda: unfit(worker))
@@ -99,7 +106,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {CAPTURE: capture}
 
 
-def unfit(worker: Any) -> str | None:
+def unfit(worker: DraftWorker) -> str | None:
     """Why a ``FrozenKVMTPWorker`` keeps stock's methods, or None."""
     if worker.topk != 1:
         return f"{worker.topk} candidates per step"
@@ -113,24 +120,24 @@ def unfit(worker: Any) -> str | None:
     return None
 
 
-def install(run: PatchRun, worker: Any) -> None:
+def install(run: PatchRun, worker: DraftWorker) -> None:
     """Our methods before stock's."""
     kind, memory = type(worker), Memory(run)
 
-    def draft(batch: Any) -> Any:
+    def draft(batch: ScheduleBatch) -> object:
         with memory.step(lambda: batch.reqs, True):
             return kind.draft(worker, batch)
 
-    def forward_draft_extend(batch: Any, *args: Any, **kwargs: Any) -> None:
+    def forward_draft_extend(batch: ScheduleBatch, *args: object, **kwargs: object) -> None:
         with memory.step(lambda: batch.reqs, False):
             kind.forward_draft_extend(worker, batch, *args, **kwargs)
         memory.seeded = None  # the radix cache may now exchange slots
 
-    def forward_draft_extend_after_decode(batch: Any) -> None:
+    def forward_draft_extend_after_decode(batch: ScheduleBatch) -> None:
         with memory.step(lambda: [r for r in batch.reqs if not r.finished()], False):
             kind.forward_draft_extend_after_decode(worker, batch)
 
-    def replay(forward_batch: Any, bs: int, seq_lens_sum: int) -> None:
+    def replay(forward_batch: ForwardBatch, bs: int, seq_lens_sum: int) -> None:
         wanted = None
         if memory.requests is not None and forward_batch.seq_lens_cpu is not None:
             try:
@@ -146,11 +153,11 @@ def install(run: PatchRun, worker: Any) -> None:
             getattr(kind, REPLAY)(worker, forward_batch, bs, seq_lens_sum)
             memory.seeded = None if memory.drafting else wanted
 
-    def eager(forward_batch: Any) -> None:
+    def eager(forward_batch: ForwardBatch) -> None:
         memory.seeded = None
         getattr(kind, EAGER)(worker, forward_batch)
 
-    def set_positions(forward_batch: Any) -> None:
+    def set_positions(forward_batch: ForwardBatch) -> None:
         # In a step the batch came with the positions of its lengths; in a capture with a buffer.
         made = getattr(forward_batch.spec_info, "positions", None)
         if memory.requests is None or made is None or forward_batch.positions is not made:

@@ -27,6 +27,13 @@ from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        CapturedDraftBatch,
+        DraftGraphRunner,
+        DraftInput,
+        DraftWorker,
+        ScheduleBatch,
+    )
 
 CAPTURE = (
     "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
@@ -38,15 +45,15 @@ METHOD = "_run_assistant_seed_step"  # of the worker
 class Captured(NamedTuple):
     """One graph: its batch, whose tensors are the runner's buffers, and what it writes."""
 
-    graph: Any
-    batch: Any
+    graph: torch.cuda.CUDAGraph
+    batch: CapturedDraftBatch
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # topk_p, topk_index, hidden_states
 
 
 class Seeds:
     """The graphs of one worker."""
 
-    def __init__(self, runner: Any) -> None:
+    def __init__(self, runner: DraftGraphRunner) -> None:
         self.runner = runner
         self.by_size: dict[int, Captured] = {}
         size = runner.max_bs
@@ -63,7 +70,7 @@ class Seeds:
 
 _fallback = Fallback("the seed step")
 _SEEDS = "_gemma4_turbo_seeds"  # on a worker
-_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have graphs
+_workers: weakref.WeakSet[DraftWorker] = weakref.WeakSet()  # those that have graphs
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -72,9 +79,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
     @functools.wraps(capture)
     def capture_one_batch_size(
-        self: Any, num_seqs: int, forward: Any, stream_idx: int = 0
-    ) -> tuple[Any, Any]:
-        captured: tuple[Any, Any] | None = None
+        self: DraftGraphRunner, num_seqs: int, forward: object, stream_idx: int = 0
+    ) -> tuple[object, object]:
+        captured: tuple[object, object] | None = None
         try:
             captured = capture(self, num_seqs, forward, stream_idx)
         except torch.OutOfMemoryError:
@@ -105,7 +112,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {CAPTURE: capture_one_batch_size}
 
 
-def runner_unfit(runner: Any) -> str | None:
+def runner_unfit(runner: DraftGraphRunner) -> str | None:
     """Why no seed step of a ``FrozenKVMTPCudaGraphRunner`` can be in a graph, or None."""
     worker, model_runner = runner.frozen_kv_mtp_worker, runner.model_runner
     if runner.topk != 1:
@@ -124,7 +131,7 @@ def runner_unfit(runner: Any) -> str | None:
     return None
 
 
-def _any_rank(runner: Any, failure: str) -> str:
+def _any_rank(runner: DraftGraphRunner, failure: str) -> str:
     """The failure of this rank or of another: all have a graph, or none.
 
     A rank that seeds eagerly reduces fewer rows than one whose graph pads them.
@@ -138,7 +145,7 @@ def _any_rank(runner: Any, failure: str) -> str:
 # -- capture --------------------------------------------------------------------------------------
 
 
-def _capture_seed(run: PatchRun, runner: Any, size: int) -> None:
+def _capture_seed(run: PatchRun, runner: DraftGraphRunner, size: int) -> None:
     from sglang.srt.layers.dp_attention import set_dp_buffer_len
     from sglang.srt.model_executor.cuda_graph_runner import (
         get_global_graph_memory_pool,
@@ -149,7 +156,7 @@ def _capture_seed(run: PatchRun, runner: Any, size: int) -> None:
     from sglang.srt.speculative.spec_utils import maybe_detect_nan
 
     worker = runner.frozen_kv_mtp_worker
-    seeds = vars(worker).get(_SEEDS)
+    seeds: Seeds | None = vars(worker).get(_SEEDS)
     if seeds is None or seeds.runner is not runner:
         seeds = Seeds(runner)
     batch = _batch(runner, seeds, size)  # the backend still has the metadata of the draft's graph
@@ -178,7 +185,7 @@ def _capture_seed(run: PatchRun, runner: Any, size: int) -> None:
     _workers.add(worker)
 
 
-def _batch(runner: Any, seeds: Seeds, size: int) -> Any:
+def _batch(runner: DraftGraphRunner, seeds: Seeds, size: int) -> CapturedDraftBatch:
     """A ``ForwardBatch`` over the runner's buffers, as stock makes one for the draft's graph."""
     from sglang.srt.layers.dp_attention import DpPaddingMode
     from sglang.srt.model_executor.forward_batch_info import (
@@ -194,7 +201,7 @@ def _batch(runner: Any, seeds: Seeds, size: int) -> Any:
     )
     draft_input.num_tokens_per_req = draft_input.num_tokens_for_logprob_per_req = 1
     draft_input.positions = buffers.positions[:size]
-    return ForwardBatch(
+    made: CapturedDraftBatch = ForwardBatch(
         forward_mode=ForwardMode.DECODE,
         batch_size=size,
         input_ids=seeds.input_ids[:size],
@@ -214,6 +221,7 @@ def _batch(runner: Any, seeds: Seeds, size: int) -> Any:
         spec_info=draft_input,
         capture_hidden_mode=CaptureHiddenMode.LAST,
     )
+    return made
 
 
 # -- the step -------------------------------------------------------------------------------------
@@ -221,13 +229,13 @@ def _batch(runner: Any, seeds: Seeds, size: int) -> Any:
 
 def seed_step(
     run: PatchRun,
-    worker: Any,
-    batch: Any,
+    worker: DraftWorker,
+    batch: ScheduleBatch,
     last_token_ids: torch.Tensor,
     last_hidden_states: torch.Tensor,
     seq_lens_cpu: torch.Tensor | None = None,
     mm_input_embeds: torch.Tensor | None = None,
-    draft_input: Any = None,
+    draft_input: DraftInput | None = None,
 ) -> None:
     """Stock's seed step: leaves the input of the next draft in ``batch.spec_info``."""
     rows = last_token_ids.numel()
@@ -246,8 +254,8 @@ def seed_step(
     def ours() -> None:
         lengths = batch.seq_lens_cpu if seq_lens_cpu is None else seq_lens_cpu
         reason = unfit(worker, batch, rows, last_hidden_states, lengths, mm_input_embeds)
-        if reason is not None:
-            raise DeclinedError(reason)
+        if reason is not None or lengths is None:
+            raise DeclinedError(str(reason))
         _seed(worker, batch, last_token_ids, last_hidden_states, lengths, draft_input)
 
     if batch.forward_mode.is_idle() or rows == 0:
@@ -261,12 +269,12 @@ def seed_step(
 
 
 def _seed(
-    worker: Any,
-    batch: Any,
+    worker: DraftWorker,
+    batch: ScheduleBatch,
     last_token_ids: torch.Tensor,
     last_hidden_states: torch.Tensor,
-    lengths: Any,
-    draft_input: Any,
+    lengths: torch.Tensor,
+    draft_input: DraftInput | None,
 ) -> None:
     from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode
     from sglang.srt.speculative.frozen_kv_mtp_info import FrozenKVMTPDraftInput
@@ -275,7 +283,7 @@ def _seed(
     seed.bonus_tokens = last_token_ids.to(torch.int64)
     seed.capture_hidden_mode = CaptureHiddenMode.LAST
     seed.num_tokens_per_req = seed.num_tokens_for_logprob_per_req = 1
-    seeds = vars(worker)[_SEEDS]
+    seeds: Seeds = vars(worker)[_SEEDS]
     outputs = _replay(seeds, batch, seed.bonus_tokens, last_hidden_states, lengths)
     seed.topk_p, seed.topk_index, seed.hidden_states = outputs
     seed.positions = None  # the draft sets its own; those of this step were in the graph
@@ -283,15 +291,15 @@ def _seed(
 
 
 def unfit(
-    worker: Any,
-    batch: Any,
+    worker: DraftWorker,
+    batch: ScheduleBatch,
     rows: int,
     last_hidden_states: torch.Tensor,
-    lengths: Any,
-    mm_input_embeds: Any,
+    lengths: torch.Tensor | None,
+    mm_input_embeds: torch.Tensor | None,
 ) -> str | None:
     """Why this seed step takes stock's path, or None."""
-    seeds = vars(worker)[_SEEDS]
+    seeds: Seeds = vars(worker)[_SEEDS]
     if seeds.hooks.hooked():
         return hooks.HOOKED.format("the assistant")
     if seeds.weights.moved():
@@ -320,7 +328,7 @@ def _size(seeds: Seeds, rows: int) -> int | None:
 
 def _replay(
     seeds: Seeds,
-    batch: Any,
+    batch: ScheduleBatch,
     tokens: torch.Tensor,
     last_hidden_states: torch.Tensor,
     lengths: torch.Tensor,
@@ -345,7 +353,7 @@ def _replay(
     return tuple(output[:rows].clone() for output in captured.outputs)
 
 
-def _release(worker: Any) -> None:
+def _release(worker: DraftWorker) -> None:
     """Stock's seed step again, and the graphs' memory back."""
     if worker in _workers:
         _workers.remove(worker)

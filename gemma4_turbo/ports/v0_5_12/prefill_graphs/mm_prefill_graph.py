@@ -25,7 +25,8 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -37,6 +38,12 @@ from gemma4_turbo.runtime.attempts import told
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.engine.swap import Swap
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        ForwardBatch,
+        MultimodalRunner,
+        ServerArgs,
+        TextModel,
+    )
     from gemma4_turbo.ports.v0_5_12.yoco.graph import Watched
 
 logger = logging.getLogger("gemma4_turbo")
@@ -89,12 +96,12 @@ _swaps: dict[str, Swap] = {}
 class Recorded(NamedTuple):
     """The graphs of a language model."""
 
-    runner: weakref.ref[Any]  # SGLang's ModelRunner
+    runner: weakref.ref[MultimodalRunner]  # SGLang's ModelRunner
     watched: Watched  # weights that they read
     inner: hooks.Watched  # every module inside the language model
 
 
-_recorded: weakref.WeakKeyDictionary[Any, Recorded] = weakref.WeakKeyDictionary()
+_recorded: weakref.WeakKeyDictionary[TextModel, Recorded] = weakref.WeakKeyDictionary()
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +114,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         wrapt.register_post_import_hook(_on_import, name)
     _Late.run = run
 
-    def _handle_piecewise_cuda_graph(self: Any) -> None:
+    def _handle_piecewise_cuda_graph(self: ServerArgs) -> None:
         if self.enforce_piecewise_cuda_graph or self.disable_piecewise_cuda_graph:
             run.declined("piecewise CUDA graphs were asked for or refused on the command line")
             return decide(self)  # type: ignore[no-any-return]
@@ -146,7 +153,7 @@ def undo(run: PatchRun) -> None:
 # -- which servers get them ------------------------------------------------------------------------
 
 
-def unfit(arguments: Any) -> str | None:
+def unfit(arguments: ServerArgs) -> str | None:
     """Why stock's rule stays, or None."""
     config = arguments.get_model_config()
     architectures = getattr(config.hf_config, "architectures", None) or []
@@ -172,7 +179,7 @@ def unfit(arguments: Any) -> str | None:
     return None
 
 
-def server_unfit(arguments: Any) -> str | None:
+def server_unfit(arguments: ServerArgs) -> str | None:
     """Those of the reasons that SGLang may still bring about after the decision."""
     from sglang.srt.utils import common
 
@@ -204,7 +211,7 @@ def _on(name: str) -> bool:
 def start(run: PatchRun, stock: Function) -> Function:
     """What replaces ``ModelRunner.init_piecewise_cuda_graphs``."""
 
-    def init_piecewise_cuda_graphs(self: Any) -> None:
+    def init_piecewise_cuda_graphs(self: MultimodalRunner) -> None:
         arguments = self.server_args
         if (
             not _is(self.model, MODEL)
@@ -235,7 +242,7 @@ def start(run: PatchRun, stock: Function) -> Function:
     return init_piecewise_cuda_graphs
 
 
-def _record(run: PatchRun, runner: Any, stock: Function, enforced: bool) -> str | None:
+def _record(run: PatchRun, runner: MultimodalRunner, stock: Function, enforced: bool) -> str | None:
     """Why there are to be no graphs, or None: they are there."""
     try:
         stock(runner)
@@ -248,7 +255,7 @@ def _record(run: PatchRun, runner: Any, stock: Function, enforced: bool) -> str 
     return None if enforced else crowded(runner)
 
 
-def missing(runner: Any) -> str | None:
+def missing(runner: MultimodalRunner) -> str | None:
     """What keeps this process from recording, though the arguments were fine, or None."""
     from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
 
@@ -267,13 +274,13 @@ def missing(runner: Any) -> str | None:
     return None
 
 
-def _is(thing: Any, known: tuple[str, str]) -> bool:
+def _is(thing: object, known: tuple[str, str]) -> bool:
     """Whether it is of this very class of SGLang's, by module and name; nothing is imported."""
     module, name = known
     return type(thing) is getattr(sys.modules.get(module), name, None)
 
 
-def _watch(run: PatchRun, runner: Any) -> None:
+def _watch(run: PatchRun, runner: MultimodalRunner) -> None:
     """From here on a graph that would read old weights, or pass hooks by, does not run.
 
     SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
@@ -289,13 +296,18 @@ def _watch(run: PatchRun, runner: Any) -> None:
         made.can_run = functools.partial(_can_run, run, weakref.ref(model), made.can_run)
 
 
-def _can_run(run: PatchRun, model: weakref.ref[Any], can_run: Any, forward_batch: Any) -> Any:
+def _can_run(
+    run: PatchRun,
+    model: weakref.ref[TextModel],
+    can_run: Callable[[ForwardBatch], bool],
+    forward_batch: ForwardBatch,
+) -> bool:
     """Stock's answer, unless the graphs have just been dropped."""
     answer = can_run(forward_batch)
-    return answer and not _dropped(run, model())
+    return answer and not _dropped(run, cast("TextModel", model()))  # its runner holds it
 
 
-def _dropped(run: PatchRun, model: Any) -> bool:
+def _dropped(run: PatchRun, model: TextModel) -> bool:
     """Whether the graphs of a language model had to go: this prefill is to run eagerly as well."""
     graphs_of = _recorded.get(model)
     if graphs_of is None:
@@ -313,7 +325,7 @@ def _dropped(run: PatchRun, model: Any) -> bool:
     return True
 
 
-def crowded(runner: Any) -> str | None:
+def crowded(runner: MultimodalRunner) -> str | None:
     """Why the graphs that were recorded take too much, or None."""
     from sglang.srt.utils import common
 
@@ -323,7 +335,7 @@ def crowded(runner: Any) -> str | None:
     return f"{left:.1f} GB of memory would be left beside the graphs, less than {LEFT_GB:.0f}"
 
 
-def _forget_graphs(runner: Any) -> None:
+def _forget_graphs(runner: MultimodalRunner | None) -> None:
     """No graph, no mark that a recording is under way, and the memory free again."""
     from sglang.srt.compilation import piecewise_context_manager as context
 
@@ -368,7 +380,7 @@ class Inputs:
         return buffer[: len(value)].copy_(value)
 
 
-_inputs: weakref.WeakKeyDictionary[Any, Inputs] = weakref.WeakKeyDictionary()
+_inputs: weakref.WeakKeyDictionary[TextModel, Inputs] = weakref.WeakKeyDictionary()
 
 
 def most_tokens() -> int:
@@ -384,11 +396,11 @@ def routine(run: PatchRun, stock: Function) -> Function:
 
     def general_mm_embed_routine(
         input_ids: torch.Tensor,
-        forward_batch: Any,
-        language_model: Any,
-        *others: Any,
+        forward_batch: ForwardBatch,
+        language_model: TextModel,
+        *others: object,
         **kwargs: Any,
-    ) -> Any:
+    ) -> object:
         positions = kwargs.get("positions")
         if (
             positions is None
@@ -446,7 +458,7 @@ def _replace_late(run: PatchRun, just_imported: str = "") -> None:
         _swaps[target] = swap
 
 
-def _on_import(module: Any) -> None:
+def _on_import(module: ModuleType) -> None:
     """Called by wrapt for each of `OCCASIONS`, and again for every `build`."""
     if _Late.run is None:
         return

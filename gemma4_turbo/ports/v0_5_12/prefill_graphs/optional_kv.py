@@ -8,6 +8,7 @@ and value stock's runs. Other attention arguments than Gemma 4's are stock's aff
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, ForwardContext, RadixAttention
 
 TARGET = "sglang.srt.layers.radix_attention:RadixAttention.forward"
 SCHEMA = (
@@ -31,20 +33,20 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     from sglang.srt.model_executor.breakable_cuda_graph.breakable_cuda_graph import eager_on_graph
     from sglang.srt.model_executor.breakable_cuda_graph.context import is_in_breakable_cuda_graph
 
-    attention = stock[TARGET]
+    attention: Callable[..., torch.Tensor] = stock[TARGET]
     attend = custom_ops.register(run.patch.name, SCHEMA, shared_attention, lambda *args: None)
     attend_between_graphs = eager_on_graph(True)(attend)
     split_ops.cut_graphs_at(SPLIT_NAMES)
 
     def forward(
-        self: Any,
-        q: Any,
-        k: Any,
-        v: Any,
-        forward_batch: Any,
+        self: RadixAttention,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **kwargs: Any,
-    ) -> Any:
+        **kwargs: object,
+    ) -> torch.Tensor:
         if (
             k is not None
             or v is not None
@@ -81,12 +83,12 @@ def shared_attention(
     """
     from sglang.srt.compilation.piecewise_context_manager import get_forward_context
 
-    context: Any = get_forward_context()
+    context: ForwardContext = get_forward_context()
     batch = context.forward_batch
     layer = context.attention_layers[layer_id]
     tokens = batch.num_token_non_padded_cpu
     whole, whole_swa = batch.out_cache_loc, batch.out_cache_loc_swa
-    pool = batch.token_to_kv_pool
+    pool: Any = batch.token_to_kv_pool  # not every kind has slots of sliding layers
     pool_loc = getattr(pool, "swa_loc", None)
     follows = whole_swa is not None and hasattr(pool, "set_swa_loc")
     batch.out_cache_loc = whole[:tokens]

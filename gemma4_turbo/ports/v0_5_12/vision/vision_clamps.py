@@ -10,6 +10,7 @@ is seen with the next loading only.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,6 +20,12 @@ from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        ClippableGateUpLinear,
+        ClippableLinear,
+        ClippableQKVLinear,
+        Module,
+    )
 
 ROW = "sglang.srt.layers.clippable_linear:ClippableRowParallelLinear.forward"
 COLUMN = "sglang.srt.layers.clippable_linear:ClippableColumnParallelLinear.forward"
@@ -45,9 +52,8 @@ class Known(NamedTuple):
     """What was read of a module's bounds."""
 
     stamp: weights.Stamp
-    bounds: list[
-        torch.Tensor
-    ]  # kept, for another tensor might get the identity of one that is gone
+    # Kept, for another tensor might get the identity of one that is gone.
+    bounds: list[torch.Tensor | None]
     bounded: frozenset[str]
 
 
@@ -55,8 +61,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Four forwards that clamp where there is something to clamp, and the loader that tells them."""
     load = stock[LOAD]
 
-    def single(target: str) -> Any:
-        def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+    def single(target: str) -> Callable[[ClippableLinear, torch.Tensor], torch.Tensor]:
+        def forward(self: ClippableLinear, x: torch.Tensor) -> torch.Tensor:
             bounded = _bounded(run, self, target, "linear")
             if bounded is None:
                 return stock[target](self, x)  # type: ignore[no-any-return]
@@ -66,11 +72,12 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         return forward
 
     def qkv_forward(
-        self: Any, hidden_states: torch.Tensor
+        self: ClippableQKVLinear, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         bounded = _bounded(run, self, QKV, "qkv_proj")
         if bounded is None:
             return stock[QKV](self, hidden_states)  # type: ignore[no-any-return]
+        qkv: Any  # `split` has no types
         qkv, _ = self.qkv_proj(_clamp(self, hidden_states, "input", bounded))
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         return (
@@ -79,10 +86,13 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             _clamp(self, v, "v_output", bounded),
         )
 
-    def gate_up_forward(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gate_up_forward(
+        self: ClippableGateUpLinear, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         bounded = _bounded(run, self, GATE_UP, "gate_up_proj")
         if bounded is None:
             return stock[GATE_UP](self, x)  # type: ignore[no-any-return]
+        gate_up: Any  # as above
         gate_up, _ = self.gate_up_proj(_clamp(self, x, "input", bounded))
         gate, up = gate_up.split([self.proj_size, self.proj_size], dim=-1)
         return (
@@ -91,7 +101,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         )
 
     @functools.wraps(load)
-    def load_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def load_weights(self: object, *args: object, **kwargs: object) -> object:
         try:
             return load(self, *args, **kwargs)
         finally:
@@ -112,7 +122,7 @@ def undo(run: PatchRun) -> None:
     _fallback.clear()
 
 
-def _bounded(run: PatchRun, module: Any, target: str, inner: str) -> frozenset[str] | None:
+def _bounded(run: PatchRun, module: Module, target: str, inner: str) -> frozenset[str] | None:
     """The pairs that bound anything; None where stock's forward must run."""
     if torch.compiler.is_compiling():
         return None
@@ -135,7 +145,7 @@ def _bounded(run: PatchRun, module: Any, target: str, inner: str) -> frozenset[s
     return known  # type: ignore[return-value]
 
 
-def _known(module: Any, target: str, captured: bool) -> frozenset[str] | str:
+def _known(module: Module, target: str, captured: bool) -> frozenset[str] | str:
     """The pairs that bound anything, or why stock's forward must run."""
     buffers = module._buffers
     bounds = [buffers.get(name) for name in NAMES[target]]
@@ -154,7 +164,7 @@ def _known(module: Any, target: str, captured: bool) -> frozenset[str] | str:
     return known.bounded
 
 
-def read_bounds(module: Any, pairs: tuple[str, ...]) -> frozenset[str]:
+def read_bounds(module: Module, pairs: tuple[str, ...]) -> frozenset[str]:
     """The pairs of which one bound is not infinite, or infinite the wrong way."""
     low = torch.stack([getattr(module, f"{pair}_min").detach() for pair in pairs])
     high = torch.stack([getattr(module, f"{pair}_max").detach() for pair in pairs])
@@ -162,7 +172,7 @@ def read_bounds(module: Any, pairs: tuple[str, ...]) -> frozenset[str]:
     return frozenset(pair for pair, unbounded in zip(pairs, free, strict=True) if not unbounded)
 
 
-def _clamp(module: Any, x: torch.Tensor, pair: str, bounded: frozenset[str]) -> torch.Tensor:
+def _clamp(module: Module, x: torch.Tensor, pair: str, bounded: frozenset[str]) -> torch.Tensor:
     if pair not in bounded:
         return x
     return torch.clamp(x, getattr(module, f"{pair}_min"), getattr(module, f"{pair}_max"))

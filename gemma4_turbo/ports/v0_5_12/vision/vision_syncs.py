@@ -28,7 +28,10 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     from sglang.srt.layers.attention import vision
 
     def lengths_of(
-        q: torch.Tensor, cu_seqlens: Any, bsz: int, seq_len: int
+        q: torch.Tensor,
+        cu_seqlens: torch.Tensor | list[torch.Tensor] | None,
+        bsz: int,
+        seq_len: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if cu_seqlens is not None:
             raise DeclinedError("sequences of different lengths")
@@ -39,15 +42,15 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         return uniform(bsz, seq_len, q.device)
 
     def triton_forward(
-        self: Any,
+        self: object,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_seqlens: Any,
+        cu_seqlens: torch.Tensor | list[torch.Tensor] | None,
         bsz: int,
         seq_len: int,
         softmax_scale: float | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         def ours() -> torch.Tensor:
             starts, lengths = lengths_of(q, cu_seqlens, bsz, seq_len)
@@ -67,15 +70,15 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         return _fallback.call(run, ours, stocks, TRITON)
 
     def flash3_forward(
-        self: Any,
+        self: object,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cu_seqlens: Any,
+        cu_seqlens: torch.Tensor | list[torch.Tensor] | None,
         bsz: int,
         seq_len: int,
         softmax_scale: float | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> torch.Tensor:
         def ours() -> torch.Tensor:
             starts, _ = lengths_of(q, cu_seqlens, bsz, seq_len)

@@ -15,6 +15,7 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, ModelRunner, ScheduleBatch
 
 BATCH = "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new"
 
@@ -23,8 +24,10 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     """The batch's constructor, which notes it."""
     init = stock[BATCH]
 
-    def init_new(cls: Any, batch: Any, model_runner: Any) -> Any:
-        made = init(cls, batch, model_runner)
+    def init_new(
+        cls: type[ForwardBatch], batch: ScheduleBatch, model_runner: ModelRunner
+    ) -> ForwardBatch:
+        made: ForwardBatch = init(cls, batch, model_runner)
         if made.seq_lens_cpu is not None:
             processor = getattr(getattr(model_runner, "model", None), "logits_processor", None)
             try:
@@ -39,7 +42,7 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     return {BATCH: init_new}
 
 
-def unfinished(batch: Any) -> list[bool] | None:
+def unfinished(batch: ScheduleBatch) -> list[bool] | None:
     """Per request, whether its prompt is longer than what this prefill ends with; None: unknown."""
     if not batch.forward_mode.is_extend() or batch.seq_lens_cpu is None or not batch.reqs:
         return None

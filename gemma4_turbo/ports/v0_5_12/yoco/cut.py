@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
@@ -24,6 +24,15 @@ from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        DecoderLayer,
+        ForwardBatch,
+        KVPool,
+        Module,
+        Prefill,
+        TextModel,
+        TritonBackend,
+    )
 
 YOCO = Step()
 UNFINISHED = "_gemma4_turbo_unfinished"
@@ -39,7 +48,7 @@ NOTHING_SHARED = "the model has no layers that share KV at its end"
 
 
 _fallback = Fallback("the cut")
-_watched: weakref.WeakKeyDictionary[Any, tuple[list[Any], hooks.Watched]] = (
+_watched: weakref.WeakKeyDictionary[TextModel, tuple[list[Module], hooks.Watched]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -59,7 +68,7 @@ class Cut(NamedTuple):
 class Tail(NamedTuple):
     """The batch that the shared layers see."""
 
-    batch: Any
+    batch: ForwardBatch
     rows: torch.Tensor
     positions: torch.Tensor
     hidden_states: torch.Tensor
@@ -68,7 +77,9 @@ class Tail(NamedTuple):
     per_layer_inputs: torch.Tensor | None
 
 
-def cut(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]) -> Cut | None:
+def cut(
+    model: TextModel, batch: ForwardBatch, positions: torch.Tensor, kwargs: dict[str, object]
+) -> Cut | None:
     """What to cut in this batch; None where all rows go through all layers, the reason reported."""
     run = YOCO.run
     if run is None or torch.compiler.is_compiling() or not batch.forward_mode.is_extend():
@@ -100,10 +111,12 @@ def forget() -> None:
     _fallback.clear()
 
 
-def counted(run: PatchRun, model: Any, first: int, batch: Any, reason: str | None) -> Cut | None:
+def counted(
+    run: PatchRun, model: TextModel, first: int, batch: ForwardBatch, reason: str | None
+) -> Cut | None:
     """What to cut where there is no ``reason`` against it, counted for the patch; or None."""
     if reason is None:
-        found = plan(model, first, batch)
+        found = plan(model, first, cast("Prefill", batch))
         if len(found.rows) < found.tokens:
             run.engaged(False)
             return found
@@ -112,7 +125,7 @@ def counted(run: PatchRun, model: Any, first: int, batch: Any, reason: str | Non
     return None
 
 
-def first_shared(model: Any) -> int | None:
+def first_shared(model: TextModel) -> int | None:
     """Index of the first of the layers that share KV; None unless they are the last ones."""
     shared = [_shares(layer) for layer in model.layers]
     count = sum(shared)
@@ -121,7 +134,7 @@ def first_shared(model: Any) -> int | None:
     return first if whole and count and first and all(shared[first:]) else None
 
 
-def _shares(layer: Any) -> bool:
+def _shares(layer: object) -> bool:
     attention: Any = getattr(layer, "self_attn", None)  # another pipeline stage's layer has none
     return bool(
         getattr(attention, "is_kv_shared_layer", False)
@@ -129,7 +142,9 @@ def _shares(layer: Any) -> bool:
     )
 
 
-def unfit(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]) -> str | None:
+def unfit(
+    model: TextModel, batch: ForwardBatch, positions: torch.Tensor, kwargs: dict[str, object]
+) -> str | None:
     """Why another row than the last ones is wanted, or the batch is none to cut; or None."""
     from sglang.srt.compilation.piecewise_context_manager import get_forward_context
 
@@ -139,7 +154,7 @@ def unfit(model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any
 
 
 def batch_unfit(
-    model: Any, batch: Any, positions: torch.Tensor, kwargs: dict[str, Any]
+    model: TextModel, batch: ForwardBatch, positions: torch.Tensor, kwargs: dict[str, object]
 ) -> str | None:
     """`unfit`, wherever the prefill runs."""
     return (
@@ -147,7 +162,7 @@ def batch_unfit(
     )
 
 
-def server_unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+def server_unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) -> str | None:
     """Those of the reasons that the lengths of the requests have no part in."""
     return (
         _rows_unfit(model, batch, kwargs)
@@ -157,7 +172,7 @@ def server_unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     )
 
 
-def _hooks_unfit(model: Any, batch: Any) -> str | None:
+def _hooks_unfit(model: TextModel, batch: ForwardBatch) -> str | None:
     """Whether somebody sees rows that the cut leaves out, or zeros in their place."""
     state = model.__dict__
     set_by = getattr(state.get("forward"), "__module__", hooks.__name__)
@@ -173,10 +188,10 @@ def _hooks_unfit(model: Any, batch: Any) -> str | None:
     return None
 
 
-def behind_the_cut(model: Any) -> hooks.Watched:
+def behind_the_cut(model: TextModel) -> hooks.Watched:
     """The hooks of the layers that share KV, of the last norm, and of all that is inside them."""
     layers = list(model.layers._modules.values())
-    every = [*layers, model.norm]
+    every: list[Module] = [*layers, model.norm]
     kept, watched = _watched.get(model, (None, None))
     if watched is None or kept is None or list(map(id, kept)) != list(map(id, every)):
         first = first_shared(model)
@@ -185,7 +200,7 @@ def behind_the_cut(model: Any) -> hooks.Watched:
     return watched
 
 
-def _mode_unfit(batch: Any) -> str | None:
+def _mode_unfit(batch: ForwardBatch) -> str | None:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     if custom_ops.capturing():
@@ -199,7 +214,7 @@ def _mode_unfit(batch: Any) -> str | None:
     return None
 
 
-def _rows_unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+def _rows_unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) -> str | None:
     from sglang.srt.server_args import get_global_server_args
 
     arguments = get_global_server_args()
@@ -230,7 +245,7 @@ def _rows_unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
     return None
 
 
-def _layout_unfit(batch: Any, positions: torch.Tensor) -> str | None:
+def _layout_unfit(batch: ForwardBatch, positions: torch.Tensor) -> str | None:
     if batch.global_num_tokens_cpu is not None:
         return "data-parallel attention pads the batch"
     if batch.padded_static_len >= 0:
@@ -255,7 +270,7 @@ def _layout_unfit(batch: Any, positions: torch.Tensor) -> str | None:
     return None
 
 
-def backend_unfit(backend: Any) -> str | None:
+def backend_unfit(backend: TritonBackend) -> str | None:
     """Why this attention backend's metadata are not ours to make, or None."""
     if not sglang_types.is_triton_backend(backend):
         return f"the attention backend is {type(backend).__name__}"
@@ -266,7 +281,7 @@ def backend_unfit(backend: Any) -> str | None:
     return None
 
 
-def _cache_unfit(model: Any, pool: Any) -> str | None:
+def _cache_unfit(model: TextModel, pool: KVPool) -> str | None:
     """With an 8-bit cache stock's extend kernel does not compile for the shared layers.
 
     It is to fail at the first prompt, not at the first one that is not cut.
@@ -277,7 +292,7 @@ def _cache_unfit(model: Any, pool: Any) -> str | None:
     return None
 
 
-def plan(model: Any, first: int, batch: Any) -> Cut:
+def plan(model: TextModel, first: int, batch: Prefill) -> Cut:
     """Rows and keys of each request whose prompt ends in this batch, from what the host knows."""
     sliding = next(
         (
@@ -304,7 +319,7 @@ def plan(model: Any, first: int, batch: Any) -> Cut:
     return found
 
 
-def window(layer: Any) -> int | None:
+def window(layer: DecoderLayer) -> int | None:
     """Keys before a token's own that a sliding layer sees; None for a layer that sees all."""
     size = layer.self_attn.attn.sliding_window_size
     return int(size) if size is not None and size > -1 else None
@@ -324,7 +339,7 @@ def window_keys(length: int, prefix: int, layer_window: int | None, buffered: in
 
 def tail(
     found: Cut,
-    batch: Any,
+    batch: ForwardBatch,
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     residual: torch.Tensor | None,
@@ -352,7 +367,7 @@ def tail(
     made.input_ids = None
     made.req_pool_indices = batch.req_pool_indices[requests]
     made.seq_lens = batch.seq_lens[requests]
-    made.seq_lens_cpu = batch.seq_lens_cpu[found.requests]
+    made.seq_lens_cpu = cast("torch.Tensor", batch.seq_lens_cpu)[found.requests]
     made.seq_lens_sum = sum(found.lengths)
     made.out_cache_loc = batch.out_cache_loc[rows]
     if batch.out_cache_loc_swa is not None:
@@ -381,8 +396,12 @@ def _starts(lengths: list[int]) -> list[int]:
 
 
 def _backend(
-    found: Cut, backend: Any, batch: Any, indptr: torch.Tensor, window_indptr: torch.Tensor
-) -> Any:
+    found: Cut,
+    backend: TritonBackend,
+    batch: ForwardBatch,
+    indptr: torch.Tensor,
+    window_indptr: torch.Tensor,
+) -> TritonBackend:
     """A shallow copy of the attention backend with metadata of its own: stock's stays as it is."""
     from sglang.srt.layers.attention.triton_backend import ForwardMetadata
 
@@ -432,8 +451,8 @@ def _backend(
 
 
 def _key_indices(
-    backend: Any,
-    batch: Any,
+    backend: TritonBackend,
+    batch: ForwardBatch,
     keys: torch.Tensor,
     first: torch.Tensor | None,
     indptr: torch.Tensor,

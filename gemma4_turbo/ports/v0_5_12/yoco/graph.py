@@ -17,8 +17,8 @@ import copy
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,9 @@ from gemma4_turbo.ports.v0_5_12.yoco.cut import Cut, Tail
 from gemma4_turbo.runtime import graphs, hooks
 from gemma4_turbo.runtime.attempts import told
 
+if TYPE_CHECKING:
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, Module, TextModel
+
 YOCO_GRAPH = Step()
 
 SIZES = (1, 2, 4, 8, 16)
@@ -37,7 +40,7 @@ DEVICES = ("cuda",)
 ROOM = 2**26  # bytes for the slots of all keys of a batch
 
 _GRAPHS = "_gemma4_turbo_tail_graphs"  # on a model
-_models: weakref.WeakSet[Any] = weakref.WeakSet()  # those that have graphs
+_models: weakref.WeakSet[TextModel] = weakref.WeakSet()  # those that have graphs
 
 Layers = Callable[[Tail], torch.Tensor]
 Key = tuple[int, bool, bool]
@@ -56,7 +59,7 @@ OFF = {
 """Arguments of the server, and what each of them means."""
 
 
-def run(model: Any, cut: Cut, tail: Tail, batch: Any) -> torch.Tensor:
+def run(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> torch.Tensor:
     """The last layers and the norm over ``tail``, which was cut from ``batch``: ``[rows, hidden]``.
 
     The result may lie in a graph's memory, which the next call overwrites. Both run on one stream,
@@ -95,14 +98,14 @@ def drop_all() -> None:
         _drop(model)
 
 
-def _drop(model: Any) -> None:
+def _drop(model: TextModel) -> None:
     _models.discard(model)
     found = vars(model).pop(_GRAPHS, None)
     if found is not None and found.captured and torch.cuda.is_available():
         torch.cuda.synchronize()  # one may be running, also on another stream
 
 
-def _graphs(model: Any, cut: Cut, tail: Tail, batch: Any) -> Graphs:
+def _graphs(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> Graphs:
     """The model's graphs; new ones where anything has moved that the old ones point to."""
     made_for = _made_for(model, cut, tail, batch)
     found: Graphs | None = vars(model).get(_GRAPHS)
@@ -117,7 +120,7 @@ def _graphs(model: Any, cut: Cut, tail: Tail, batch: Any) -> Graphs:
     return found
 
 
-def _made_for(model: Any, cut: Cut, tail: Tail, batch: Any) -> tuple[Any, ...]:
+def _made_for(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> tuple[object, ...]:
     """Objects that buffers are made for and memory that graphs point to, the weights apart."""
     pool, hidden = batch.token_to_kv_pool, tail.hidden_states
     read = sorted({layer.self_attn.attn.layer_id for layer in model.layers[cut.first :]})
@@ -138,7 +141,7 @@ def _made_for(model: Any, cut: Cut, tail: Tail, batch: Any) -> tuple[Any, ...]:
 # -- what takes the eager path ------------------------------------------------------------------------
 
 
-def unfit(tail: Tail, batch: Any) -> str | None:
+def unfit(tail: Tail, batch: ForwardBatch) -> str | None:
     """Why no graph runs for this tail in this server, or None."""
     from sglang.srt.distributed import get_tensor_model_parallel_world_size
     from sglang.srt.server_args import get_global_server_args
@@ -168,10 +171,10 @@ def unfit(tail: Tail, batch: Any) -> str | None:
 class Watched:
     """Parameters, buffers and hooks of modules that a graph runs: cheap to look at again."""
 
-    def __init__(self, modules: Iterable[Any]) -> None:
+    def __init__(self, modules: Iterable[Module]) -> None:
         roots = list(modules)
         every = list(dict.fromkeys(inner for module in roots for inner in module.modules()))
-        self._tensors = [
+        self._tensors: list[tuple[Mapping[str, Any], str, int]] = [
             (store, name, tensor.data_ptr())
             for module in every
             for store in (module._parameters, module._buffers)
@@ -202,7 +205,7 @@ class Watched:
 KEYS = ("kv_indptr", "kv_indices", "num_kv_splits")
 
 
-def _room(batch: Any) -> int:
+def _room(batch: ForwardBatch) -> int:
     """Keys of full layers that a batch can have: 8 bytes each."""
     context: int = batch.attn_backend.req_to_token.shape[1]
     return min(SIZES[-1] * context, ROOM // 8)
@@ -211,22 +214,22 @@ def _room(batch: Any) -> int:
 class Buffers:
     """Inputs of the graphs of all sizes, and what the attention backend tells their layers."""
 
-    def __init__(self, tail: Tail, batch: Any, window: int | None) -> None:
+    def __init__(self, tail: Tail, batch: ForwardBatch, window: int | None) -> None:
         """For tails like this one; ``window``: the most keys of a row in a sliding layer."""
         rows, device = SIZES[-1], tail.hidden_states.device
         backend = batch.attn_backend
         theirs = tail.batch.attn_backend.forward_metadata
 
-        def like(given: Any, length: int = rows) -> Any:
+        def like(given: torch.Tensor | None, length: int = rows) -> Any:
             if given is None:
                 return None
             return torch.zeros((length, *given.shape[1:]), dtype=given.dtype, device=device)
 
         self.steps = torch.arange(rows, dtype=torch.int32, device=device)
-        self.positions = like(tail.positions)
-        self.hidden_states = like(tail.hidden_states)
-        self.normed = like(tail.hidden_states)
-        self.per_layer_inputs = like(tail.per_layer_inputs)
+        self.positions: torch.Tensor = like(tail.positions)
+        self.hidden_states: torch.Tensor = like(tail.hidden_states)
+        self.normed: torch.Tensor = like(tail.hidden_states)
+        self.per_layer_inputs: torch.Tensor = like(tail.per_layer_inputs)  # None without
         self.metadata = copy.copy(theirs)
         for name in ("attn_logits", "swa_attn_logits", "attn_lse"):
             setattr(self.metadata, name, like(getattr(theirs, name)))
@@ -315,7 +318,7 @@ class Buffers:
 class CudaGraph:
     """One run of ``function`` in a CUDA graph, whose tensors are in memory of the graph's own."""
 
-    def __init__(self, function: Callable[[], torch.Tensor], pool: Any) -> None:
+    def __init__(self, function: Callable[[], torch.Tensor], pool: object) -> None:
         """Record it; nothing runs. ``pool``: memory of another graph to share, or None.
 
         Whatever ``function`` or CUDA raises comes through; nothing is left recording.
@@ -340,7 +343,7 @@ class CudaGraph:
         return self.output
 
 
-capture: Callable[[Callable[[], torch.Tensor], Any], Any] = CudaGraph
+capture: Callable[[Callable[[], torch.Tensor], object], CudaGraph] = CudaGraph
 """From a function and the pool of another graph to an object with ``replay()`` and ``pool``."""
 
 
@@ -348,7 +351,7 @@ class Graphs:
     """The graphs of one model over one set of pools."""
 
     def __init__(
-        self, model: Any, cut: Cut, made_for: tuple[Any, ...], failed: dict[Key, str]
+        self, model: TextModel, cut: Cut, made_for: tuple[object, ...], failed: dict[Key, str]
     ) -> None:
         self.made_for = made_for
         self.watched = Watched([*model.layers[cut.first :], model.norm])
@@ -357,10 +360,10 @@ class Graphs:
         self.window = None if before is None else before + 1  # the token's own key as well
         self.buffers: Buffers | None = None
         self.tails: dict[Key, Tail] = {}  # those that have run
-        self.captured: dict[Key, Any] = {}
+        self.captured: dict[Key, CudaGraph] = {}
         self.failed = failed
 
-    def unfit(self, tail: Tail, batch: Any) -> str | None:
+    def unfit(self, tail: Tail, batch: ForwardBatch) -> str | None:
         """Why this tail runs eagerly, or None."""
         if self.watched.hooked():
             return hooks.HOOKED.format("a layer")
@@ -372,7 +375,9 @@ class Graphs:
             return f"{keys} keys, the graphs have room for {_room(batch)}"
         return self.failed.get(key)
 
-    def run(self, tail: Tail, batch: Any, layers: Layers) -> tuple[torch.Tensor, str | None]:
+    def run(
+        self, tail: Tail, batch: ForwardBatch, layers: Layers
+    ) -> tuple[torch.Tensor, str | None]:
         """The tail's result, and what a graph was for it: None without. Raises what goes wrong."""
         key, count = _key(tail), len(tail.hidden_states)
         # Buffers made in inference mode could not be filled outside it.

@@ -17,7 +17,7 @@ import copy
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +29,9 @@ from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
 from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
 from gemma4_turbo.runtime import custom_ops, graphs
 from gemma4_turbo.runtime.fallback import Fallback
+
+if TYPE_CHECKING:
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, ForwardContext, TextModel
 
 YOCO_PIECEWISE = Step()
 NAME = "yoco_piecewise"
@@ -42,7 +45,7 @@ SPLIT_NAMES = custom_ops.cut_names(SCHEMA)
 # On a model: its number below, and its first layer that shares KV.
 _CUT = "_gemma4_turbo_traced_cut"
 _numbers = itertools.count()
-_models: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_models: weakref.WeakValueDictionary[int, TextModel] = weakref.WeakValueDictionary()
 _ops: dict[str, Callable[..., None]] = {}
 
 _fallback = Fallback("the cut")
@@ -73,7 +76,7 @@ def unregister() -> None:
 # -- before the trace ---------------------------------------------------------------------------
 
 
-def prepare(model: Any, batch: Any, kwargs: dict[str, Any]) -> bool:
+def prepare(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) -> bool:
     """Whether SGLang is about to compile ``model``, which is to be cut then: noted on it."""
     run = YOCO_PIECEWISE.run
     if run is None:
@@ -104,7 +107,7 @@ def _about_to_compile() -> bool:
     return context.is_in_piecewise_cuda_graph() and context.get_forward_context() is not None
 
 
-def unfit(model: Any, batch: Any, kwargs: dict[str, Any]) -> str | None:
+def unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) -> str | None:
     """Why no graph of this server is to be cut, or None."""
     from sglang.srt.distributed import get_tensor_model_parallel_world_size
     from sglang.srt.server_args import get_global_server_args
@@ -130,14 +133,14 @@ def forget() -> None:
 # -- in the trace -------------------------------------------------------------------------------
 
 
-def first_layer(model: Any) -> int | None:
+def first_layer(model: TextModel) -> int | None:
     """The first layer that the operator stands for; None: all layers are traced."""
     noted = getattr(model, _CUT, None)
     return None if noted is None else noted[1]
 
 
 def call(
-    model: Any,
+    model: TextModel,
     state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     positions: torch.Tensor,
     per_layer_inputs: torch.Tensor | None,
@@ -169,7 +172,7 @@ def shared_layers(
     if piecewise.is_in_pcg_torch_compile() or piecewise.get_pcg_capture_stream() is not None:
         output.zero_()  # of a made-up batch: nobody reads it
         return
-    context: Any = piecewise.get_forward_context()
+    context: ForwardContext = piecewise.get_forward_context()
     batch = context.forward_batch
     whole = _models[model]
     first = first_layer(whole)
@@ -181,9 +184,9 @@ def shared_layers(
 
 
 def _rows_only(
-    model: Any,
+    model: TextModel,
     first: int,
-    batch: Any,
+    batch: ForwardBatch,
     state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
     positions: torch.Tensor,
     per_layer_inputs: torch.Tensor | None,
@@ -211,7 +214,7 @@ def _rows_only(
         return False
 
 
-def _without_padding(batch: Any, positions: torch.Tensor) -> Any:
+def _without_padding(batch: ForwardBatch, positions: torch.Tensor) -> ForwardBatch:
     """The batch as it was before SGLang padded it to the size of a graph."""
     tokens = batch.num_token_non_padded_cpu
     real = copy.copy(batch)
