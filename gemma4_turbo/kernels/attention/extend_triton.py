@@ -60,6 +60,30 @@ def _high(token, new, CAUSAL: tl.constexpr, CUSTOM: tl.constexpr, CUT: tl.conste
 
 
 @triton.jit
+def _mask_rows(
+    mask_ptr,
+    mask_indptr_ptr,
+    window_kv_offsets_ptr,
+    sequence,
+    keys,
+    token_first,
+    token_last,
+    token,  # [rows], from the tile's first on
+    WINDOW: tl.constexpr,
+):
+    """A custom mask's byte of key 0 for a tile's first query, and how far behind it each row's is."""
+    offset = 0
+    if WINDOW > 0:
+        offset = tl.load(window_kv_offsets_ptr + sequence).to(tl.int32)
+    width = keys + offset
+    # Rows without a token read the last token's bytes: beyond them the mask may end.
+    behind = tl.minimum(token, token_last - token_first) * width
+    mask_ptr += tl.load(mask_indptr_ptr + sequence).to(tl.int64) + offset
+    mask_ptr += token_first.to(tl.int64) * width
+    return mask_ptr, behind
+
+
+@triton.jit
 def _load_rows(
     pointer,
     stride,
@@ -303,14 +327,17 @@ def _dense_kernel(
 
     mask_row = token
     if CUSTOM:
-        offset = 0
-        if WINDOW > 0:
-            offset = tl.load(window_kv_offsets_ptr + sequence).to(tl.int32)
-        mask_width = cached + new + offset
-        # Rows without a token read the last token's bytes: beyond them the mask may end.
-        mask_row = tl.minimum(row // PACK, token_last - token_first) * mask_width
-        mask_ptr += tl.load(mask_indptr_ptr + sequence).to(tl.int64) + offset
-        mask_ptr += token_first.to(tl.int64) * mask_width
+        mask_ptr, mask_row = _mask_rows(
+            mask_ptr,
+            mask_indptr_ptr,
+            window_kv_offsets_ptr,
+            sequence,
+            cached + new,
+            token_first,
+            token_last,
+            row // PACK,
+            WINDOW,
+        )
 
     # The new tokens: blocks begin at the first key that the tile sees.
     k_rows = k_ptr + q_first.to(tl.int64) * k_stride + kv_head * k_head_stride
@@ -651,14 +678,17 @@ def _split_kernel(
 
     mask_row = token
     if CUSTOM:
-        offset = 0
-        if WINDOW > 0:
-            offset = tl.load(window_kv_offsets_ptr + sequence).to(tl.int32)
-        mask_width = cached + new + offset
-        # Rows without a token read the last token's bytes: beyond them the mask may end.
-        mask_row = tl.minimum(row // PACK, token_last - token_first) * mask_width
-        mask_ptr += tl.load(mask_indptr_ptr + sequence).to(tl.int64) + offset
-        mask_ptr += token_first.to(tl.int64) * mask_width
+        mask_ptr, mask_row = _mask_rows(
+            mask_ptr,
+            mask_indptr_ptr,
+            window_kv_offsets_ptr,
+            sequence,
+            cached + new,
+            token_first,
+            token_last,
+            row // PACK,
+            WINDOW,
+        )
 
     # This split's share of the prefix blocks, which end at the last cached key.
     origin = cached - blocks * BLOCK_N
