@@ -64,7 +64,7 @@ def _mm_prefill_graph(code: Any, server_args: Any) -> bool:
 
 def _mtp_moe_runner(code: Any, server_args: Any) -> bool:
     backend = server_args.moe_runner_backend
-    return backend.startswith("flashinfer") and code.is_unquantised_gemma4(server_args)  # type: ignore[no-any-return]
+    return backend.startswith("flashinfer") and code.concerns(server_args)  # type: ignore[no-any-return]
 
 
 _ACTS: dict[str, Callable[[Any, Any], bool]] = {
