@@ -381,8 +381,11 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "divergence-ratios": lambda: tables_engines.divergence_ratios(RESULTS),
     "mtp": lambda: tables_engines.mtp(RESULTS),
     "releases": lambda: tables_catalogue.releases(RESULTS),
+    "release-defects": lambda: tables_catalogue.release_defects(RESULTS),
     "release-counts": lambda: tables_catalogue.counts(RESULTS),
     "patches": tables_catalogue.patches,
+    "defects": tables_catalogue.defects,
+    "patches-defects": tables_catalogue.defects_here,
     "families": tables_catalogue.families,
     **{
         f"patches-{page}": functools.partial(tables_catalogue.family, page)

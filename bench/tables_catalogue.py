@@ -12,7 +12,7 @@ import pandas as pd
 
 from bench.releases import LOOKS
 from bench.table_text import markdown
-from gemma4_turbo.catalogue import CATALOGUE, Patch, by_name
+from gemma4_turbo.catalogue import DEFECTS, PATCHES, Patch, by_name
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.fingerprints import known_releases
 
@@ -45,28 +45,34 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "speculation": (
         "Speculation",
-        (
-            *("mtp_chain", "mtp_seed_graph", "mtp_metadata", "mtp_merge_batch"),
-            *("frozen_kv_views", "mtp_launch", "mtp_moe_runner"),
-        ),
+        ("mtp_chain", "mtp_seed_graph", "mtp_metadata", "mtp_merge_batch"),
     ),
     "memory": ("Memory and defaults", ("shared_kv_pool", "swa_ratio")),
 }
 """By page: its title and its patches. A patch has one family."""
 
+DEFECTS_PAGE = "speculation"  # all of them are of multi-token prediction
+
 
 def family_of(name: str) -> str:
     """The page of a patch."""
+    if name in {patch.name for patch in DEFECTS}:
+        return DEFECTS_PAGE
     return next(page for page, (_, names) in FAMILIES.items() if name in names)
 
 
-def patches() -> str:
+def patches(which: Iterable[Patch] = PATCHES) -> str:
     """Every patch in the catalogue's order, linked to its page."""
     rows = [
         [f"[`{patch.name}`]({family_of(patch.name)}.md#{patch.name})", *_described(patch)]
-        for patch in CATALOGUE
+        for patch in which
     ]
     return markdown(["patch", *HEADER], rows)
+
+
+def defects() -> str:
+    """Those that are looked for, linked to their page."""
+    return patches(DEFECTS)
 
 
 HEADER = ["what it does", "numerics", "default", "switch"]
@@ -74,7 +80,16 @@ HEADER = ["what it does", "numerics", "default", "switch"]
 
 def family(page: str) -> str:
     """The patches of a page."""
-    rows = [[f"[`{name}`](#{name})", *_described(by_name(name))] for name in FAMILIES[page][1]]
+    return _here(map(by_name, FAMILIES[page][1]))
+
+
+def defects_here() -> str:
+    """The defects that are looked for, on their page."""
+    return _here(DEFECTS)
+
+
+def _here(which: Iterable[Patch]) -> str:
+    rows = [[f"[`{patch.name}`](#{patch.name})", *_described(patch)] for patch in which]
     return markdown(["patch", *HEADER], rows)
 
 
@@ -100,7 +115,11 @@ SHOWN = {
     states.ACTIVE: "`active`",
     states.UPSTREAMED: "`upstreamed`",
     states.UNSUPPORTED: "`unsupported`",
-    LOOKS: "looks for its defect",
+}
+SHOWN_OF_DEFECTS = {
+    LOOKS: "looked for when SGLang is imported",
+    states.UPSTREAMED: "`upstreamed`, by the sources",
+    states.UNSUPPORTED: "`unsupported`: no such function",
 }
 
 
@@ -125,24 +144,34 @@ def read(results: Path) -> pd.DataFrame | None:
 
 def releases(results: Path) -> str | None:
     """A row per patch: on which releases it is in which state."""
+    return _releases(results, PATCHES, SHOWN)
+
+
+def release_defects(results: Path) -> str | None:
+    """A row per defect: on which releases it is looked for, and where."""
+    return _releases(results, DEFECTS, SHOWN_OF_DEFECTS)
+
+
+def _releases(results: Path, which: Iterable[Patch], shown: dict[str, str]) -> str | None:
     frame = read(results)
     if frame is None:
         return None
     order = [release for release in known_releases() if release in set(frame["release"])]
     rows = []
-    for patch in CATALOGUE:
+    for patch in which:
         state_on = frame[frame["patch"] == patch.name].set_index("release")["state"]
         rows.append(
-            [f"`{patch.name}`", *(spans(state_on.index[state_on == s], order) for s in SHOWN)]
+            [f"`{patch.name}`", *(spans(state_on.index[state_on == s], order) for s in shown)]
         )
-    return markdown(["patch", *SHOWN.values()], rows)
+    return markdown(["patch", *shown.values()], rows)
 
 
 def counts(results: Path) -> str | None:
-    """A row per release: how many patches are in which state."""
+    """A row per release: how many patches are in which state, without the defects looked for."""
     frame = read(results)
     if frame is None:
         return None
+    frame = frame[frame["patch"].isin([patch.name for patch in PATCHES])]
     table = pd.crosstab(frame["release"], frame["state"]).reindex(columns=list(SHOWN), fill_value=0)
     rows = [
         [release, *(str(table.loc[release, state]) for state in SHOWN)]

@@ -139,7 +139,7 @@ def run(as_json: bool, everything: bool = False, imported: bool = False) -> int:
         found["verdict"] = report.verdict(found["patches"])
         print(json.dumps(found, indent=1))
     else:
-        last = report.verdict(found["patches"])
+        last = report.closing(found["patches"])
         if found.get("obstacles"):
             last = f"nothing can work; {last}"
         style = "green" if exit_code(found) == 0 else "red"

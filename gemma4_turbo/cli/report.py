@@ -19,7 +19,7 @@ from rich.console import Console, ConsoleOptions
 from rich.text import Text
 
 from gemma4_turbo.catalogue import CATALOGUE, by_name
-from gemma4_turbo.engine import states
+from gemma4_turbo.engine import states, summary
 from gemma4_turbo.version import __version__
 
 if TYPE_CHECKING:
@@ -147,6 +147,8 @@ def table(
 ) -> Listing:
     """The rows, a line each, by state; a cause that several share is told once.
 
+    Defects that were looked for and not found are one line at the end.
+
     Args:
         rows: `PatchStatus`, or records that hold the same.
         title: a line above.
@@ -157,12 +159,16 @@ def table(
     if title:
         listing.add(title, 2, "bold")
     notes: list[str] = []
+    absent: list[Mapping[str, Any]] = []
     groups: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for row in rows:
         record = dict(row) if isinstance(row, Mapping) else row._asdict()
         record["reason"], told, why = record["reason"].partition(f"; {states.ALONE}: ")
         if told and (note := told.removeprefix("; ") + why) not in notes:
             notes.append(note)
+        if _is_absent(record):
+            absent.append(record)
+            continue
         by_reason = groups.setdefault(record["state"], {})
         by_reason.setdefault(record["reason"], []).append(record)
     for state in sorted(groups, key=_rank):
@@ -178,6 +184,8 @@ def table(
             for one in own:
                 why = one["reason"].removeprefix(_INSTALLED).removeprefix("; ")
                 _add_row(listing, one, why, calls, everything)
+    if absent:
+        _add_absent(listing, absent, calls, everything)
     for note in notes:
         listing.add(note, 2, "yellow")
     return listing
@@ -185,6 +193,22 @@ def table(
 
 def _rank(state: str) -> int:
     return ORDER.index(state) if state in ORDER else len(ORDER)
+
+
+def _is_absent(record: Mapping[str, Any]) -> bool:
+    return summary.is_absent(record["name"], record["state"], record["engaged"])
+
+
+def _add_absent(
+    listing: Listing, absent: Sequence[Mapping[str, Any]], calls: bool, everything: bool
+) -> None:
+    line = f"{summary.looked_for(len(absent))}: none found"
+    if not everything:
+        listing.add(f"{line} ({joined([record['name'] for record in absent])})", 2)
+        return
+    listing.add(line, 2, "bold")
+    for record in absent:
+        _add_row(listing, record, record["reason"], calls, everything)
 
 
 def _add_row(
@@ -219,8 +243,19 @@ def counts(rows: Iterable[PatchStatus | Mapping[str, Any]]) -> dict[str, int]:
 
 
 def verdict(rows: Iterable[PatchStatus | Mapping[str, Any]]) -> str:
-    """In one line: ``34 active, 3 upstreamed, 3 off``."""
+    """Every patch by its state, in one line: ``34 active, 3 upstreamed, 3 off``."""
     return ", ".join(f"{count} {state}" for state, count in counts(rows).items()) or "no patch"
+
+
+def closing(rows: Iterable[PatchStatus | Mapping[str, Any]]) -> str:
+    """As the listing has it, in one line: ``34 active, 3 off; 3 defects looked for, none found``."""
+    records = [row if isinstance(row, Mapping) else row._asdict() for row in rows]
+    rest = [record for record in records if not _is_absent(record)]
+    absent = len(records) - len(rest)
+    parts = [verdict(rest)] if rest or not absent else []
+    if absent:
+        parts.append(f"{summary.looked_for(absent)}, none found")
+    return "; ".join(parts)
 
 
 def joined(names: Sequence[str]) -> str:

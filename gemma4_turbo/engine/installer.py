@@ -70,6 +70,11 @@ class Engine:
             patch.name: PatchRun(patch, tuple(ports.get(patch.name, ())), index, self)
             for index, patch in enumerate(self.catalogue)
         }
+        # Of two patches that replace one function, each its own way, only the first goes in: the one
+        # that mends a defect.
+        self._in_turn = sorted(
+            self.runs.values(), key=lambda run: not any(port.finds_defect for port in run.ports)
+        )
         self._lock = threading.RLock()
         self._selection: Selection | None = None
         self._armed = False
@@ -208,7 +213,7 @@ class Engine:
         aside: dict[str, list[str]] = {}
         with self._lock:
             self.models.made(model)
-            for run in self.runs.values():
+            for run in self._in_turn:
                 foreign = self.models.unfit(run.targets)
                 if foreign is not None:
                     if run.state != states.OFF:
@@ -358,7 +363,7 @@ class Engine:
             for run in self.runs.values():
                 if not self.decision(run.patch)[0] and run.swaps:
                     self._uninstall(run)
-            for run in self.runs.values():
+            for run in self._in_turn:
                 self._install(run)
             self._gates("install")
         elif imports.ROOT in sys.modules:
@@ -379,7 +384,7 @@ class Engine:
         self._register_gates()  # first: strict mode must hold whatever goes wrong below
         for problem in self.switches().problems:
             logger.error("gemma4_turbo: %s", problem)
-        for run in self.runs.values():
+        for run in self._in_turn:
             for name in run.modules:
                 if being_imported(name):  # wrapt would call the hook now, with half a module
                     self._half.add(name)
@@ -405,7 +410,7 @@ class Engine:
         if done:
             self._half -= done
             self._ready |= done & set(sys.modules)
-            for run in self.runs.values():
+            for run in self._in_turn:
                 self._install(run)
 
     def _guarded(self, function: Callable[..., None]) -> Callable[..., None]:

@@ -12,8 +12,9 @@ import typer.main
 
 from bench import tables, tables_catalogue
 from gemma4_turbo.__main__ import app
-from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.catalogue import CATALOGUE, DEFECTS, PATCHES
 from gemma4_turbo.engine import states, switches
+from gemma4_turbo.engine.fingerprints import known_releases
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -78,11 +79,26 @@ def test_a_link_that_does_not_resolve_is_found(tmp_path: Path):
 
 def test_every_patch_has_one_family_and_a_section_there():
     placed = [name for _, names in tables_catalogue.FAMILIES.values() for name in names]
-    assert sorted(placed) == sorted(patch.name for patch in CATALOGUE)
+    assert sorted(placed) == sorted(patch.name for patch in PATCHES)
     for page, (title, names) in tables_catalogue.FAMILIES.items():
         text = (DOCS / "patches" / f"{page}.md").read_text()
         assert text.startswith(f"# {title}\n")
         assert re.findall(r"^## `(\w+)`$", text, flags=re.MULTILINE) == list(names)
+        below = [patch.name for patch in DEFECTS if tables_catalogue.family_of(patch.name) == page]
+        assert re.findall(r"^### `(\w+)`$", text, flags=re.MULTILINE) == below
+
+
+def test_defects_looked_for():
+    """Their number in README; on the other pages, the releases that are known."""
+    told = (ROOT / "README.md").read_text()
+    number = {3: "Three"}[len(DEFECTS)]
+    assert f"{number} more look for [defects]" in told
+    first, *_, last = known_releases()
+    for page in ("patches/index.md", "patches/speculation.md", "supported-releases.md"):
+        text = (DOCS / page).read_text().partition("# Defects looked for\n")[2]
+        assert text.startswith(f"\nNo release from {first} to {last} has them;")
+    comment = (ROOT / "gemma4_turbo" / "catalogue.py").read_text()
+    assert f"no release from {first} to {last} has one" in comment
 
 
 @pytest.mark.parametrize("patch", CATALOGUE, ids=lambda patch: patch.name)

@@ -66,7 +66,7 @@ def _mm_prefill_graph(code: ModuleType, server_args: ServerArgs) -> bool:
 
 def _mtp_moe_runner(code: ModuleType, server_args: ServerArgs) -> bool:
     backend = server_args.moe_runner_backend
-    return backend.startswith("flashinfer") and code.is_unquantised_gemma4(server_args)
+    return backend.startswith("flashinfer") and code.concerns(server_args)
 
 
 _ACTS: dict[str, Callable[[ModuleType, ServerArgs], bool]] = {

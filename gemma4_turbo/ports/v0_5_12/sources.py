@@ -520,7 +520,7 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.13",
     ),
     "frozen_kv_views": Port(
-        module=f"{HERE}.mtp.frozen_kv_views",
+        module=f"{HERE}.mtp.defects:frozen_kv_views",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_utils:frozen_kv_target_view",
             "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
@@ -558,7 +558,7 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.12", "0.5.12.post1"),
     ),
     "mtp_launch": Port(
-        module=f"{HERE}.mtp.mtp_launch",
+        module=f"{HERE}.mtp.defects:mtp_launch",
         targets=(
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.__init__",
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.load_weights",
@@ -568,7 +568,7 @@ PORTS: dict[str, Port] = {
         finds_defect=True,
     ),
     "mtp_moe_runner": Port(
-        module=f"{HERE}.mtp.mtp_moe_runner",
+        module=f"{HERE}.mtp.defects:mtp_moe_runner",
         targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
         relies_on=(),
         written_for=(),  # as for mtp_launch

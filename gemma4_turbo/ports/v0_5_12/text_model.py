@@ -2,7 +2,7 @@
 
 Each layer is handed the norm that reads its result; before the layers that share KV the rows may be
 cut (`gemma4_turbo.ports.v0_5_12.yoco.cut`, in piecewise CUDA graphs `gemma4_turbo.ports.v0_5_12.yoco.piecewise`),
-and what is left may run in a CUDA graph (`gemma4_turbo.ports.v0_5_12.yoco.graph`).
+and the tail may run in a CUDA graph (`gemma4_turbo.ports.v0_5_12.yoco.graph`).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from bench import kernels as bench
 from bench import tables, tune_moe
 from bench import tables_catalogue as catalogue_tables
-from gemma4_turbo.catalogue import BITWISE, CATALOGUE, by_name
+from gemma4_turbo.catalogue import BITWISE, CATALOGUE, DEFECTS, PATCHES, by_name
 from gemma4_turbo.kernels import moe_tables
 
 OLD, NEW = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
@@ -418,6 +418,7 @@ def test_runs_of_releases():
 
 def test_a_table_of_releases(tmp_path):
     assert catalogue_tables.releases(tmp_path) is catalogue_tables.counts(tmp_path) is None
+    assert catalogue_tables.release_defects(tmp_path) is None
     rows = [
         ("0.5.11", "router", "active"),
         ("0.5.12", "router", "active"),
@@ -426,23 +427,35 @@ def test_a_table_of_releases(tmp_path):
         ("0.5.12", "yoco", "active"),
         ("0.5.13", "yoco", "unsupported"),
         ("0.5.12", "mtp_launch", "looks"),
+        ("0.5.11", "mtp_launch", "unsupported"),
+        ("0.5.13", "frozen_kv_views", "upstreamed"),
     ]
     frame = pd.DataFrame(rows, columns=["release", "patch", "state"])
     frame.to_csv(tmp_path / "releases.csv", index=False)
     found = {line[0]: line[1:] for line in cells(catalogue_tables.releases(tmp_path) or "")}
-    assert found["`router`"] == ["0.5.11 to 0.5.12", "0.5.13", "-", "-"]
-    assert found["`yoco`"] == ["0.5.12", "-", "0.5.11, 0.5.13", "-"]
-    assert found["`mtp_launch`"] == ["-", "-", "-", "0.5.12"]
+    assert found["`router`"] == ["0.5.11 to 0.5.12", "0.5.13", "-"]
+    assert found["`yoco`"] == ["0.5.12", "-", "0.5.11, 0.5.13"]
+    assert "`mtp_launch`" not in found
+    assert cells(catalogue_tables.release_defects(tmp_path) or "") == [
+        ["`frozen_kv_views`", "-", "0.5.13", "-"],
+        ["`mtp_launch`", "0.5.12", "-", "0.5.11"],
+        ["`mtp_moe_runner`", "-", "-", "-"],
+    ]
     assert cells(catalogue_tables.counts(tmp_path) or "") == [
-        ["0.5.11", "1", "0", "1", "0"],
-        ["0.5.12", "2", "0", "0", "1"],
-        ["0.5.13", "0", "1", "1", "0"],
+        ["0.5.11", "1", "0", "1"],
+        ["0.5.12", "2", "0", "0"],
+        ["0.5.13", "0", "1", "1"],
     ]
 
 
 def test_tables_of_patches():
     lines = {line[0]: line[1:] for line in cells(catalogue_tables.patches())}
-    assert len(lines) == len(CATALOGUE)
+    assert len(lines) == len(PATCHES)
+    looked_for = [line[0] for line in cells(catalogue_tables.defects())]
+    assert looked_for == [f"[`{p.name}`](speculation.md#{p.name})" for p in DEFECTS]
+    assert not lines.keys() & set(looked_for)
+    here = [line[0] for line in cells(catalogue_tables.defects_here())]
+    assert here == [f"[`{p.name}`](#{p.name})" for p in DEFECTS]
     patch = by_name("rope_store")
     assert lines["[`rope_store`](decode-step.md#rope_store)"] == [
         f"{patch.summary}; needs `qkv_norm`", "`bitwise`", "on", "`GEMMA4_TURBO_ROPE_STORE`",

@@ -16,7 +16,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
-from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE
+from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE, DEFECTS, PATCHES
 from gemma4_turbo.cli import demo, doctor, report, serve
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.engine.run import ledger
@@ -179,11 +179,15 @@ def test_doctor_in_a_pipe(environment, answer):
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].startswith("gemma4_turbo ")
-    assert lines[-1] == "34 active, 3 upstreamed, 3 off"
+    assert lines[-1] == "34 active, 3 off; 3 defects looked for, none found"
     assert "GPU: none" in lines
     for patch in CATALOGUE:
-        assert sum(line.startswith(f"  {patch.name} ") for line in lines) == 1
+        rows = sum(line.startswith(f"  {patch.name} ") for line in lines)
+        assert rows == (patch in PATCHES), patch.name
         assert patch.env not in done.stdout
+    names = ", ".join(patch.name for patch in DEFECTS)
+    assert lines.count(f"3 defects looked for: none found ({names})") == 1
+    assert "upstreamed" not in done.stdout
     more = answer("doctor", "--all").stdout
     assert all(patch.env in more and patch.summary in more for patch in CATALOGUE)
 
@@ -308,6 +312,8 @@ def test_demo_runs_stock_against_patched(environment):
     assert "ids equal, 0 of 128 weights differ" in done.stdout
     assert re.fullmatch(r"demo: \d+ comparisons, all .*", done.stdout.splitlines()[-1])
     assert "not exercised here" in done.stdout
+    assert "\n3 defects looked for: none found (" in done.stdout
+    assert "\n34 active, 3 off; 3 defects looked for, none found\n" in done.stdout
     assert "importing SGLang" in done.stderr
     assert "DIFFERENT" not in done.stdout
     assert "Traceback" not in done.stderr

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.catalogue import CATALOGUE, DEFECTS, PATCHES
 from gemma4_turbo.cli import demo, doctor, report, trials, verify
+from gemma4_turbo.engine import states
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.states import PatchStatus
 
@@ -150,6 +151,75 @@ def test_a_pipe_has_a_line_a_patch() -> None:
 def test_the_verdict_is_in_the_order_of_the_groups() -> None:
     assert report.verdict(ROWS) == "31 active, 8 off, 1 drifted"
     assert report.verdict([]) == "no patch"
+
+
+ABSENT = [
+    PatchStatus(patch.name, "upstreamed", f"no {patch.name} here", (), 0) for patch in DEFECTS
+]
+LOOKED = [*(PatchStatus(patch.name, "active", "installed", (), 0) for patch in PATCHES), *ABSENT]
+NAMES = [row.name for row in ABSENT]
+
+
+def listed(rows: Any, **options: bool) -> list[str]:
+    """The lines of a table in a pipe."""
+    console = Console(file=io.StringIO())
+    report.show(console, report.table(rows, **options))
+    return lines_of(console)
+
+
+def test_defects_that_are_not_found_are_one_line() -> None:
+    """The last one of the table; the counts agree with it."""
+    lines = listed(LOOKED)
+    assert lines[0] == f"active ({len(PATCHES)})"
+    assert len(lines) == 1 + len(PATCHES) + 1
+    assert lines[-1] == f"3 defects looked for: none found ({', '.join(NAMES)})"
+    assert report.closing(LOOKED) == f"{len(PATCHES)} active; 3 defects looked for, none found"
+    assert report.closing(ABSENT) == "3 defects looked for, none found"
+    assert report.closing(LOOKED[:-2]) == f"{len(PATCHES)} active; 1 defect looked for, none found"
+    assert report.closing(ROWS) == report.verdict(ROWS)
+    assert report.closing([]) == report.verdict([])
+    records = [row._asdict() for row in LOOKED]
+    assert (listed(records), report.closing(records)) == (lines, report.closing(LOOKED))
+
+
+def test_all_there_is_of_a_defect_that_is_not_found() -> None:
+    """Why, what it would mend, its switch."""
+    lines = listed(LOOKED, everything=True)
+    start = lines.index("3 defects looked for: none found")
+    assert len(lines[start:]) == 1 + 3 * len(DEFECTS)
+    for patch, (row, summary, switch) in zip(
+        DEFECTS, zip(*(lines[start + part :: 3] for part in (1, 2, 3)), strict=True), strict=True
+    ):
+        assert row == f"  {patch.name:<18}behaviour  no {patch.name} here"
+        assert summary.strip() == patch.summary
+        assert switch.strip().startswith(f"{patch.env}=0 or 1")
+
+
+@pytest.mark.parametrize("state", [state for state in states.STATES if state != "upstreamed"])
+def test_a_defect_that_has_something_to_say_has_a_row(state: str) -> None:
+    """Found, failed, switched off, not there to be looked for: as any other patch."""
+    said = ABSENT[0]._replace(state=state, reason="why")
+    rows = [LOOKED[0]._replace(state="drifted", reason="source"), said, *ABSENT[1:]]
+    if state == "drifted":
+        rows = rows[1:]
+    lines = listed(rows)
+    (row,) = [line for line in lines if line.startswith(f"  {said.name} ")]
+    assert row.endswith("why")
+    assert f"{state} (1)" in lines
+    assert lines[-1] == f"2 defects looked for: none found ({', '.join(NAMES[1:])})"
+    counted, _, looked = report.closing(rows).partition("; ")
+    assert f"1 {state}" in counted
+    assert looked == "2 defects looked for, none found"
+
+
+def test_a_defect_that_was_met_in_another_process_has_a_row() -> None:
+    """Calls were mended there, whatever the state of this one; so has one that is no defect."""
+    met = ABSENT[0]._replace(engaged=2)
+    router = LOOKED[0]._replace(state="upstreamed", reason="SGLang has it")
+    lines = listed([router, met, *ABSENT[1:]])
+    assert lines[0] == "upstreamed (2)"
+    assert [line.split()[0] for line in lines[1:3]] == ["router", met.name]
+    assert lines[3:] == [f"2 defects looked for: none found ({', '.join(NAMES[1:])})"]
 
 
 def test_verify_tells_same_bits_from_within_bounds() -> None:

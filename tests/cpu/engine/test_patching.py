@@ -596,6 +596,25 @@ def test_different_replacements_of_one_target_conflict(world: World) -> None:
     assert leaf.answer is stock[0]
 
 
+@pytest.mark.parametrize("imported_before", [False, True])
+def test_what_mends_a_defect_goes_in_first(world: World, imported_before: bool) -> None:
+    """Wherever it stands in the catalogue, and whenever the module is imported."""
+    target = world.target("answer")
+    engine = world.engine(
+        (record("faster", target), returning("faster")),
+        (record("mended", target, finds_defect=True), returning("mended")),
+    )
+    if imported_before:
+        world.imported()
+    engine.apply()
+    assert world.imported().answer(1) == "mended"
+    expected = {"faster": states.CONFLICT, "mended": states.ACTIVE}
+    assert states_of(engine) == expected
+    engine.revert()
+    engine.apply()
+    assert states_of(engine) == expected
+
+
 def test_a_patch_is_off_with_what_it_requires(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

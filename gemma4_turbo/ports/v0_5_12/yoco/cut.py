@@ -1,9 +1,9 @@
-"""Prefill that gives the KV-shared layers only the rows whose logits are wanted.
+"""`yoco`, the cut: a prefill gives the layers that share KV only the rows whose logits are wanted.
 
 From the first layer that shares KV on, no layer writes KV: a token's row there matters to nothing but
-its own logits. So before that layer the rows are cut to the last one of every request whose prompt
-ends in this batch, the layers run as in a decode step of those tokens, and the result goes back to
-the rows' places; all other rows are zero.
+its own logits. So before that layer the rows are cut to the tail, the last row of every request whose
+prompt ends in this batch. The layers run as in a decode step of those tokens, and the result goes back
+to the rows' places; all other rows are zero.
 
 Which keys a row sees is stock's to the token, also where stock's extend and decode kernels disagree
 on the sliding window's edge. The decode kernel adds in another order than the extend kernel.
@@ -54,7 +54,7 @@ _watched: weakref.WeakKeyDictionary[TextModel, tuple[list[Module], hooks.Watched
 
 
 class Cut(NamedTuple):
-    """What the shared layers of one batch are to run on."""
+    """What the layers that share KV are to run on in one batch."""
 
     first: int  # index of the first layer that shares KV
     tokens: int
@@ -62,11 +62,11 @@ class Cut(NamedTuple):
     rows: list[int]  # the last row of each
     lengths: list[int]  # keys of each, the row's own included
     windows: list[int]  # keys of each in a sliding layer
-    sliding: int | None  # index of a shared sliding layer
+    sliding: int | None  # index of a sliding layer that shares KV
 
 
 class Tail(NamedTuple):
-    """The batch that the shared layers see."""
+    """The rows that the cut keeps, with the batch that decodes them."""
 
     batch: ForwardBatch
     rows: torch.Tensor
@@ -282,7 +282,7 @@ def backend_unfit(backend: TritonBackend) -> str | None:
 
 
 def _cache_unfit(model: TextModel, pool: KVPool) -> str | None:
-    """With an 8-bit cache stock's extend kernel does not compile for the shared layers.
+    """With an 8-bit cache stock's extend kernel does not compile for layers that share KV.
 
     It is to fail at the first prompt, not at the first one that is not cut.
     """
@@ -346,7 +346,7 @@ def tail(
     normed: torch.Tensor | None,
     per_layer_inputs: torch.Tensor | None,
 ) -> Tail:
-    """The rows, and a batch that decodes them. The batch itself stays as it is.
+    """The rows that are kept, and a batch that decodes them. The batch itself stays as it is.
 
     One copy from the host, no synchronisation.
     """
@@ -475,7 +475,7 @@ def _key_indices(
 
 
 def restore(found: Cut, made: Tail, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The rows in their places among zeros: ``[tokens, hidden]``."""
+    """The tail's rows in their places among zeros: ``[tokens, hidden]``."""
     whole = hidden_states.new_zeros((found.tokens, hidden_states.shape[-1]))
     whole[made.rows] = hidden_states
     return whole

@@ -1,9 +1,9 @@
-"""The cut of `gemma4_turbo.ports.v0_5_12.yoco.cut` inside SGLang's piecewise CUDA graphs of prefill.
+"""`yoco_piecewise`: the cut of `yoco` inside SGLang's piecewise CUDA graphs of prefill.
 
-torch.compile traces the model's forward once, and SGLang cuts what it traced at the operators of
+torch.compile traces the model's forward once, and SGLang splits what it traced at the operators of
 attention: what lies between two of them becomes one CUDA graph per number of tokens. Here the traced
 forward ends before the first layer that shares KV: one operator more stands for all that is behind,
-and runs between the graphs, as attention does. It cuts the rows and runs the layers on what is left,
+and runs between the graphs, as attention does. It cuts the rows and runs the layers on the tail,
 so that neither the graphs nor the tokens pay for them.
 
 Whether the operator is traced is decided once, in the eager step that SGLang runs before it compiles.
@@ -61,7 +61,7 @@ OFF = {
 
 
 def register() -> None:
-    """The operator, and that a piecewise graph is cut at it."""
+    """The operator, and that a piecewise graph is split at it."""
     _ops["layers"] = custom_ops.register(
         NAME, SCHEMA, shared_layers, lambda *args: None, counted=False
     )
@@ -69,7 +69,7 @@ def register() -> None:
 
 
 def unregister() -> None:
-    """No later graph is cut there. Those that exist go on calling the operator."""
+    """No later graph is split there. Those that exist go on calling the operator."""
     split_ops.cut_graphs_no_more_at(SPLIT_NAMES)
 
 
@@ -108,7 +108,7 @@ def _about_to_compile() -> bool:
 
 
 def unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) -> str | None:
-    """Why no graph of this server is to be cut, or None."""
+    """Why no cut is made inside the graphs of this server, or None."""
     from sglang.srt.distributed import get_tensor_model_parallel_world_size
     from sglang.srt.server_args import get_global_server_args
 
