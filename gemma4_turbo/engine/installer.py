@@ -167,13 +167,12 @@ class Engine:
 
         done: list[Swap] = []
         try:
-            source_of = fingerprints.imported_source
-            definitions = fingerprints.Definitions(source_of)
-            verdict = fingerprints.judge(ready, installed_release(), source_of, definitions)
+            definitions = fingerprints.Definitions(fingerprints.imported_source)
+            verdict = fingerprints.judge(ready, installed_release(), definitions)
             if verdict.state != states.ACTIVE:
                 rest = [port for port in run.ports if port not in ready]
-                if not fingerprints.any_there(rest, source_of):  # else another may yet fit
-                    run.set(verdict.state, verdict.reason)
+                if not fingerprints.any_there(rest, fingerprints.imported_source):
+                    run.set(verdict.state, verdict.reason)  # else another may yet fit
                 return
             port = run.port = verdict.port
             assert port is not None
@@ -306,7 +305,7 @@ class Engine:
     def outlook(self, patch: Patch, definitions: Definitions | None = None) -> tuple[str, str]:
         """State and reason of a patch that is on; while it waits, those that its sources foretell.
 
-        ``definitions`` of `installed_source` spare who asks for many patches most of the time.
+        ``definitions`` of `installed_source` spare who asks for many patches to read them again.
         """
         run = self.runs[patch.name]
         if run.state != states.WAITING:
@@ -317,8 +316,9 @@ class Engine:
             mistake = self._mistake(run)
             if mistake is not None:
                 return states.FAILED, mistake
-            source_of = fingerprints.installed_source
-            verdict = fingerprints.judge(run.ports, installed_release(), source_of, definitions)
+            if definitions is None:
+                definitions = fingerprints.Definitions(fingerprints.installed_source)
+            verdict = fingerprints.judge(run.ports, installed_release(), definitions)
             return verdict.state, verdict.reason
         except Exception as error:
             return states.FAILED, f"{type(error).__name__}: {error}"
