@@ -69,8 +69,8 @@ def installed_source(module: str) -> str | None:
     except Exception as error:  # whatever finders there are, and folders that nobody may search
         _tell(f"sglang cannot be looked for: {error}")
         return None
-    found = (folder_source(Path(place).parent)(module) for place in places)
-    return next((source for source in found if source is not None), None)
+    sources = (folder_source(Path(place).parent)(module) for place in places)
+    return next((source for source in sources if source is not None), None)
 
 
 def folder_source(root: Path) -> SourceOf:
@@ -361,12 +361,12 @@ def any_there(ports: Iterable[Port], source_of: SourceOf) -> bool:
 
 def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict:
     label = f"SGLang {release}" if release else "this SGLang"
-    found = {target: definitions.fingerprint(target) for target in port.sources}
+    prints = {target: definitions.fingerprint(target) for target in port.sources}
     table = known_releases()
     candidates = [table[r] for r in port.written_for if r in table]
 
     def is_source_of(known: dict[str, str]) -> bool:
-        return all(value is not None and value == known.get(t) for t, value in found.items())
+        return all(value is not None and value == known.get(t) for t, value in prints.items())
 
     if any(map(is_source_of, candidates)):
         for target, names in port.reads:
@@ -385,7 +385,7 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
             )
         since = f" (since {port.superseded_since})" if port.superseded_since else ""
         return Verdict(states.UPSTREAMED, f"{label} has it itself: {name}{since}")
-    missing = [target for target, value in found.items() if value is None]
+    missing = [target for target, value in prints.items() if value is None]
     nowhere = [t for t in missing if not any(t in known for known in table.values())]
     if nowhere:  # only of a patch that looks for a defect: of the others it is a mistake
         return Verdict(
@@ -402,13 +402,13 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
     unrecorded = [
         _unrecorded(target, written, table)
         for written in port.written_for
-        for target in found
+        for target in prints
         if target not in table.get(written, {})
     ]
     if unrecorded:  # the source may well be the one that the patch was written for
         return Verdict(states.FAILED, unrecorded[0])
-    unknown = [t for t in found if not any(found[t] == known.get(t) for known in candidates)]
-    what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(found)
+    unknown = [t for t in prints if not any(prints[t] == known.get(t) for known in candidates)]
+    what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(prints)
     return Verdict(
         states.DRIFTED, f"{label}: source of {what} is not that of {', '.join(port.written_for)}"
     )
@@ -439,8 +439,8 @@ def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
         return "written_for names no release, and the patch does not look for a defect"
     for target in port.sources:
         if not any(target in known for known in table.values()):
-            told = _unrecorded(target, port.written_for[-1], table)
-            return f"{told}, or the name is misspelt"
+            unrecorded = _unrecorded(target, port.written_for[-1], table)
+            return f"{unrecorded}, or the name is misspelt"
     return None
 
 

@@ -126,11 +126,11 @@ class Engine:
 
                 unseen = ledger().look() or state_folder.problem(trial=False)
                 reports = descendants()
-            told: dict[str, list[dict[str, Any]]] = {name: [] for name in self.runs}
+            below_by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in self.runs}
             for report in reports:
                 for patch in report.patches:
-                    told.get(patch["name"], []).append(patch)
-            rows = [self._row(run, told[name]) for name, run in self.runs.items()]
+                    below_by_name.get(patch["name"], []).append(patch)
+            rows = [self._row(run, below_by_name[name]) for name, run in self.runs.items()]
             if unseen is None:
                 return rows
             note = f"{states.ALONE}: {unseen}"
@@ -247,8 +247,8 @@ class Engine:
         for run in self.runs.values():
             for swap in run.swaps:
                 if swap.target == target and swap.in_place:
-                    found: Swap = swap
-                    return found
+                    shared: Swap = swap
+                    return shared
         return None
 
     @staticmethod
@@ -457,9 +457,9 @@ class Engine:
             state, reason = states.ACTIVE, f"installed; but {reason}"
         # The processes that run the model outweigh this one, and the worst of them the others.
         known = set(states.SEVERITY) - {states.WAITING}
-        told = [other for other in below if other["state"] in known]
-        if told:
-            worst = max(told, key=lambda other: states.SEVERITY.index(other["state"]))
+        others = [other for other in below if other["state"] in known]
+        if others:
+            worst = max(others, key=lambda other: states.SEVERITY.index(other["state"]))
             state, reason = worst["state"], worst["reason"]
         return PatchStatus(run.patch.name, state, reason, run.targets, engaged)
 
