@@ -28,10 +28,10 @@ LOOKS = "looks"  # a patch that looks for its defect when SGLang is imported; no
 def judged(wheel: Path) -> list[dict[str, str]]:
     """A row per patch: its state on the release in ``wheel``."""
     release = wheel.name.split("-")[1]
-    source = fingerprints.wheel_source(wheel)
+    definitions = fingerprints.Definitions(fingerprints.wheel_source(wheel))
 
     def state(patch: Patch) -> str:
-        verdict = fingerprints.judge(PORTS[patch.name], release, source)
+        verdict = fingerprints.judge(PORTS[patch.name], release, definitions)
         looks = verdict.port is not None and verdict.port.finds_defect
         return LOOKS if looks else verdict.state
 

@@ -117,7 +117,7 @@ def on_gpu(console: Console, layers: int, port: int) -> int:
             rows = ENGINE.status()
             for process in descendants():
                 title = f"pid {process.pid}: {process.command}"
-                report.show(console, report.table(process.patches, title))
+                report.show(console, report.process_table(process.patches, title))
     report.show(console, report.table(rows, "Patches, all processes of the server"))
     rate = f"{tokens} tokens in {seconds:.1f} s, {tokens / seconds:.0f} tokens/s"
     last = report.Listing().add(

@@ -162,7 +162,7 @@ def _lines(key: str, value: Any, everything: bool) -> report.Listing:
     elif key == "servers":
         for server in value:
             title = f"Running: pid {server['pid']}: {server['command']}"
-            lines.lines += report.table(server["patches"], title).lines
+            lines.lines += report.process_table(server["patches"], title, everything).lines
     elif key == "device":
         lines.add(f"GPU: {value or 'none'}", 2)
     elif key in ("notes", "problems", "obstacles"):

@@ -156,7 +156,7 @@ def needs(wheel: Wheel, progress: report.Progress | None = None) -> list[Need]:
     for patch in CATALOGUE:
         if progress is not None:
             progress.detail(f"looking for what {patch.name} stands on")
-        verdict = fingerprints.judge(PORTS[patch.name], wheel.release, wheel.source_of, definitions)
+        verdict = fingerprints.judge(PORTS[patch.name], wheel.release, definitions)
         if verdict.state in (states.ACTIVE, states.UPSTREAMED, states.FAILED):
             what = {states.ACTIVE: SAME, states.UPSTREAMED: UPSTREAMED}.get(verdict.state, MISTAKE)
             reason = "" if what == SAME else verdict.reason

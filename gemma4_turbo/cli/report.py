@@ -20,6 +20,7 @@ from rich.text import Text
 
 from gemma4_turbo.catalogue import CATALOGUE, by_name
 from gemma4_turbo.engine import states, summary
+from gemma4_turbo.engine.run import WAITING
 from gemma4_turbo.version import __version__
 
 if TYPE_CHECKING:
@@ -234,6 +235,40 @@ def _calls(record: Mapping[str, Any]) -> str:
     told = f"{record['engaged']} call" + ("" if record["engaged"] == 1 else "s")
     captured = record.get("captured")
     return f"{told} ({captured} into CUDA graphs)" if captured else told
+
+
+def process_table(
+    patches: Sequence[Mapping[str, Any]], title: str, everything: bool = False
+) -> Listing:
+    """Another process's patches: what most of them have in common after the title, rows for the rest.
+
+    Patches are alike that have state and reason in common and have counted no call. Drifted, in
+    conflict or failed, each has its row unless all are so.
+
+    Args:
+        patches: records as a process writes them.
+        title: which process it is.
+        everything: a row for each.
+    """
+    kinds = Counter((one["state"], one["reason"]) for one in patches if not one["engaged"])
+    common, count = kinds.most_common(1)[0] if kinds else (("", ""), 0)
+    whole = count == len(patches)
+    most = 2 * count > len(patches) and common[0] not in states.REFUSED_WHEN_STRICT
+    if everything or count < 2 or not (whole or most):
+        return table(patches, title)
+    of = "" if whole else f" of {len(patches)}"
+    listing = Listing().add(f"{title}: {_in_common(*common)}, {count}{of} patches", 2, "bold")
+    rest = [one for one in patches if one["engaged"] or (one["state"], one["reason"]) != common]
+    listing.lines += table(rest).lines
+    return listing
+
+
+def _in_common(state: str, reason: str) -> str:
+    if (state, reason) == (states.WAITING, WAITING):
+        return "waiting for SGLang's import"
+    if (state, reason) == (states.ACTIVE, _INSTALLED):
+        return f"{state}, {NOT_EXERCISED}"
+    return f"{state}: {reason}" if reason else state
 
 
 def counts(rows: Iterable[PatchStatus | Mapping[str, Any]]) -> dict[str, int]:

@@ -268,8 +268,8 @@ def _patches(folder: Folder, process: Process) -> list[dict[str, Any]]:
     if len(counted) != _BYTES or not counted.startswith(head):
         raise ValueError("counters of another process")
     cells = array.array("q", counted[_HEAD:])
-    told = record["patches"]
-    if not isinstance(told, list) or len(told) > _MAX_PATCHES or min(cells) < 0:
+    written = record["patches"]
+    if not isinstance(written, list) or len(written) > _MAX_PATCHES or min(cells) < 0:
         raise ValueError("not what a process counts")
     return [
         {
@@ -280,7 +280,7 @@ def _patches(folder: Folder, process: Process) -> list[dict[str, Any]]:
             "captured": cells[i * _PER_PATCH + CAPTURED],
             "declined": cells[i * _PER_PATCH + DECLINED],
         }
-        for i, patch in enumerate(told)
+        for i, patch in enumerate(written)
     ]
 
 
@@ -298,11 +298,11 @@ def _text(value: Any, limit: int) -> str:
 def descendants() -> list[ProcessReport]:
     """The live reporting processes below this one."""
     me = os.getpid()
-    found = []
+    below = []
     for report in live_processes():
         pid: int | None = report.pid
         while pid and pid != me:
             pid = processes.parent(pid)
         if pid == me and report.pid != me:
-            found.append(report)
-    return found
+            below.append(report)
+    return below

@@ -16,11 +16,11 @@ import logging
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
-from functools import cache, lru_cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.port import Port
@@ -69,8 +69,8 @@ def installed_source(module: str) -> str | None:
     except Exception as error:  # whatever finders there are, and folders that nobody may search
         _tell(f"sglang cannot be looked for: {error}")
         return None
-    found = (folder_source(Path(place).parent)(module) for place in places)
-    return next((source for source in found if source is not None), None)
+    sources = (folder_source(Path(place).parent)(module) for place in places)
+    return next((source for source in sources if source is not None), None)
 
 
 def folder_source(root: Path) -> SourceOf:
@@ -129,21 +129,26 @@ def wheel_source(wheel: Path) -> SourceOf:
 
 def find_definition(tree: ast.Module, qualname: str) -> ast.AST | None:
     """The last definition of ``A.b`` in a module, also below ``if`` and ``try``."""
-    scope: ast.AST = tree
+    scope: ast.AST | None = tree
     for name in qualname.split("."):
-        found: ast.AST | None = None
-        pending: list[ast.AST] = list(ast.iter_child_nodes(scope))
-        while pending:
-            node = pending.pop(0)
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                if node.name == name:
-                    found = node
-            elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
-                pending = list(ast.iter_child_nodes(node)) + pending
-        if found is None:
-            return None
-        scope = found
+        scope = _defined_in(scope).get(name) if scope is not None else None
     return scope
+
+
+_Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def _defined_in(scope: ast.AST) -> dict[str, _Definition]:
+    """The last definition of each name in a module, class or function, not those further in."""
+    last: dict[str, _Definition] = {}
+    pending = list(ast.iter_child_nodes(scope))[::-1]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, _Definition):
+            last[node.name] = node
+        elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+            pending += list(ast.iter_child_nodes(node))[::-1]
+    return last
 
 
 def _write(value: object, out: list[str]) -> None:
@@ -189,44 +194,126 @@ def fingerprint(node: ast.AST) -> str:
     return hashlib.sha256("".join(out).encode()).hexdigest()[:16]
 
 
-@lru_cache(maxsize=4)
-def _parse(source: str) -> ast.Module:
-    # Several patches, and judge() and its caller, look into the same few modules one after another.
-    return ast.parse(source)
+class _Place(NamedTuple):
+    """Where a definition stands in its source."""
+
+    first: int  # line, from 1, decorators included
+    last: int
+    is_nested: bool  # and so indented
+
+
+class _Outline:
+    """What is kept of a source once it was parsed: a tree takes a hundred times the room."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.places = dict(_places(tree))
+        self.imports = tuple(_imports(tree))  # (name here, module, name there)
+        self.fingerprints: dict[str, str] = {}  # of those that were asked for
+
+
+def _places(scope: ast.Module | _Definition, within: str = "") -> Iterator[tuple[str, _Place]]:
+    for name, node in _defined_in(scope).items():
+        first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+        is_nested = bool(within) or node not in scope.body
+        yield within + name, _Place(first, node.end_lineno or node.lineno, is_nested)
+        yield from _places(node, f"{within}{name}.")
+
+
+def _imports(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
+    """Of every ``from module import name``; expressions, which hold none, are not walked."""
+    pending: list[Any] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.ImportFrom):
+            if node.module and not node.level:
+                for alias in node.names:
+                    yield alias.asname or alias.name, node.module, alias.name
+        else:
+            for field in _BLOCKS:
+                pending += getattr(node, field, ())
+
+
+_BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")
+_outlines: dict[bytes, _Outline] = {}  # by the source's hash, so that an edited file is read anew
+
+
+def _outline(source: str) -> _Outline:
+    """Of a source, each parsed once in a process: the patches look into the same few dozen modules."""
+    key = hashlib.sha256(source.encode()).digest()
+    if key not in _outlines:
+        _outlines[key] = _Outline(ast.parse(source))
+    return _outlines[key]
+
+
+class _Module:
+    """A module's source, of which only the definitions that are asked for are parsed again."""
+
+    def __init__(self, source: str) -> None:
+        self.outline = _outline(source)
+        self._source = source
+
+    @cached_property
+    def _lines(self) -> list[str]:
+        return self._source.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+    def node(self, qualname: str) -> ast.AST | None:
+        """As `find_definition` in the whole tree, line numbers included."""
+        place = self.outline.places.get(qualname)
+        if place is None:
+            return None
+        # In its own lines, under something that holds what is indented: a line is there for it.
+        head = ["if 1:"] if place.is_nested else []
+        above = [""] * (place.first - 1 - len(head))
+        lines = [*above, *head, *self._lines[place.first - 1 : place.last]]
+        try:
+            body = ast.parse("\n".join(lines)).body
+        except SyntaxError:
+            body = []
+        if place.is_nested and len(body) == 1 and isinstance(body[0], ast.If):
+            body = body[0].body
+        if len(body) == 1 and isinstance(body[0], _Definition):
+            return body[0]
+        return find_definition(ast.parse(self._source), qualname)  # as with "@(" on its own line
 
 
 class Definitions:
-    """Definitions found through a `SourceOf`, each module parsed once."""
+    """Definitions found through a `SourceOf`, each module read once."""
 
     def __init__(self, source_of: SourceOf) -> None:
         self._source_of = source_of
-        self._trees: dict[str, ast.Module | None] = {}
+        self._modules: dict[str, _Module | None] = {}
+
+    def _module(self, name: str) -> _Module | None:
+        if name not in self._modules:
+            source = self._source_of(name)
+            self._modules[name] = None if source is None else _Module(source)
+        return self._modules[name]
 
     def node(self, target: str) -> ast.AST | None:
         """The definition of ``module:qualname``, None if there is none."""
-        module, _, qualname = target.partition(":")
-        if module not in self._trees:
-            source = self._source_of(module)
-            self._trees[module] = None if source is None else _parse(source)
-        tree = self._trees[module]
-        return None if tree is None else find_definition(tree, qualname)
+        name, _, qualname = target.partition(":")
+        module = self._module(name)
+        return None if module is None else module.node(qualname)
 
     def fingerprint(self, target: str) -> str | None:
         """Of ``module:qualname``, None if there is none."""
-        node = self.node(target)
-        return None if node is None else fingerprint(node)
+        name, _, qualname = target.partition(":")
+        module = self._module(name)
+        if module is None:
+            return None
+        known = module.outline.fingerprints
+        if qualname not in known:
+            node = module.node(qualname)
+            if node is None:
+                return None
+            known[qualname] = fingerprint(node)
+        return known[qualname]
 
     def origins(self, module: str, name: str) -> list[tuple[str, str]]:
         """From which modules, and under which names there, a module imports ``name``."""
-        self.node(f"{module}:{name}")
-        tree = self._trees.get(module)
-        return [
-            (node.module, alias.name)
-            for node in ast.walk(tree or ast.Module([], []))
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level
-            for alias in node.names
-            if (alias.asname or alias.name) == name
-        ]
+        read = self._module(module)
+        imports = () if read is None else read.outline.imports
+        return [(origin, there) for here, origin, there in imports if here == name]
 
     def mentions(self, target: str, name: str) -> bool:
         """As `uses`, or a parameter or something that it defines is called so."""
@@ -250,23 +337,16 @@ class Definitions:
         )
 
 
-def judge(
-    ports: Sequence[Port],
-    release: str | None,
-    source_of: SourceOf,
-    definitions: Definitions | None = None,
-) -> Verdict:
-    """Which of a patch's ports fits the SGLang whose sources ``source_of`` gives, or why none does.
+def judge(ports: Sequence[Port], release: str | None, definitions: Definitions) -> Verdict:
+    """Which of a patch's ports fits the SGLang with these definitions, or why none does.
 
     The source decides, not the release number: an unknown release with known source is fine, a known
     release with edited source is ``drifted``. The number only words the reason. Where no port fits,
-    the verdict is the one that says most: of the port whose source is nearest. ``definitions`` of
-    these sources spare who judges many patches to parse them again and again.
+    the verdict is the one that says most: of the port whose source is nearest.
     """
     problem = mistake(ports)
     if problem is not None:
         return Verdict(states.FAILED, problem)
-    definitions = definitions or Definitions(source_of)
     verdicts = [_judge(port, release, definitions) for port in ports]
     return min(verdicts, key=lambda verdict: _NEAREST.index(verdict.state))
 
@@ -281,12 +361,12 @@ def any_there(ports: Iterable[Port], source_of: SourceOf) -> bool:
 
 def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict:
     label = f"SGLang {release}" if release else "this SGLang"
-    found = {target: definitions.fingerprint(target) for target in port.sources}
+    prints = {target: definitions.fingerprint(target) for target in port.sources}
     table = known_releases()
     candidates = [table[r] for r in port.written_for if r in table]
 
     def is_source_of(known: dict[str, str]) -> bool:
-        return all(value is not None and value == known.get(t) for t, value in found.items())
+        return all(value is not None and value == known.get(t) for t, value in prints.items())
 
     if any(map(is_source_of, candidates)):
         for target, names in port.reads:
@@ -305,7 +385,7 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
             )
         since = f" (since {port.superseded_since})" if port.superseded_since else ""
         return Verdict(states.UPSTREAMED, f"{label} has it itself: {name}{since}")
-    missing = [target for target, value in found.items() if value is None]
+    missing = [target for target, value in prints.items() if value is None]
     nowhere = [t for t in missing if not any(t in known for known in table.values())]
     if nowhere:  # only of a patch that looks for a defect: of the others it is a mistake
         return Verdict(
@@ -322,13 +402,13 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
     unrecorded = [
         _unrecorded(target, written, table)
         for written in port.written_for
-        for target in found
+        for target in prints
         if target not in table.get(written, {})
     ]
     if unrecorded:  # the source may well be the one that the patch was written for
         return Verdict(states.FAILED, unrecorded[0])
-    unknown = [t for t in found if not any(found[t] == known.get(t) for known in candidates)]
-    what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(found)
+    unknown = [t for t in prints if not any(prints[t] == known.get(t) for known in candidates)]
+    what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(prints)
     return Verdict(
         states.DRIFTED, f"{label}: source of {what} is not that of {', '.join(port.written_for)}"
     )
@@ -359,8 +439,8 @@ def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
         return "written_for names no release, and the patch does not look for a defect"
     for target in port.sources:
         if not any(target in known for known in table.values()):
-            told = _unrecorded(target, port.written_for[-1], table)
-            return f"{told}, or the name is misspelt"
+            unrecorded = _unrecorded(target, port.written_for[-1], table)
+            return f"{unrecorded}, or the name is misspelt"
     return None
 
 

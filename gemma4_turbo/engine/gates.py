@@ -220,6 +220,6 @@ def states_when_the_model_stands(call: Call) -> list[str]:
     rows = call.engine.status()
     logger.info("%s", summary_line(rows))
     bad = [row for row in rows if row.state in states.REFUSED_WHEN_STRICT]
-    told = [f"{row.name} is {row.state}: {row.reason}" for row in bad]
+    refused = [f"{row.name} is {row.state}: {row.reason}" for row in bad]
     problems = [*call.engine.switches().problems, *filter(None, [state_folder.problem()])]
-    return [*problems, *told]
+    return [*problems, *refused]

@@ -131,11 +131,11 @@ class Engine:
 
                 unseen = ledger().look() or state_folder.problem(trial=False)
                 reports = descendants()
-            told: dict[str, list[dict[str, Any]]] = {name: [] for name in self.runs}
+            below_by_name: dict[str, list[dict[str, Any]]] = {name: [] for name in self.runs}
             for report in reports:
                 for patch in report.patches:
-                    told.get(patch["name"], []).append(patch)
-            rows = [self._row(run, told[name]) for name, run in self.runs.items()]
+                    below_by_name.get(patch["name"], []).append(patch)
+            rows = [self._row(run, below_by_name[name]) for name, run in self.runs.items()]
             if unseen is None:
                 return rows
             note = f"{states.ALONE}: {unseen}"
@@ -172,13 +172,12 @@ class Engine:
 
         done: list[Swap] = []
         try:
-            source_of = fingerprints.imported_source
-            definitions = fingerprints.Definitions(source_of)
-            verdict = fingerprints.judge(ready, installed_release(), source_of, definitions)
+            definitions = fingerprints.Definitions(fingerprints.imported_source)
+            verdict = fingerprints.judge(ready, installed_release(), definitions)
             if verdict.state != states.ACTIVE:
                 rest = [port for port in run.ports if port not in ready]
-                if not fingerprints.any_there(rest, source_of):  # else another may yet fit
-                    run.set(verdict.state, verdict.reason)
+                if not fingerprints.any_there(rest, fingerprints.imported_source):
+                    run.set(verdict.state, verdict.reason)  # else another may yet fit
                 return
             port = run.port = verdict.port
             assert port is not None
@@ -253,8 +252,8 @@ class Engine:
         for run in self.runs.values():
             for swap in run.swaps:
                 if swap.target == target and swap.in_place:
-                    found: Swap = swap
-                    return found
+                    shared: Swap = swap
+                    return shared
         return None
 
     @staticmethod
@@ -311,7 +310,7 @@ class Engine:
     def outlook(self, patch: Patch, definitions: Definitions | None = None) -> tuple[str, str]:
         """State and reason of a patch that is on; while it waits, those that its sources foretell.
 
-        ``definitions`` of `installed_source` spare who asks for many patches most of the time.
+        ``definitions`` of `installed_source` spare who asks for many patches to read them again.
         """
         run = self.runs[patch.name]
         if run.state != states.WAITING:
@@ -322,8 +321,9 @@ class Engine:
             mistake = self._mistake(run)
             if mistake is not None:
                 return states.FAILED, mistake
-            source_of = fingerprints.installed_source
-            verdict = fingerprints.judge(run.ports, installed_release(), source_of, definitions)
+            if definitions is None:
+                definitions = fingerprints.Definitions(fingerprints.installed_source)
+            verdict = fingerprints.judge(run.ports, installed_release(), definitions)
             return verdict.state, verdict.reason
         except Exception as error:
             return states.FAILED, f"{type(error).__name__}: {error}"
@@ -462,9 +462,9 @@ class Engine:
             state, reason = states.ACTIVE, f"installed; but {reason}"
         # The processes that run the model outweigh this one, and the worst of them the others.
         known = set(states.SEVERITY) - {states.WAITING}
-        told = [other for other in below if other["state"] in known]
-        if told:
-            worst = max(told, key=lambda other: states.SEVERITY.index(other["state"]))
+        others = [other for other in below if other["state"] in known]
+        if others:
+            worst = max(others, key=lambda other: states.SEVERITY.index(other["state"]))
             state, reason = worst["state"], worst["reason"]
         return PatchStatus(run.patch.name, state, reason, run.targets, engaged)
 

@@ -24,10 +24,10 @@ _WRITTEN = re.compile(r"([0-9a-z]{1,40})-([0-9]{1,20})-([1-9][0-9]{0,6})-([0-9]{
 
 def parsed(text: str) -> Process | None:
     """The inverse of ``str``; None for anything else."""
-    found = _WRITTEN.fullmatch(text)
-    if found is None:
+    match = _WRITTEN.fullmatch(text)
+    if match is None:
         return None
-    boot, namespace, pid, start = found.groups()
+    boot, namespace, pid, start = match.groups()
     process = Process(boot, namespace, int(pid), int(start))
     return process if str(process) == text else None  # no second spelling, as with zeros in front
 
@@ -50,24 +50,24 @@ def own() -> Process:
 def boot() -> str:
     """What no other boot and no other machine has."""
     try:
-        found = re.fullmatch(rb"[0-9a-f-]{36}\n?", _read("/proc/sys/kernel/random/boot_id"))
-        if found is not None:
-            return found[0].decode().strip().replace("-", "")
+        match = re.fullmatch(rb"[0-9a-f-]{36}\n?", _read("/proc/sys/kernel/random/boot_id"))
+        if match is not None:
+            return match[0].decode().strip().replace("-", "")
     except OSError:
         pass  # some sandboxes leave it out
-    found = re.search(rb"^btime ([0-9]+)", _read("/proc/stat", 1 << 20), re.MULTILINE)
-    if found is None:
+    match = re.search(rb"^btime ([0-9]+)", _read("/proc/stat", 1 << 20), re.MULTILINE)
+    if match is None:
         raise OSError("/proc tells neither boot_id nor btime")
-    return found[1].decode()
+    return match[1].decode()
 
 
 def namespace() -> str:
     """This process's PID namespace."""
     link = os.readlink("/proc/self/ns/pid")
-    found = re.fullmatch(r"pid:\[([0-9]+)\]", link)
-    if found is None:
+    match = re.fullmatch(r"pid:\[([0-9]+)\]", link)
+    if match is None:
         raise OSError(f"/proc tells no PID namespace: {link!r}")
-    return found[1]
+    return match[1]
 
 
 def lives(process: Process, me: Process) -> bool | None:

@@ -180,12 +180,12 @@ def _descriptor(where: str, create: bool) -> int:
             raise
         raise _unfit(where, f"cannot be made: {error.strerror}") from None
     try:
-        found = os.fstat(descriptor)
-        if found.st_uid != os.geteuid():
+        status = os.fstat(descriptor)
+        if status.st_uid != os.geteuid():
             us = os.geteuid()
-            raise _unfit(where, f"belongs to another user: uid {found.st_uid}, ours is {us}")
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            mode = f"mode {stat.S_IMODE(found.st_mode):04o}"
+            raise _unfit(where, f"belongs to another user: uid {status.st_uid}, ours is {us}")
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            mode = f"mode {stat.S_IMODE(status.st_mode):04o}"
             raise _unfit(where, f"can be written by others ({mode}): chmod go-w")
         if not os.access(".", os.W_OK | os.X_OK, dir_fd=descriptor, effective_ids=True):
             raise _unfit(where, "cannot be written by this process")
@@ -251,15 +251,15 @@ class Folder:
 
     def files(self, me: Process) -> list[tuple[Process, str]]:
         """Writer and kind of every file that is ours by name, of this boot and PID namespace."""
-        found: list[tuple[Process, str]] = []
+        files: list[tuple[Process, str]] = []
         with os.scandir(self._descriptor) as entries:
             for number, entry in enumerate(entries):
-                if number == MAX_ENTRIES or len(found) == MAX_FILES:
+                if number == MAX_ENTRIES or len(files) == MAX_FILES:
                     raise _unfit(self.where, f"holds too many files (read: {number})")
                 written = writer(entry.name)
                 if written is not None and written[0][:2] == me[:2]:
-                    found.append(written)
-        return sorted(found, key=lambda file: file[0].pid)
+                    files.append(written)
+        return sorted(files, key=lambda file: file[0].pid)
 
     def read(self, name: str, limit: int) -> bytes:
         """What a regular file of this user holds, at most ``limit`` bytes; ValueError if more."""
@@ -286,8 +286,8 @@ class Folder:
             os.close(descriptor)
 
     @staticmethod
-    def _require_regular(name: str, found: os.stat_result) -> None:
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
+    def _require_regular(name: str, status: os.stat_result) -> None:
+        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
             raise ValueError(f"{name} is no regular file of this user")
 
     def new(self, name: str) -> int:
@@ -314,8 +314,8 @@ class Folder:
     def holds(self, name: str, file: os.stat_result) -> bool:
         """Whether ``file`` is there still, under this name."""
         with suppress(OSError):
-            found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
-            return os.path.samestat(found, file)
+            status = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+            return os.path.samestat(status, file)
         return False
 
     def rename(self, process: Process, kind: str, to: str) -> None:

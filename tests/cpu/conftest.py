@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import functools
 import itertools
 import json
 import os
@@ -18,7 +16,7 @@ import pytest
 
 from gemma4_turbo import instance
 from gemma4_turbo.catalogue import Patch
-from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun, ledger
 from tests.cpu.synthetic import World, clean_environment
 
@@ -31,17 +29,6 @@ Python = Callable[..., "subprocess.CompletedProcess[str]"]
 def pytest_configure(config: pytest.Config) -> None:
     """Name the marker of the tests that start servers."""
     config.addinivalue_line("markers", "server: starts a real SGLang server (slow)")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def sources_parsed_once() -> Iterator[None]:
-    """Python's parser takes most of the time of `apply`, and the tests apply on the same source.
-
-    The package keeps the last few trees only; here a few dozen files are kept for the process.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fingerprints, "_parse", functools.lru_cache(maxsize=128)(ast.parse))
-        yield
 
 
 @pytest.fixture

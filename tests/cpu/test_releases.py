@@ -14,6 +14,7 @@ import pytest
 from bench import releases
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.engine.fingerprints import Definitions
 from gemma4_turbo.engine.port import Port
 from gemma4_turbo.instance import PORTS, every_port
 from tests.cpu.conftest import REPOSITORY
@@ -66,7 +67,8 @@ def wheel(release: str) -> Path:
 )
 def test_router_on_a_release(release: str, state: str) -> None:
     """Written for the old ones, needless from the release that ships its own."""
-    verdict = fingerprints.judge([ROUTER], release, fingerprints.wheel_source(wheel(release)))
+    definitions = Definitions(fingerprints.wheel_source(wheel(release)))
+    verdict = fingerprints.judge([ROUTER], release, definitions)
     assert verdict.state == state
     assert f"SGLang {release}" in verdict.reason
     if state == states.UPSTREAMED:
@@ -76,9 +78,9 @@ def test_router_on_a_release(release: str, state: str) -> None:
 @pytest.mark.parametrize("release", ["0.5.13", "0.5.23"])
 def test_no_patch_drifts_on_a_release_that_is_known(release: str) -> None:
     """A later release is recognised: its own patch, or none for it. Strict mode starts there."""
-    source = fingerprints.wheel_source(wheel(release))
+    definitions = Definitions(fingerprints.wheel_source(wheel(release)))
     found = {
-        patch.name: fingerprints.judge(PORTS[patch.name], release, source).state
+        patch.name: fingerprints.judge(PORTS[patch.name], release, definitions).state
         for patch in CATALOGUE
     }
     assert set(found.values()) <= {states.ACTIVE, states.UPSTREAMED, states.UNSUPPORTED}
@@ -145,7 +147,7 @@ def unpacked(tmp_path: Path) -> Path:
 
 def judged(root: Path, release: str | None = BASELINE) -> fingerprints.Verdict:
     """The verdict over an unpacked copy."""
-    return fingerprints.judge([ROUTER], release, fingerprints.folder_source(root))
+    return fingerprints.judge([ROUTER], release, Definitions(fingerprints.folder_source(root)))
 
 
 def edit(root: Path, target: str, old: str, new: str) -> None:

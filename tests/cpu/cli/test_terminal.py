@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +15,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from gemma4_turbo.catalogue import CATALOGUE, DEFECTS, PATCHES
+from gemma4_turbo.catalogue import CATALOGUE, DEFECTS, PATCHES, by_name
 from gemma4_turbo.cli import demo, doctor, report, trials, verify
-from gemma4_turbo.engine import states
+from gemma4_turbo.engine import run, states
 from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.engine.counters import live_processes
 from gemma4_turbo.engine.states import PatchStatus
+from gemma4_turbo.engine.switches import STATE_DIR
+from tests.cpu.conftest import REPOSITORY
 
 TEXTS = (
     "gcc failed [/usr/bin/ld: cannot find -lcuda]",
@@ -146,6 +153,139 @@ def test_a_pipe_has_a_line_a_patch() -> None:
     lines = lines_of(console)
     assert len(lines) == len(ROWS) + 4 + 1
     assert "".join(lines).count("the folder is a file") == 1
+
+
+ALL = len(CATALOGUE)
+WAITING = [
+    {"name": patch.name, "state": "waiting", "reason": run.WAITING, "engaged": 0, "captured": 0}
+    for patch in CATALOGUE
+]
+
+
+def doctored(monkeypatch: pytest.MonkeyPatch, width: int | None = 80, **options: bool) -> list[str]:
+    """What `doctor` says of the other processes, on a terminal of that width or in a pipe."""
+    console = Console(file=io.StringIO()) if width is None else terminal(width)
+    monkeypatch.setattr(doctor, "Console", lambda: console)
+    doctor.run(as_json=False, **options)
+    return lines_of(console)[:-1]  # without the verdict on this process
+
+
+def running(monkeypatch: pytest.MonkeyPatch, *processes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Nothing to say but that these processes run, each with its patches."""
+    servers = [
+        {"pid": 1234 + number, "command": "sglang::scheduler", "patches": patches}
+        for number, patches in enumerate(processes)
+    ]
+    found: dict[str, Any] = {"patches": [], "problems": [], "servers": servers}
+    monkeypatch.setattr(doctor, "examine", lambda imported: iter(found.items()))
+    return found
+
+
+def test_a_process_whose_patches_are_alike_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process has its own; a reason that is longer than the terminal is broken between words."""
+    reason = "switched off [by/hand]: " + "a.long:name, " * 8
+    failed = [{**one, "state": "failed", "reason": reason.strip()} for one in WAITING]
+    installed = [{**one, "state": "active", "reason": "installed"} for one in WAITING]
+    bare = [{**one, "state": "off", "reason": ""} for one in WAITING[:2]]
+    running(monkeypatch, WAITING, WAITING, failed, installed, bare)
+    lines = doctored(monkeypatch)
+    assert max(map(len, lines)) <= 80
+    told = "Running: pid {}: sglang::scheduler: {}"
+    unbroken = [
+        told.format(1234, f"waiting for SGLang's import, {ALL} patches"),
+        told.format(1235, f"waiting for SGLang's import, {ALL} patches"),
+        told.format(1236, f"failed: {reason.strip()}, {ALL} patches"),
+        told.format(1237, f"active, not exercised here, {ALL} patches"),
+        told.format(1238, "off, 2 patches"),
+    ]
+    assert doctored(monkeypatch, None) == unbroken
+    assert " ".join(line.strip() for line in lines) == " ".join(unbroken)
+    assert lines[:2] == unbroken[:2]
+
+
+def test_what_deviates_in_a_process_has_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By state, by reason, or because it has counted calls."""
+    patches = [
+        {**WAITING[0], "state": "active", "reason": "installed", "engaged": 3, "captured": 2},
+        {**WAITING[1], "reason": "another [reason]"},
+        {**WAITING[2], "engaged": 1},
+        {**WAITING[3], "state": "drifted", "reason": "source"},
+        *WAITING[4:],
+    ]
+    running(monkeypatch, patches)
+    names = [f"{patch.name:<18}{patch.numerics:<11}" for patch in CATALOGUE[:4]]
+    lines = doctored(monkeypatch)
+    assert lines == [
+        f"Running: pid 1234: sglang::scheduler: waiting for SGLang's import, {ALL - 4} of {ALL}",
+        "  patches",
+        "active (1)",
+        f"  {names[0]}3 calls (2 into CUDA graphs)",
+        "waiting (2)",
+        f"  {names[1]}another [reason]",
+        f"  {names[2]}SGLang has not imported the target yet",
+        "drifted (1)",
+        f"  {names[3]}source",
+    ]
+
+
+def test_a_process_with_nothing_in_common_has_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than half alike; or most of them refused by strict mode, where names matter."""
+    half = [{**one, "engaged": 1 if index < ALL / 2 else 0} for index, one in enumerate(WAITING)]
+    refused = [*({**one, "state": "drifted", "reason": "x"} for one in WAITING[1:]), WAITING[0]]
+    running(monkeypatch, half, refused, WAITING[:1], [])
+    lines = doctored(monkeypatch, None)
+    for patch in CATALOGUE:
+        assert sum(line.startswith(f"  {patch.name} ") for line in lines) == 2 + (
+            patch is CATALOGUE[0]
+        )
+    titles = [f"Running: pid {1234 + number}: sglang::scheduler" for number in range(4)]
+    assert [line for line in lines if line.startswith("Running")] == titles
+
+
+def test_all_of_a_process_on_demand(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row each with ``--all``; the records as they are with ``--json``."""
+    found = running(monkeypatch, WAITING)
+    lines = doctored(monkeypatch, None, everything=True)
+    assert lines[0] == "Running: pid 1234: sglang::scheduler"
+    for patch in CATALOGUE:
+        assert sum(line.startswith(f"  {patch.name} ") for line in lines) == 1
+    servers = [dict(server) for server in found["servers"]]
+    doctor.run(as_json=True)
+    assert json.loads(capsys.readouterr().out)["servers"] == servers
+
+
+# Waits for SGLang, but for what a server process sets first; then until it is told to end.
+WAITS = """
+import sys
+from gemma4_turbo.instance import ENGINE
+ENGINE.runs["swa_ratio"].set("active", "installed")
+ENGINE.runs["swa_ratio"].engaged(False)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_live_process_that_waits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As its engine publishes it: read from the state folder."""
+    monkeypatch.setenv(STATE_DIR, str(tmp_path / "state"))
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        (other,) = [one for one in live_processes() if one.pid == process.pid]
+        running(monkeypatch, other.patches)
+        lines = doctored(monkeypatch, None)
+        process.communicate()
+    row = f"{'swa_ratio':<18}{by_name('swa_ratio').numerics:<11}1 call"
+    told = f"waiting for SGLang's import, {ALL - 1} of {ALL} patches"
+    assert lines == [f"Running: pid 1234: sglang::scheduler: {told}", "active (1)", f"  {row}"]
 
 
 def test_the_verdict_is_in_the_order_of_the_groups() -> None:

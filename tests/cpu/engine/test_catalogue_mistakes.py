@@ -70,8 +70,8 @@ def test_a_misspelt_target_of_a_patch_that_looks_by_itself(world: World) -> None
     bad = record("bad", world.target("anser"), written_for=(), finds_defect=True)
     assert "misspelt" in settled(with_good(world, bad), world)["reason"]
     world.table["2.0"] = {world.target("anser"): "0" * 16}
-    source = fingerprints.folder_source(world.root)
-    assert fingerprints.judge(bad.ports, RELEASE, source).state == states.UNSUPPORTED
+    definitions = fingerprints.Definitions(fingerprints.folder_source(world.root))
+    assert fingerprints.judge(bad.ports, RELEASE, definitions).state == states.UNSUPPORTED
 
 
 def test_a_fingerprint_that_was_not_recorded(world: World) -> None:

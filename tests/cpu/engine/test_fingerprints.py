@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
+import gc
 import textwrap
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.fingerprints import Definitions, find_definition, fingerprint, judge
-from tests.cpu.synthetic import LEAF, RELEASE, World, record
+from tests.cpu.synthetic import LEAF, RELEASE, World, record, returning
 
 STOCK = '''\
 @decorate(1)
@@ -154,6 +156,153 @@ def test_definitions_use() -> None:
     assert definitions.fingerprint("absent:f") is None
 
 
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every text that is parsed from here on."""
+    texts: list[str] = []
+
+    def parse(text: str, *rest: Any, **options: Any) -> ast.AST:
+        texts.append(text)
+        return real(text, *rest, **options)
+
+    real = ast.parse
+    monkeypatch.setattr(ast, "parse", parse)
+    return texts
+
+
+LAYOUTS = '''\
+import this
+if True:
+    @one
+    @two(
+        3)
+    def below(x): return """
+no indentation
+"""
+else:
+    def below(x): return 2
+class Tabs:
+\tif True:
+\t\tasync def method(self): pass; return 1
+class Outer:
+    """Text."""
+    def method(self):
+        def inner():
+            pass
+    @(
+        wrapped
+    )
+    def apart(self): pass
+    @\\
+    continued
+    def after_a_backslash(self): pass
+
+\x0cdef after_a_form_feed(): pass
+try:
+    class Outer2: pass
+except E:
+    def excepted(): pass
+with a as b: pass
+def last(): return 1'''
+
+
+def same_place(source: str) -> set[str]:
+    """The names of all definitions, each cut out as it is in the whole tree."""
+    definitions, tree = Definitions(lambda module: source), ast.parse(source)
+    names = set(fingerprints._outline(source).places)
+    for name in names:
+        whole: Any = find_definition(tree, name)
+        node: Any = definitions.node(f"m:{name}")
+        shown = ast.dump(node, include_attributes=True)
+        assert shown == ast.dump(whole, include_attributes=True), name
+        assert definitions.fingerprint(f"m:{name}") == fingerprint(whole)
+    return names
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_definition_is_cut_out_whatever_the_layout(end: str, parsed: list[str]) -> None:
+    """Indented by tabs or not, decorated over several lines, the last of two of its name."""
+    source = LAYOUTS.replace("\n", end)
+    fingerprints._outlines.clear()
+    names = (
+        "below Tabs Tabs.method Outer Outer.method Outer.method.inner Outer.apart "
+        "Outer.after_a_backslash after_a_form_feed Outer2 excepted last"
+    )
+    assert same_place(source) == set(names.split())
+    # By the test, for the outline, and for two that cannot be cut out, each as node and fingerprint.
+    assert parsed.count(source) == 1 + 1 + 2 * 2
+
+
+@pytest.mark.parametrize("module", ["models.gemma4_mm", "models.gemma4_causal", "layers.layernorm"])
+def test_a_definition_of_sglangs_is_cut_out(module: str, parsed: list[str]) -> None:
+    """All of them, so that none needs the whole source again."""
+    source = fingerprints.installed_source(f"sglang.srt.{module}")
+    assert source is not None
+    fingerprints._outlines.clear()
+    assert len(same_place(source)) > 10
+    assert parsed.count(source) == 1 + 1  # by the test, and for the outline
+
+
+def test_where_a_name_is_imported_from() -> None:
+    """At any depth of statements; relative imports and plain ones do not count."""
+    source = (
+        "from a import x\nimport x\nfrom . import x\nfrom .b import x\n"
+        "class A:\n    def f(self):\n        for i in j:\n            from c import y as x\n"
+        "match z:\n    case 1:\n        from d import x\n"
+        "try:\n    pass\nexcept E:\n    from e import x\nelse:\n    from f import x\n"
+        "finally:\n    from g import x, y\n"
+    )
+    definitions = Definitions(lambda module: source if module == "m" else None)
+    assert sorted(definitions.origins("m", "x")) == [
+        *[("a", "x"), ("c", "y"), ("d", "x"), ("e", "x"), ("f", "x"), ("g", "x")]
+    ]
+    assert definitions.origins("m", "y") == [("g", "y")]
+    assert definitions.origins("absent", "x") == []
+
+
+def test_patches_of_the_same_source_parse_it_once(world: World, parsed: list[str]) -> None:
+    """And keep no tree of it; installing them again parses no source as a whole."""
+    names = ("answer", "Model.forward", "Model.name")
+    patches = [
+        (record(f"of_{i}", world.target(name)), returning(0)) for i, name in enumerate(names)
+    ]
+    engine = world.engine(*patches)
+    source = (world.root / world.package / "leaf.py").read_text()
+    world.write("leaf", f"{source}\n# {world.package}: no other test has parsed this")
+    gc.collect()
+    trees = _statements()
+    engine.apply()
+    world.imported()
+    assert {row.state for row in engine.status()} == {states.ACTIVE}
+    assert sum("no other test" in text for text in parsed) == 1
+    engine.revert()
+    engine.apply()
+    assert {row.state for row in engine.status()} == {states.ACTIVE}
+    assert sum("no other test" in text for text in parsed) == 1
+    gc.collect()
+    assert _statements() == trees
+
+
+def _statements() -> int:
+    return sum(issubclass(type(found), ast.stmt) for found in gc.get_objects())
+
+
+def test_a_source_that_changed_is_read_again(world: World, parsed: list[str]) -> None:
+    """Between two looks; within one it is as it was at first. What is known is not parsed again."""
+    source = fingerprints.folder_source(world.root)
+    target = world.target("answer")
+    once = Definitions(source)
+    before = once.fingerprint(target)
+    world.edit("x * 2", "x * 4")
+    assert once.fingerprint(target) == before
+    after = Definitions(source).fingerprint(target)
+    assert after != before
+    world.edit("x * 4", "x * 2")
+    parsed.clear()
+    assert Definitions(source).fingerprint(target) == before
+    assert parsed == []
+
+
 def test_a_mix_of_two_releases_is_drifted(world: World) -> None:
     """Each source is known, but not the two together."""
     target, basis = world.target("answer"), world.target("Model.forward")
@@ -163,9 +312,9 @@ def test_a_mix_of_two_releases_is_drifted(world: World) -> None:
     world.edit("x * 2", "x * 4")
     world.edit("x + 1", "x + 4")
     world.table["2.0"] = fingerprints.record_release(source, ports)
-    assert judge(ports, "2.0", source).state == states.ACTIVE
+    assert judge(ports, "2.0", Definitions(source)).state == states.ACTIVE
     world.edit("x + 4", "x + 1")
-    verdict = judge(ports, "2.0", source)
+    verdict = judge(ports, "2.0", Definitions(source))
     assert verdict.state == states.DRIFTED
     assert f"a mix of {target}, {basis}" in verdict.reason
 
@@ -175,7 +324,7 @@ def test_a_release_that_the_patch_was_not_written_for_does_not_count(world: Worl
     ports = record("one", world.target("answer"), written_for=("0.9",)).ports
     source = fingerprints.folder_source(world.root)
     world.table[RELEASE] = fingerprints.record_release(source, ports)
-    verdict = judge(ports, RELEASE, source)
+    verdict = judge(ports, RELEASE, Definitions(source))
     assert verdict.state == states.UNSUPPORTED
     assert verdict.reason == f"written for 0.9, not for SGLang {RELEASE}"
 
@@ -187,19 +336,19 @@ def test_what_is_only_read_may_change_but_for_the_names_that_are_read(world: Wor
     source = fingerprints.folder_source(world.root)
     world.table[RELEASE] = fingerprints.record_release(source, ports)
     assert world.target("Model") not in world.table[RELEASE]
-    assert judge(ports, RELEASE, source).port is ports[0]
+    assert judge(ports, RELEASE, Definitions(source)).port is ports[0]
     world.edit("x + 1", "x + 4")
-    assert judge(ports, RELEASE, source).state == states.ACTIVE
+    assert judge(ports, RELEASE, Definitions(source)).state == states.ACTIVE
     world.edit("def forward", "def forwards")
-    verdict = judge(ports, RELEASE, source)
+    verdict = judge(ports, RELEASE, Definitions(source))
     assert verdict.state == states.DRIFTED
     assert verdict.reason.endswith(f"{world.target('Model')} has no forward")
     world.edit("class Model", "class Modell")
-    verdict = judge(ports, RELEASE, source)
+    verdict = judge(ports, RELEASE, Definitions(source))
     assert verdict.state == states.UNSUPPORTED
     assert world.target("Model") in verdict.reason
     world.edit("x * 2", "x * 4")
-    assert judge(ports, RELEASE, source).state == states.DRIFTED
+    assert judge(ports, RELEASE, Definitions(source)).state == states.DRIFTED
 
 
 def test_the_port_whose_source_is_there_is_chosen(world: World) -> None:
@@ -211,9 +360,9 @@ def test_the_port_whose_source_is_there_is_chosen(world: World) -> None:
     world.table["0.9"] = {world.target("answer"): "0" * 16, world.target("nowhere"): "0" * 16}
     world.table["1.0"] = fingerprints.record_release(source, [new])
     for ports in ((old, new), (new, old), (elsewhere, new)):
-        assert judge(ports, RELEASE, source).port is new
+        assert judge(ports, RELEASE, Definitions(source)).port is new
     world.edit("x * 2", "x * 4")
     for ports in ((elsewhere, new), (new, elsewhere)):
-        verdict = judge(ports, RELEASE, source)
+        verdict = judge(ports, RELEASE, Definitions(source))
         assert verdict.state == states.DRIFTED
         assert verdict.port is None

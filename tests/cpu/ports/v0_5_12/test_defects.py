@@ -148,11 +148,10 @@ def test_a_tree_whose_backend_asks_its_own_pool_is_taken() -> None:
         text = fingerprints.installed_source(module)
         return text and text.replace("token_to_kv_pool_allocator", "token_to_kv_pool")
 
-    verdict = fingerprints.judge(ENGINE.runs[VIEWS].ports, "0.5.13.dev1", source)
-    assert verdict.state == states.ACTIVE
-    assert fingerprints.judge(ENGINE.runs[VIEWS].ports, None, lambda module: None).state == (
-        states.UNSUPPORTED
-    )
+    ports = ENGINE.runs[VIEWS].ports
+    there, absent = fingerprints.Definitions(source), fingerprints.Definitions(lambda module: None)
+    assert fingerprints.judge(ports, "0.5.13.dev1", there).state == states.ACTIVE
+    assert fingerprints.judge(ports, None, absent).state == states.UNSUPPORTED
 
 
 @VIEW
