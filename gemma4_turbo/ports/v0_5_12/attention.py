@@ -6,7 +6,7 @@ stock's calls for that part.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,12 @@ from gemma4_turbo.fusions.site import UNPROVEN, Site, site_of
 from gemma4_turbo.kernels import qkv as kernel
 from gemma4_turbo.kernels.qkv import Rope, Store
 from gemma4_turbo.ports.v0_5_12 import linear, sglang_types, stock
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import Attention, ForwardBatch
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Attention.forward"
 
@@ -31,18 +37,18 @@ ROPE_ROWS, ROPE_WIDTH = 1024, 3072
 
 FUSIONS = (QKV_PROJ, QKV_NORM, ROPE_STORE)
 
-_stock: dict[str, Any] = {}
+_stock: dict[str, Callable[..., torch.Tensor]] = {}
 
 
 class AttentionSite(Site):
     """What an attention's modules allow, looked at once. None: allowed, else why not."""
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Attention) -> None:
         norms = attention.q_norm, attention.k_norm, attention.v_norm
         self.shared = attention.is_kv_shared_layer and attention.kv_shared_layer_index is not None
         # Without types that are known, nothing here may even read the norms' options: stock decides.
         self.stocks: str | None = next(filter(None, map(_norm_unfit, norms)), None)
-        key: tuple[Any, ...] = ()
+        key: tuple[object, ...] = ()
         if self.stocks is None:
             weight = attention.q_norm.weight
             key = (
@@ -75,20 +81,20 @@ class AttentionSite(Site):
         self.cover("rope_store", *norms, attention.rotary_emb, attention.attn)
         self.cover("qkv_proj", attention.qkv_proj)
         names = ("q_norm", "k_norm", "v_norm", "rotary_emb", "qkv_proj", "attn")
-        parts = [(attention, name) for name in names]
+        parts: list[tuple[object, str]] = [(attention, name) for name in names]
         parts += [(attention.qkv_proj, name) for name in ("quant_method", "weight", "bias")]
         parts += [(attention.rotary_emb, "_forward_method")]
         parts += sglang_types.method_parts(attention.qkv_proj)
         self.made_for(*parts)
 
 
-def _norm_unfit(norm: Any) -> str | None:
+def _norm_unfit(norm: object) -> str | None:
     if type(norm) is not sglang_types.types().gemma4_rms_norm:
         return f"a norm of Q, K or V is a {sglang_types.name(norm)}"
     return sglang_types.weight_unfit(norm.weight) or sglang_types.method_unfit(norm)
 
 
-def _projection_unfit(attention: Any) -> str | None:
+def _projection_unfit(attention: Attention) -> str | None:
     """Why all rows of the QKV weight are multiplied, or None: only Q's are read.
 
     Whether V's rows equal K's (``attention_k_eq_v``) is a fact about data that any write may end, so
@@ -104,7 +110,7 @@ def _projection_unfit(attention: Any) -> str | None:
     return reason
 
 
-def enable(fusions: tuple[Step, ...], run: Any, stock: dict[str, Any]) -> dict[str, Any]:
+def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
     _stock[TARGET] = stock[TARGET]
     sglang_types.load()
@@ -114,10 +120,10 @@ def enable(fusions: tuple[Step, ...], run: Any, stock: dict[str, Any]) -> dict[s
 
 
 def forward(
-    self: Any,
+    self: Attention,
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
-    forward_batch: Any,
+    forward_batch: ForwardBatch,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Projection, norms, rotation, attention, output projection."""
@@ -125,7 +131,7 @@ def forward(
     if site.stocks is not None:
         for fusion in FUSIONS:
             fusion.settled(site)  # counts
-        return _stock[TARGET](self, positions, hidden_states, forward_batch, **kwargs)  # type: ignore[no-any-return]
+        return _stock[TARGET](self, positions, hidden_states, forward_batch, **kwargs)
     q, k, v = _project(self, site, hidden_states)
     fits = site.canonical and (
         q.is_cuda or (kernel.INTERPRETED and not site.hooks_unfit("qkv_norm"))
@@ -153,7 +159,12 @@ def forward(
 
 
 def _attend(
-    self: Any, q: torch.Tensor, k: Any, v: Any, forward_batch: Any, stored: bool
+    self: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: Any,
+    forward_batch: ForwardBatch,
+    stored: bool,
 ) -> torch.Tensor:
     q = q.unflatten(-1, (self.num_heads, self.head_dim))  # type: ignore[no-untyped-call]
     if stored or k is None:
@@ -171,7 +182,7 @@ def _attend(
 # -- projection, norms, rotation ------------------------------------------------------------------
 
 
-def _project(self: Any, site: AttentionSite, x: torch.Tensor) -> tuple[torch.Tensor, Any, Any]:
+def _project(self: Attention, site: AttentionSite, x: torch.Tensor) -> qkv.Heads:
     """Q, K and V before the norms; K and V None on layers that share them."""
     if not QKV_PROJ.settled(site):
         q = QKV_PROJ(site, projection.Args(x, self.qkv_proj.weight, self.q_size))
@@ -182,7 +193,14 @@ def _project(self: Any, site: AttentionSite, x: torch.Tensor) -> tuple[torch.Ten
     return (q, None, None) if site.shared else (q, k, v)
 
 
-def _args(self: Any, q: Any, k: Any, v: Any, rope: Rope | None, store: Store | None) -> qkv.Args:
+def _args(
+    self: Attention,
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    rope: Rope | None,
+    store: Store | None,
+) -> qkv.Args:
     norm = self.q_norm
     weights = norm.weight.data, self.k_norm.weight.data
     return qkv.Args(q, k, v, *weights, norm.eps, self.head_dim, rope, store)
@@ -204,7 +222,7 @@ def _rope_slower(q: torch.Tensor, k: torch.Tensor | None) -> str | None:
     return f"more than {ROPE_ROWS} tokens of no more than {ROPE_WIDTH} numbers"
 
 
-def _plain_norms(self: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
+def _plain_norms(self: Attention, q: Any, k: Any, v: Any) -> qkv.Heads:
     q = self.q_norm(q.unflatten(-1, (self.num_heads, self.head_dim))).flatten(-2, -1)
     if k is None:
         return q, None, None
@@ -213,14 +231,18 @@ def _plain_norms(self: Any, q: Any, k: Any, v: Any) -> tuple[Any, Any, Any]:
     return q, k.flatten(-2, -1), v
 
 
-def _stock_norms(self: Any, q: Any, k: Any, v: Any) -> None:
+def _stock_norms(
+    self: Attention, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None
+) -> None:
     """Stock's kernel, in place."""
     key_weight = None if k is None else self.k_norm.weight.data
     sizes = self.num_heads, self.num_kv_heads, self.head_dim
     stock.qkv_rmsnorm(q, k, v, self.q_norm.weight.data, key_weight, *sizes, self.q_norm.eps)
 
 
-def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:
+def _store(
+    self: Attention, forward_batch: ForwardBatch, k: torch.Tensor | None, v: torch.Tensor | None
+) -> Store | None:
     """The layer's slots in the KV pool, when stock would store there at once; else None."""
     if k is None or self.is_kv_shared_layer or torch.compiler.is_compiling():
         return None
@@ -233,6 +255,7 @@ def _store(self: Any, forward_batch: Any, k: Any, v: Any) -> Store | None:
         return None
     if layer.k_scale is not None or layer.v_scale is not None:
         return None
+    locations: torch.Tensor | None
     pool, locations, index = (
         forward_batch.token_to_kv_pool,
         forward_batch.out_cache_loc,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +17,9 @@ from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import Experts, NextNorm
 from gemma4_turbo.kernels.qkv import Rope
 from gemma4_turbo.ports.v0_5_12 import stock as stocks
+
+if TYPE_CHECKING:
+    from gemma4_turbo.fusions.fusion import A, R
 
 EPS = 1e-6
 
@@ -41,7 +44,7 @@ def _scalar(device: str) -> torch.Tensor:
     return torch.tensor([0.7], device=device, dtype=torch.bfloat16)
 
 
-def _check(fusion: Fusion[Any, Any], what: str, device: str, draw: Callable[[], Any]) -> Check:
+def _check(fusion: Fusion[A, R], what: str, device: str, draw: Callable[[], A]) -> Check:
     """One fusion on operands that are drawn twice: both sides may overwrite them."""
     args, others = draw(), draw()
     unfit = fusion.unfit(args)

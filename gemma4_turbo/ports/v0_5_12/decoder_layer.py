@@ -6,7 +6,7 @@ stock's calls for that part.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,17 @@ from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
 from gemma4_turbo.ports.v0_5_12 import linear, sglang_types, stock
 from gemma4_turbo.runtime.custom_ops import capturing
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.kernels.norms.layer_norms import Outputs
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        DecoderLayer,
+        ForwardBatch,
+        LayerOutputs,
+        Norm,
+        RMSNorm,
+    )
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
 
@@ -57,7 +68,7 @@ class Summing:
 class LayerSite(Site):
     """What a layer's modules allow, looked at once. None: allowed, else why not."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: DecoderLayer) -> None:
         moe = layer.enable_moe_block
         first = ["post_attention_layernorm", "pre_feedforward_layernorm"]
         tail = ["post_feedforward_layernorm"]
@@ -68,7 +79,7 @@ class LayerSite(Site):
             tail += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2"]
         firsts, tails = _modules(layer, first), _modules(layer, tail)
         weight = getattr(layer.input_layernorm, "weight", None)
-        key: tuple[Any, ...] = (str(type(weight)), moe)
+        key: tuple[object, ...] = (str(type(weight)), moe)
         if sglang_types.norm_unfit(layer.input_layernorm) is None:
             key = (weight.shape[0], weight.dtype, str(weight.device), moe)  # type: ignore[union-attr]
         super().__init__(key, layer.input_layernorm)
@@ -84,7 +95,7 @@ class LayerSite(Site):
         self.mlp_stream: str | None = apart  # no arithmetic to compare
         more = apart or sglang_types.reduction_unfit(layer.moe.experts)
         self.experts_sum: str | None = first_unfit([*reasons, more])
-        self.following: tuple[Any, str | None] = (None, None)
+        self.following: tuple[Norm | None, str | None] = (None, None)
 
         routing = (layer.router, layer.router.norm) if self.layer_norms is UNPROVEN and moe else ()
         experts = (layer.moe, layer.moe.experts) if apart is None else ()
@@ -94,7 +105,9 @@ class LayerSite(Site):
         self.cover("experts_sum", *tails, *experts)
         if isinstance(layer.mlp, torch.nn.Module):
             self.cover("mlp_stream", *layer.mlp.modules())
-        parts = [(layer, name) for name in (*first, *tail, "input_layernorm", "mlp")]
+        parts: list[tuple[object, str]] = [
+            (layer, name) for name in (*first, *tail, "input_layernorm", "mlp")
+        ]
         if moe:
             parts += [(layer, "router"), (layer, "moe")]
             parts += [(layer.router, "norm")] if routing else []
@@ -105,18 +118,18 @@ class LayerSite(Site):
         parts += [(n, "_forward_method") for n in (*firsts, *tails)]
         self.made_for(*parts)
 
-    def following_unfit(self, norm: Any) -> str | None:
+    def following_unfit(self, norm: Norm) -> str | None:
         """Why the norm that reads the layer's result is not ours to run, or None."""
         if self.following[0] is not norm:
             self.following = norm, sglang_types.norm_unfit(norm)
         return self.following[1] or sglang_types.hooks_unfit(norm)
 
 
-def _modules(layer: Any, names: list[str]) -> tuple[Any, ...]:
+def _modules(layer: DecoderLayer, names: list[str]) -> tuple[Norm, ...]:
     return tuple(getattr(layer, name) for name in names)
 
 
-def enable(fusions: tuple[Step, ...], run: Any) -> dict[str, Any]:
+def enable(fusions: tuple[Step, ...], run: PatchRun) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
     sglang_types.load()
     for fusion in fusions:
@@ -125,13 +138,13 @@ def enable(fusions: tuple[Step, ...], run: Any) -> dict[str, Any]:
 
 
 def forward(
-    self: Any,
+    self: DecoderLayer,
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     per_layer_input: torch.Tensor,
-    forward_batch: Any,
+    forward_batch: ForwardBatch,
     **kwargs: Any,
-) -> tuple[Any, ...]:
+) -> LayerOutputs:
     """One layer. Returns hidden states, None, and the next layer's normed input or None.
 
     ``kwargs`` may hold ``normed``, the input already through ``input_layernorm``, and ``following``,
@@ -153,15 +166,15 @@ def forward(
 
 
 def _forward(
-    self: Any,
+    self: DecoderLayer,
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     per_layer_input: torch.Tensor,
-    forward_batch: Any,
+    forward_batch: ForwardBatch,
     normed: torch.Tensor | None = None,
-    following: Any = None,
+    following: RMSNorm | None = None,
     **kwargs: Any,
-) -> tuple[Any, ...]:
+) -> LayerOutputs:
     site = site_of(self, LayerSite)
     residual = hidden_states
 
@@ -170,7 +183,7 @@ def _forward(
         positions=positions, hidden_states=hidden_states, forward_batch=forward_batch
     )
 
-    router_input: Any = None
+    router_input: torch.Tensor | None = None
     experts_input: Any = None
     fused = _layer_norms(self, site, hidden_states, residual)
     if fused is not None:
@@ -206,8 +219,8 @@ def _forward(
 
 
 def _layer_norms(
-    self: Any, site: LayerSite, attention_output: torch.Tensor, residual: torch.Tensor
-) -> Any:
+    self: DecoderLayer, site: LayerSite, attention_output: torch.Tensor, residual: torch.Tensor
+) -> Outputs | None:
     if LAYER_NORMS.settled(site):
         return None
     first, second = self.post_attention_layernorm, self.pre_feedforward_layernorm
@@ -236,7 +249,7 @@ def _layer_norms(
 # -- experts ------------------------------------------------------------------------------------
 
 
-def _side_stream(self: Any, site: LayerSite, x: torch.Tensor) -> Any:
+def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.cuda.Stream | None:
     """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
     if MLP_STREAM.run is None or torch.compiler.is_compiling() or not capturing():
         return None
@@ -252,20 +265,20 @@ def _side_stream(self: Any, site: LayerSite, x: torch.Tensor) -> Any:
     return _streams[x.device]
 
 
-_streams: dict[torch.device, Any] = {}
+_streams: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def _experts(
-    self: Any,
+    self: DecoderLayer,
     site: LayerSite,
-    x: Any,
+    x: torch.Tensor,
     router_logits: torch.Tensor,
     residual: torch.Tensor,
     mlp_output: torch.Tensor,
 ) -> torch.Tensor:
     """The experts' output, summed or, if the tail can sum it, ``[M, K, N]``."""
     if torch.compiler.is_compiling() or EXPERTS_SUM.settled(site):
-        return self.moe(x, router_logits)  # type: ignore[no-any-return]
+        return self.moe(x, router_logits)
     unfit = None
     if x.shape[0] > COMPILED_SUM_ROWS:
         unfit = f"more than {COMPILED_SUM_ROWS} tokens"
@@ -285,7 +298,7 @@ def _experts(
 
     run = EXPERTS_SUM.admit(site, unfit, unsummed)
     if run is None:
-        return self.moe(x, router_logits)  # type: ignore[no-any-return]
+        return self.moe(x, router_logits)
     Summing.wanted, Summing.taken, Summing.buffer = True, None, None
     try:
         summed = self.moe(x, router_logits)
@@ -294,7 +307,7 @@ def _experts(
         Summing.wanted, Summing.taken, Summing.buffer = False, None, None
     if taken is None:
         run.declined("the experts did not end in SGLang's reduction for few tokens")
-        return summed  # type: ignore[no-any-return]
+        return summed
     if same:
         run.engaged(capturing())  # the tail sums it: `_finish`
         return taken
@@ -308,14 +321,14 @@ def _experts(
 
 
 def _finish(
-    self: Any,
+    self: DecoderLayer,
     site: LayerSite,
     mlp_output: torch.Tensor,
     experts_output: torch.Tensor | None,
     residual: torch.Tensor,
     per_layer_input: torch.Tensor | None,
-    following: Any,
-) -> tuple[Any, ...]:
+    following: RMSNorm | None,
+) -> LayerOutputs:
     if self.has_ple:
         return _finish_ple(
             self, site, mlp_output, experts_output, residual, per_layer_input, following
@@ -335,7 +348,7 @@ def _finish(
 
 
 def _tail(
-    self: Any,
+    self: DecoderLayer,
     mlp_output: torch.Tensor,
     residual: torch.Tensor,
     experts_output: torch.Tensor | None,
@@ -352,12 +365,15 @@ def _tail(
     )
 
 
-def _next_norm(following: Any) -> NextNorm:
+def _next_norm(following: RMSNorm) -> NextNorm:
     return NextNorm(following.weight.data, eps_of(following), 0)  # the fusion knows the kind
 
 
 def _stock_tail(
-    self: Any, mlp_output: torch.Tensor, experts_output: torch.Tensor | None, residual: torch.Tensor
+    self: DecoderLayer,
+    mlp_output: torch.Tensor,
+    experts_output: torch.Tensor | None,
+    residual: torch.Tensor,
 ) -> torch.Tensor:
     """Stock's last calls on a layer without per-layer embeddings."""
     norm = self.post_feedforward_layernorm
@@ -381,21 +397,21 @@ def _stock_tail(
             mlp_output, norm.weight.data, residual, self.layer_scalar, norm.variance_epsilon
         )
     out = norm(mlp_output) + residual
-    return out * self.layer_scalar  # type: ignore[no-any-return]
+    return out * self.layer_scalar
 
 
 # -- the end of a layer with per-layer embeddings --------------------------------------------------
 
 
 def _finish_ple(
-    self: Any,
+    self: DecoderLayer,
     site: LayerSite,
     x: torch.Tensor,
     experts_output: torch.Tensor | None,
     residual: torch.Tensor,
     per_layer_input: torch.Tensor | None,
-    following: Any,
-) -> tuple[Any, ...]:
+    following: RMSNorm | None,
+) -> LayerOutputs:
     if experts_output is not None:
         x = self.post_feedforward_layernorm_1(x) + self.post_feedforward_layernorm_2(experts_output)
     if not _ple_tail_runs(self, site, x, residual, per_layer_input):
@@ -428,7 +444,7 @@ def _finish_ple(
 
 
 def _ple_tail_runs(
-    self: Any,
+    self: DecoderLayer,
     site: LayerSite,
     x: torch.Tensor,
     residual: torch.Tensor,

@@ -10,13 +10,19 @@ from gemma4_turbo.ports.v0_5_12 import decoder_layer, sglang_types
 from gemma4_turbo.runtime.hooks import FOR_ALL
 
 if TYPE_CHECKING:
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        ForwardBatch,
+        Module,
+        RMSNorm,
+        TextModel,
+    )
     from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
 
 State = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Between two layers: hidden states, residual, and the hidden states through the next norm."""
 
 
-def run_tail(self: Any, first: int, tail: yoco_cut.Tail) -> torch.Tensor:
+def run_tail(self: TextModel, first: int, tail: yoco_cut.Tail) -> torch.Tensor:
     """The layers from ``first`` on and the last norm over a tail's rows: ``[rows, hidden]``.
 
     It reads the model and the tail, nothing else: a CUDA graph of it is right as long as these are.
@@ -26,12 +32,12 @@ def run_tail(self: Any, first: int, tail: yoco_cut.Tail) -> torch.Tensor:
 
 
 def run_layers(
-    self: Any,
+    self: TextModel,
     first: int,
     state: State,
     positions: torch.Tensor,
     per_layer_inputs: torch.Tensor | None,
-    batch: Any,
+    batch: ForwardBatch,
 ) -> torch.Tensor:
     """The layers from ``first`` on and the last norm: ``[rows, hidden]``."""
     rest = range(first, len(self.layers))
@@ -39,14 +45,14 @@ def run_layers(
 
 
 def layers(
-    self: Any,
+    self: TextModel,
     captured: list[torch.Tensor],
-    kwargs: dict[str, Any],
+    kwargs: dict[str, object],
     indices: range,
     state: State,
     positions: torch.Tensor,
     per_layer_inputs: torch.Tensor | None,
-    forward_batch: Any,
+    forward_batch: ForwardBatch,
 ) -> State:
     """These layers, one after another; ``captured`` gets what goes into ``layers_to_capture``."""
     hidden_states, residual, normed = state
@@ -68,7 +74,9 @@ def layers(
     return hidden_states, residual, normed
 
 
-def _between(self: Any, index: int, normed: torch.Tensor | None) -> dict[str, Any]:
+def _between(
+    self: TextModel, index: int, normed: torch.Tensor | None
+) -> dict[str, torch.Tensor | RMSNorm]:
     """What a layer is told beside stock's arguments: its normed input, and the norm after it.
 
     A hook on a layer sees, and may change, hidden states that nobody has gone on from: neither the
@@ -78,8 +86,8 @@ def _between(self: Any, index: int, normed: torch.Tensor | None) -> dict[str, An
         return {}
     layer = self.layers[index]
     last = index + 1 == len(self.layers)
-    after = self.norm if last else self.layers[index + 1]
-    told: dict[str, Any] = {}
+    after: Any = self.norm if last else self.layers[index + 1]
+    told: dict[str, torch.Tensor | RMSNorm] = {}
     if normed is not None:
         told["normed"] = normed
     if _direct(layer, after, last):
@@ -87,13 +95,13 @@ def _between(self: Any, index: int, normed: torch.Tensor | None) -> dict[str, An
     return told
 
 
-def _direct(layer: Any, after: Any, last: bool) -> bool:
+def _direct(layer: Module, after: Module, last: bool) -> bool:
     """Whether what a layer returns goes to SGLang's next layer, or the last norm, as it is."""
     kind = sglang_types.types().layer
     return type(layer) is kind and (last or type(after) is kind) and not _hooked(layer, after)
 
 
-def _hooked(layer: Any, after: Any) -> bool:
+def _hooked(layer: Module, after: Module) -> bool:
     """As `gemma4_turbo.runtime.hooks.hooked`, where Dynamo looks on too."""
     return bool(
         layer._forward_hooks
@@ -107,7 +115,7 @@ def _hooked(layer: Any, after: Any) -> bool:
     )
 
 
-def last_norm(self: Any, state: State) -> torch.Tensor:
+def last_norm(self: TextModel, state: State) -> torch.Tensor:
     """What the model returns: the hidden states through its last norm."""
     hidden_states, residual, normed = state
     if residual is not None:

@@ -5,7 +5,7 @@ Without the patch every function here makes stock's calls.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +17,9 @@ from gemma4_turbo.ports.v0_5_12 import sglang_types
 from gemma4_turbo.runtime.custom_ops import capturing
 from gemma4_turbo.runtime.hooks import hooked
 
+if TYPE_CHECKING:
+    from gemma4_turbo.ports.v0_5_12.protocols import MLP, Linear
+
 SKINNY_GEMM = skinny_gemm.SkinnyGemm("skinny_gemm")
 NAME = "skinny_gemm"
 ARRIVED = "_gemma4_turbo_arrived"  # on a module
@@ -27,9 +30,9 @@ TOO_MANY_ROWS = f"x must have at most {kernel.MAX_ROWS} rows"
 class LinearSite(Site):
     """What one linear layer allows, looked at once."""
 
-    def __init__(self, module: Any, epilogue: Epilogue) -> None:
+    def __init__(self, module: Linear, epilogue: Epilogue) -> None:
         self.skinny_gemm: str | None = _module_unfit(module) or UNPROVEN
-        key: tuple[Any, ...] = ()
+        key: tuple[object, ...] = ()
         if self.skinny_gemm is UNPROVEN:  # a quantised layer may have no weight at all
             weight = module.weight
             key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
@@ -51,7 +54,7 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _module_unfit(module: Any) -> str | None:
+def _module_unfit(module: Linear) -> str | None:
     reason = sglang_types.linear_unfit(module)
     if reason is not None:
         return reason
@@ -66,7 +69,7 @@ def _module_unfit(module: Any) -> str | None:
     return None
 
 
-def project(module: Any, x: torch.Tensor) -> torch.Tensor:
+def project(module: Linear, x: torch.Tensor) -> torch.Tensor:
     """``module(x)``, without the bias that it returns beside."""
     out = _run(module, x, Epilogue.NONE, None)
     if out is None:
@@ -74,23 +77,23 @@ def project(module: Any, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
+def mlp(module: MLP, x: torch.Tensor) -> torch.Tensor:
     """Gemma 4's dense MLP, its activation in the launch of the first product."""
     if SKINNY_GEMM.run is None:
-        return module(x)  # type: ignore[no-any-return]
+        return module(x)
     if not torch.compiler.is_compiling():
         # Every call of a prefill: no time for more than its rows.
         reason = TOO_MANY_ROWS if x.shape[0] > kernel.MAX_ROWS else _mlp_unfit(module)
         if reason is not None:
             SKINNY_GEMM.run.declined(reason)
-            return module(x)  # type: ignore[no-any-return]
+            return module(x)
     hidden = _run(module.gate_up_proj, x, Epilogue.GELU_AND_MUL, None)
     if hidden is None:
-        return module(x)  # type: ignore[no-any-return]
+        return module(x)
     return project(module.down_proj, hidden)
 
 
-def _mlp_unfit(module: Any) -> str | None:
+def _mlp_unfit(module: MLP) -> str | None:
     """Why a dense MLP is to be called as a whole, or None: a few look-ups at every call."""
     if type(module) is not sglang_types.types().mlp:
         return f"the dense MLP is a {sglang_types.name(module)}"
@@ -105,13 +108,15 @@ def _mlp_unfit(module: Any) -> str | None:
     return sglang_types.method_unfit(activation)
 
 
-def gate_times(module: Any, x: torch.Tensor, per_layer_input: torch.Tensor) -> torch.Tensor | None:
+def gate_times(
+    module: Linear, x: torch.Tensor, per_layer_input: torch.Tensor
+) -> torch.Tensor | None:
     """``gelu(module(x)) * per_layer_input`` in one launch, or None: nothing done."""
     return _run(module, x, Epilogue.GELU_TIMES, per_layer_input)
 
 
 def _run(
-    module: Any, x: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
+    module: Linear, x: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
 ) -> torch.Tensor | None:
     if SKINNY_GEMM.run is None or torch.compiler.is_compiling():
         return None
@@ -129,11 +134,11 @@ def _run(
     return SKINNY_GEMM(site, args)
 
 
-def _zeros(module: Any, count: int, device: torch.device) -> torch.Tensor:
+def _zeros(module: Linear, count: int, device: torch.device) -> torch.Tensor:
     """Kept on the module for good: a CUDA graph may go on using those of a plan that has ended."""
-    every = module.__dict__.setdefault(ARRIVED, [])
+    every: list[torch.Tensor] = module.__dict__.setdefault(ARRIVED, [])
     for zeros in every:
         if zeros.shape[0] >= count and zeros.device == device:
-            return zeros  # type: ignore[no-any-return]
+            return zeros
     every.append(torch.zeros(count, dtype=torch.int32, device=device))
-    return every[-1]  # type: ignore[no-any-return]
+    return every[-1]

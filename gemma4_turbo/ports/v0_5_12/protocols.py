@@ -231,6 +231,13 @@ class MoE(Module, Protocol):
     def __call__(self, x: torch.Tensor, router_logits: torch.Tensor, /) -> torch.Tensor: ...
 
 
+LayerOutputs = (
+    tuple[torch.Tensor, torch.Tensor | None]
+    | tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
+)
+"""Hidden states, residual, and of the package's layers the hidden states through the next norm."""
+
+
 class DecoderLayer(Module, Protocol):
     """``sglang.srt.models.gemma4_causal.Gemma4DecoderLayer``."""
 
@@ -264,7 +271,7 @@ class DecoderLayer(Module, Protocol):
         per_layer_input: torch.Tensor | None,
         forward_batch: ForwardBatch,
         **kwargs: Any,
-    ) -> tuple[Any, ...]: ...
+    ) -> LayerOutputs: ...
 
 
 class DecoderLayers(Protocol):

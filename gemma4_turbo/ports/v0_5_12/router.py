@@ -24,11 +24,12 @@ from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import MoE, TopK
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4MoE.__init__"
 Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
-_routed: weakref.WeakSet[Any] = weakref.WeakSet()  # the Gemma4MoE whose routing is ours
+_routed: weakref.WeakSet[MoE] = weakref.WeakSet()  # the Gemma4MoE whose routing is ours
 _verdicts = Verdicts()  # of self_check, per device, dtypes and shape
 
 
@@ -37,7 +38,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     construct = stock[TARGET]
 
     @functools.wraps(construct)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: MoE, *args: object, **kwargs: object) -> None:
         construct(self, *args, **kwargs)
         try:
             _take_over(run, self)
@@ -50,13 +51,13 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 def undo(run: PatchRun) -> None:
     """Give stock's closure back to every live Gemma4MoE that still has ours."""
     for moe in list(_routed):
-        ours = moe.topk.topk_config.custom_routing_function
+        ours: Any = moe.topk.topk_config.custom_routing_function
         if getattr(ours, "gemma4_turbo_stock", None) is not None:
             moe.topk.topk_config.custom_routing_function = ours.gemma4_turbo_stock
     _routed.clear()
 
 
-def _take_over(run: PatchRun, moe: Any) -> None:
+def _take_over(run: PatchRun, moe: MoE) -> None:
     config = moe.topk.topk_config
     stock = config.custom_routing_function
     if getattr(stock, "__qualname__", "") != "Gemma4MoE.__init__.<locals>.routing_function":
@@ -123,7 +124,7 @@ def _custom_op() -> Routing:
     )
 
 
-def _backend_unfit(topk: Any) -> str | None:
+def _backend_unfit(topk: TopK) -> str | None:
     """Why TopK will not call a routing function at all, or None. Mirrors TopK.forward_cuda."""
     from sglang.srt.layers.moe.topk import TopKOutputFormat
     from sglang.srt.layers.moe.utils import get_moe_runner_backend
@@ -234,7 +235,7 @@ def stock_routing(construct: types.FunctionType, per_expert_scale: torch.Tensor)
 
 def verify(run: PatchRun, device: str) -> list[Check]:
     """Fused routing against stock's own closure (on a GPU) or CUDA's order in numpy (without)."""
-    construct: Any = run.swaps[0].function
+    construct: types.FunctionType = run.swaps[0].function
     generator = torch.Generator(device).manual_seed(1)
     return [
         _check(construct, rows, what)

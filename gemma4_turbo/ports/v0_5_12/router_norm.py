@@ -14,20 +14,23 @@ from gemma4_turbo.ports.v0_5_12 import checks as checks_of
 from gemma4_turbo.ports.v0_5_12 import sglang_types
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12.protocols import Router
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Router.forward"
 
 ROUTER_NORM = router_norm.RouterNorm("router_norm")
-_stock: dict[str, Any] = {}
+_stock: dict[str, Callable[..., torch.Tensor]] = {}
 
 
 class RouterSite(Site):
     """What a router allows, looked at once."""
 
-    def __init__(self, router: Any) -> None:
+    def __init__(self, router: Router) -> None:
         unfit = sglang_types.router_unfit(router)
-        key: tuple[Any, ...] = ()
+        key: tuple[object, ...] = ()
         if unfit is None:
             key = (router.scale.shape[0], router.scale.dtype, str(router.scale.device))
         super().__init__(key, router.norm)
@@ -36,7 +39,7 @@ class RouterSite(Site):
         self.made_for((router, "norm"), (router, "scale"))
 
 
-def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+def forward(self: Router, x: torch.Tensor) -> torch.Tensor:
     """Router logits ``[T, E]``."""
     site = site_of(self, RouterSite)
     normed = None
@@ -44,9 +47,9 @@ def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         args = router_norm.Args(x, self.scale.data, self.root_size, eps_of(self.norm))
         normed = ROUTER_NORM(site, args, sglang_types.batch_invariant_unfit())
     if normed is None:
-        return _stock[TARGET](self, x)  # type: ignore[no-any-return]
+        return _stock[TARGET](self, x)
     router_logits, _ = self.proj(normed)
-    return router_logits  # type: ignore[no-any-return]
+    return router_logits
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:

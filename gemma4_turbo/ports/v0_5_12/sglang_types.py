@@ -7,35 +7,55 @@ weight: each may compute something else. What is not known runs stock's way, wit
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.runtime.hooks import HOOKED, hooked
 
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        MLP,
+        DecoderLayer,
+        FusedMoE,
+        GeluAndMul,
+        Gemma4RMSNorm,
+        Linear,
+        MHAKVPool,
+        MoE,
+        PlatformOp,
+        RadixAttention,
+        RMSNorm,
+        RotaryEmbedding,
+        Router,
+        SWAKVPool,
+    )
+
 
 class Types(NamedTuple):
     """SGLang's classes that a fusion may go round."""
 
-    rms_norm: Any
-    gemma4_rms_norm: Any
+    rms_norm: type[RMSNorm]
+    gemma4_rms_norm: type[Gemma4RMSNorm]
     linear: tuple[type, ...]
-    qkv_linear: Any
-    row_linear: Any
-    unquantized: Any
-    mlp: Any
-    gelu_and_mul: Any
+    qkv_linear: type[Linear]
+    row_linear: type[Linear]
+    unquantized: type
+    mlp: type[MLP]
+    gelu_and_mul: type[GeluAndMul]
     rotary: tuple[type, ...]
-    layer: Any
-    router: Any
-    moe: Any
-    fused_moe: Any
+    layer: type[DecoderLayer]
+    router: type[Router]
+    moe: type[MoE]
+    fused_moe: type[FusedMoE]
     moe_methods: tuple[type, ...]  # whose result is the buffer that the reduction wrote
-    dispatcher: Any
-    attention: Any
-    layernorm: Any  # a module, whose batch-invariant mode is asked for at every call
-    swa_pool: Any
-    pool: Any
+    dispatcher: type
+    attention: type[RadixAttention]
+    layernorm: ModuleType  # a module, whose batch-invariant mode is asked for at every call
+    swa_pool: type[SWAKVPool]
+    pool: type[MHAKVPool]
 
 
 _types: list[Types] = []
@@ -89,12 +109,12 @@ def types() -> Types:
     return _types[0]
 
 
-def name(thing: Any) -> str:
+def name(thing: object) -> str:
     """Of its class, for a reason."""
     return type(thing).__name__
 
 
-def weight_unfit(weight: Any) -> str | None:
+def weight_unfit(weight: object) -> str | None:
     """Why a weight is not a plain parameter of numbers that a kernel can read, or None."""
     if type(weight) is not torch.nn.Parameter and type(weight) is not torch.Tensor:
         return f"a weight is a {name(weight)}"
@@ -124,7 +144,7 @@ def norm_unfit(norm: Any) -> str | None:
     return weight_unfit(norm.weight) or method_unfit(norm)
 
 
-def method_unfit(module: Any) -> str | None:
+def method_unfit(module: PlatformOp) -> str | None:
     """Why a module that chooses its function by platform runs somebody else's, or None."""
     if torch.compiler.is_compiling():  # Dynamo's methods are not Python's; looked at before
         return None
@@ -143,12 +163,12 @@ def batch_invariant_unfit() -> str | None:
     return None
 
 
-def hooks_unfit(module: Any) -> str | None:
+def hooks_unfit(module: object) -> str | None:
     """Why a module has to be called, or None."""
     return HOOKED.format(f"a {name(module)}") if hooked(module) else None
 
 
-def linear_unfit(module: Any) -> str | None:
+def linear_unfit(module: object) -> str | None:
     """Why a linear layer is not a product with a plain weight, or None. Hooks are asked apart."""
     known, kind = types(), type(module)
     if kind not in known.linear:
@@ -173,7 +193,7 @@ def linear_unfit(module: Any) -> str | None:
     return None
 
 
-def router_unfit(router: Any) -> str | None:
+def router_unfit(router: object) -> str | None:
     """Why a router is not a norm without weight, a scale and a product, or None."""
     if type(router) is not types().router:
         return f"the router is a {name(router)}"
@@ -183,13 +203,13 @@ def router_unfit(router: Any) -> str | None:
     return reason
 
 
-def method_parts(module: Any) -> list[tuple[Any, str]]:
+def method_parts(module: object) -> list[tuple[object, str]]:
     """What somebody may set on a linear layer's method, for `gemma4_turbo.fusions.site.Site.made_for`."""
     method = getattr(module, "quant_method", None)
     return [(method, "apply")] if hasattr(method, "__dict__") else []
 
 
-def rope_unfit(rope: Any, head_dim: int) -> str | None:
+def rope_unfit(rope: RotaryEmbedding, head_dim: int) -> str | None:
     """Why a rotary embedding does not run SGLang's kernel over whole heads, or None."""
     if type(rope) not in types().rotary:
         return f"the rotary embedding is a {name(rope)}"
@@ -200,7 +220,7 @@ def rope_unfit(rope: Any, head_dim: int) -> str | None:
     return method_unfit(rope)
 
 
-def experts_unfit(moe: Any) -> str | None:
+def experts_unfit(moe: object) -> str | None:
     """Why a layer's experts cannot be treated apart from its dense MLP, or None."""
     known = types()
     if type(moe) is not known.moe:
@@ -212,7 +232,7 @@ def experts_unfit(moe: Any) -> str | None:
     return None
 
 
-def reduction_unfit(experts: Any) -> str | None:
+def reduction_unfit(experts: FusedMoE) -> str | None:
     """Why what the experts return may be more than their reduction's buffer, or None."""
     method = getattr(experts, "quant_method", None)
     if type(method) not in types().moe_methods:
@@ -232,7 +252,7 @@ def reduction_unfit(experts: Any) -> str | None:
     return None
 
 
-def reduction_parts(experts: Any) -> list[tuple[Any, str]]:
+def reduction_parts(experts: FusedMoE) -> list[tuple[object, str]]:
     """What somebody may set between the reduction and the layer, for `gemma4_turbo.fusions.site.Site.made_for`."""
     method = experts.quant_method
     return [
@@ -246,7 +266,7 @@ def reduction_parts(experts: Any) -> list[tuple[Any, str]]:
     ]
 
 
-def is_triton_backend(backend: Any) -> bool:
+def is_triton_backend(backend: object) -> bool:
     """Whether an attention backend is SGLang's for Triton, which nobody has unless it is imported."""
     module = sys.modules.get("sglang.srt.layers.attention.triton_backend")
     return module is not None and type(backend) is module.TritonAttnBackend

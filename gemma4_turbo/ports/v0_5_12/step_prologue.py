@@ -36,6 +36,13 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_12 import protocols
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        MultimodalConfig,
+        MultimodalModel,
+        ScaledWordEmbedding,
+        TextModel,
+    )
 
 NAME = "step_prologue"
 FORWARD = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward"
@@ -64,7 +71,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 # -- Gemma4TextModel -------------------------------------------------------------------------------
 
 
-def gather_method(run: PatchRun, stock: Function) -> Function:
+def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function:
     """What replaces ``Gemma4TextModel.get_per_layer_inputs``."""
     traced = custom_ops.register(
         NAME,
@@ -76,7 +83,7 @@ def gather_method(run: PatchRun, stock: Function) -> Function:
     )
     reason_of = _embedding_unfit()
 
-    def get_per_layer_inputs(self: Any, input_ids: torch.LongTensor) -> torch.Tensor:
+    def get_per_layer_inputs(self: TextModel, input_ids: torch.LongTensor) -> torch.Tensor:
         embedding = self.embed_tokens_per_layer
         if embedding is None:
             return None  # type: ignore[return-value]  # as stock
@@ -97,12 +104,12 @@ def gather_method(run: PatchRun, stock: Function) -> Function:
                 )
         if not compiling:
             run.declined(reason)
-        return stock(self, input_ids)  # type: ignore[no-any-return]
+        return stock(self, input_ids)
 
     return get_per_layer_inputs
 
 
-def project_method(run: PatchRun, stock: Function) -> Function:
+def project_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function:
     """What replaces ``Gemma4TextModel.project_per_layer_inputs``."""
     traced = custom_ops.register(
         NAME,
@@ -116,7 +123,7 @@ def project_method(run: PatchRun, stock: Function) -> Function:
     reason_of = _norm_unfit()
 
     def project_per_layer_inputs(
-        self: Any,
+        self: TextModel,
         inputs_embeds: torch.Tensor,
         per_layer_inputs: Optional[torch.Tensor] = None,  # noqa: UP045  # stock's annotation
     ) -> torch.Tensor:
@@ -150,13 +157,13 @@ def project_method(run: PatchRun, stock: Function) -> Function:
             return _behind_product(self, projection, inputs_embeds, per_layer_inputs)
         if not compiling:
             run.declined(reason)
-        return stock(self, inputs_embeds, per_layer_inputs)  # type: ignore[no-any-return]
+        return stock(self, inputs_embeds, per_layer_inputs)
 
     return project_per_layer_inputs
 
 
 def _behind_product(
-    model: Any,
+    model: TextModel,
     projection: torch.Tensor,
     inputs_embeds: torch.Tensor,
     per_layer_inputs: torch.Tensor | None,
@@ -166,25 +173,25 @@ def _behind_product(
     scaled = (projection * model.per_layer_projection_scale).reshape(
         *inputs_embeds.shape[:-1], *shape
     )
-    normed: torch.Tensor = model.per_layer_projection_norm(scaled)
+    normed = model.per_layer_projection_norm(scaled)
     if per_layer_inputs is None:
         return normed
-    return (normed + per_layer_inputs) * model.per_layer_input_scale  # type: ignore[no-any-return]
+    return (normed + per_layer_inputs) * model.per_layer_input_scale
 
 
-def _per_layer(model: Any, rows: torch.Tensor) -> torch.Tensor:
+def _per_layer(model: TextModel, rows: torch.Tensor) -> torch.Tensor:
     """``[T, L * D]`` as ``[T, L, D]``."""
     return rows.reshape(
         rows.shape[0], model.config.num_hidden_layers, model.hidden_size_per_layer_input
     )
 
 
-def _embedding_unfit() -> Callable[[Any, torch.Tensor, int], str | None]:
+def _embedding_unfit() -> Callable[[ScaledWordEmbedding, torch.Tensor, int], str | None]:
     from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 
     sglang_types.load()
 
-    def reason(embedding: Any, input_ids: torch.Tensor, vocab: int) -> str | None:
+    def reason(embedding: ScaledWordEmbedding, input_ids: torch.Tensor, vocab: int) -> str | None:
         """Why the embedding is not a plain scaled look-up that the kernel takes, or None."""
         if type(embedding) is not Gemma3TextScaledWordEmbedding:
             return f"the per-layer embedding is a {type(embedding).__name__}"
@@ -203,11 +210,11 @@ def _embedding_unfit() -> Callable[[Any, torch.Tensor, int], str | None]:
     return reason
 
 
-def _norm_unfit() -> Callable[[Any, torch.Tensor], str | None]:
+def _norm_unfit() -> Callable[[protocols.RMSNorm, torch.Tensor], str | None]:
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
     from sglang.srt.layers.layernorm import RMSNorm
 
-    def reason(norm: Any, inputs_embeds: torch.Tensor) -> str | None:
+    def reason(norm: protocols.RMSNorm, inputs_embeds: torch.Tensor) -> str | None:
         """Why the norm does not run the kernel that ours stands for, or None. Before the GEMM."""
         if type(norm) is not RMSNorm or norm.variance_size_override is not None:
             return f"the projection's norm is a {type(norm).__name__} with another equation"
@@ -274,12 +281,12 @@ def _traced_kind(like: torch.Tensor) -> tuple[int, str | None]:
 
 def multimodal_forward(run: PatchRun, stock: Function) -> Function:
     """What replaces ``Gemma4ForConditionalGeneration.forward``."""
-    module: Any = sys.modules[FORWARD.partition(":")[0]]
+    module = sys.modules[FORWARD.partition(":")[0]]
     reason_of = _embedding_unfit()
 
     @torch.no_grad()
     def forward(
-        self: Any,
+        self: MultimodalModel,
         input_ids: torch.LongTensor,
         positions: torch.Tensor,
         forward_batch: ForwardBatch,
@@ -343,9 +350,9 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
     return forward
 
 
-def _placeholders(config: Any) -> kernel.Placeholders | None:
+def _placeholders(config: MultimodalConfig) -> kernel.Placeholders | None:
     """The token ids of a Gemma4Config, None if one is missing."""
-    ids = (
+    ids: tuple[Any, ...] = (
         config.image_token_id,
         config.video_token_id,
         config.audio_token_id,
@@ -481,7 +488,7 @@ def _check_gather(run: PatchRun, generator: torch.Generator, dtype: torch.dtype)
     ids, table = gather_inputs(generator, dtype)
     embedding = Gemma3TextScaledWordEmbedding(*table.shape, 0, embed_scale=16.0)
     embedding.weight = torch.nn.Parameter(table)
-    model = SimpleNamespace(
+    model: Any = SimpleNamespace(
         embed_tokens_per_layer=embedding,
         vocab_size_per_layer_input=40,
         config=SimpleNamespace(num_hidden_layers=2),

@@ -8,7 +8,6 @@ wrapper that somebody put there is called too.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import torch
 
@@ -111,7 +110,10 @@ def sum_experts(x: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def store_kv(
-    k: torch.Tensor, v: torch.Tensor, pool: tuple[Any, Any], locations: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pool: tuple[torch.Tensor, torch.Tensor],
+    locations: torch.Tensor,
 ) -> None:
     """K and V ``[rows, heads, head_dim]`` into a layer's pool at ``locations``."""
     from sglang.srt.mem_cache import memory_pool

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Replacements = dict[str, Any]
 Fusions = tuple[Step, ...]
-Enable = Callable[[Fusions, Any, dict[str, Any]], Replacements]
+Enable = Callable[[Fusions, "PatchRun", dict[str, Any]], Replacements]
 
 
 def _nothing() -> None:
@@ -56,11 +56,11 @@ class Wired(NamedTuple):
         return [] if self.compare is None else self.compare(device)
 
 
-def _layer(fusions: Fusions, run: Any, stock: dict[str, Any]) -> Replacements:
+def _layer(fusions: Fusions, run: PatchRun, stock: dict[str, Any]) -> Replacements:
     return decoder_layer.enable(fusions, run)
 
 
-def _model(fusions: Fusions, run: Any, stock: dict[str, Any]) -> Replacements:
+def _model(fusions: Fusions, run: PatchRun, stock: dict[str, Any]) -> Replacements:
     for fusion in fusions:
         fusion.enable(run)
     return {text_model.TARGET: text_model.forward}
