@@ -7,10 +7,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+# Products of a few rows are made by one core, not by two that wait for each other; and a worker of
+# pytest-xdist has about one core. To be said before numpy and torch are imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
+
+from tests import interpreter
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    interpreter.quicken()
 
 
 HERE = Path(__file__).parent

@@ -19,6 +19,7 @@ from gemma4_turbo.catalogue import Patch
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun, ledger
 from tests.cpu.synthetic import World, clean_environment
+from tests.cpu.warm import Warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()
@@ -109,21 +110,35 @@ def stock_first(patch_imported: None) -> Iterator[None]:
     instance.ENGINE.revert()
 
 
+_warm: list[Warm] = []
+
+
+def warm(environment: dict[str, str]) -> Warm:
+    """The process with SGLang's libraries, one for a session; tests that need none start none."""
+    if not _warm:
+        _warm.append(Warm(environment))
+    return _warm[0]
+
+
+def pytest_sessionfinish() -> None:
+    """End the process with SGLang's libraries."""
+    while _warm:
+        _warm.pop().close()
+
+
 def run_scenario(module: str, environment: dict[str, str], folder: Path, timeout: float) -> Any:
     """What ``python -m module folder`` printed last, as JSON: a process of its own for SGLang."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, str(folder)],
+    done = warm(environment).run(
+        module=module,
+        arguments=[str(folder)],
         env={
             **environment,
             "PYTHONPATH": str(REPOSITORY),
             "TRITON_INTERPRET": "1",
             "GEMMA4_TURBO_STATE_DIR": str(folder / "state"),
         },
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
+        cwd=str(REPOSITORY),
         timeout=timeout,
-        check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -155,6 +170,25 @@ def python(environment: dict[str, str], tmp_path: Path) -> Python:
             cwd=tmp_path,
             capture_output=True,
             text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def warm_python(environment: dict[str, str], tmp_path: Path) -> Python:
+    """As `python`, for code that imports SGLang: what that needs of others is imported already."""
+
+    def run(
+        code: str, *arguments: str, timeout: float = 120, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        state = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path / "state")}
+        return warm(environment).run(
+            code=code,
+            arguments=arguments,
+            env=environment | state | variables,
+            cwd=str(tmp_path),
             timeout=timeout,
         )
 

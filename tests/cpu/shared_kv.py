@@ -105,9 +105,7 @@ class Memory:
             size=size, size_swa=size, kvcache=self.kv, need_sort=False, **common
         )
         self.requests = ReqToTokenPool(requests, CONTEXT, "cpu", enable_memory_saver=False)
-        # Slots out of order, and not the same in both pools.
-        self.allocator.alloc(5)
-        self.allocator.swa_attn_allocator.alloc(9)
+        self.clear()
         arguments = SimpleNamespace(
             speculative_num_draft_tokens=None,
             speculative_num_steps=None,
@@ -143,6 +141,13 @@ class Memory:
             name = "sglang.srt.layers.attention.triton_backend.get_device_core_count"
             patch.setattr(name, lambda gpu: 0)
             self.backend = TritonAttnBackend(runner)
+
+    def clear(self) -> None:
+        """No request has a slot. Slots come out of order, and not the same ones in both pools."""
+        self.allocator.clear()
+        self.requests.req_to_token.zero_()
+        self.allocator.alloc(5)
+        self.allocator.swa_attn_allocator.alloc(9)
 
     def prefill(self, lengths: dict[int, int], prefixes: dict[int, int], **changes: Any) -> Any:
         """A batch that extends request ``r`` by ``lengths[r]`` tokens after ``prefixes[r]``.

@@ -319,9 +319,9 @@ def test_demo_runs_stock_against_patched(environment):
     assert "Traceback" not in done.stderr
 
 
-def test_verify_json(environment):
-    done = command(environment, "verify", "--json")
-    assert done.returncode == 0, done.stderr
+def test_verify_json(answer):
+    done = answer("verify", "--json")
+    assert done.exit_code == 0, done.stderr
     checks = json.loads(done.stdout)["checks"]
     compared = [check["patch"] for check in checks]
     on = {patch.name for patch in CATALOGUE if patch.default}

@@ -399,9 +399,11 @@ print(json.dumps(told))
 """
 
 
-def test_sglangs_own_encoder_and_grpc_servers(python: Python) -> None:
+def test_sglangs_own_encoder_and_grpc_servers(warm_python: Python) -> None:
     """The gates are in, and strict mode refuses before anything is started."""
-    done = python(START + REAL, PYTHONPATH=str(REPOSITORY), GEMMA4_TURBO_STRICT="1", timeout=400)
+    done = warm_python(
+        START + REAL, PYTHONPATH=str(REPOSITORY), GEMMA4_TURBO_STRICT="1", timeout=400
+    )
     *types, encoder, encoder_grpc, missing = last(done)
     assert types == ["FunctionWrapper"] * 5
     for error in (encoder, encoder_grpc):

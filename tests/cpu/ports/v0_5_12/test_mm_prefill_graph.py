@@ -767,12 +767,12 @@ def test_somebody_elses_routine_is_a_conflict(monkeypatch: pytest.MonkeyPatch):
     ENGINE.revert()
 
 
-def test_it_is_in_before_the_command_line_is_read(python: Any, models: dict[str, Path]):
+def test_it_is_in_before_the_command_line_is_read(warm_python: Any, models: dict[str, Path]):
     """As the server's main process starts: the arguments first, everything else later.
 
     What the patch needs of others is judged by its source then, as no model is imported.
     """
-    done = python(
+    done = warm_python(
         "import gemma4_turbo, sys\n"
         f"gemma4_turbo.apply(only={[NAME, *CUT]!r})\n"
         "from sglang.srt.server_args import ServerArgs\n"
@@ -790,9 +790,9 @@ def test_it_is_in_before_the_command_line_is_read(python: Any, models: dict[str,
     assert done.stdout.split()[-5:] == told, done.stdout + done.stderr
 
 
-def test_a_half_imported_module_is_not_missed(python: Any):
+def test_a_half_imported_module_is_not_missed(warm_python: Any):
     """Whoever imports the routine's module first imports the server's arguments through it."""
-    done = python(
+    done = warm_python(
         "import gemma4_turbo, sys\n"
         f"gemma4_turbo.apply(only=['{NAME}'])\n"
         "import sglang.srt.managers.mm_utils as late\n"
@@ -808,8 +808,8 @@ def test_a_half_imported_module_is_not_missed(python: Any):
     )
 
 
-def test_the_model_runner_half_imported_is_not_missed(python: Any):
-    done = python(
+def test_the_model_runner_half_imported_is_not_missed(warm_python: Any):
+    done = warm_python(
         "import gemma4_turbo, sys\n"
         f"gemma4_turbo.apply(only=['{NAME}'])\n"
         "import sglang.srt.model_executor.model_runner as first\n"

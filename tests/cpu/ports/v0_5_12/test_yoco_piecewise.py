@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -37,6 +37,7 @@ BATCHES = [
     ({0: 2, 1: 1, 2: 1}, {0: 20, 1: 5, 2: 12}),
     ({4: 5}, {4: 40}),
 ]
+SINGLES = ({0: 1, 1: 1, 2: 1}, {0: 20, 1: 5, 2: 12})
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +56,6 @@ def patched(applied: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     apply()
     for name in (*PATCHES, "yoco_graph"):
         monkeypatch.setattr(ENGINE.runs[name], "_decline_reason", "")
-    torch._dynamo.reset()
     with torch.no_grad():
         yield
     ENGINE.revert()
@@ -67,9 +67,12 @@ def apply(*more: str) -> None:
         assert ENGINE.runs[name].state == states.ACTIVE, ENGINE.runs[name].reason
 
 
-def made(lengths: dict[int, int], prefixes: dict[int, int]) -> tuple[Any, Any]:
+def made(lengths: dict[int, int], prefixes: dict[int, int], memory: Any = None) -> tuple[Any, Any]:
     """Pools with the prefixes' random keys and values, and the batch, the same every time."""
-    memory = shared_kv.Memory()
+    if memory is None:
+        memory = shared_kv.Memory()
+    else:
+        memory.clear()
     generator = torch.Generator().manual_seed(1)
     for pool in (memory.kv.full_kv_pool, memory.kv.swa_kv_pool):
         for buffer in (*pool.k_buffer, *pool.v_buffer):
@@ -79,19 +82,37 @@ def made(lengths: dict[int, int], prefixes: dict[int, int]) -> tuple[Any, Any]:
     return memory, memory.prefill(lengths, prefixes)
 
 
-def compiled(memory: Any, embedded: bool = False, **kwargs: Any) -> tuple[Any, Any]:
-    """A model and SGLang's runner over it, compiled; the pools stay as they are."""
-    buffers = [
-        buffer
-        for pool in (memory.kv.full_kv_pool, memory.kv.swa_kv_pool)
-        for buffer in (*pool.k_buffer, *pool.v_buffer)
-    ]
-    before = [buffer.clone() for buffer in buffers]
-    model = shared_kv.build(**kwargs)
-    runner = piecewise.runner(model, memory, SIZES, embedded)
-    for buffer, kept in zip(buffers, before, strict=True):
-        buffer.copy_(kept)
-    return model, runner
+class Compiled(NamedTuple):
+    """A model, SGLang's runner over it, compiled, and the pools of both."""
+
+    memory: Any
+    model: Any
+    runner: Any
+
+    def batch(self, lengths: dict[int, int], prefixes: dict[int, int]) -> Any:
+        return made(lengths, prefixes, self.memory)[1]
+
+
+def compiled(embedded: bool = False, **kwargs: Any) -> Compiled:
+    """With what is applied now. Dynamo knows one at a time: those made before are of no use."""
+    _usual.cache_clear()
+    return _compiled(embedded, **kwargs)
+
+
+def usual(embedded: bool = False, ple: bool = True) -> Compiled:
+    """With these patches; tests share it until another is compiled, as that takes 10 s."""
+    return _usual(embedded, ple)
+
+
+@functools.lru_cache(maxsize=1)
+def _usual(embedded: bool, ple: bool) -> Compiled:
+    return _compiled(embedded, ple=ple)
+
+
+def _compiled(embedded: bool, **kwargs: Any) -> Compiled:
+    torch._dynamo.reset()
+    memory, model = shared_kv.Memory(), shared_kv.build(**kwargs)
+    return Compiled(memory, model, piecewise.runner(model, memory, SIZES, embedded))
 
 
 def engaged(name: str = NAME) -> int:
@@ -127,17 +148,17 @@ def layer_rows(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, i
 @pytest.mark.parametrize(
     ("lengths", "prefixes", "ple", "embedded"),
     [
-        *((*batch, True, False) for batch in BATCHES),
         (*BATCHES[0], False, False),
         (*BATCHES[3], True, True),
+        *((*batch, True, False) for batch in BATCHES),
     ],
 )
 def test_the_rows_that_are_wanted_are_those_of_the_eager_cut(
     lengths: dict[int, int], prefixes: dict[int, int], ple: bool, embedded: bool
 ):
     """Bit for bit, and near stock's; all other rows, those of the padding too, are zeros."""
-    memory, batch = made(lengths, prefixes)
-    model, runner = compiled(memory, embedded, ple=ple)
+    _, model, runner = usual(embedded, ple)
+    batch = usual(embedded, ple).batch(lengths, prefixes)
     assert runner.between() == [ATTENTION] * shared_kv.SHARED_FROM + [LAYERS]
     before = engaged()
     found = runner.prefill(batch)
@@ -158,20 +179,9 @@ def test_the_rows_that_are_wanted_are_those_of_the_eager_cut(
     assert difference / expected.abs().max() < 0.01
 
 
-def test_without_the_patch_every_layer_is_traced():
-    ENGINE.apply(only=["yoco", "optional_kv"])
-    memory, batch = made(*BATCHES[0])
-    _, runner = compiled(memory)
-    assert runner.between() == [ATTENTION] * 3 + [WITHOUT_KV] * 3
-    found = runner.prefill(batch)
-    assert found[: batch.extend_num_tokens].abs().sum(1).count_nonzero() == batch.extend_num_tokens
-    assert "runs in a piecewise CUDA graph" in ENGINE.runs["yoco"].full_reason()
-
-
 def test_the_graph_takes_and_gives_tensors():
     """SGLang keeps the pieces' outputs as weak references, which it makes of tensors only."""
-    memory, _ = made(*BATCHES[0])
-    _, runner = compiled(memory)
+    runner = usual().runner
     graphs = [piece.graph.graph for piece in runner.pieces if not piece.is_splitting_graph]
     assert len(graphs) == shared_kv.SHARED_FROM + 1
     for graph in graphs:
@@ -184,33 +194,10 @@ def test_the_graph_takes_and_gives_tensors():
         assert any(isinstance(value, torch.SymInt) for value in inputs)
 
 
-def test_made_up_batches_run_no_layer(monkeypatch: pytest.MonkeyPatch):
-    """While SGLang compiles and records, the operator only clears the rows."""
-    from sglang.srt.compilation import piecewise_context_manager as context
-
-    memory, batch = made(*BATCHES[0])
-    before = engaged()
-    model, _ = compiled(memory)
-    assert engaged() == before
-    seen = layer_rows(model, monkeypatch)
-    for state in ("compile", "capture"):
-        with monkeypatch.context() as patch:
-            if state == "compile":
-                patch.setattr(context, "_in_pcg_torch_compile", True)
-            else:
-                patch.setattr(context, "_pcg_capture_stream", object())
-            output = torch.ones(24, 256, dtype=shared_kv.DTYPE)
-            number, _ = vars(model)[yoco_piecewise._CUT]
-            yoco_piecewise.shared_layers(output, None, None, None, batch.positions, output, number)
-        assert not output.any()
-    assert seen == []
-    assert engaged() == before
-
-
 def test_the_layers_behind_the_cut_see_the_rows_only(monkeypatch: pytest.MonkeyPatch):
     """The others are in the graphs: no layer of theirs runs by itself."""
-    memory, batch = made(*BATCHES[0])
-    model, runner = compiled(memory)
+    _, model, runner = usual()
+    batch = usual().batch(*BATCHES[0])
     seen = layer_rows(model, monkeypatch)
     call_operator(runner, batch)
     assert seen == [(3, 2), (4, 2), (5, 2)]
@@ -221,8 +208,8 @@ def test_unfinished_prompts_cost_nothing_behind_the_cut(
     unfinished: list[bool], monkeypatch: pytest.MonkeyPatch
 ):
     """What the batch was told reaches the one that SGLang makes of it for the graphs."""
-    memory, batch = made(*BATCHES[0])
-    model, runner = compiled(memory)
+    _, model, runner = usual()
+    batch = usual().batch(*BATCHES[0])
     setattr(batch.seq_lens_cpu, yoco_cut.UNFINISHED, unfinished)
     rows = last_rows(batch)[[not one for one in unfinished]]
     found = runner.prefill(batch)
@@ -233,29 +220,6 @@ def test_unfinished_prompts_cost_nothing_behind_the_cut(
     seen = layer_rows(model, monkeypatch)
     call_operator(runner, batch)
     assert seen == [(index, len(rows)) for index in (3, 4, 5) if len(rows)]
-
-
-def test_the_first_layers_input_comes_normed(monkeypatch: pytest.MonkeyPatch):
-    """From the last piece, where `input_norm` is in; its rows are cut like the others."""
-    apply("input_norm", "ple_tail")
-    memory, batch = made(*BATCHES[0])
-    model, runner = compiled(memory)
-    seen: list[yoco_cut.Tail] = []
-    cut = yoco_cut.tail
-
-    def tail(*args: Any) -> yoco_cut.Tail:
-        seen.append(cut(*args))
-        return seen[-1]
-
-    monkeypatch.setattr(yoco_cut, "tail", tail)
-    rows = last_rows(batch)
-    found = runner.prefill(batch)[rows].clone()
-    _, batch = made(*BATCHES[0])
-    assert torch.equal(found, eager(model, batch)[rows])
-    traced, plain = (one.normed for one in seen)
-    assert traced is not None
-    assert plain is not None
-    assert torch.equal(traced, plain)
 
 
 class Recorded:
@@ -277,8 +241,7 @@ def test_the_layers_run_in_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(yoco_graph, "DEVICES", ("cpu",))
     monkeypatch.setattr(yoco_graph, "capture", Recorded)
     monkeypatch.setattr(Recorded, "replays", 0)
-    memory, batch = made({1: 10, 2: 6}, {})
-    _, runner = compiled(memory)
+    batch, runner = usual().batch({1: 10, 2: 6}, {}), usual().runner
     before = engaged("yoco_graph")
     found = [runner.prefill(batch)[last_rows(batch)].clone() for _ in range(3)]
     assert engaged("yoco_graph") == before + 2  # the first one ran eagerly
@@ -288,61 +251,121 @@ def test_the_layers_run_in_a_graph_of_their_own(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(found[0], found[2])
 
 
+def test_without_the_patch_every_layer_is_traced():
+    ENGINE.apply(only=["yoco", "optional_kv"])
+    memory, _, runner = compiled()
+    _, batch = made(*BATCHES[0], memory)
+    assert runner.between() == [ATTENTION] * 3 + [WITHOUT_KV] * 3
+    found = runner.prefill(batch)
+    assert found[: batch.extend_num_tokens].abs().sum(1).count_nonzero() == batch.extend_num_tokens
+    assert "runs in a piecewise CUDA graph" in ENGINE.runs["yoco"].full_reason()
+
+
+def test_made_up_batches_run_no_layer(monkeypatch: pytest.MonkeyPatch):
+    """While SGLang compiles and records, the operator only clears the rows."""
+    from sglang.srt.compilation import piecewise_context_manager as context
+
+    before = engaged()
+    memory, model, _ = compiled()
+    assert engaged() == before
+    _, batch = made(*BATCHES[0], memory)
+    seen = layer_rows(model, monkeypatch)
+    for state in ("compile", "capture"):
+        with monkeypatch.context() as patch:
+            if state == "compile":
+                patch.setattr(context, "_in_pcg_torch_compile", True)
+            else:
+                patch.setattr(context, "_pcg_capture_stream", object())
+            output = torch.ones(24, 256, dtype=shared_kv.DTYPE)
+            number, _ = vars(model)[yoco_piecewise._CUT]
+            yoco_piecewise.shared_layers(output, None, None, None, batch.positions, output, number)
+        assert not output.any()
+    assert seen == []
+    assert engaged() == before
+
+
+def test_the_first_layers_input_comes_normed(monkeypatch: pytest.MonkeyPatch):
+    """From the last piece, where `input_norm` is in; its rows are cut like the others."""
+    apply("input_norm", "ple_tail")
+    memory, model, runner = compiled()
+    _, batch = made(*BATCHES[0], memory)
+    seen: list[yoco_cut.Tail] = []
+    cut = yoco_cut.tail
+
+    def tail(*args: Any) -> yoco_cut.Tail:
+        seen.append(cut(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(yoco_cut, "tail", tail)
+    rows = last_rows(batch)
+    found = runner.prefill(batch)[rows].clone()
+    _, batch = made(*BATCHES[0])
+    assert torch.equal(found, eager(model, batch)[rows])
+    traced, plain = (one.normed for one in seen)
+    assert traced is not None
+    assert plain is not None
+    assert torch.equal(traced, plain)
+
+
 # -- batches that are not cut -----------------------------------------------------------------------
 
 
 Tokens = tuple[tuple[int, int], ...]
 
 
-@functools.cache
-def stocks(lengths: Tokens, prefixes: Tokens) -> torch.Tensor:
-    """All rows through SGLang's pieces, without the cut; compiled once for a batch."""
+@pytest.fixture(scope="module")
+def stocks(applied: None) -> dict[Tokens, torch.Tensor]:
+    """All rows of two batches through SGLang's pieces, without the cut."""
     ENGINE.apply(only=["optional_kv"])
-    torch._dynamo.reset()
-    memory, batch = made(dict(lengths), dict(prefixes))
-    _, runner = compiled(memory)
-    return runner.prefill(batch)[: batch.extend_num_tokens].clone()
+    with torch.no_grad():
+        memory, _, runner = compiled()
+        rows = {}
+        for lengths, prefixes in (BATCHES[0], SINGLES):
+            _, batch = made(lengths, prefixes, memory)
+            rows[tuple(lengths.items())] = runner.prefill(batch)[: batch.extend_num_tokens].clone()
+    return rows
 
 
-def assert_stocks(found: torch.Tensor, lengths: dict[int, int], prefixes: dict[int, int]) -> None:
-    expected = stocks(tuple(lengths.items()), tuple(prefixes.items()))
+def assert_stocks(
+    found: torch.Tensor, stocks: dict[Tokens, torch.Tensor], lengths: dict[int, int]
+) -> None:
+    expected = stocks[tuple(lengths.items())]
     assert torch.equal(found[: len(expected)], expected)
 
 
-def test_every_row_is_wanted():
-    lengths, prefixes = {0: 1, 1: 1, 2: 1}, {0: 20, 1: 5, 2: 12}
-    memory, batch = made(lengths, prefixes)
-    _, runner = compiled(memory)
+def test_every_row_is_wanted(stocks: dict[Tokens, torch.Tensor]):
+    lengths, prefixes = SINGLES
+    batch, runner = usual().batch(lengths, prefixes), usual().runner
     before = engaged()
     found = runner.prefill(batch).clone()
     assert engaged() == before
     assert "every row's logits are wanted" in ENGINE.runs[NAME].full_reason()
-    assert_stocks(found, lengths, prefixes)
+    assert_stocks(found, stocks, lengths)
 
 
-def test_a_batch_that_is_refused(monkeypatch: pytest.MonkeyPatch):
-    memory, batch = made(*BATCHES[0])
-    _, runner = compiled(memory)
+def test_a_batch_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch, stocks: dict[Tokens, torch.Tensor]
+):
+    batch, runner = usual().batch(*BATCHES[0]), usual().runner
     monkeypatch.setattr(yoco_cut, "batch_unfit", lambda *args: "of a reason")
     before = engaged()
     found = runner.prefill(batch).clone()
     assert engaged() == before
     assert "of a reason" in ENGINE.runs[NAME].full_reason()
-    assert_stocks(found, *BATCHES[0])
+    assert_stocks(found, stocks, BATCHES[0][0])
 
 
 @pytest.mark.parametrize("left", [("yoco", "optional_kv"), ("optional_kv",)])
-def test_graphs_outlive_the_patch(left: tuple[str, ...]):
+def test_graphs_outlive_the_patch(left: tuple[str, ...], stocks: dict[Tokens, torch.Tensor]):
     """They call the operator, which runs all rows from then on."""
-    memory, batch = made(*BATCHES[0])
-    _, runner = compiled(memory)
+    batch, runner = usual().batch(*BATCHES[0]), usual().runner
     before = engaged()
     found = runner.prefill(batch)
     assert engaged() == before + 1
     assert found.abs().sum(1).count_nonzero() == batch.batch_size
     ENGINE.apply(only=left)
     found = runner.prefill(batch).clone()
-    assert_stocks(found, *BATCHES[0])
+    assert_stocks(found, stocks, BATCHES[0][0])
 
 
 def call_operator(runner: Any, batch: Any) -> torch.Tensor:
@@ -395,22 +418,24 @@ def test_every_refusal_of_the_server(monkeypatch: pytest.MonkeyPatch):
     assert yoco_piecewise.unfit(model, batch, {"pp_proxy": 1}) == "the caller passes pp_proxy"
 
 
-def test_a_refused_server_is_stocks(monkeypatch: pytest.MonkeyPatch):
+def test_a_refused_server_is_stocks(
+    monkeypatch: pytest.MonkeyPatch, stocks: dict[Tokens, torch.Tensor]
+):
     from sglang.srt.server_args import get_global_server_args
 
     monkeypatch.setattr(get_global_server_args(), "enable_mis", True)
-    memory, batch = made(*BATCHES[0])
-    model, runner = compiled(memory)
+    memory, model, runner = compiled()
+    _, batch = made(*BATCHES[0], memory)
     assert not hasattr(model, yoco_piecewise._CUT)
     assert runner.between() == [ATTENTION] * 3 + [WITHOUT_KV] * 3
     assert "multi-item scoring" in ENGINE.runs[NAME].full_reason()
     found = runner.prefill(batch).clone()
-    assert_stocks(found, *BATCHES[0])
+    assert_stocks(found, stocks, BATCHES[0][0])
 
 
 def test_a_model_whose_layers_share_nothing():
-    memory, batch = made(*BATCHES[0])
-    _, runner = compiled(memory, shared=0)
+    memory, _, runner = compiled(shared=0)
+    _, batch = made(*BATCHES[0], memory)
     assert runner.between() == [ATTENTION] * 6
     assert "no layers that share KV" in ENGINE.runs[NAME].full_reason()
     found = runner.prefill(batch)
@@ -453,10 +478,10 @@ def test_a_hook_before_the_trace_is_traced_with_all_rows():
         assert "has forward hooks" in str(yoco_piecewise.unfit(model, batch, {}))
 
 
-def test_a_hook_that_comes_later_gets_all_rows():
+def test_a_hook_that_comes_later_gets_all_rows(stocks: dict[Tokens, torch.Tensor]):
     """The operator is there: it cuts nothing for as long as there is a hook."""
-    memory, batch = made(*BATCHES[0])
-    model, runner = compiled(memory)
+    _, model, runner = usual()
+    batch = usual().batch(*BATCHES[0])
     seen: list[int] = []
     before = engaged()
     with model.layers[-1].mlp.register_forward_hook(
@@ -467,13 +492,14 @@ def test_a_hook_that_comes_later_gets_all_rows():
     assert engaged() == before
     runner.prefill(batch)
     assert engaged() == before + 1
-    assert_stocks(found, *BATCHES[0])
+    assert_stocks(found, stocks, BATCHES[0][0])
 
 
 @pytest.mark.parametrize("where", ["batch_unfit", "tail", "plan"])
-def test_an_error_of_ours_leaves_all_rows(where: str, monkeypatch: pytest.MonkeyPatch):
-    memory, batch = made(*BATCHES[0])
-    _, runner = compiled(memory)
+def test_an_error_of_ours_leaves_all_rows(
+    where: str, monkeypatch: pytest.MonkeyPatch, stocks: dict[Tokens, torch.Tensor]
+):
+    batch, runner = usual().batch(*BATCHES[0]), usual().runner
     tries: list[Any] = []
 
     def fails(*given: Any) -> Any:
@@ -486,4 +512,4 @@ def test_an_error_of_ours_leaves_all_rows(where: str, monkeypatch: pytest.Monkey
     assert len(tries) == 1
     assert ENGINE.runs[NAME].state == states.FAILED
     for found in outputs:
-        assert_stocks(found, *BATCHES[0])
+        assert_stocks(found, stocks, BATCHES[0][0])
