@@ -14,8 +14,8 @@ import gemma4_turbo.kernels as kernels
 from triton.runtime.jit import JITFunction
 
 found = {}
-for module in pkgutil.iter_modules(kernels.__path__):
-    for name, value in vars(importlib.import_module(f"{kernels.__name__}.{module.name}")).items():
+for module in pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}."):
+    for name, value in vars(importlib.import_module(module.name)).items():
         if isinstance(value, JITFunction) and name.endswith("_kernel"):
             found[name] = [
                 p.name for p in value.params if not p.is_constexpr and not p.do_not_specialize
