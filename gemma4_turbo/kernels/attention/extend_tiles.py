@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Dense(NamedTuple):
-    """Many queries per sequence: `extend_kernels._dense_kernel`."""
+    """Many queries per sequence: `extend_triton._dense_kernel`."""
 
     block_m: int  # rows of a tile: tokens times heads packed together
     block_n: int  # keys taken at a time
@@ -20,7 +20,7 @@ class Dense(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Few queries over many keys: `extend_kernels._split_kernel`."""
+    """Few queries over many keys: `extend_triton._split_kernel`."""
 
     rows: int  # at most so many of a tile
     block_n: int
