@@ -78,15 +78,10 @@ class LayerTail(Fusion[Args, Outputs]):
         return kernel.reference_layer_tail(*args)
 
     def drawn(self, args: Args) -> Args:
-        like, experts = args.residual, args.experts
-        choices = experts.output.shape[1] if experts and experts.output.dim() == 3 else 0
-        rows = kernel.COMPILED_SUM_ROWS if choices else 96
-        x = samples(rows, like)
+        """With what stock has summed, whoever calls first: `ExpertsTail` compares the sum."""
+        x, experts = samples(96, args.residual), args.experts
         if experts is not None:
-            output = x.roll(1, 0)
-            if choices:
-                output = samples(rows, like, choices * like.shape[-1]).view(rows, choices, -1)
-            experts = experts._replace(output=output.contiguous())
+            experts = experts._replace(output=x.roll(1, 0).contiguous())
         return args._replace(mlp_output=x, residual=x.flip(0), experts=experts)
 
     def like(self, args: Args) -> torch.Tensor:
@@ -100,6 +95,13 @@ class ExpertsTail(LayerTail):
     """The same where nobody asks for the next norm: no RMSNorm of stock's to tell apart."""
 
     follows_rmsnorm = False
+
+    def drawn(self, args: Args) -> Args:
+        assert args.experts is not None
+        rows, like, choices = kernel.COMPILED_SUM_ROWS, args.residual, args.experts.output.shape[1]
+        x, output = samples(rows, like), samples(rows, like, choices * like.shape[-1])
+        experts = args.experts._replace(output=output.view(rows, choices, -1))
+        return args._replace(mlp_output=x, residual=x.flip(0), experts=experts)
 
 
 def _run(

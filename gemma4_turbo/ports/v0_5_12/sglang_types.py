@@ -141,18 +141,28 @@ def norm_unfit(norm: Any) -> str | None:
             return f"a Gemma4RMSNorm has scale_shift {norm.scale_shift}"
     else:
         return f"a norm is a {kind.__module__}.{kind.__qualname__}"
-    return weight_unfit(norm.weight) or method_unfit(norm)
+    return weight_unfit(norm.weight) or method_unfit(norm, norm.weight)
 
 
-def method_unfit(module: PlatformOp) -> str | None:
-    """Why a module that chooses its function by platform runs somebody else's, or None."""
+def method_unfit(module: PlatformOp, tensor: torch.Tensor | None = None) -> str | None:
+    """Why a module that chooses its function by platform runs another than it should, or None.
+
+    Args:
+        module: SGLang's.
+        tensor: of the module, where the kernel stands for its function for CUDA. A self-check calls
+            that function's kernel, not the module; ``--rl-on-policy-target`` has the rotary
+            embedding run the one in plain torch.
+    """
     if torch.compiler.is_compiling():  # Dynamo's methods are not Python's; looked at before
         return None
     method = module._forward_method
     function = getattr(method, "__func__", None)
-    own = getattr(type(module), getattr(function, "__name__", ""), None)
+    called = getattr(function, "__name__", "")
+    own = getattr(type(module), called, None)
     if function is None or function is not own or method.__self__ is not module:
         return f"a {name(module)} runs a function of somebody else's"
+    if tensor is not None and tensor.is_cuda and called != "forward_cuda":
+        return f"a {name(module)} runs {called}"
     return None
 
 
@@ -217,7 +227,7 @@ def rope_unfit(rope: RotaryEmbedding, head_dim: int) -> str | None:
         return "the rotary embedding does not run SGLang's rope kernel"
     if rope.rotary_dim != head_dim or rope.head_size != head_dim:
         return "the rotary embedding does not rotate the whole head"
-    return method_unfit(rope)
+    return method_unfit(rope, rope.cos_sin_cache)
 
 
 def experts_unfit(moe: object) -> str | None:

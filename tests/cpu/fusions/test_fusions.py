@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from gemma4_turbo.fusions import fusion as fusions
+from gemma4_turbo.fusions import layer_tail
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
 from gemma4_turbo.fusions.stock import Functions
 from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels.norms.rmsnorm import Kind, reference_rmsnorm
-from tests.fusion_cases import EPS, NAMES, case
+from tests.fusion_cases import EPS, NAMES, Draw, case, tail
 
 each_case = pytest.mark.parametrize("name", NAMES)
 
@@ -118,6 +119,16 @@ def test_what_a_self_check_draws(name: str):
             assert torch.equal(a, b), field
         if "weight" in field:
             assert a is getattr(args, field)
+
+
+def test_the_next_norm_is_compared_alike_whoever_calls_first():
+    """Layers share a verdict: one whose experts nobody has summed yet compares what the others do."""
+    fusion = layer_tail.LayerTail("input_norm")
+    every = [fusion.drawn(tail(Draw("cpu"), 512, how, True)) for how in ("summed", "unsummed")]
+    for drawn in every:
+        assert drawn.residual.shape == (96, 512)
+        assert drawn.experts is not None
+        assert drawn.experts.output.shape == (96, 512)
 
 
 @each_case

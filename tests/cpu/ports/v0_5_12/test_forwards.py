@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from gemma4_turbo.engine import states
+from gemma4_turbo.fusions.site import UNPROVEN
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
 from tests.cpu.conftest import patched_sglang
@@ -251,6 +252,30 @@ def test_without_any_step_the_shared_forwards_make_stock_calls_only():
     assert torch.equal(run(model), expected)
     ENGINE.revert()
     assert torch.equal(run(model), expected)
+
+
+@pytest.mark.parametrize("where", ["rope_store", "layer_norms", "ple_tail"])
+def test_a_module_that_runs_another_of_its_functions_is_called(
+    where: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As ``--rl-on-policy-target`` has the rotary embedding run the one in plain torch on a GPU."""
+    from gemma4_turbo.ports.v0_5_12.attention import AttentionSite
+    from gemma4_turbo.ports.v0_5_12.decoder_layer import LayerSite
+
+    ENGINE.apply()
+    layer = build("ple").layers[0]
+    part, make, module = {
+        "rope_store": (layer.self_attn, AttentionSite, layer.self_attn.rotary_emb),
+        "layer_norms": (layer, LayerSite, layer.pre_feedforward_layernorm),
+        "ple_tail": (layer, LayerSite, layer.post_per_layer_input_norm),
+    }[where]
+    for other in layer.modules():
+        if hasattr(other, "_forward_method"):
+            other._forward_method = other.forward_cuda
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    assert getattr(make(part), where) is UNPROVEN
+    module._forward_method = module.forward_native
+    assert "runs forward_native" in str(getattr(make(part), where))
 
 
 def test_a_weight_update_reaches_every_fused_scale():
