@@ -200,7 +200,7 @@ def test_bytes_of_the_alignment(stock):
 
 
 def test_every_patch_with_a_kernel_has_cases():
-    kernels = {path.stem for path in (REPOSITORY / "gemma4_turbo" / "kernels").glob("*.py")}
+    kernels = {path.stem for path in (REPOSITORY / "gemma4_turbo" / "kernels").rglob("*.py")}
     found = {patch.name for patch in CATALOGUE if patch.name in kernels}
     found |= {"qkv_norm", "rope_store", "input_norm", "experts_sum"}  # kernels of shared files
     # Weights that must not stay in the L2 cache; shapes of prefixes, windows, pages and images: they
