@@ -9,6 +9,7 @@ import torch
 from gemma4_turbo.fusions.comparison import samples
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
 from gemma4_turbo.fusions.stock import Stock
+from gemma4_turbo.fusions.stock import layer_norms as stock_layer_norms
 from gemma4_turbo.kernels.norms import layer_norms as kernel
 from gemma4_turbo.kernels.norms.layer_norms import Outputs, Router
 from gemma4_turbo.runtime import custom_ops
@@ -53,16 +54,7 @@ class LayerNorms(Fusion[Args, Outputs]):
         return found if args.router is not None else (found[0], None, None)
 
     def theirs(self, stock: Stock, args: Args) -> Outputs:
-        x, residual, w1, eps1, w2, eps2, router = args
-        rmsnorm, fused_add_rmsnorm = stock.eager_norms()
-        mlp_input = rmsnorm(x, w1, eps1)
-        fused_add_rmsnorm(mlp_input, residual, w2, eps2)
-        if router is None:
-            return mlp_input, None, None
-        scale = (router.scale * router.root_size).to(x.dtype)
-        normed = rmsnorm(residual, torch.ones_like(router.scale), router.eps)
-        w3, eps3 = router.pre_feedforward_2_weight, router.pre_feedforward_2_eps
-        return mlp_input, normed * scale, rmsnorm(residual, w3, eps3)
+        return stock_layer_norms(stock.eager_norms(), *args)
 
     def reference(self, args: Args) -> Outputs:
         return kernel.reference_layer_norms(*args)

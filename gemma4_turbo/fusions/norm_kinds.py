@@ -15,6 +15,7 @@ import torch
 
 from gemma4_turbo.fusions.comparison import different_bits, odd_rows
 from gemma4_turbo.fusions.stock import Functions, followed
+from gemma4_turbo.fusions.stock import layer_norms as stock_layer_norms
 from gemma4_turbo.kernels.norms import layer_norms
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.runtime.attempts import attempt
@@ -104,15 +105,9 @@ def differing(stock: Functions, kind: Kind, like: torch.Tensor, seed: int) -> in
     root = torch.ones((), dtype=like.dtype, device=like.device)
     router = layer_norms.Router(ones, root, EPS, w3, EPS)
     ours = layer_norms.launch_layer_norms(x, residual, w1, EPS, w2, EPS, router, kind)
-    mlp_input = stock.rmsnorm(x, w1, EPS)
-    stock.fused_add_rmsnorm(mlp_input, theirs_residual, w2, EPS)
-    theirs = (
-        mlp_input,
-        stock.rmsnorm(theirs_residual, ones, EPS),
-        stock.rmsnorm(theirs_residual, w3, EPS),
-    )
+    theirs = stock_layer_norms(stock, x, theirs_residual, w1, EPS, w2, EPS, router)
     pairs = [(residual, theirs_residual), *zip(ours, theirs, strict=True)]
-    return sum(different_bits(a, b) for a, b in pairs if a is not None)
+    return sum(different_bits(a, b) for a, b in pairs if a is not None and b is not None)
 
 
 def operands(like: torch.Tensor, seed: int) -> tuple[torch.Tensor, ...]:

@@ -7,12 +7,35 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from gemma4_turbo.kernels.norms.layer_norms import Outputs, Router
+
 
 class Functions(NamedTuple):
     """Stock's two norms."""
 
     rmsnorm: Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
     fused_add_rmsnorm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]  # in place
+
+
+def layer_norms(
+    norms: Functions,
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    w1: torch.Tensor,
+    eps1: float,
+    w2: torch.Tensor,
+    eps2: float,
+    router: Router | None,
+) -> Outputs:
+    """Stock's calls of `gemma4_turbo.kernels.norms.layer_norms`, its arguments; ``residual`` in place."""
+    mlp_input = norms.rmsnorm(x, w1, eps1)
+    norms.fused_add_rmsnorm(mlp_input, residual, w2, eps2)
+    if router is None:
+        return mlp_input, None, None
+    scale = (router.scale * router.root_size).to(x.dtype)
+    normed = norms.rmsnorm(residual, torch.ones_like(router.scale), router.eps)
+    w3, eps3 = router.pre_feedforward_2_weight, router.pre_feedforward_2_eps
+    return mlp_input, normed * scale, norms.rmsnorm(residual, w3, eps3)
 
 
 class Stock(Protocol):
