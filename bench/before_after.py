@@ -3,10 +3,13 @@
     git worktree add .carry/old COMMIT
     python bench/before_after.py .carry/old --model 26b-a4b --layers 12
     python bench/before_after.py .carry/old --model 26b-a4b --stock apart
+    python bench/before_after.py .carry/old --model e4b --patches exact --equality 64 --batches '' --prefill ''
 
 All engines are alive at once on one GPU and measured in turn, in another order every round; with
 ``--stock apart`` stock's comes after the two others, where three models do not fit. Reported are
 medians and the ratios after / before and after / stock. Rows of the CSV are those of ``engine.py``.
+Eager prefill of short prompts is bound by CPU overhead: two processes of one version differ there
+by up to 30 % for as long as they live.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ import typer  # noqa: E402
 
 from bench import engine as ours  # noqa: E402
 from bench.engine import PATCHED, STOCK  # noqa: E402
+from gemma4_turbo.catalogue import BITWISE, PATCHES  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
 BEFORE, AFTER = "before", "after"
+EXACT = "exact"  # for --patches
 
 
 class Stock(StrEnum):
@@ -74,6 +79,13 @@ def main(
     prefill: Annotated[str, typer.Option(help="Comma list of BATCHxLENGTH")] = "1x1024,8x4096",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     stock: Annotated[Stock, typer.Option(help="When stock's engine runs")] = Stock.TOGETHER,
+    patches: Annotated[
+        str, typer.Option(help="Comma list; exact: all bitwise ones; empty: the defaults")
+    ] = "",
+    equality: Annotated[
+        int,
+        typer.Option(help="Prompts whose tokens and logprobs are compared bit for bit; 0: none"),
+    ] = 0,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-before-after.csv"),
@@ -82,16 +94,21 @@ def main(
     ours.end_on_sigterm()
     sizes = [int(size) for size in batches.split(",") if size]
     prefills = [ours.parse_prefill(text) for text in prefill.split(",") if text]
-    results = ours.Results(model, layers or None, [])
+    if patches == EXACT:
+        chosen = [patch.name for patch in PATCHES if patch.numerics == BITWISE and patch.default]
+    else:
+        chosen = [name for name in patches.split(",") if name]
+    results = ours.Results(model, layers or None, chosen)
     os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     arguments: dict[str, Any] = {
         "model_path": str(geometry.write_model(scratch / "model", model, layers or None)),
         **ours.ARGUMENTS,
         "disable_radix_cache": True,
+        "sleep_on_idle": True,  # else the schedulers whose turn it is not take CPU time from the one
         "max_total_tokens": max_total_tokens,
         "mem_fraction_static": mem_fraction,
-        "cuda_graph_max_bs": max(sizes, default=1),
+        "cuda_graph_max_bs": max([*sizes, equality, 1]),
     }
     if geometry.GEOMETRIES[model].kv_shared_layers:
         # Stock 0.5.12.post1 cannot start models that share KV with piecewise graphs.
@@ -100,7 +117,7 @@ def main(
 
     def make(name: str) -> Any:
         log = out.with_name(f"{out.stem}-{model}-{name}.log").resolve()
-        return classes[name](STOCK if name == STOCK else PATCHED, [], arguments, log)
+        return classes[name](STOCK if name == STOCK else PATCHED, chosen, arguments, log)
 
     def measure(name: str, engine: Any, round_: int) -> None:
         """Round -1 only compiles what is compiled on first use."""
@@ -114,6 +131,14 @@ def main(
         for quantity, x, value in found if round_ >= 0 else []:
             results.add(name, quantity, x, round_, value, "ms")
 
+    compared = {
+        "count": equality,
+        "new": 64,
+        "seed": 99,
+        "tail": 0,
+    }  # `yoco` declines logprobs of prompts
+    answers: dict[str, list[dict[str, Any]]] = {}
+    reports: dict[str, Any] = {}
     groups = [[BEFORE, AFTER]]
     if stock is Stock.TOGETHER:
         groups = [[BEFORE, AFTER, STOCK]]
@@ -122,11 +147,23 @@ def main(
     try:
         for group in groups:
             with ours.engines(make, group) as live:
+                for name in group if equality else []:
+                    answers[name] = live[name]("tokens", **compared)["rows"]
                 for round_ in range(-1, rounds):
                     turned = round_ % len(group)
                     for name in group[turned:] + group[:turned]:
                         measure(name, live[name], round_)
     finally:  # where a limit on its time cuts a run off, what there is still counts
+        for other in (BEFORE, STOCK):
+            if {AFTER, other} <= set(answers):
+                count = ours.differences(answers[other], answers[AFTER])
+                print(
+                    f"{other} / {AFTER}: {count['token_diffs']} of {count['tokens']} tokens, "
+                    f"{count['logprob_diffs']} of {count['logprobs']} logprobs differ"
+                )
+        for process in reports.get("processes", []):
+            heading = f"{AFTER}, pid {process['pid']}"
+            ours.console.print(ours.report.table(process["patches"], heading))
         if results.rows:
             table = results.summary()
             for other in (BEFORE, STOCK):

@@ -83,7 +83,7 @@ class PatchRun:
 
     def engaged(self, captured: bool) -> None:
         """Count one call that ran the patch's code; ``captured``: into a CUDA graph."""
-        self.counters.add_engaged(captured)
+        (self._counters or self.counters).add_engaged(captured)
 
     def engaged_count(self) -> int:
         """Calls counted in this process so far."""

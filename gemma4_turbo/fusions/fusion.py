@@ -125,20 +125,26 @@ class Fusion(Step, Generic[A, R]):
             args: of this call.
             unfit: why this call is not for the kernel although its tensors are, or None.
         """
-        if not self.runs(site, args, unfit):
-            return None
         if torch.compiler.is_compiling():
-            return self.traced(args, site.kinds.traced)
-        return self.launch(args, site.kinds.eager)
+            runs = self.runs(site, args, unfit)
+            return self.traced(args, site.kinds.traced) if runs else None
+        return self.launch(args, site.kinds.eager) if self._runs(site, args, unfit) else None
 
     def runs(self, site: Site, args: A, unfit: str | None = None) -> bool:
         """Whether the kernel runs for this call, which is counted; the caller launches it then."""
-        if self.run is None:
+        if torch.compiler.is_compiling():
+            return self.run is not None and self.fits_traced(site, unfit or self.unfit(args))
+        return self._runs(site, args, unfit)
+
+    def _runs(self, site: Site, args: A, unfit: str | None) -> bool:
+        run = self.run
+        if run is None:
             return False
         unfit = unfit or self.unfit(args)
-        if torch.compiler.is_compiling():
-            return self.fits_traced(site, unfit)
-        run = self.admit(site, unfit, lambda: args)
+        # Nearly every call: prefill in eager mode is bound by CPU overhead.
+        fits = unfit is None and getattr(site, self.patch) is None
+        if not (fits and site.hooks_unfit(self.patch) is None):
+            run = self.admit(site, unfit, lambda: args)
         if run is not None:
             run.engaged(capturing())
         return run is not None

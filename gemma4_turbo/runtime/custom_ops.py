@@ -15,6 +15,7 @@ import torch
 from gemma4_turbo.engine.run import peer
 
 _registered: dict[str, Callable[..., Any]] = {}
+_cuda = False  # whether CUDA was ever initialized
 _library: list[Any] = []  # a registration lives as long as its library object
 
 
@@ -69,4 +70,6 @@ def nothing(x: torch.Tensor) -> torch.Tensor:
 
 def capturing() -> bool:
     """Whether this thread's current stream is being captured into a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    global _cuda
+    _cuda = _cuda or torch.cuda.is_initialized()
+    return _cuda and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

@@ -376,7 +376,7 @@ def _launch_split(
     tokens, heads, head_dim = q.shape
     pack = _pack(heads // k.shape[1], tile.rows)
     rows = min(tile.rows, max(16, triton.next_power_of_2(max_extend_len * pack)))
-    tiles = triton.cdiv(max_extend_len, rows // pack)
+    tiles = (max_extend_len + rows // pack - 1) // (rows // pack)
     programs = batch * tiles * (heads // pack)
     splits = split_count(
         tile, programs, int(shared["WINDOW"]), pointers[4].shape[0], _processors(q.device)
@@ -433,7 +433,7 @@ def split_count(tile: config.Split, programs: int, window: int, keys: int, proce
         keys: no fewer than the cached keys of all sequences; in a CUDA graph a mere bound.
         processors: of the GPU.
     """
-    wanted = triton.cdiv(tile.programs_per_sm * processors, programs)
+    wanted = (tile.programs_per_sm * processors + programs - 1) // programs
     longest = min(window, keys) if window > 0 else keys
     possible = triton.cdiv(longest, tile.block_n * tile.min_blocks)
     wanted = triton.next_power_of_2(max(1, min(wanted, possible)))

@@ -11,6 +11,7 @@ from gemma4_turbo.runtime.hooks import FOR_ALL
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.v0_5_12.protocols import (
+        DecoderLayer,
         ForwardBatch,
         Module,
         RMSNorm,
@@ -56,8 +57,9 @@ def layers(
 ) -> State:
     """These layers, one after another; ``captured`` gets what goes into ``layers_to_capture``."""
     hidden_states, residual, normed = state
+    every = list(self.layers)  # an index into a ModuleList takes microseconds
     for index in indices:
-        layer = self.layers[index]
+        layer = every[index]
         if index in self.layers_to_capture:
             captured.append(hidden_states)
         outputs = layer(
@@ -65,7 +67,7 @@ def layers(
             hidden_states=hidden_states,
             per_layer_input=None if per_layer_inputs is None else per_layer_inputs[:, index, :],
             forward_batch=forward_batch,
-            **_between(self, index, normed),
+            **_between(self, every, index, normed),
             **kwargs,
         )
         hidden_states = outputs[0]
@@ -75,7 +77,7 @@ def layers(
 
 
 def _between(
-    self: TextModel, index: int, normed: torch.Tensor | None
+    self: TextModel, every: list[DecoderLayer], index: int, normed: torch.Tensor | None
 ) -> dict[str, torch.Tensor | RMSNorm]:
     """What a layer is told beside stock's arguments: its normed input, and the norm after it.
 
@@ -84,9 +86,9 @@ def _between(
     """
     if decoder_layer.INPUT_NORM.run is None:
         return {}
-    layer = self.layers[index]
-    last = index + 1 == len(self.layers)
-    after: Any = self.norm if last else self.layers[index + 1]
+    layer = every[index]
+    last = index + 1 == len(every)
+    after: Any = self.norm if last else every[index + 1]
     told: dict[str, torch.Tensor | RMSNorm] = {}
     if normed is not None:
         told["normed"] = normed

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gemma4_turbo.fusions import skinny_gemm
-from gemma4_turbo.fusions.site import UNPROVEN, Site, site_of
+from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
 from gemma4_turbo.kernels import skinny_gemm as kernel
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
 from gemma4_turbo.ports.v0_5_12 import sglang_types
@@ -123,7 +123,7 @@ def _run(
     if x.shape[0] > kernel.MAX_ROWS:
         SKINNY_GEMM.run.declined(TOO_MANY_ROWS)
         return None
-    site = site_of(module, LinearSite, epilogue)
+    site = eager_site_of(module, LinearSite, epilogue)
     if site.skinny_gemm is not None and site.skinny_gemm is not UNPROVEN:
         SKINNY_GEMM.run.declined(site.skinny_gemm)
         return None
