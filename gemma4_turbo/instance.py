@@ -8,8 +8,9 @@ from gemma4_turbo.engine.installer import Engine
 from gemma4_turbo.engine.port import Port, Ports
 from gemma4_turbo.ports.any import sources as any_line
 from gemma4_turbo.ports.v0_5_12 import sources as v0_5_12
+from gemma4_turbo.ports.v0_5_23 import sources as v0_5_23
 
-LINES = (v0_5_12, any_line)  # the newest release line first
+LINES = (v0_5_23, v0_5_12, any_line)  # the newest release line first
 PORTS: Ports = {
     patch.name: tuple(line.PORTS[patch.name] for line in LINES if patch.name in line.PORTS)
     for patch in CATALOGUE

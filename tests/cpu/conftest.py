@@ -50,8 +50,8 @@ def state_by_default(patch: Patch) -> str:
     if not patch.default:
         return states.OFF
     # None of the defects that patches look for by themselves is in the baseline.
-    (port,) = instance.PORTS[patch.name]
-    return states.UPSTREAMED if port.finds_defect else states.ACTIVE
+    looked_for = any(port.finds_defect for port in instance.PORTS[patch.name])
+    return states.UPSTREAMED if looked_for else states.ACTIVE
 
 
 @contextlib.contextmanager
