@@ -32,6 +32,25 @@ def prepare_sglang() -> None:
 
     if torch.distributed.is_initialized():
         return
+    publishes = hasattr(server_args.ServerArgs, "resolve_once")  # to a context, from 0.5.22 on
+    arguments = () if publishes else (_arguments(),)
+    if publishes:
+        _publish()
+    init_distributed_environment(
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method=f"tcp://127.0.0.1:{free_port()}",
+        backend="gloo",
+    )
+    initialize_model_parallel()
+    initialize_moe_config(*arguments)
+
+
+def _arguments() -> Any:
+    """The server's arguments, known to all of SGLang."""
+    from sglang.srt import server_args
+
     # ServerArgs checks and completes itself for a real model folder; here the defaults will do.
     arguments: Any = server_args.ServerArgs.__new__(server_args.ServerArgs)
     for field in dataclasses.fields(server_args.ServerArgs):
@@ -42,15 +61,16 @@ def prepare_sglang() -> None:
         object.__setattr__(arguments, field.name, value)
     arguments.device = "cpu"
     server_args.set_global_server_args_for_scheduler(arguments)
-    init_distributed_environment(
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method=f"tcp://127.0.0.1:{free_port()}",
-        backend="gloo",
-    )
-    initialize_model_parallel()
-    initialize_moe_config(arguments)
+    return arguments
+
+
+def _publish() -> None:
+    """The server's arguments and this process's place, in SGLang's context."""
+    from sglang.srt.runtime_context import SpawnRanks, publish
+    from sglang.srt.server_args import ServerArgs
+
+    arguments = ServerArgs(model_path="dummy", device="cpu")  # "dummy": no model folder is read
+    publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0))
 
 
 def build(seed: int = 0) -> SmallMoE:

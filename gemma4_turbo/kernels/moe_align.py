@@ -148,7 +148,7 @@ def unfit(topk_ids: torch.Tensor, block_size: int, num_experts: int) -> str | No
 
 
 def moe_align(
-    topk_ids: torch.Tensor, block_size: int, num_experts: int
+    topk_ids: torch.Tensor, block_size: int, num_experts: int, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Slots grouped by expert and padded to blocks, in one launch. See the module for equations.
 
@@ -157,6 +157,7 @@ def moe_align(
             not checked. T may be 0.
         block_size: B, the fused MoE kernel's ``BLOCK_SIZE_M``; any positive number.
         num_experts: E, at most 512.
+        multiple: the length of ``sorted_token_ids`` is rounded up to a multiple of it.
 
     Returns:
         ``sorted_token_ids`` int32, as long as stock's; ``expert_ids`` int32, one a block of it,
@@ -168,14 +169,14 @@ def moe_align(
     reason = unfit(topk_ids, block_size, num_experts)
     if reason is not None:
         raise ValueError(reason)
-    return launch_align(topk_ids, block_size, num_experts)
+    return launch_align(topk_ids, block_size, num_experts, multiple)
 
 
 def launch_align(
-    topk_ids: torch.Tensor, block_size: int, num_experts: int
+    topk_ids: torch.Tensor, block_size: int, num_experts: int, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`moe_align` without its checks, for callers that have asked `unfit`."""
-    capacity = padded_capacity(topk_ids.numel(), block_size, num_experts)
+    capacity = padded_capacity(topk_ids.numel(), block_size, num_experts, multiple)
     sorted_token_ids = topk_ids.new_empty(capacity)
     expert_ids = topk_ids.new_empty(triton.cdiv(capacity, block_size))
     num_tokens_post_pad = topk_ids.new_empty(1)
@@ -217,15 +218,17 @@ def variant(topk_ids: torch.Tensor) -> int:
     return max(32, triton.next_power_of_2(topk_ids.numel()))
 
 
-def padded_capacity(slots: int, block_size: int, num_experts: int) -> int:
+def padded_capacity(slots: int, block_size: int, num_experts: int, multiple: int = 1) -> int:
     """Length of ``sorted_token_ids``, as stock computes it: enough for every distribution."""
     if slots < num_experts + 1:
-        return slots * block_size
-    return slots + (num_experts + 1) * (block_size - 1)
+        capacity = slots * block_size
+    else:
+        capacity = slots + (num_experts + 1) * (block_size - 1)
+    return -(-capacity // multiple) * multiple
 
 
 def reference_align(
-    topk_ids: torch.Tensor, block_size: int, num_experts: int
+    topk_ids: torch.Tensor, block_size: int, num_experts: int, multiple: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The module's equations in plain torch. Shapes and dtypes as `moe_align`.
 
@@ -239,7 +242,7 @@ def reference_align(
     rank = torch.empty_like(buckets)
     rank[order] = torch.arange(slots, device=buckets.device)
     rank -= (count.cumsum(0) - count)[buckets]
-    capacity = padded_capacity(slots, block_size, num_experts)
+    capacity = padded_capacity(slots, block_size, num_experts, multiple)
     sorted_token_ids = topk_ids.new_full((capacity,), slots)
     position = (blocks.cumsum(0) - blocks)[buckets] * block_size + rank
     sorted_token_ids[position] = torch.arange(slots, device=buckets.device, dtype=torch.int32)

@@ -18,7 +18,7 @@ PATCH, POOL, POSITIONS, WIDTH = 4, 2, 32, 96  # WIDTH: of the language model
 def model(backend: str) -> Any:
     """With random weights; ``backend`` of the vision attention: triton_attn or sdpa."""
     from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
-    from sglang.srt.server_args import get_global_server_args
+    from sglang.srt.models.gemma4_vision import Gemma4VisionAttention
     from transformers import Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
 
     small_moe.prepare_sglang()
@@ -56,7 +56,7 @@ def model(backend: str) -> Any:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)
-            patch.setattr(get_global_server_args(), "mm_attention_backend", backend)
+            patch.setattr(Gemma4VisionAttention, "_select_backend", staticmethod(lambda: backend))
             made = Gemma4ForConditionalGeneration(config).eval()
     finally:
         torch.set_default_dtype(before)

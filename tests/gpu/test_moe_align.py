@@ -15,6 +15,7 @@ from sglang.srt.layers.moe.topk import StandardTopKOutput
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import moe_align as kernel
+from gemma4_turbo.ports.any import moe_align as shared
 from gemma4_turbo.ports.v0_5_12 import moe_align as patch
 from gemma4_turbo.runtime.verdicts import Verdicts
 from tests.runs import unpublished
@@ -79,7 +80,7 @@ def check(topk_ids: torch.Tensor, block: int, experts: int) -> None:
 def test_against_stock(experts, block, generator):
     """Every kind of batch; below 64 experts stock runs another kernel."""
     for slots in SIZES:
-        for _, topk_ids in patch.samples(slots, experts, generator):
+        for _, topk_ids in shared.samples(slots, experts, generator):
             check(topk_ids, block, experts)
 
 
@@ -133,7 +134,7 @@ def replacement(run: PatchRun):
 @pytest.fixture
 def proven_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing has been compared with stock yet."""
-    monkeypatch.setattr(patch, "_verdicts", Verdicts())
+    monkeypatch.setattr(shared, "_verdicts", Verdicts())
 
 
 def test_replay_of_a_cuda_graph(proven_anew, generator):

@@ -17,7 +17,8 @@ from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
-from gemma4_turbo.ports.v0_5_12 import step_prologue as patch
+from gemma4_turbo.ports.any import step_prologue as patch
+from gemma4_turbo.ports.v0_5_12 import step_prologue as line
 from tests.runs import unpublished
 
 STOCK_GATHER = Gemma4TextModel.get_per_layer_inputs
@@ -155,7 +156,7 @@ def test_a_traced_norm(dtype, generator):
     arguments = patch.project_inputs(generator, dtype, 4096, 42)
     kind, unfit = patch.norm_kind(make_run(), arguments[0], True, False)
     assert unfit is None
-    expected = kernel.reference_project(patch._traced_rms_norm, *arguments)
+    expected = kernel.reference_project(patch._traced_rms_norm(), *arguments)
     assert bits_differ(kernel.project_per_layer(*arguments, kind=kind), expected) == 0
 
 
@@ -242,7 +243,7 @@ def test_under_torch_compile(generator, monkeypatch):
     got = compiled(ids, projection)
     assert ENGINE.runs["step_prologue"].engaged_count() == before + 2
     expected = kernel.reference_project(
-        patch._traced_rms_norm,
+        patch._traced_rms_norm(),
         projection,
         text.per_layer_projection_scale,
         text.per_layer_projection_norm.weight,
@@ -329,7 +330,7 @@ def decode_batch() -> Any:
 def test_multimodal_forward(ple, fewer, generator):
     """The same inputs reach the language model, in so many launches fewer."""
     mm = multimodal(generator, ple)
-    ours = patch.multimodal_forward(make_run(), STOCK_FORWARD)
+    ours = line.multimodal_forward(make_run(), STOCK_FORWARD)
     ids = ids_of(generator, 257)
     ids[:8] = torch.tensor([IMAGE, VIDEO, AUDIO, PAD, -1, VOCAB, 0, 1], device="cuda")
     kept = ids.clone()

@@ -59,4 +59,27 @@ PORTS: dict[str, Port] = {
         ),
         written_for=VISION_RELEASES,
     ),
+    "vision_clamps": Port(
+        module=f"{HERE}.vision_clamps",
+        targets=(
+            "sglang.srt.layers.clippable_linear:ClippableRowParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableColumnParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableQKVParallelLinear.forward",
+            "sglang.srt.layers.clippable_linear:ClippableGateUpParallelLinear.forward",
+            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.load_weights",
+        ),
+        # The loader changes from release to release; the port waits for its end and nothing else.
+        written_for=VISION_RELEASES[1:],
+    ),
+    "vision_masks": Port(
+        module=f"{HERE}.vision_masks",
+        targets=("sglang.srt.models.gemma4_vision:Gemma4VisionAttention.forward",),
+        # None of these reads the mask, in any of the releases.
+        relies_on=(
+            "sglang.srt.layers.attention.vision:VisionTritonAttention.forward",
+            "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward",
+            "sglang.srt.layers.attention.vision:VisionFlash4Attention.forward",
+        ),
+        written_for=VISION_RELEASES,
+    ),
 }

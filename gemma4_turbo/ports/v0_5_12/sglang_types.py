@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from gemma4_turbo.ports.any.plain_weights import weight_unfit as weight_unfit
 from gemma4_turbo.runtime.hooks import HOOKED, hooked
 
 if TYPE_CHECKING:
@@ -112,17 +113,6 @@ def types() -> Types:
 def name(thing: object) -> str:
     """Of its class, for a reason."""
     return type(thing).__name__
-
-
-def weight_unfit(weight: object) -> str | None:
-    """Why a weight is not a plain parameter of numbers that a kernel can read, or None."""
-    if type(weight) is not torch.nn.Parameter and type(weight) is not torch.Tensor:
-        return f"a weight is a {name(weight)}"
-    if weight.layout != torch.strided or weight.is_meta:
-        return f"a weight is {weight.layout} on {weight.device}"
-    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        return f"a weight is {weight.dtype}"
-    return None
 
 
 def norm_unfit(norm: Any) -> str | None:

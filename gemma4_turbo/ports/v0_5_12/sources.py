@@ -325,27 +325,6 @@ PORTS: dict[str, Port] = {
         # It asks for the GPU's capability while it is imported: not before the device is chosen.
         lazy=("sglang.srt.layers.attention.triton_ops.extend_attention",),
     ),
-    "vision_clamps": Port(
-        module=f"{HERE}.vision.vision_clamps",
-        targets=(
-            "sglang.srt.layers.clippable_linear:ClippableRowParallelLinear.forward",
-            "sglang.srt.layers.clippable_linear:ClippableColumnParallelLinear.forward",
-            "sglang.srt.layers.clippable_linear:ClippableQKVParallelLinear.forward",
-            "sglang.srt.layers.clippable_linear:ClippableGateUpParallelLinear.forward",
-            "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.load_weights",
-        ),
-        relies_on=(),
-        written_for=("0.5.12", "0.5.12.post1"),
-    ),
-    "vision_masks": Port(
-        module=f"{HERE}.vision.vision_masks",
-        targets=("sglang.srt.models.gemma4_vision:Gemma4VisionAttention.forward",),
-        relies_on=(
-            *_VISION_BACKENDS,
-            "sglang.srt.layers.attention.vision:VisionFlash4Attention.forward",
-        ),
-        written_for=VISION_RELEASES[:8],
-    ),
     "vision_syncs": Port(
         module=f"{HERE}.vision.vision_syncs",
         targets=_VISION_BACKENDS,

@@ -128,7 +128,7 @@ def test_the_router(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_prologue(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
     from gemma4_turbo.fusions import norm_kinds
-    from gemma4_turbo.ports.v0_5_12 import step_prologue
+    from gemma4_turbo.ports.any import step_prologue
 
     monkeypatch.setattr(step_prologue, "_verdicts", Verdicts())
     monkeypatch.setattr(step_prologue, "_rms_norm", lambda: None)

@@ -12,6 +12,7 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import moe_align as kernel
+from gemma4_turbo.ports.any import moe_align as shared
 from gemma4_turbo.ports.v0_5_12 import moe_align as patch
 from gemma4_turbo.runtime.verdicts import Verdicts
 from tests.cpu.conftest import patched_sglang
@@ -40,7 +41,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def patched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Each test starts with the patch on and nothing proven."""
-    monkeypatch.setattr(patch, "_verdicts", Verdicts())
+    monkeypatch.setattr(shared, "_verdicts", Verdicts())
     ENGINE.apply(only=("moe_align",))
     assert ENGINE.runs["moe_align"].state == states.ACTIVE
     yield
@@ -167,7 +168,9 @@ def test_a_failed_check_keeps_stock(monkeypatch: pytest.MonkeyPatch, stock_calls
     """A GPU on which one slot is elsewhere: stock's path, state failed."""
     run = ENGINE.runs["moe_align"]
     key = (torch.device("cpu"), 32, 16, 128)
-    monkeypatch.setattr(patch, "_verdicts", Verdicts({key: "self-check: an expert's slots differ"}))
+    monkeypatch.setattr(
+        shared, "_verdicts", Verdicts({key: "self-check: an expert's slots differ"})
+    )
     before = run.counters.engaged
     held()[MODULE](ids(2), 16, 128)
     assert len(stock_calls) == 1
@@ -176,7 +179,7 @@ def test_a_failed_check_keeps_stock(monkeypatch: pytest.MonkeyPatch, stock_calls
 
 def test_the_comparison_sees_one_wrong_slot(monkeypatch: pytest.MonkeyPatch):
     arguments = (torch.device("cpu"), 32, 16, 128)
-    assert patch._compare(kernel.reference_align, *arguments) is None
+    assert shared._compare(kernel.reference_align, *arguments) is None
     right = kernel.launch_align
 
     def wrong(*args):
@@ -186,7 +189,7 @@ def test_the_comparison_sees_one_wrong_slot(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(kernel, "launch_align", wrong)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    reason = patch._compare(kernel.reference_align, *arguments)
+    reason = shared._compare(kernel.reference_align, *arguments)
     assert reason is not None
     assert "expert_ids differ" in reason
 

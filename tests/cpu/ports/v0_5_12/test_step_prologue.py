@@ -15,7 +15,7 @@ from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
-from gemma4_turbo.ports.v0_5_12 import step_prologue as patch
+from gemma4_turbo.ports.any import step_prologue as patch
 from gemma4_turbo.runtime.verdicts import Verdicts
 from tests.cpu.conftest import only_patch, patched_sglang
 
@@ -392,7 +392,7 @@ def test_traced_calls_see_what_the_norm_runs(method: str, monkeypatch: pytest.Mo
     norm = text_model().per_layer_projection_norm
     norm._forward_method = getattr(norm, method, lambda x: x)
     monkeypatch.setattr(kernel, "INTERPRETED", False)
-    reason_of = patch._norm_unfit()
+    reason_of = patch.norm_unfit()
     embeds = torch.zeros(3, HIDDEN, dtype=torch.bfloat16)
     compiled = torch.compile(lambda x: (x + 1, reason_of(norm, x)), fullgraph=True, backend="eager")
     reasons = {"forward_cuda": "CUDA device", "forward_native": "runs forward_native"}
@@ -408,7 +408,7 @@ def test_traced_calls_keep_stocks_numbers_where_ours_are_not(monkeypatch: pytest
     rms_norm = kernel.reference_rms_norm(Kind.PRECISE)
     unfit = Kind.PRECISE, "self-check: 3 of 512 numbers differ"
     monkeypatch.setattr(patch, "norm_kind", lambda *a: unfit)
-    monkeypatch.setattr(patch, "_traced_rms_norm", rms_norm)
+    monkeypatch.setattr(patch, "_traced_rms_norm", lambda: rms_norm)
     monkeypatch.setattr(kernel, "launch_project", None)
     monkeypatch.setattr(kernel, "launch_gather", None)
     expected = kernel.reference_project(rms_norm, *arguments)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gemma4_turbo.cli import small_moe
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.v0_5_12.vision import vision_clamps as patch
+from gemma4_turbo.ports.any import vision_clamps as patch
 from gemma4_turbo.runtime import custom_ops, weights
 from tests.cpu import vision
 from tests.cpu.conftest import only_patch, patched_sglang

@@ -1,0 +1,164 @@
+"""`step_prologue` in this line's ``Gemma4ForConditionalGeneration.forward``.
+
+What it is, and what replaces the text model's methods, is in `gemma4_turbo.ports.any.step_prologue`.
+A model that is split over pipeline ranks runs stock's way.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Optional, Union
+
+import torch
+
+from gemma4_turbo.kernels import step_prologue as kernel
+from gemma4_turbo.ports.any import step_prologue as shared
+from gemma4_turbo.ports.any.step_prologue import FORWARD, GATHER, PROJECT, Function, NormUnfit
+from gemma4_turbo.ports.v0_5_23 import stock as stock  # whose norms ours follow
+from gemma4_turbo.runtime import custom_ops
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, PPProxyTensors
+
+    from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_23.protocols import MultimodalModel, RMSNorm
+
+verify = shared.verify
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The three replacements."""
+    return {
+        FORWARD: multimodal_forward(run, stock[FORWARD]),
+        GATHER: shared.gather_method(run, stock[GATHER]),
+        PROJECT: shared.project_method(run, stock[PROJECT], norm_unfit()),
+    }
+
+
+def norm_unfit() -> NormUnfit:
+    """What says why the projection's norm does not fit; this line chooses its function at a call."""
+    from sglang.kernels import fused_op
+    from sglang.srt.layers.layernorm import RMSNorm as StocksNorm
+
+    reason_of = shared.norm_unfit()
+    stocks_forward = StocksNorm.forward_cuda
+
+    def reason(norm: RMSNorm, inputs_embeds: torch.Tensor) -> str | None:
+        """Why the norm does not run the kernel that ours stands for, or None. Before the GEMM."""
+        if type(norm) is not StocksNorm:
+            return reason_of(norm, inputs_embeds)
+        if norm._quant_linear is not None:
+            return "the projection's norm may quantise what it returns"
+        compiling = torch.compiler.is_compiling()
+        # A trace reads what is there: reading the environment would break its graph.
+        forced = fused_op._forced_backend if compiling else fused_op.get_fused_op_backend()
+        if forced is not None and forced is not fused_op._UNRESOLVED:
+            return f"SGLang's fused operators are forced onto {forced.value}"
+        if fused_op._trace_enabled:
+            return "SGLang writes down the calls of its fused operators"
+        if not (compiling or kernel.INTERPRETED):
+            method = norm._forward_method
+            if method is None:  # as stock at its first call, which ours may be in the place of
+                method = norm._forward_method = norm._resolve_forward_method()
+            function = getattr(method, "__func__", None)
+            foreign = getattr(function, "__name__", "") == "forward_cuda"
+            if foreign and function is not stocks_forward:
+                return "the projection's norm runs a forward_cuda of somebody else's"
+        return reason_of(norm, inputs_embeds)
+
+    return reason
+
+
+def multimodal_forward(run: PatchRun, stock: Function) -> Function:
+    """What replaces ``Gemma4ForConditionalGeneration.forward``."""
+    module = sys.modules[FORWARD.partition(":")[0]]
+    stocks_gather = module.Gemma4ForConditionalGeneration.get_per_layer_inputs
+    reason_of = shared.embedding_unfit()
+
+    def model_unfit(model: MultimodalModel) -> str | None:
+        """Why its forward is not the one below, or None."""
+        if model.pp_group.world_size != 1:
+            return "the model is split over pipeline ranks"
+        text = model.language_model
+        if type(text) is not module.Gemma4TextModel:
+            return f"the text model is a {type(text).__name__}"
+        if "get_per_layer_inputs" in vars(text) or "get_per_layer_inputs" in vars(model):
+            return "the model has a get_per_layer_inputs of its own"
+        if type(model).get_per_layer_inputs is not stocks_gather:
+            return f"a {type(model).__name__} has a get_per_layer_inputs of its own"
+        return None
+
+    @torch.no_grad()
+    def forward(
+        self: MultimodalModel,
+        input_ids: torch.LongTensor,
+        positions: torch.Tensor,
+        forward_batch: ForwardBatch,
+        input_embeds: torch.Tensor = None,  # type: ignore[assignment]  # stock's annotation
+        pp_proxy_tensors: Optional[PPProxyTensors] = None,  # noqa: UP045  # stock's annotation
+        **kwargs: object,
+    ) -> Union[LogitsProcessor, PPProxyTensors]:  # noqa: UP007  # stock's annotation
+        theirs = (self, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
+        if input_ids is None or input_embeds is not None or torch.compiler.is_compiling():
+            return stock(*theirs, **kwargs)
+        text = self.language_model
+        capturing = custom_ops.capturing()
+        placeholders = shared.placeholders(self.config)
+        embedding = reason = None
+        if pp_proxy_tensors is not None:
+            reason = "the call has another pipeline rank's tensors"
+        elif placeholders is None:  # stock compares with them in a model that embeds nothing, too
+            reason = "a placeholder's token id is not set"
+        else:
+            reason = model_unfit(self)
+        if reason is None:
+            embedding = text.embed_tokens_per_layer
+            if embedding is not None:
+                vocab = text.vocab_size_per_layer_input
+                reason = (
+                    reason_of(embedding, input_ids, vocab)
+                    or shared.norm_kind(run, embedding.weight, False, capturing)[1]
+                )
+        if reason is not None:
+            run.declined(reason)
+            return stock(*theirs, **kwargs)
+
+        run.engaged(capturing)
+        if module.envs.SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION.get():
+            positions = positions + 1
+        else:
+            positions += 1
+        per_layer_inputs = None
+        if embedding is not None:
+            rows = kernel.launch_gather(
+                input_ids, embedding.weight, embedding.embed_scale, vocab, placeholders
+            )
+            per_layer_inputs = shared.per_layer(text, rows)
+
+        extend = forward_batch.forward_mode == module.ForwardMode.EXTEND
+        if extend and forward_batch.contains_image_inputs():
+            self.prepare_attn_masks(forward_batch, input_ids, mask_dtype=torch.bool)
+        hidden_states = module.general_mm_embed_routine(
+            input_ids=input_ids,
+            forward_batch=forward_batch,
+            language_model=text,
+            data_embedding_funcs={
+                module.Modality.IMAGE: self.get_image_feature,
+                module.Modality.VIDEO: self.get_video_feature,
+                module.Modality.AUDIO: self.get_audio_feature,
+            },
+            positions=positions,
+            per_layer_inputs=per_layer_inputs,
+            pp_proxy_tensors=pp_proxy_tensors,
+            **kwargs,
+        )
+        aux_hidden_states = None
+        if self.capture_aux_hidden_states:
+            hidden_states, aux_hidden_states = hidden_states
+        head = text.embed_tokens if self.lm_head_is_tied else self.lm_head
+        return self.logits_processor(
+            input_ids, hidden_states, head, forward_batch, aux_hidden_states
+        )
+
+    return forward
