@@ -17,6 +17,7 @@ from typing import Any, Protocol, overload
 import torch
 
 from gemma4_turbo.ports.any.protocols import Module as Module
+from gemma4_turbo.ports.any.protocols import MultimodalConfig
 
 # -- modules of the text model ----------------------------------------------------------------------
 
@@ -318,8 +319,9 @@ class TextModel(Module, Protocol):
 
 
 class MultimodalModel(Module, Protocol):
-    """``sglang.srt.models.gemma4_mm.Gemma4ForConditionalGeneration``, of which no forward is ours."""
+    """``sglang.srt.models.gemma4_mm.Gemma4ForConditionalGeneration``, as a runner holds it."""
 
+    config: MultimodalConfig
     language_model: TextModel
 
 
