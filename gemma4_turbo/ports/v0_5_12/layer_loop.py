@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.v0_5_12 import decoder_layer, sglang_types
+from gemma4_turbo.ports.any import layer_steps, sglang_types
 from gemma4_turbo.runtime.hooks import FOR_ALL
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.v0_5_12.protocols import (
+    from gemma4_turbo.ports.any.model_protocols import (
         DecoderLayer,
         ForwardBatch,
         Module,
@@ -84,7 +84,7 @@ def _between(
     A hook on a layer sees, and may change, hidden states that nobody has gone on from: neither the
     layer itself nor the next one may have any. It gets stock's arguments, and gives stock's results.
     """
-    if decoder_layer.INPUT_NORM.run is None:
+    if layer_steps.INPUT_NORM.run is None:
         return {}
     layer = every[index]
     last = index + 1 == len(every)

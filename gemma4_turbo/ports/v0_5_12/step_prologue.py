@@ -26,7 +26,8 @@ from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.fusions.comparison import different_bits, odd_rows
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
-from gemma4_turbo.ports.v0_5_12 import sglang_types, stock
+from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.v0_5_12 import classes, stock
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.hooks import hooked
 from gemma4_turbo.runtime.verdicts import Verdicts
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12 import protocols
-    from gemma4_turbo.ports.v0_5_12.protocols import (
+    from gemma4_turbo.ports.any import model_protocols as protocols
+    from gemma4_turbo.ports.any.model_protocols import (
         MultimodalConfig,
         MultimodalModel,
         ScaledWordEmbedding,
@@ -189,7 +190,7 @@ def _per_layer(model: TextModel, rows: torch.Tensor) -> torch.Tensor:
 def _embedding_unfit() -> Callable[[ScaledWordEmbedding, torch.Tensor, int], str | None]:
     from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 
-    sglang_types.load()
+    classes.load()
 
     def reason(embedding: ScaledWordEmbedding, input_ids: torch.Tensor, vocab: int) -> str | None:
         """Why the embedding is not a plain scaled look-up that the kernel takes, or None."""
