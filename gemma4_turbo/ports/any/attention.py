@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import (
         Attention,
         ForwardBatch,
-        MHAKVPool,
         RadixAttention,
     )
 

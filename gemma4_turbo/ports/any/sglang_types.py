@@ -63,6 +63,7 @@ class Types(NamedTuple):
     linear_unfit: Callable[[Any], str | None]  # and to those of a linear layer
     router_unfit: Callable[[Any], str | None]
     parallel_unfit: Callable[[Any], str | None]  # of experts: spread over several GPUs
+    sums_from_zero: bool  # whether the sum over a token's experts does, for few tokens
 
 
 _types: list[Types] = []

@@ -54,6 +54,7 @@ def load() -> None:
             _fits,
             _fits,
             _parallel_unfit,
+            False,
         )
     )
 
