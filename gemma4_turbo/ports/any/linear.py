@@ -58,10 +58,9 @@ def _module_unfit(module: Linear) -> str | None:
     reason = sglang_types.linear_unfit(module)
     if reason is not None:
         return reason
-    if type(module) is sglang_types.types().row_linear and module.tp_size > 1:
-        return "the output is reduced over several GPUs"
-    if getattr(module, "gather_output", False) and module.tp_size > 1:
-        return "the output is gathered from several GPUs"
+    reason = sglang_types.types().output_unfit(module)
+    if reason is not None:
+        return reason
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
 
     if is_batch_invariant_mode_enabled():  # set before the first forward, never unset

@@ -62,6 +62,7 @@ class Types(NamedTuple):
     norm_unfit: Callable[[Any], str | None]  # what the line adds to the options of a norm
     linear_unfit: Callable[[Any], str | None]  # and to those of a linear layer
     router_unfit: Callable[[Any], str | None]
+    output_unfit: Callable[[Any], str | None]  # of a linear layer: put together from several GPUs
     parallel_unfit: Callable[[Any], str | None]  # of experts: spread over several GPUs
     sums_from_zero: bool  # whether the sum over a token's experts does, for few tokens
 

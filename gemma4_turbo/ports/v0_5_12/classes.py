@@ -53,6 +53,7 @@ def load() -> None:
             _fits,
             _fits,
             _fits,
+            _output_unfit,
             _parallel_unfit,
             False,
         )
@@ -65,6 +66,14 @@ def _running(module: Any) -> Callable[..., Any] | None:
 
 
 def _fits(module: Any) -> str | None:
+    return None
+
+
+def _output_unfit(module: Any) -> str | None:
+    if type(module) is sglang_types.types().row_linear and module.tp_size > 1:
+        return "the output is reduced over several GPUs"
+    if getattr(module, "gather_output", False) and module.tp_size > 1:
+        return "the output is gathered from several GPUs"
     return None
 
 

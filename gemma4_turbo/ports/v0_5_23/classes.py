@@ -53,6 +53,7 @@ def load() -> None:
             _norm_unfit,
             _linear_unfit,
             _router_unfit,
+            _output_unfit,
             _parallel_unfit,
             True,
         )
@@ -85,6 +86,17 @@ def _linear_unfit(module: Any) -> str | None:
 
 
 def _router_unfit(router: Any) -> str | None:
+    return None
+
+
+def _output_unfit(module: Any) -> str | None:
+    from sglang.srt.layers.linear import get_group_rank_size
+
+    group = getattr(module, "tp_group", None)
+    if group is not None and get_group_rank_size(group)[1] > 1:
+        return "the layer is spread over several GPUs"
+    if getattr(module, "use_decode_attn_tp", False):
+        return "the layer's weight is cut otherwise for decoding"
     return None
 
 
