@@ -59,8 +59,8 @@ class Uniform(torch.nn.Module):
         return q.flatten(1)
 
 
-def build(kind: str, layers: int = 2) -> Any:
-    """``moe``, ``ple`` or ``dense``."""
+def build(kind: str, layers: int = 2, uniform: bool = True) -> Any:
+    """``moe``, ``ple`` or ``dense``; ``uniform``: with `Uniform` attention, not SGLang's module."""
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
     from transformers import Gemma4TextConfig
 
@@ -101,7 +101,8 @@ def build(kind: str, layers: int = 2) -> Any:
         parameter.data.uniform_(low, low + 0.2 if low < 0 else 1.5, generator=generator)
     for layer in model.layers:
         layer.layer_scalar.fill_(0.75)
-        layer.self_attn.attn = Uniform()
+        if uniform:
+            layer.self_attn.attn = Uniform()
         rope = layer.self_attn.rotary_emb
         rope.cos_sin_cache = rope.cos_sin_cache.float()  # as on a GPU
         if layer.enable_moe_block:
