@@ -27,7 +27,7 @@ from gemma4_turbo.models.geometry import (
     VOCABULARY,
     Geometry,
 )
-from gemma4_turbo.ports.v0_5_12 import attention
+from gemma4_turbo.ports.any import attention
 from gemma4_turbo.ports.v0_5_12 import stock as stock_kernels
 
 Call = Callable[[], Any]

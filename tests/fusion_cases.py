@@ -36,10 +36,11 @@ class Draw:
         return torch.tensor([value], device=self.device, dtype=torch.bfloat16)
 
 
-def norms(draw: Draw, width: int, routed: bool) -> layer_norms.Args:
-    """With a router and without: the kernel writes three results or one."""
+def norms(draw: Draw, width: int, routed: str) -> layer_norms.Args:
+    """With a router and without: three results or one. Its scale as it is, or folded into a weight."""
     w = [draw.weight(width) for _ in range(4)]
-    router = Router(w[2], draw.scalar(width**-0.5), EPS, w[3], EPS) if routed else None
+    root = None if routed == "folded" else draw.scalar(width**-0.5)
+    router = Router(w[2], root, EPS, w[3], EPS) if routed else None
     x, residual = draw.rows(3, width), draw.rows(3, width)
     return layer_norms.Args(x, residual, w[0], EPS, w[1], EPS, router)
 
@@ -91,10 +92,14 @@ def case(name: str, device: str, width: int = 512) -> tuple[Fusion[Any, Any], An
     draw = Draw(device)
     scaled = draw.rows(3, width), draw.weight(width), draw.scalar(0.1), EPS
     made: tuple[Fusion[Any, Any], Any] = {
-        "layer_norms": lambda: (layer_norms.LayerNorms("layer_norms"), norms(draw, width, False)),
+        "layer_norms": lambda: (layer_norms.LayerNorms("layer_norms"), norms(draw, width, "")),
         "layer_norms, router": lambda: (
             layer_norms.LayerNorms("layer_norms"),
-            norms(draw, width, True),
+            norms(draw, width, "scale"),
+        ),
+        "layer_norms, folded router": lambda: (
+            layer_norms.LayerNorms("layer_norms"),
+            norms(draw, width, "folded"),
         ),
         "router_norm": lambda: (
             router_norm.RouterNorm("router_norm"),

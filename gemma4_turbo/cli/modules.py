@@ -29,7 +29,7 @@ def import_targets(
 ) -> list[str]:
     """Import every module that these patches, by name, or all touch: the problems, one line each.
 
-    Of several ports those count whose modules SGLang has.
+    Those of ports whose modules SGLang has: of no other release line's.
 
     SGLang prints while it is imported: that goes to stderr, so that stdout stays the command's.
     """
@@ -53,7 +53,7 @@ def import_targets(
 def _modules(run: PatchRun) -> Iterable[str]:
     source_of = fingerprints.installed_source
     ports = [port for port in run.ports if fingerprints.any_there([port], source_of)]
-    return [module for port in ports or run.ports[:1] for module in port.modules]
+    return [module for port in ports for module in port.modules]
 
 
 def require_sglang() -> None:
@@ -62,10 +62,8 @@ def require_sglang() -> None:
         raise CannotRunError(NOT_INSTALLED)
 
 
-def require_targets(
-    progress: Progress | None = None, *, names: Iterable[str] | None = None
-) -> None:
+def require_targets(progress: Progress | None = None) -> None:
     """As `import_targets`, but a problem raises `CannotRunError`."""
-    problems = import_targets(names, progress)
+    problems = import_targets(progress=progress)
     if problems:
         raise CannotRunError("; ".join(problems))

@@ -55,7 +55,7 @@ class LayerTail(Fusion[Args, Outputs]):
     def traced(self, args: Args, kind: int) -> Outputs:
         assert args.following is not None
         weight, eps, _ = args.following
-        return self.op(*args[:5], *(args.experts or NO_EXPERTS), weight, eps, kind)  # type: ignore[no-any-return]
+        return self.op(*args[:5], *(args.experts or NO_EXPERTS)[:5], weight, eps, kind)  # type: ignore[no-any-return]
 
     def theirs(self, stock: Stock, args: Args) -> Outputs:
         x, weight, eps, residual, scalar, experts, following = args

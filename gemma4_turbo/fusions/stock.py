@@ -32,10 +32,13 @@ def layer_norms(
     norms.fused_add_rmsnorm(mlp_input, residual, w2, eps2)
     if router is None:
         return mlp_input, None, None
+    w3, eps3 = router.pre_feedforward_2_weight, router.pre_feedforward_2_eps
+    experts_input = norms.rmsnorm(residual, w3, eps3)
+    if router.root_size is None:
+        return mlp_input, norms.rmsnorm(residual, router.scale, router.eps), experts_input
     scale = (router.scale * router.root_size).to(x.dtype)
     normed = norms.rmsnorm(residual, torch.ones_like(router.scale), router.eps)
-    w3, eps3 = router.pre_feedforward_2_weight, router.pre_feedforward_2_eps
-    return mlp_input, normed * scale, norms.rmsnorm(residual, w3, eps3)
+    return mlp_input, normed * scale, experts_input
 
 
 class Stock(Protocol):

@@ -77,6 +77,7 @@ def _heads(
     WEIGHT: tl.constexpr,
     ROPE: tl.constexpr,
     STORE: tl.constexpr,
+    SKIPPED: tl.constexpr,
     ALSO_V: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -118,14 +119,18 @@ def _heads(
             n = _rotate(n, other, c, s, column < HALF, PTX)
         y = round_to(n, dtype, PTX)
         at = (block * PER + i) * D + column
-        if STORE:
+        if STORE and SKIPPED is None:
             tl.store(cache_ptr + location * stride_cache + at, y)
+        elif STORE:
+            tl.store(cache_ptr + location * stride_cache + at, y, mask=location != SKIPPED)
         else:
             tl.store(out_ptr + token * stride_out + at, y)
         if ALSO_V:
             v = round_to(x * rrms, dtype, PTX)
-            if STORE:
+            if STORE and SKIPPED is None:
                 tl.store(v_cache_ptr + location * stride_v_cache + at, v)
+            elif STORE:
+                tl.store(v_cache_ptr + location * stride_v_cache + at, v, mask=location != SKIPPED)
             else:
                 tl.store(v_out_ptr + token * stride_v_out + at, v)
 
@@ -158,6 +163,7 @@ def _qkv_kernel(
     MODE: tl.constexpr,
     ROPE: tl.constexpr,
     STORE: tl.constexpr,
+    SKIPPED: tl.constexpr,
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -171,21 +177,21 @@ def _qkv_kernel(
         _heads(
             q_ptr, q_weight_ptr, q_ptr, q_ptr, q_ptr, q_ptr, positions_ptr, cos_sin_ptr,
             locations_ptr, stride_q, stride_q, 0, 0, 0, token, block, eps,
-            D, Q_PER, True, ROPE, False, False, PTX,
+            D, Q_PER, True, ROPE, False, None, False, PTX,
         )  # fmt: skip
     elif block < Q_BLOCKS + KV_BLOCKS:
         _heads(
             k_ptr, k_weight_ptr, k_ptr, k_cache_ptr, v_out_ptr, v_cache_ptr, positions_ptr,
             cos_sin_ptr, locations_ptr, stride_k, stride_k, stride_k_cache, stride_v_out,
             stride_v_cache, token, block - Q_BLOCKS, eps,
-            D, KV_PER, True, ROPE, STORE, MODE == 1, PTX,
+            D, KV_PER, True, ROPE, STORE, SKIPPED, MODE == 1, PTX,
         )  # fmt: skip
     else:
         _heads(
             v_ptr, k_weight_ptr, v_ptr, v_cache_ptr, v_ptr, v_cache_ptr, positions_ptr,
             cos_sin_ptr, locations_ptr, stride_v, stride_v, stride_v_cache, 0, 0, token,
             block - Q_BLOCKS - KV_BLOCKS, eps,
-            D, KV_PER, False, False, STORE, False, PTX,
+            D, KV_PER, False, False, STORE, SKIPPED, False, PTX,
         )  # fmt: skip
 
 
@@ -211,6 +217,8 @@ class Store(NamedTuple):
     locations: torch.Tensor  # [M], int32 or int64
     k_cache: torch.Tensor  # [slots, KV heads, D]
     v_cache: torch.Tensor
+    skipped: int | None = None
+    """A slot that nothing is written to: later releases keep the one of padding rows as it is."""
 
 
 def unfit(
@@ -364,6 +372,7 @@ def launch_qkv(
             MODE=int(mode),
             ROPE=rope is not None,
             STORE=store is not None,
+            SKIPPED=None if store is None else store.skipped,
             PTX=not INTERPRETED,
             num_warps=4,
             **pdl.options(q),
@@ -408,6 +417,9 @@ def reference_qkv(
     out_v = norm(k if v is None else v, None)
     if store is None:
         return out_q, out_k.flatten(1), out_v.flatten(1)
-    store.k_cache[store.locations.long()] = out_k
-    store.v_cache[store.locations.long()] = out_v
+    places = store.locations.long()
+    kept = torch.ones_like(places, dtype=torch.bool)
+    if store.skipped is not None:
+        kept = places != store.skipped
+    store.k_cache[places[kept]], store.v_cache[places[kept]] = out_k[kept], out_v[kept]
     return out_q, None, None

@@ -71,5 +71,6 @@ def nothing(x: torch.Tensor) -> torch.Tensor:
 def capturing() -> bool:
     """Whether this thread's current stream is being captured into a CUDA graph."""
     global _cuda
-    _cuda = _cuda or torch.cuda.is_initialized()
-    return _cuda and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+    if not _cuda:
+        _cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return _cuda and torch.cuda.is_current_stream_capturing()

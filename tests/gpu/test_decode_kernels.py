@@ -14,7 +14,8 @@ from gemma4_turbo.fusions.ple_tail import gelu_mul_op, norm_add_op
 from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail, router_norm
 from gemma4_turbo.kernels.norms import rmsnorm as norms
-from gemma4_turbo.ports.v0_5_12 import attention, decoder_layer, stock
+from gemma4_turbo.ports.any import attention, layer_steps
+from gemma4_turbo.ports.v0_5_12 import stock
 from gemma4_turbo.ports.v0_5_12.router_norm import ROUTER_NORM
 from tests.runs import unpublished
 
@@ -207,14 +208,14 @@ def traced(name: str) -> tuple[Any, list[Any]]:
     q, k, v = (draw("1", 7, n * 256, n) for n in (4, 2, 3))
     return {
         "layer_norms": (
-            decoder_layer.LAYER_NORMS.operator,
+            layer_steps.LAYER_NORMS.operator,
             [x, r, w, EPS, w, EPS, w, one, EPS, w, EPS, 0],
         ),
         "router_norm": (ROUTER_NORM.operator, [x, w, one, EPS, 0]),
         "norm_add": (norm_add_op, [x, w, EPS, r, one, w, EPS, 0]),
         "gelu_mul": (gelu_mul_op, [x, r]),
         "layer_tail": (
-            decoder_layer.INPUT_NORM.operator,
+            layer_steps.INPUT_NORM.operator,
             [x, w, EPS, r, one, r, w, EPS, w, EPS, w, EPS, 0],
         ),
         "qkv": (

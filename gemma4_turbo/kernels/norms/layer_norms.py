@@ -6,11 +6,13 @@ With ``a`` the attention's output, ``r`` the residual, all bf16 or fp16, ``[M, N
     f              = float(n) + float(r);   residual = round(f)           # in place, as stock
     mlp_input      = rmsnorm(f, pre_feedforward_weight)                   # of the unrounded sum
     router_input   = round(rmsnorm(residual, 1) * round(router_scale * root_size))
+                 or  rmsnorm(residual, router_scale)                      # without root_size
     experts_input  = rmsnorm(residual, pre_feedforward_2_weight)
 
 The last two only with experts: five launches become one there, two become one without. The norms
 are those of `gemma4_turbo.kernels.norms.rmsnorm`; every rounding to the activations' dtype is where stock
-stores. The router's scale is multiplied here at every call, so that a weight update reaches it.
+stores. The router's scale is multiplied here at every call, so that a weight update reaches it; later
+releases keep the product as the weight of the router's norm, which rounds once less.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ def _layer_norms_kernel(
     KIND: tl.constexpr,
     WARPS: tl.constexpr,
     EXPERTS: tl.constexpr,
+    FOLDED: tl.constexpr,
     PDL: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -67,8 +70,9 @@ def _layer_norms_kernel(
     dtype: tl.constexpr = attention_ptr.dtype.element_ty
     if EXPERTS:
         scale = tl.load(router_scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        root = tl.load(root_size_ptr).to(tl.float32)
-        scale = rounded(scale * root, dtype, PTX)
+        if not FOLDED:
+            root = tl.load(root_size_ptr).to(tl.float32)
+            scale = rounded(scale * root, dtype, PTX)
         w3 = tl.load(pre_feedforward_2_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
 
     pdl.wait(PDL)
@@ -99,9 +103,13 @@ def _layer_norms_kernel(
     tl.store(mlp_input_ptr + column, mlp_input, mask=inside)
     if EXPERTS:
         s = scale_of(total, router_eps, N, KIND, PTX)
-        normed = rounded(norms.mul(x, s, KIND, PTX), dtype, PTX)
+        if FOLDED:
+            router_input = round_to(scaled(x, s, scale, KIND, PTX), dtype, PTX)
+        else:
+            normed = rounded(norms.mul(x, s, KIND, PTX), dtype, PTX)
+            router_input = round_to(normed * scale, dtype, PTX)
         out = row * N + column
-        tl.store(router_input_ptr + out, round_to(normed * scale, dtype, PTX), mask=inside)
+        tl.store(router_input_ptr + out, router_input, mask=inside)
         s = scale_of(total, pre_feedforward_2_eps, N, KIND, PTX)
         experts_input = round_to(scaled(x, s, w3, KIND, PTX), dtype, PTX)
         tl.store(experts_input_ptr + out, experts_input, mask=inside)
@@ -111,7 +119,7 @@ class Router(NamedTuple):
     """What the experts' two inputs need."""
 
     scale: torch.Tensor  # [N]
-    root_size: torch.Tensor  # a scalar of the activations' dtype
+    root_size: torch.Tensor | None  # a scalar of the activations' dtype; None: in the scale already
     eps: float
     pre_feedforward_2_weight: torch.Tensor  # [N]
     pre_feedforward_2_eps: float
@@ -141,9 +149,13 @@ def unfit(
             "router.pre_feedforward_2_weight", router.pre_feedforward_2_weight, attention_output
         )
         root = router.root_size
-        if reason is None and (root.numel() != 1 or root.dtype != attention_output.dtype):
+        if (
+            reason is None
+            and root is not None
+            and (root.numel() != 1 or root.dtype != attention_output.dtype)
+        ):
             reason = f"router.root_size must be one {attention_output.dtype}, got {root.dtype}"
-        if reason is None and root.device != attention_output.device:
+        if reason is None and root is not None and root.device != attention_output.device:
             reason = f"router.root_size is on {root.device}"
     return reason
 
@@ -219,7 +231,7 @@ def launch_layer_norms(
             post_attention_weight,
             pre_feedforward_weight,
             router.scale if router else attention_output,
-            router.root_size if router else attention_output,
+            attention_output if router is None or router.root_size is None else router.root_size,
             router.pre_feedforward_2_weight if router else attention_output,
             mlp_input,
             router_input if router else mlp_input,
@@ -235,6 +247,7 @@ def launch_layer_norms(
             KIND=int(kind),
             WARPS=norms.warps(width, kind),
             EXPERTS=router is not None,
+            FOLDED=router is not None and router.root_size is None,
             PTX=not INTERPRETED,
             num_warps=norms.warps(width, kind),
             **pdl.options(attention_output),
@@ -259,11 +272,15 @@ def reference_layer_norms(
     mlp_input = (f * scale * pre_feedforward_weight.float()).to(residual.dtype)
     if router is None:
         return mlp_input, None, None
-    ones = torch.ones_like(router.scale)
-    normed = norms.reference_rmsnorm(residual, ones, router.eps)
+    if router.root_size is None:
+        router_input = norms.reference_rmsnorm(residual, router.scale, router.eps)
+    else:
+        ones = torch.ones_like(router.scale)
+        normed = norms.reference_rmsnorm(residual, ones, router.eps)
+        router_input = normed * (router.scale * router.root_size)
     return (
         mlp_input,
-        normed * (router.scale * router.root_size),
+        router_input,
         norms.reference_rmsnorm(
             residual, router.pre_feedforward_2_weight, router.pre_feedforward_2_eps
         ),

@@ -121,6 +121,7 @@ class Experts(NamedTuple):
     eps: float
     mlp_weight: torch.Tensor  # of the dense branch's own norm
     mlp_eps: float
+    from_zero: bool = False  # whether stock's sum over few rows starts at zero too
 
 
 class NextNorm(NamedTuple):
@@ -243,7 +244,7 @@ def launch_layer_tail(
             WARPS=4,
             EXPERTS=experts is not None,
             CHOICES=e.shape[1] if summed else 0,
-            FROM_ZERO=rows > COMPILED_SUM_ROWS,
+            FROM_ZERO=rows > COMPILED_SUM_ROWS or (experts is not None and experts.from_zero),
             NEXT=following is not None,
             PTX=not INTERPRETED,
             num_warps=4,
@@ -253,7 +254,7 @@ def launch_layer_tail(
 
 
 COMPILED_SUM_ROWS = 32
-"""Up to here stock sums with a compiled kernel that starts at the first choice, then from zero."""
+"""Up to here 0.5.12 sums with a compiled kernel that starts at the first choice, then from zero."""
 
 
 def reference_layer_tail(

@@ -27,15 +27,19 @@ from gemma4_turbo.fusions.comparison import different_bits, odd_rows
 from gemma4_turbo.fusions.stock import followed
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
-from gemma4_turbo.ports.any.plain_weights import weight_unfit
+from gemma4_turbo.ports.any.sglang_types import weight_unfit
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.hooks import hooked
 from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any import protocols
-    from gemma4_turbo.ports.any.protocols import MultimodalConfig, ScaledWordEmbedding, TextModel
+    from gemma4_turbo.ports.any import model_protocols as protocols
+    from gemma4_turbo.ports.any.model_protocols import (
+        MultimodalConfig,
+        ScaledWordEmbedding,
+        TextModel,
+    )
 
 NAME = "step_prologue"
 FORWARD = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward"

@@ -20,7 +20,7 @@ from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.protocols import (
+    from gemma4_turbo.ports.any.model_protocols import (
         ClippableGateUpLinear,
         ClippableLinear,
         ClippableQKVLinear,

@@ -16,7 +16,7 @@ from gemma4_turbo.runtime import custom_ops, hooks
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.protocols import VisionAttention
+    from gemma4_turbo.ports.any.model_protocols import VisionAttention
 
 TARGET = "sglang.srt.models.gemma4_vision:Gemma4VisionAttention.forward"
 READ_NO_MASK = ("VisionTritonAttention", "VisionFlash3Attention", "VisionFlash4Attention")

@@ -22,7 +22,7 @@ from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, RadixAttention, TritonBackend
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention, TritonBackend
 
 TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode"
 

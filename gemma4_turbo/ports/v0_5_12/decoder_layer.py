@@ -1,8 +1,4 @@
-"""``Gemma4DecoderLayer.forward``, in steps that patches can take over one by one.
-
-Without any step it makes stock's calls in stock's order. A step whose arguments do not fit makes
-stock's calls for that part.
-"""
+"""``Gemma4DecoderLayer.forward`` of 0.5.11 and 0.5.12."""
 
 from __future__ import annotations
 
@@ -10,130 +6,30 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.fusions import layer_norms, layer_tail, ple_tail
-from gemma4_turbo.fusions.fusion import Step
-from gemma4_turbo.fusions.site import UNPROVEN, Site, eps_of, first_unfit, site_of
+from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels import pdl
-from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.norms.layer_norms import Router
-from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
-from gemma4_turbo.ports.v0_5_12 import linear, sglang_types, stock
-from gemma4_turbo.runtime.custom_ops import capturing
+from gemma4_turbo.ports.any import layer_steps
+from gemma4_turbo.ports.v0_5_12 import classes, stock
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.kernels.norms.layer_norms import Outputs
-    from gemma4_turbo.ports.v0_5_12.protocols import (
+    from gemma4_turbo.fusions.fusion import Step
+    from gemma4_turbo.ports.any.model_protocols import (
         DecoderLayer,
         ForwardBatch,
         LayerOutputs,
-        Norm,
         RMSNorm,
     )
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
-
-LAYER_NORMS = layer_norms.LayerNorms("layer_norms")
-PLE_TAIL = ple_tail.PleTail("ple_tail")
-INPUT_NORM = layer_tail.LayerTail("input_norm")
-PLE_INPUT_NORM = ple_tail.PleInputNorm("input_norm")
-EXPERTS_SUM = layer_tail.ExpertsTail("experts_sum")
-PDL = Step()
-MLP_STREAM = Step()
-
-MLP_STREAM_ROWS = 64
-"""Above this many tokens the two branches no longer leave room for each other."""
-
-
-class Summing:
-    """Hand-over of the experts' unsummed output from SGLang's reduction to the layer's tail."""
-
-    wanted = False
-    taken: torch.Tensor | None = None
-    buffer: torch.Tensor | None = None  # that the reduction was to fill
-
-    @classmethod
-    def is_buffer(cls, summed: torch.Tensor) -> bool:
-        """Whether what the experts returned is the very buffer, so that nothing was added since."""
-        buffer = cls.buffer
-        return (
-            buffer is not None
-            and summed.data_ptr() == buffer.data_ptr()
-            and summed.shape == buffer.shape
-            and summed.stride() == buffer.stride()
-            and summed.dtype == buffer.dtype
-        )
-
-
-class LayerSite(Site):
-    """What a layer's modules allow, looked at once. None: allowed, else why not."""
-
-    def __init__(self, layer: DecoderLayer) -> None:
-        moe = layer.enable_moe_block
-        first = ["post_attention_layernorm", "pre_feedforward_layernorm"]
-        tail = ["post_feedforward_layernorm"]
-        if layer.has_ple:
-            tail.append("post_per_layer_input_norm")
-        if moe:
-            first.append("pre_feedforward_layernorm_2")
-            tail += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2"]
-        firsts, tails = _modules(layer, first), _modules(layer, tail)
-        weight = getattr(layer.input_layernorm, "weight", None)
-        key: tuple[object, ...] = (str(type(weight)), moe)
-        if sglang_types.norm_unfit(layer.input_layernorm) is None:
-            key = (weight.shape[0], weight.dtype, str(weight.device), moe)  # type: ignore[union-attr]
-        super().__init__(key, layer.input_layernorm)
-
-        reasons = [sglang_types.norm_unfit(norm) for norm in firsts]
-        if moe:
-            reasons.append(sglang_types.router_unfit(layer.router))
-        self.layer_norms: str | None = first_unfit(reasons)
-        reasons = [sglang_types.norm_unfit(norm) for norm in tails]
-        self.ple_tail: str | None = first_unfit(reasons)
-        self.input_norm: str | None = first_unfit(reasons)
-        apart = sglang_types.experts_unfit(layer.moe) if moe else "the layer has no experts"
-        self.mlp_stream: str | None = apart  # no arithmetic to compare
-        more = apart or sglang_types.reduction_unfit(layer.moe.experts)
-        self.experts_sum: str | None = first_unfit([*reasons, more])
-        self.following: tuple[Norm | None, str | None] = (None, None)
-
-        routing = (layer.router, layer.router.norm) if self.layer_norms is UNPROVEN and moe else ()
-        experts = (layer.moe, layer.moe.experts) if apart is None else ()
-        self.cover("layer_norms", *firsts, *routing)
-        self.cover("ple_tail", *tails)
-        self.cover("input_norm", *tails)
-        self.cover("experts_sum", *tails, *experts)
-        if isinstance(layer.mlp, torch.nn.Module):
-            self.cover("mlp_stream", *layer.mlp.modules())
-        parts: list[tuple[object, str]] = [
-            (layer, name) for name in (*first, *tail, "input_layernorm", "mlp")
-        ]
-        if moe:
-            parts += [(layer, "router"), (layer, "moe")]
-            parts += [(layer.router, "norm")] if routing else []
-        if experts:
-            parts += [(layer.moe, "experts"), (experts[1], "quant_method")]
-            parts += [(experts[1], "dispatcher")]
-            parts += sglang_types.reduction_parts(experts[1]) if more is None else []
-        parts += [(n, "_forward_method") for n in (*firsts, *tails)]
-        self.made_for(*parts)
-
-    def following_unfit(self, norm: Norm) -> str | None:
-        """Why the norm that reads the layer's result is not ours to run, or None."""
-        if self.following[0] is not norm:
-            self.following = norm, sglang_types.norm_unfit(norm)
-        return self.following[1] or sglang_types.hooks_unfit(norm)
-
-
-def _modules(layer: DecoderLayer, names: list[str]) -> tuple[Norm, ...]:
-    return tuple(getattr(layer, name) for name in names)
+STOCK = stock  # imported: the fusions follow it
 
 
 def enable(fusions: tuple[Step, ...], run: PatchRun) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
-    sglang_types.load()
-    for fusion in fusions:
-        fusion.enable(run)
+    classes.load()
+    layer_steps.enable(fusions, run)
     return {TARGET: forward}
 
 
@@ -150,18 +46,11 @@ def forward(
     ``kwargs`` may hold ``normed``, the input already through ``input_layernorm``, and ``following``,
     the norm that reads the result; `gemma4_turbo.ports.v0_5_12.text_model` passes them.
     """
-    if PDL.run is None or torch.compiler.is_compiling():
+    if layer_steps.PDL.run is None or torch.compiler.is_compiling():
         return _forward(self, positions, hidden_states, per_layer_input, forward_batch, **kwargs)
     before = pdl.launches
     outputs = _forward(self, positions, hidden_states, per_layer_input, forward_batch, **kwargs)
-    if pdl.launches > before:
-        PDL.run.engaged(capturing())
-    elif pdl.supported(hidden_states.device):
-        PDL.run.declined("none of the package's kernels was launched in the layer")
-    else:
-        PDL.run.declined(
-            "needs a GPU of compute capability 9.0 or later, and a Triton that launches so"
-        )
+    layer_steps.count_early_launches(before, hidden_states.device)
     return outputs
 
 
@@ -175,296 +64,24 @@ def _forward(
     following: RMSNorm | None = None,
     **kwargs: Any,
 ) -> LayerOutputs:
-    site = site_of(self, LayerSite)
-    residual = hidden_states
-
-    hidden_states = self.input_layernorm(hidden_states) if normed is None else normed
-    hidden_states = self.self_attn(
-        positions=positions, hidden_states=hidden_states, forward_batch=forward_batch
+    site = site_of(self, layer_steps.LayerSite)
+    attended = self.self_attn(
+        positions=positions,
+        hidden_states=self.input_layernorm(hidden_states) if normed is None else normed,
+        forward_batch=forward_batch,
     )
-
-    router_input: torch.Tensor | None = None
-    experts_input: Any = None
-    fused = _layer_norms(self, site, hidden_states, residual)
-    if fused is not None:
-        mlp_input, router_input, experts_input = fused
-    else:
-        hidden_states = self.post_attention_layernorm(hidden_states)
-        mlp_input, residual = self.pre_feedforward_layernorm(hidden_states, residual)
-
-    if not self.enable_moe_block:
-        mlp_output = linear.mlp(self.mlp, mlp_input)
-        return _finish(self, site, mlp_output, None, residual, per_layer_input, following)
-
-    side = _side_stream(self, site, mlp_input)
-    if side is not None:
-        main = torch.cuda.current_stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            mlp_output = linear.mlp(self.mlp, mlp_input)
-    else:
-        mlp_output = linear.mlp(self.mlp, mlp_input)
-    if router_input is not None:
-        router_logits, _ = self.router.proj(router_input)
-    else:
-        router_logits = self.router(residual)
-        experts_input = self.pre_feedforward_layernorm_2(residual)
-    experts_output = _experts(self, site, experts_input, router_logits, residual, mlp_output)
-    if side is not None:
-        main.wait_stream(side)
-    return _finish(self, site, mlp_output, experts_output, residual, per_layer_input, following)
-
-
-# -- between attention and feed-forward --------------------------------------------------------
-
-
-def _layer_norms(
-    self: DecoderLayer, site: LayerSite, attention_output: torch.Tensor, residual: torch.Tensor
-) -> Outputs | None:
-    if LAYER_NORMS.settled(site):
-        return None
-    first, second = self.post_attention_layernorm, self.pre_feedforward_layernorm
-    router = None
-    if self.enable_moe_block:
-        norm, experts = self.router.norm, self.pre_feedforward_layernorm_2
-        router = Router(
-            self.router.scale.data,
-            self.router.root_size,
-            eps_of(norm),
-            experts.weight.data,
-            eps_of(experts),
-        )
-    args = layer_norms.Args(
-        attention_output,
-        residual,
-        first.weight.data,
-        eps_of(first),
-        second.weight.data,
-        eps_of(second),
-        router,
+    out, after = layer_steps.after_attention(
+        self, site, attended, hidden_states, per_layer_input, following, _router
     )
-    return LAYER_NORMS(site, args, sglang_types.batch_invariant_unfit())
+    return (out, None) if after is None else (out, None, after)
 
 
-# -- experts ------------------------------------------------------------------------------------
-
-
-def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.cuda.Stream | None:
-    """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
-    if MLP_STREAM.run is None or torch.compiler.is_compiling() or not capturing():
-        return None
-    unfit = site.mlp_stream or site.hooks_unfit("mlp_stream")
-    if unfit is None and x.shape[0] > MLP_STREAM_ROWS:
-        unfit = f"more than {MLP_STREAM_ROWS} tokens"
-    if unfit is not None:
-        MLP_STREAM.run.declined(unfit)
-        return None
-    MLP_STREAM.run.engaged(True)
-    if x.device not in _streams:
-        _streams[x.device] = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
-    return _streams[x.device]
-
-
-_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def _experts(
-    self: DecoderLayer,
-    site: LayerSite,
-    x: torch.Tensor,
-    router_logits: torch.Tensor,
-    residual: torch.Tensor,
-    mlp_output: torch.Tensor,
-) -> torch.Tensor:
-    """The experts' output, summed or, if the tail can sum it, ``[M, K, N]``."""
-    if torch.compiler.is_compiling() or EXPERTS_SUM.settled(site):
-        return self.moe(x, router_logits)
-    unfit = None
-    if x.shape[0] > COMPILED_SUM_ROWS:
-        unfit = f"more than {COMPILED_SUM_ROWS} tokens"
-    elif self.has_ple:
-        unfit = "the layer has per-layer embeddings"
-    unfit = (
-        unfit
-        or sglang_types.batch_invariant_unfit()
-        or norms.rows_unfit("residual", residual)
-        or norms.rows_unfit("experts_input", x, residual)
-        or norms.rows_unfit("mlp_output", mlp_output, residual)
-    )
-
-    def unsummed() -> layer_tail.Args:
-        choices = residual.new_empty((1, self.moe.topk.topk_config.top_k, residual.shape[1]))
-        return _tail(self, mlp_output, residual, choices, None)
-
-    run = EXPERTS_SUM.admit(site, unfit, unsummed)
-    if run is None:
-        return self.moe(x, router_logits)
-    Summing.wanted, Summing.taken, Summing.buffer = True, None, None
-    try:
-        summed = self.moe(x, router_logits)
-        taken, same = Summing.taken, Summing.taken is None or Summing.is_buffer(summed)
-    finally:
-        Summing.wanted, Summing.taken, Summing.buffer = False, None, None
-    if taken is None:
-        run.declined("the experts did not end in SGLang's reduction for few tokens")
-        return summed
-    if same:
-        run.engaged(capturing())  # the tail sums it: `_finish`
-        return taken
-    # The buffer was never filled, and somebody went on with it: once more, as stock.
-    site.experts_sum = "somebody goes on with the experts' sum before the layer gets it"
-    run.declined(site.experts_sum)
-    return self.moe(x, router_logits)
-
-
-# -- the layer's end ------------------------------------------------------------------------------
-
-
-def _finish(
-    self: DecoderLayer,
-    site: LayerSite,
-    mlp_output: torch.Tensor,
-    experts_output: torch.Tensor | None,
-    residual: torch.Tensor,
-    per_layer_input: torch.Tensor | None,
-    following: RMSNorm | None,
-) -> LayerOutputs:
-    if self.has_ple:
-        return _finish_ple(
-            self, site, mlp_output, experts_output, residual, per_layer_input, following
-        )
-    unsummed = experts_output is not None and experts_output.dim() == 3
-    if following is not None and not INPUT_NORM.settled(site):
-        unfit = site.following_unfit(following)
-        after = None if unfit is not None else _next_norm(following)
-        args = _tail(self, mlp_output, residual, experts_output, after)
-        found = INPUT_NORM(site, args, unfit or sglang_types.batch_invariant_unfit())
-        if found is not None:
-            return found[0], None, found[1]
-    if unsummed:  # admitted by `_experts`
-        args = _tail(self, mlp_output, residual, experts_output, None)
-        return EXPERTS_SUM.launch(args, site.kinds.eager)
-    return _stock_tail(self, mlp_output, experts_output, residual), None
-
-
-def _tail(
-    self: DecoderLayer,
-    mlp_output: torch.Tensor,
-    residual: torch.Tensor,
-    experts_output: torch.Tensor | None,
-    after: NextNorm | None,
-) -> layer_tail.Args:
-    experts = None
-    if experts_output is not None:
-        norm1, norm2 = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2
-        branch = norm2.weight.data, eps_of(norm2), norm1.weight.data, eps_of(norm1)
-        experts = Experts(experts_output, *branch)
-    norm = self.post_feedforward_layernorm
-    return layer_tail.Args(
-        mlp_output, norm.weight.data, eps_of(norm), residual, self.layer_scalar, experts, after
-    )
-
-
-def _next_norm(following: RMSNorm) -> NextNorm:
-    return NextNorm(following.weight.data, eps_of(following), 0)  # the fusion knows the kind
-
-
-def _stock_tail(
-    self: DecoderLayer,
-    mlp_output: torch.Tensor,
-    experts_output: torch.Tensor | None,
-    residual: torch.Tensor,
-) -> torch.Tensor:
-    """Stock's last calls on a layer without per-layer embeddings."""
-    norm = self.post_feedforward_layernorm
-    fits = mlp_output.is_cuda and mlp_output.dim() == 2
-    if experts_output is not None:
-        norm1, norm2 = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2
-        if fits:
-            return stock.dual_norm_residual(
-                mlp_output,
-                norm1.weight.data,
-                experts_output,
-                norm2.weight.data,
-                norm.weight.data,
-                residual,
-                self.layer_scalar,
-                (norm1.variance_epsilon, norm2.variance_epsilon, norm.variance_epsilon),
-            )
-        mlp_output = norm1(mlp_output) + norm2(experts_output)
-    elif fits:
-        return stock.norm_residual(
-            mlp_output, norm.weight.data, residual, self.layer_scalar, norm.variance_epsilon
-        )
-    out = norm(mlp_output) + residual
-    return out * self.layer_scalar
-
-
-# -- the end of a layer with per-layer embeddings --------------------------------------------------
-
-
-def _finish_ple(
-    self: DecoderLayer,
-    site: LayerSite,
-    x: torch.Tensor,
-    experts_output: torch.Tensor | None,
-    residual: torch.Tensor,
-    per_layer_input: torch.Tensor | None,
-    following: RMSNorm | None,
-) -> LayerOutputs:
-    if experts_output is not None:
-        x = self.post_feedforward_layernorm_1(x) + self.post_feedforward_layernorm_2(experts_output)
-    if not _ple_tail_runs(self, site, x, residual, per_layer_input):
-        out = self.post_feedforward_layernorm(x) + residual
-        if per_layer_input is not None:
-            gate, _ = self.per_layer_input_gate(out)
-            gate = torch.nn.functional.gelu(gate, approximate="tanh")
-            contribution, _ = self.per_layer_projection(gate * per_layer_input)
-            out = out + self.post_per_layer_input_norm(contribution)
-        return out * self.layer_scalar, None
-    assert per_layer_input is not None
-    norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm
-    first = ple_tail.NormAdd(x, norm.weight.data, eps_of(norm), residual)
-    out, _ = PLE_TAIL.norm_add(site, first)
-    gated = linear.gate_times(self.per_layer_input_gate, out, per_layer_input)
-    if gated is None:
-        gate, _ = self.per_layer_input_gate(out)
-        gated = PLE_TAIL.gelu_mul(gate, per_layer_input)
-    contribution = linear.project(self.per_layer_projection, gated)
-    second = ple_tail.NormAdd(contribution, last.weight.data, eps_of(last), out, self.layer_scalar)
-    if following is not None and PLE_INPUT_NORM.run is not None:
-        unfit = site.following_unfit(following)
-        asked = second
-        if unfit is None:
-            asked = second._replace(next_weight=following.weight.data, next_eps=eps_of(following))
-        found = PLE_INPUT_NORM(site, asked, unfit)
-        if found is not None:
-            return found[0], None, found[1]
-    return PLE_TAIL.norm_add(site, second)
-
-
-def _ple_tail_runs(
-    self: DecoderLayer,
-    site: LayerSite,
-    x: torch.Tensor,
-    residual: torch.Tensor,
-    per_layer_input: torch.Tensor | None,
-) -> bool:
-    if PLE_TAIL.settled(site):
-        return False
-    unfit = "there is no per-layer input" if per_layer_input is None else None
-    gate = residual if per_layer_input is None else per_layer_input
-    norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm
-    args = ple_tail.Args(
-        x,
-        norm.weight.data,
+def _router(self: DecoderLayer) -> Router:
+    norm, experts = self.router.norm, self.pre_feedforward_layernorm_2
+    return Router(
+        self.router.scale.data,
+        self.router.root_size,
         eps_of(norm),
-        residual,
-        gate,
-        gate,
-        x,
-        last.weight.data,
-        eps_of(last),
-        self.layer_scalar,
+        experts.weight.data,
+        eps_of(experts),
     )
-    return PLE_TAIL.runs(site, args, unfit or sglang_types.batch_invariant_unfit())

@@ -12,7 +12,8 @@ import torch
 
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions.fusion import forget
-from gemma4_turbo.ports.v0_5_12 import checks as checks_of
+from gemma4_turbo.ports.any import checks as checks_of
+from gemma4_turbo.ports.any import layer_steps
 from gemma4_turbo.ports.v0_5_12 import decoder_layer
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ REDUCTION = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_sum_red
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The shared forward of the layer, and the reduction that can be skipped."""
     reduce = stock[REDUCTION]
-    summing = decoder_layer.Summing
+    summing = layer_steps.Summing
 
     @functools.wraps(reduce)
     def moe_sum_reduce_torch_compile(
@@ -36,13 +37,13 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return
         reduce(x, out, routed_scaling_factor)
 
-    layer = decoder_layer.enable((decoder_layer.EXPERTS_SUM,), run)
+    layer = decoder_layer.enable((layer_steps.EXPERTS_SUM,), run)
     return {**layer, REDUCTION: moe_sum_reduce_torch_compile}
 
 
 def undo(run: PatchRun) -> None:
     """Switch the fusion off; the shared forward may live on for other patches."""
-    decoder_layer.EXPERTS_SUM.run = None
+    layer_steps.EXPERTS_SUM.run = None
     forget("experts_sum")
 
 

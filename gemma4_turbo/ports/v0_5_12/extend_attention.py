@@ -19,13 +19,14 @@ import torch
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.kernels.attention import window as window_indices
-from gemma4_turbo.ports.v0_5_12 import extend_wraps, sglang_types
+from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.v0_5_12 import extend_wraps
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, RadixAttention, TritonBackend
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention, TritonBackend
 
 BACKEND = "sglang.srt.layers.attention.triton_backend"
 STOCK_KERNEL = "sglang.srt.layers.attention.triton_ops.extend_attention"

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.v0_5_12 import sglang_types
+from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.v0_5_12 import classes
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, RadixAttention, TritonBackend
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention, TritonBackend
 
 TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend"
 
@@ -31,7 +32,7 @@ _functions: dict[str, Forward] = {}  # "stock", and "whole": stock in its wraps
 
 def enable(patch: str, wrap: Wrap, stock: Forward) -> dict[str, Any]:
     """Wrap ``stock`` for a patch, in its place among the others; returns the replacement."""
-    sglang_types.load()
+    classes.load()
     _wraps[patch] = wrap
     _functions["stock"] = stock
     _compose()

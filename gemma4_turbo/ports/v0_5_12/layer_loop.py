@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from gemma4_turbo.ports.v0_5_12 import decoder_layer, sglang_types
-from gemma4_turbo.runtime.hooks import FOR_ALL
+from gemma4_turbo.ports.any import handover
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.v0_5_12.protocols import (
-        DecoderLayer,
+    from gemma4_turbo.ports.any.model_protocols import (
         ForwardBatch,
-        Module,
-        RMSNorm,
         TextModel,
     )
     from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
@@ -67,54 +63,13 @@ def layers(
             hidden_states=hidden_states,
             per_layer_input=None if per_layer_inputs is None else per_layer_inputs[:, index, :],
             forward_batch=forward_batch,
-            **_between(self, every, index, normed),
+            **handover.between(self, every, index, normed),
             **kwargs,
         )
         hidden_states = outputs[0]
         residual = outputs[1] if len(outputs) > 1 else None
         normed = outputs[2] if len(outputs) > 2 else None
     return hidden_states, residual, normed
-
-
-def _between(
-    self: TextModel, every: list[DecoderLayer], index: int, normed: torch.Tensor | None
-) -> dict[str, torch.Tensor | RMSNorm]:
-    """What a layer is told beside stock's arguments: its normed input, and the norm after it.
-
-    A hook on a layer sees, and may change, hidden states that nobody has gone on from: neither the
-    layer itself nor the next one may have any. It gets stock's arguments, and gives stock's results.
-    """
-    if decoder_layer.INPUT_NORM.run is None:
-        return {}
-    layer = every[index]
-    last = index + 1 == len(every)
-    after: Any = self.norm if last else every[index + 1]
-    told: dict[str, torch.Tensor | RMSNorm] = {}
-    if normed is not None:
-        told["normed"] = normed
-    if _direct(layer, after, last):
-        told["following"] = after if last else after.input_layernorm
-    return told
-
-
-def _direct(layer: Module, after: Module, last: bool) -> bool:
-    """Whether what a layer returns goes to SGLang's next layer, or the last norm, as it is."""
-    kind = sglang_types.types().layer
-    return type(layer) is kind and (last or type(after) is kind) and not _hooked(layer, after)
-
-
-def _hooked(layer: Module, after: Module) -> bool:
-    """As `gemma4_turbo.runtime.hooks.hooked`, where Dynamo looks on too."""
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or after._forward_pre_hooks
-        or after._forward_hooks
-        or FOR_ALL[0]
-        or FOR_ALL[1]
-        or "forward" in layer.__dict__
-        or "forward" in after.__dict__
-    )
 
 
 def last_norm(self: TextModel, state: State) -> torch.Tensor:

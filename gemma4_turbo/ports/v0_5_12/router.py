@@ -24,7 +24,7 @@ from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import MoE, TopK
+    from gemma4_turbo.ports.any.model_protocols import MoE, TopK
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4MoE.__init__"
 Routing = Callable[..., tuple[torch.Tensor, torch.Tensor]]

@@ -10,14 +10,15 @@ from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions import router_norm
 from gemma4_turbo.fusions.fusion import forget
 from gemma4_turbo.fusions.site import UNPROVEN, Site, eps_of, site_of
-from gemma4_turbo.ports.v0_5_12 import checks as checks_of
-from gemma4_turbo.ports.v0_5_12 import sglang_types
+from gemma4_turbo.ports.any import checks as checks_of
+from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.v0_5_12 import classes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import Router
+    from gemma4_turbo.ports.any.model_protocols import Router
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Router.forward"
 
@@ -55,7 +56,7 @@ def forward(self: Router, x: torch.Tensor) -> torch.Tensor:
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The router's forward."""
     _stock[TARGET] = stock[TARGET]
-    sglang_types.load()
+    classes.load()
     ROUTER_NORM.enable(run)
     return {TARGET: forward}
 

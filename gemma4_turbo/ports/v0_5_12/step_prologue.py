@@ -18,10 +18,10 @@ from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
     from sglang.srt.layers.logits_processor import LogitsProcessor
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.protocols import MultimodalModel
-    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch
+    from gemma4_turbo.ports.any.model_protocols import MultimodalModel
 
 verify = shared.verify
 

@@ -5,12 +5,91 @@ from __future__ import annotations
 from gemma4_turbo.engine.port import Port
 
 HERE = __package__
+RELEASES = ("0.5.23",)
+
+_MODEL = "sglang.srt.models.gemma4_causal"
+_OP = "sglang.kernels.fused_op:BaseFusedOp.forward"
+_RESIDUAL = "sglang.srt.layers.layer_boundary.residual"
+
+# What a layer's boundaries do on one GPU, which the layer's forward stands for.
+_BOUNDARIES = (
+    f"{_MODEL}:Gemma4DecoderLayer._next_stream",
+    f"{_MODEL}:Gemma4DecoderLayer.stage_facts",
+    "sglang.srt.layers.layer_boundary.prepare:_update_read",
+    f"{_RESIDUAL}.batch:set_written",
+    f"{_RESIDUAL}.batch:start",
+    f"{_RESIDUAL}.stream:ResidualStream",
+    f"{_RESIDUAL}.add_norm:NormReadout",
+)
+# What the steps of a decoder layer's forward rely on, those of its end, and those of attention's.
+_LAYER = (
+    f"{_MODEL}:Gemma4DecoderLayer.__init__",
+    f"{_MODEL}:Gemma4Router.fuse_scale",
+    f"{_MODEL}:Gemma4Router.forward",
+    "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
+    *_BOUNDARIES,
+)
+_OPS = "sglang.kernels.ops.layernorm.gemma4_fused_ops"
+_TAIL = (
+    f"{_OPS}:_gemma_dual_rmsnorm_residual_kernel",
+    f"{_OPS}:_gemma_rmsnorm_residual_kernel",
+    f"{_OPS}:gemma_dual_rmsnorm_residual_scalar",
+    f"{_OPS}:gemma_rmsnorm_residual_scalar",
+)
+_ATTENTION = (
+    f"{_MODEL}:Gemma4Attention.__init__",
+    f"{_OPS}:gemma_qkv_rmsnorm",
+    f"{_OPS}:_gemma_qkv_rmsnorm_kernel",
+    f"{_OPS}:_gemma_qkv_rmsnorm_store",
+)
 
 # What a layer calls by way of its modules.
 _NORM_CALLS = (
-    "sglang.kernels.fused_op:BaseFusedOp.forward",
+    _OP,
     "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
     "sglang.srt.layers.layernorm:rmsnorm",
+    "sglang.srt.layers.layernorm:fused_add_rmsnorm",
+)
+_LINEAR_CALLS = (
+    "sglang.srt.layers.linear:ReplicatedLinear.forward",
+    "sglang.srt.layers.linear:ColumnParallelLinear.forward",
+    "sglang.srt.layers.linear:RowParallelLinear.forward",
+    "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
+)
+_MLP_CALLS = (
+    *_LINEAR_CALLS,
+    _OP,
+    "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
+    "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+    "sglang.srt.layers.activation:gelu_tanh_and_mul",
+)
+_ROPE_CALLS = (
+    _OP,
+    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
+    "sglang.srt.layers.rotary_embedding.base:apply_rope_with_cos_sin_cache_inplace",
+)
+_EXPERTS_CALLS = (
+    _OP,
+    f"{_MODEL}:Gemma4MoE.forward",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward_impl",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.run_moe_core",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply",
+    "sglang.srt.layers.quantization.fp8:Fp8MoEMethod.apply",
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatcher.combine",
+    "sglang.srt.layers.moe.moe_runner.runner:MoeRunner.run",
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts",
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
+)
+_QKV_CALLS = (f"{_MODEL}:gemma_qkv_rmsnorm",)
+_ATTENTION_CALLS = (
+    "sglang.srt.layers.radix_attention:RadixAttention.forward",
+    "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.forward",
+    "sglang.srt.layers.attention.triton_backend:TritonAttnBackend._set_kv_buffer",
+    "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.set_kv_buffer",
+    "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
 )
 
 PORTS: dict[str, Port] = {
@@ -65,5 +144,108 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.attention.vision:_get_cu_seqlens_for_shape",
         ),
         written_for=("0.5.22", "0.5.23"),
+    ),
+    "layer_norms": Port(
+        module=f"{HERE}.wiring:layer_norms",
+        targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=RELEASES,
+        goes_round=(*_NORM_CALLS, f"{_MODEL}:Gemma4Router.forward"),
+    ),
+    "ple_tail": Port(
+        module=f"{HERE}.wiring:ple_tail",
+        targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=RELEASES,
+        goes_round=_NORM_CALLS,
+    ),
+    "input_norm": Port(
+        module=f"{HERE}.wiring:input_norm",
+        targets=(
+            f"{_MODEL}:Gemma4DecoderLayer.forward",
+            f"{_MODEL}:Gemma4TextModel.forward",
+        ),
+        relies_on=(
+            *_LAYER,
+            *_TAIL,
+            f"{_RESIDUAL}.batch:final_norm",
+            f"{_RESIDUAL}.batch:take_output",
+            "sglang.srt.layers.aux_hidden_states:AuxHiddenStateList",
+        ),
+        written_for=RELEASES,
+        goes_round=_NORM_CALLS,
+    ),
+    "experts_sum": Port(
+        module=f"{HERE}.experts_sum",
+        targets=(
+            f"{_MODEL}:Gemma4DecoderLayer.forward",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
+        ),
+        relies_on=(
+            *_LAYER,
+            *_TAIL,
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe"
+            ":_use_moe_sum_reduce_torch_compile",
+            "sglang.kernels.ops.moe.fused_moe_triton_kernels:moe_sum_reduce_triton",
+            "sglang.kernels.ops.moe.fused_moe_triton_kernels:_moe_sum_reduce_kernel",
+            f"{_MODEL}:Gemma4MoE.forward",
+        ),
+        written_for=RELEASES,
+        goes_round=_EXPERTS_CALLS,
+    ),
+    "mlp_stream": Port(
+        module=f"{HERE}.wiring:mlp_stream",
+        targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=RELEASES,
+        goes_round=_MLP_CALLS,
+    ),
+    "skinny_gemm": Port(
+        module=f"{HERE}.wiring:skinny_gemm",
+        targets=(
+            f"{_MODEL}:Gemma4DecoderLayer.forward",
+            f"{_MODEL}:Gemma4Attention.forward",
+        ),
+        relies_on=(
+            *_LAYER,
+            "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
+            "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+            "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
+            "sglang.srt.layers.linear:RowParallelLinear.forward",
+        ),
+        written_for=RELEASES,
+        goes_round=_MLP_CALLS,
+    ),
+    "pdl": Port(
+        module=f"{HERE}.wiring:pdl",
+        targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
+        relies_on=_LAYER,
+        written_for=RELEASES,
+    ),
+    "rope_store": Port(
+        module=f"{HERE}.wiring:rope_store",
+        targets=(f"{_MODEL}:Gemma4Attention.forward",),
+        relies_on=(
+            *_ATTENTION,
+            "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
+            "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding",
+            "sglang.srt.layers.radix_attention:RadixAttention.forward",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
+            "sglang.srt.layers.attention.triton_backend:TritonAttnBackend._set_kv_buffer",
+            "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.set_kv_buffer",
+            "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
+            "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
+            "sglang.kernels.ops.kvcache.kvcache:store_cache",
+        ),
+        written_for=RELEASES,
+        goes_round=(*_QKV_CALLS, *_ROPE_CALLS, *_ATTENTION_CALLS),
+    ),
+    "qkv_proj": Port(
+        module=f"{HERE}.wiring:qkv_proj",
+        targets=(f"{_MODEL}:Gemma4Attention.forward",),
+        relies_on=_ATTENTION,
+        written_for=RELEASES,
+        goes_round=_LINEAR_CALLS,
     ),
 }

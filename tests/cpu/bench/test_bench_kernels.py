@@ -28,7 +28,7 @@ from gemma4_turbo.kernels.norms import layer_tail
 from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.qkv import Mode
 from gemma4_turbo.models.geometry import GEOMETRIES
-from gemma4_turbo.ports.v0_5_12 import attention
+from gemma4_turbo.ports.any import attention
 from gemma4_turbo.ports.v0_5_12 import stock as stock_kernels
 from tests.cpu.conftest import REPOSITORY
 

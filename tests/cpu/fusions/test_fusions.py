@@ -160,9 +160,10 @@ def test_every_bitwise_fusion_is_here():
     """Each fusion of the ports that is compared with stock's bits has a case."""
     from gemma4_turbo.fusions.projection import QProjection
     from gemma4_turbo.fusions.skinny_gemm import SkinnyGemm
-    from gemma4_turbo.ports.v0_5_12 import attention, decoder_layer, linear, router_norm
+    from gemma4_turbo.ports.any import attention, layer_steps, linear
+    from gemma4_turbo.ports.v0_5_12 import router_norm
 
-    modules = (attention, decoder_layer, linear, router_norm)
+    modules = (attention, layer_steps, linear, router_norm)
     kinds = {type(value) for module in modules for value in vars(module).values()}
     bitwise = {
         kind for kind in kinds if issubclass(kind, Fusion) and kind not in (QProjection, SkinnyGemm)

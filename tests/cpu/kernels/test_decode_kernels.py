@@ -88,13 +88,13 @@ def untouched(x: torch.Tensor) -> bool:
 
 
 @each_shape
-@pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
+@pytest.mark.parametrize("experts", ["", "scale", "folded"])  # each writes its own code
 def test_layer_norms(dtype, width, rows, kind, experts):
     x, r = activations(rows, width, 1, dtype), activations(rows, width, 2, dtype).flip(0)
     residual = activations(rows, width, 2, dtype)
     residual.copy_(r)
     w = [weight(width, seed, dtype) for seed in (3, 4, 5, 6)]
-    root = torch.tensor(width**-0.5, dtype=dtype)
+    root = None if experts == "folded" else torch.tensor(width**-0.5, dtype=dtype)
     router = layer_norms.Router(w[2], root, EPS, w[3], 1e-5) if experts else None
     expected = layer_norms.reference_layer_norms(x, r, w[0], EPS, w[1], 1e-5, router)
     found = layer_norms.layer_norms(x, residual, w[0], EPS, w[1], 1e-5, router, kind=kind)
@@ -209,6 +209,20 @@ def test_layer_tail_sums_from_zero_above_the_compiled_rows():
     )
 
 
+def test_a_sum_of_negative_zeros_has_the_sign_of_where_it_starts():
+    """Few rows: -0.0 from the first choice on, 0.0 from zero on, as the stock that is followed."""
+    zeros = torch.full((2, 256), -0.0, dtype=torch.bfloat16)
+    w, scalar = weight(256, 3, torch.bfloat16), torch.ones(1, dtype=torch.bfloat16)
+    signs = []
+    for from_zero in (False, True):
+        output = torch.stack([zeros, zeros], dim=1).contiguous()
+        experts = layer_tail.Experts(output, w, EPS, w, EPS, from_zero)
+        out, _ = layer_tail.layer_tail(zeros, w, EPS, zeros, scalar, experts, None)
+        assert not out.any()
+        signs.append(bool(torch.signbit(out).all()))
+    assert signs == [True, False]
+
+
 # -- q, k, v ----------------------------------------------------------------------------------------
 
 HEADS, KV_HEADS, SLOTS, POSITIONS = 4, 2, 24, 64
@@ -297,6 +311,22 @@ def test_qkv(dtype, rows, head_dim, turned, mode, stored):
         for cache in (mine.k_cache, mine.v_cache):
             assert bool((cache[empty] == POISON).all())
             assert not bool((cache[~empty] == POISON).any())
+
+
+@pytest.mark.parametrize("several", [False, True])  # a program's loop over heads has the mask too
+def test_a_slot_that_is_skipped_keeps_what_it_holds(several):
+    """Padding rows go to slot 0, two of them here; the other rows are stored."""
+    q, k, v = heads(4, 128, BF16)
+    locations = torch.tensor([0, 3, 0, 1])
+    caches = [torch.full((SLOTS, KV_HEADS, 128), POISON, dtype=BF16) for _ in range(4)]
+    rope, weights = rope_of(4, 128, torch.int64), (weight(128, 3, BF16), weight(128, 4, BF16))
+    store, plain = qkv.Store(locations, *caches[:2], 0), qkv.Store(locations, *caches[2:])
+    qkv.launch_qkv(q.clone(), k.clone(), v.clone(), *weights, EPS, 128, rope, store, several)
+    qkv.launch_qkv(q, k, v, *weights, EPS, 128, rope, plain, several)
+    for cache, other in zip(caches[:2], caches[2:], strict=True):
+        assert bool((cache[0] == POISON).all())
+        assert not bool((other[0] == POISON).any())
+        assert torch.equal(cache[1:], other[1:])
 
 
 # How many heads a program takes of Q and of K: 4 and 2, 2 and 1, 4 and 4. The modes differ in what a

@@ -21,7 +21,7 @@ from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import ModelConfig, ModelRunner, PoolConfigurator
+    from gemma4_turbo.ports.any.model_protocols import ModelConfig, ModelRunner, PoolConfigurator
 
 logger = logging.getLogger("gemma4_turbo")
 

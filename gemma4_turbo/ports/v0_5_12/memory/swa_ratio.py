@@ -16,7 +16,7 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import ServerArgs as Arguments
+    from gemma4_turbo.ports.any.model_protocols import ServerArgs as Arguments
 
 logger = logging.getLogger("gemma4_turbo")
 

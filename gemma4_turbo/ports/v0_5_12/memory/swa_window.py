@@ -18,7 +18,7 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import Attention
+    from gemma4_turbo.ports.any.model_protocols import Attention
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__"
 

@@ -17,7 +17,7 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import DraftInput, ScheduleBatch
+    from gemma4_turbo.ports.any.model_protocols import DraftInput, ScheduleBatch
 
 TARGET = "sglang.srt.managers.schedule_batch:ScheduleBatch.merge_batch"
 

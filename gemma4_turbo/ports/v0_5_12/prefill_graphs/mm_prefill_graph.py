@@ -38,7 +38,7 @@ from gemma4_turbo.runtime.attempts import told
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.engine.swap import Swap
-    from gemma4_turbo.ports.v0_5_12.protocols import (
+    from gemma4_turbo.ports.any.model_protocols import (
         ForwardBatch,
         MultimodalRunner,
         ServerArgs,

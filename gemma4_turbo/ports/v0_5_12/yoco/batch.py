@@ -15,7 +15,7 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, ModelRunner, ScheduleBatch
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, ModelRunner, ScheduleBatch
 
 BATCH = "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new"
 

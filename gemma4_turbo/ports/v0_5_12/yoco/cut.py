@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from gemma4_turbo.fusions.fusion import Step
-from gemma4_turbo.ports.v0_5_12 import sglang_types
+from gemma4_turbo.ports.any import sglang_types
 from gemma4_turbo.runtime import custom_ops, hooks
 from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.v0_5_12.protocols import (
+    from gemma4_turbo.ports.any.model_protocols import (
         DecoderLayer,
         ForwardBatch,
         KVPool,

@@ -31,7 +31,7 @@ from gemma4_turbo.runtime import graphs, hooks
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, Module, TextModel
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, Module, TextModel
 
 YOCO_GRAPH = Step()
 

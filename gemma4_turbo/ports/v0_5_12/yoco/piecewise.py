@@ -31,7 +31,7 @@ from gemma4_turbo.runtime import custom_ops, graphs
 from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.v0_5_12.protocols import ForwardBatch, ForwardContext, TextModel
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, ForwardContext, TextModel
 
 YOCO_PIECEWISE = Step()
 NAME = "yoco_piecewise"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.v0_5_12 import decoder_layer
+from gemma4_turbo.ports.any import layer_steps
 from tests.cpu.ports.v0_5_12 import test_forwards as forwards
 from tests.cpu.ports.v0_5_12.test_forwards import applied, no_grad  # noqa: F401 - fixtures of every test here
 
@@ -70,9 +70,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def test_the_buffer_itself(monkeypatch: pytest.MonkeyPatch):
     launched: list[Any] = []
-    launch = decoder_layer.layer_tail.kernel.launch_layer_tail
+    launch = layer_steps.layer_tail.kernel.launch_layer_tail
     monkeypatch.setattr(
-        decoder_layer.layer_tail.kernel,
+        layer_steps.layer_tail.kernel,
         "launch_layer_tail",
         lambda *args: launched.append(args) or launch(*args),
     )

@@ -259,8 +259,8 @@ def test_a_module_that_runs_another_of_its_functions_is_called(
     where: str, monkeypatch: pytest.MonkeyPatch
 ):
     """As ``--rl-on-policy-target`` has the rotary embedding run the one in plain torch on a GPU."""
-    from gemma4_turbo.ports.v0_5_12.attention import AttentionSite
-    from gemma4_turbo.ports.v0_5_12.decoder_layer import LayerSite
+    from gemma4_turbo.ports.any.attention import AttentionSite
+    from gemma4_turbo.ports.any.layer_steps import LayerSite
 
     ENGINE.apply()
     layer = build("ple").layers[0]

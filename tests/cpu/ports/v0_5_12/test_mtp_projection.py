@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 
-from gemma4_turbo.ports.v0_5_12 import attention
+from gemma4_turbo.ports.any import attention
 from tests.cpu import small_mtp
 from tests.cpu.conftest import only_patch, patched_sglang
 

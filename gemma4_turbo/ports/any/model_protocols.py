@@ -16,10 +16,23 @@ from typing import Any, Protocol, overload
 
 import torch
 
-from gemma4_turbo.ports.any.protocols import Module as Module
-from gemma4_turbo.ports.any.protocols import MultimodalConfig
-
 # -- modules of the text model ----------------------------------------------------------------------
+
+
+class Module(Protocol):
+    """``torch.nn.Module``, beside what a class below reads of a module of SGLang's."""
+
+    _forward_hooks: dict[int, Callable[..., Any]]
+    _forward_pre_hooks: dict[int, Callable[..., Any]]
+
+    @property
+    def _parameters(self) -> Mapping[str, torch.Tensor | None]: ...
+    @property
+    def _buffers(self) -> Mapping[str, torch.Tensor | None]: ...
+    @property
+    def _modules(self) -> Mapping[str, Module | None]: ...
+    def modules(self) -> Iterator[Module]: ...
+    def children(self) -> Iterator[Module]: ...
 
 
 class PlatformOp(Module, Protocol):
@@ -318,17 +331,65 @@ class TextModel(Module, Protocol):
     ) -> torch.Tensor | None: ...
 
 
+class MultimodalConfig(Protocol):
+    """``transformers.Gemma4Config``."""
+
+    text_config: TextConfig
+    image_token_id: int | None
+    video_token_id: int | None
+    audio_token_id: int | None
+
+
 class MultimodalModel(Module, Protocol):
-    """``sglang.srt.models.gemma4_mm.Gemma4ForConditionalGeneration``, as a runner holds it."""
+    """``sglang.srt.models.gemma4_mm.Gemma4ForConditionalGeneration``."""
 
     config: MultimodalConfig
     language_model: TextModel
+    logits_processor: Callable[..., Any]
+    capture_aux_hidden_states: bool
+
+    def get_image_feature(self, items: list[Any]) -> torch.Tensor: ...
+    def get_video_feature(self, items: list[Any]) -> torch.Tensor: ...
+    def get_audio_feature(self, items: list[Any]) -> torch.Tensor: ...
+    def prepare_attn_masks(
+        self, forward_batch: ForwardBatch, input_ids: torch.Tensor, mask_dtype: torch.dtype
+    ) -> object: ...
 
 
 class AssistantModel(Module, Protocol):
     """``sglang.srt.models.gemma4_mtp.Gemma4AssistantForCausalLM``."""
 
     model: TextModel
+
+
+# -- modules of the encoders ------------------------------------------------------------------------
+
+
+class ClippableLinear(Module, Protocol):
+    """``sglang.srt.layers.clippable_linear``: its row and column parallel layers."""
+
+    linear: Linear
+
+
+class ClippableQKVLinear(Module, Protocol):
+    """``sglang.srt.layers.clippable_linear.ClippableQKVParallelLinear``."""
+
+    qkv_proj: Linear
+    q_size: int
+    kv_size: int
+
+
+class ClippableGateUpLinear(Module, Protocol):
+    """``sglang.srt.layers.clippable_linear.ClippableGateUpParallelLinear``."""
+
+    gate_up_proj: Linear
+    proj_size: int
+
+
+class VisionAttention(Module, Protocol):
+    """``sglang.srt.models.gemma4_vision.Gemma4VisionAttention``."""
+
+    qkv_backend: object
 
 
 # -- a batch ------------------------------------------------------------------------------------------

@@ -12,11 +12,12 @@ from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions import layer_norms as norms_between
 from gemma4_turbo.fusions import layer_tail, norm_kinds, ple_tail, qkv, router_norm
 from gemma4_turbo.fusions.fusion import Fusion
+from gemma4_turbo.fusions.stock import followed
 from gemma4_turbo.kernels import skinny_gemm as skinny
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import Experts, NextNorm
 from gemma4_turbo.kernels.qkv import Rope
-from gemma4_turbo.ports.v0_5_12 import stock as stocks
+from gemma4_turbo.ports.any import sglang_types
 
 if TYPE_CHECKING:
     from gemma4_turbo.fusions.fusion import A, R
@@ -53,7 +54,7 @@ def _check(fusion: Fusion[A, R], what: str, device: str, draw: Callable[[], A]) 
     kind = norm_kinds.find(fusion.like(args)).eager
     ours = fusion.written(args, fusion.launch(args, kind))
     on_gpu = device == "cuda"
-    result = fusion.theirs(stocks, others) if on_gpu else fusion.reference(others)
+    result = fusion.theirs(followed(), others) if on_gpu else fusion.reference(others)
     pairs = [
         (a.contiguous(), b.contiguous())
         for a, b in zip(ours, fusion.written(others, result), strict=True)
@@ -140,7 +141,7 @@ def _tail(fusion: layer_tail.LayerTail, device: str, summed: bool) -> list[Check
         choices = torch.stack([_rows(device, width, 10 + k)[:32] for k in range(8)], dim=1)
         w = [_weight(device, width, seed) for seed in (3, 4, 5, 6)]
         output = choices.float().sum(1).bfloat16() if summed else choices.contiguous()
-        experts = Experts(output, w[1], EPS, w[0], EPS)
+        experts = Experts(output, w[1], EPS, w[0], EPS, sglang_types.types().sums_from_zero)
         return layer_tail.Args(x, w[2], EPS, r, _scalar(device), experts, NextNorm(w[3], EPS, 0))
 
     return [_check(fusion, f"{len(draw().residual)} rows of width {width}", device, draw)]

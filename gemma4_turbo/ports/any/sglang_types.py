@@ -7,17 +7,17 @@ weight: each may compute something else. What is not known runs stock's way, wit
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gemma4_turbo.ports.any.plain_weights import weight_unfit as weight_unfit
 from gemma4_turbo.runtime.hooks import HOOKED, hooked
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from gemma4_turbo.ports.v0_5_12.protocols import (
+    from gemma4_turbo.ports.any.model_protocols import (
         MLP,
         DecoderLayer,
         FusedMoE,
@@ -57,62 +57,48 @@ class Types(NamedTuple):
     layernorm: ModuleType  # a module, whose batch-invariant mode is asked for at every call
     swa_pool: type[SWAKVPool]
     pool: type[MHAKVPool]
+    running: Callable[[PlatformOp], Callable[..., Any] | None]
+    """The function that such a module runs when it is called now; None: another one each time."""
+    norm_unfit: Callable[[Any], str | None]  # what the line adds to the options of a norm
+    linear_unfit: Callable[[Any], str | None]  # and to those of a linear layer
+    router_unfit: Callable[[Any], str | None]
+    output_unfit: Callable[[Any], str | None]  # of a linear layer: put together from several GPUs
+    parallel_unfit: Callable[[Any], str | None]  # of experts: spread over several GPUs
+    sums_from_zero: bool  # whether the sum over a token's experts does, for few tokens
 
 
 _types: list[Types] = []
 
 
-def load() -> None:
-    """Look the classes up. Call it while a patch is built, never from traced code."""
-    if _types:
-        return
-    from sglang.srt.layers import activation, layernorm, linear, radix_attention
-    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
-    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher
-    from sglang.srt.layers.quantization import fp8, unquant
-    from sglang.srt.layers.rotary_embedding import base, rope_variant
-    from sglang.srt.mem_cache import memory_pool, swa_memory_pool
-    from sglang.srt.models import gemma3_causal, gemma4_causal
+def fill(found: Types) -> None:
+    """The classes of this process's release line, whose ``classes.load`` calls it."""
+    _types[:] = [found]
 
-    _types.append(
-        Types(
-            layernorm.RMSNorm,
-            layernorm.Gemma4RMSNorm,
-            (
-                linear.ReplicatedLinear,
-                linear.ColumnParallelLinear,
-                linear.MergedColumnParallelLinear,
-                linear.QKVParallelLinear,
-                linear.RowParallelLinear,
-            ),
-            linear.QKVParallelLinear,
-            linear.RowParallelLinear,
-            unquant.UnquantizedLinearMethod,
-            gemma3_causal.Gemma3MLP,
-            activation.GeluAndMul,
-            (base.RotaryEmbedding, rope_variant.Gemma4RotaryEmbedding),
-            gemma4_causal.Gemma4DecoderLayer,
-            gemma4_causal.Gemma4Router,
-            gemma4_causal.Gemma4MoE,
-            FusedMoE,
-            (unquant.UnquantizedFusedMoEMethod, fp8.Fp8MoEMethod),
-            StandardDispatcher,
-            radix_attention.RadixAttention,
-            layernorm,
-            swa_memory_pool.SWAKVPool,
-            memory_pool.MHATokenToKVPool,
-        )
-    )
+
+def filled() -> bool:
+    """Whether the classes are known."""
+    return bool(_types)
 
 
 def types() -> Types:
-    """The classes; IndexError before `load`."""
+    """The classes; IndexError before `fill`."""
     return _types[0]
 
 
 def name(thing: object) -> str:
     """Of its class, for a reason."""
     return type(thing).__name__
+
+
+def weight_unfit(weight: object) -> str | None:
+    """Why a weight is not a plain parameter of numbers that a kernel can read, or None."""
+    if type(weight) is not torch.nn.Parameter and type(weight) is not torch.Tensor:
+        return f"a weight is a {name(weight)}"
+    if weight.layout != torch.strided or weight.is_meta:
+        return f"a weight is {weight.layout} on {weight.device}"
+    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"a weight is {weight.dtype}"
+    return None
 
 
 def norm_unfit(norm: Any) -> str | None:
@@ -131,7 +117,7 @@ def norm_unfit(norm: Any) -> str | None:
             return f"a Gemma4RMSNorm has scale_shift {norm.scale_shift}"
     else:
         return f"a norm is a {kind.__module__}.{kind.__qualname__}"
-    return weight_unfit(norm.weight) or method_unfit(norm, norm.weight)
+    return types().norm_unfit(norm) or weight_unfit(norm.weight) or method_unfit(norm, norm.weight)
 
 
 def method_unfit(module: PlatformOp, tensor: torch.Tensor | None = None) -> str | None:
@@ -145,11 +131,11 @@ def method_unfit(module: PlatformOp, tensor: torch.Tensor | None = None) -> str 
     """
     if torch.compiler.is_compiling():  # Dynamo's methods are not Python's; looked at before
         return None
-    method = module._forward_method
+    method = types().running(module)
     function = getattr(method, "__func__", None)
     called = getattr(function, "__name__", "")
     own = getattr(type(module), called, None)
-    if function is None or function is not own or method.__self__ is not module:
+    if function is None or function is not own or getattr(method, "__self__", None) is not module:
         return f"a {name(module)} runs a function of somebody else's"
     if tensor is not None and tensor.is_cuda and called != "forward_cuda":
         return f"a {name(module)} runs {called}"
@@ -190,7 +176,7 @@ def linear_unfit(module: object) -> str | None:
         return "a linear layer has a bias"
     if getattr(module, "use_intel_amx_backend", False):
         return "a linear layer's weight is packed"
-    return None
+    return known.linear_unfit(module)
 
 
 def router_unfit(router: object) -> str | None:
@@ -200,7 +186,7 @@ def router_unfit(router: object) -> str | None:
     reason = norm_unfit(router.norm) or weight_unfit(router.scale)
     if reason is None and router.norm.with_scale:
         reason = "the router's norm has a weight"
-    return reason
+    return reason or types().router_unfit(router)
 
 
 def method_parts(module: object) -> list[tuple[object, str]]:
@@ -227,9 +213,7 @@ def experts_unfit(moe: object) -> str | None:
         return f"the experts' block is a {name(moe)}"
     if type(moe.experts) is not known.fused_moe:
         return f"the experts are a {name(moe.experts)}"
-    if moe.tp_size > 1 or getattr(moe.experts, "moe_ep_size", 1) > 1:
-        return "the experts' outputs are reduced over several GPUs"
-    return None
+    return known.parallel_unfit(moe)
 
 
 def reduction_unfit(experts: FusedMoE) -> str | None:

@@ -13,12 +13,12 @@ from gemma4_turbo.fusions import skinny_gemm
 from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
 from gemma4_turbo.kernels import skinny_gemm as kernel
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
-from gemma4_turbo.ports.v0_5_12 import sglang_types
+from gemma4_turbo.ports.any import sglang_types
 from gemma4_turbo.runtime.custom_ops import capturing
 from gemma4_turbo.runtime.hooks import hooked
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.v0_5_12.protocols import MLP, Linear
+    from gemma4_turbo.ports.any.model_protocols import MLP, Linear
 
 SKINNY_GEMM = skinny_gemm.SkinnyGemm("skinny_gemm")
 NAME = "skinny_gemm"
@@ -58,10 +58,9 @@ def _module_unfit(module: Linear) -> str | None:
     reason = sglang_types.linear_unfit(module)
     if reason is not None:
         return reason
-    if type(module) is sglang_types.types().row_linear and module.tp_size > 1:
-        return "the output is reduced over several GPUs"
-    if getattr(module, "gather_output", False) and module.tp_size > 1:
-        return "the output is gathered from several GPUs"
+    reason = sglang_types.types().output_unfit(module)
+    if reason is not None:
+        return reason
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
 
     if is_batch_invariant_mode_enabled():  # set before the first forward, never unset

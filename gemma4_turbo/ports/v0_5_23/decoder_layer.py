@@ -1,0 +1,140 @@
+"""``Gemma4DecoderLayer.forward`` of 0.5.22 and 0.5.23.
+
+Stock's layer boundaries write and read a residual stream. On one GPU they move nothing and sum nothing:
+the stream's residual is the layer's input, and its result is written as the stream for the next one.
+Elsewhere the layer is stock's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_turbo.fusions.site import eps_of, site_of
+from gemma4_turbo.kernels import pdl
+from gemma4_turbo.kernels.norms.layer_norms import Router
+from gemma4_turbo.ports.any import layer_steps, linear
+from gemma4_turbo.ports.v0_5_23 import classes
+from gemma4_turbo.ports.v0_5_23 import stock as calls
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.fusions.fusion import Step
+    from gemma4_turbo.ports.any.model_protocols import DecoderLayer, RMSNorm
+
+TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
+STOCK = calls  # imported: the fusions follow it
+
+STEPS: tuple[Step, ...] = (
+    layer_steps.LAYER_NORMS,
+    layer_steps.PLE_TAIL,
+    layer_steps.INPUT_NORM,
+    layer_steps.EXPERTS_SUM,
+    layer_steps.MLP_STREAM,
+    layer_steps.PDL,
+    linear.SKINNY_GEMM,
+)
+
+_stock: dict[str, Callable[..., torch.Tensor]] = {}
+
+
+class LayerSite(layer_steps.LayerSite):
+    """And whether the layer is alone on its GPU."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__(layer)
+        self.stocks = _parallel_unfit()
+
+
+def _parallel_unfit() -> str | None:
+    """Why the layer's boundaries do more than write down the residual, or None."""
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel = get_parallel()
+    if parallel.tp_size > 1:
+        return "tensor parallelism: the layer's boundaries sum over GPUs"
+    if parallel.pp_group.world_size > 1:
+        return "pipeline parallelism: the residual stream goes from GPU to GPU"
+    return None
+
+
+def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """Give fusions to a patch; returns the replacement."""
+    _stock[TARGET] = stock[TARGET]
+    classes.load()
+    layer_steps.enable(fusions, run)
+    return {TARGET: forward}
+
+
+def forward(
+    self: DecoderLayer,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor,
+    per_layer_input: torch.Tensor,
+    forward_batch: Any,
+    capture_output: Callable[..., None] | None = None,
+    normed: torch.Tensor | None = None,
+    following: RMSNorm | None = None,
+    **kwargs: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """One layer: hidden states; where ``following`` is given and could run, also those normed by it.
+
+    Args:
+        self: the layer.
+        positions: ``[rows]``.
+        hidden_states: ``[rows, hidden]``; overwritten, as stock overwrites them.
+        per_layer_input: ``[rows, width]`` or None.
+        forward_batch: whose residual stream is ``hidden_states``.
+        capture_output: given what the layer reads; then the layer is stock's.
+        normed: the input already through ``input_layernorm``.
+        following: the norm that reads the result.
+        **kwargs: stock's, which it ignores.
+    """
+    site = site_of(self, LayerSite)
+    stream = forward_batch.residual_stream
+    unfit = site.stocks
+    if unfit is None and capture_output is not None:
+        unfit = "the layer's input is captured for a draft model"
+    if unfit is None and (stream is None or stream.pending is not None):
+        unfit = "the layer before has left a sum to its boundary"
+    if unfit is not None:
+        for step in STEPS:
+            if step.run is not None:
+                step.run.declined(unfit)
+        return _stock[TARGET](
+            self, positions, hidden_states, per_layer_input, forward_batch, capture_output, **kwargs
+        )
+    before = pdl.launches
+    out, after = layer_steps.after_attention(
+        self,
+        site,
+        self.self_attn(
+            positions=positions,
+            hidden_states=self.input_layernorm(hidden_states) if normed is None else normed,
+            forward_batch=forward_batch,
+        ),
+        hidden_states,
+        per_layer_input,
+        following,
+        _router,
+    )
+    layer_steps.count_early_launches(before, hidden_states.device)
+    _set_written(out, forward_batch)
+    return out if after is None else (out, after)
+
+
+def _set_written(out: torch.Tensor, forward_batch: Any) -> None:
+    from sglang.srt.layers.layer_boundary.residual import batch
+
+    batch.set_written(out, forward_batch)
+
+
+def _router(self: Any) -> Router:
+    router, experts = self.router, self.pre_feedforward_layernorm_2
+    if not router._scale_fused:  # as stock at its first call
+        router.fuse_scale()
+    return Router(
+        router.norm.weight.data, None, eps_of(router.norm), experts.weight.data, eps_of(experts)
+    )

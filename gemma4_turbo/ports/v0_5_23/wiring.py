@@ -1,0 +1,27 @@
+"""Which forward each fusion is a step of: a row for each patch that needs no more code than this.
+
+A row is a port's code (`gemma4_turbo.engine.run.PatchModule`), named ``wiring:<patch>`` in `sources`.
+Patches share the rewritten forwards, which live as long as one of them is in.
+"""
+
+from __future__ import annotations
+
+from gemma4_turbo.ports.any import attention as attention_steps
+from gemma4_turbo.ports.any import checks, layer_steps, linear
+from gemma4_turbo.ports.any.wired import Wired, launch_as_usual, launch_early
+from gemma4_turbo.ports.v0_5_23 import attention, decoder_layer, text_model
+
+layer = decoder_layer.enable
+
+layer_norms = Wired((layer_steps.LAYER_NORMS,), (layer,), checks.layer_norms)
+ple_tail = Wired((layer_steps.PLE_TAIL,), (layer,), checks.ple_tails)
+input_norm = Wired(
+    (layer_steps.INPUT_NORM, layer_steps.PLE_INPUT_NORM),
+    (layer, text_model.enable),
+    checks.input_norm,
+)
+mlp_stream = Wired((layer_steps.MLP_STREAM,), (layer,))
+pdl = Wired((layer_steps.PDL,), (layer,), None, launch_early, launch_as_usual)
+qkv_proj = Wired((attention_steps.QKV_PROJ,), (attention.enable,), checks.qkv_proj)
+rope_store = Wired((attention_steps.ROPE_STORE,), (attention.enable,), checks.rope_store)
+skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, layer), checks.skinny_gemm)

@@ -1,0 +1,132 @@
+"""SGLang's own Gemma 4 text model of this line on the CPU, small, without a server."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo.cli.small_moe import free_port
+
+
+def prepare_sglang() -> None:
+    """What a server does before it builds a model: arguments published, one-process groups. Once."""
+    import torch.distributed
+    from sglang.srt import runtime_context, server_args
+    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
+    from sglang.srt.layers.moe.utils import initialize_moe_config
+
+    if torch.distributed.is_initialized():
+        return
+    arguments: Any = server_args.ServerArgs(model_path="none", device="cpu")
+    runtime_context.publish(
+        arguments, role="test", ranks=runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
+    )
+    init_distributed_environment(
+        world_size=1,
+        rank=0,
+        local_rank=0,
+        distributed_init_method=f"tcp://127.0.0.1:{free_port()}",
+        backend="gloo",
+    )
+    initialize_model_parallel()
+    initialize_moe_config()
+
+
+def norms_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
+    """The router's norm times its weight: stock's function in plain torch leaves the folded scale out."""
+    from sglang.srt.layers.layernorm import Gemma4RMSNorm
+
+    def forward_native(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return (self._norm(x.float()) * (self.weight.float() + self.scale_shift)).type_as(x)
+
+    patch.setattr(Gemma4RMSNorm, "forward_native", forward_native)
+
+
+class Uniform(torch.nn.Module):
+    """Stands in for attention over a KV cache, which needs a GPU: each query head as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Any] = []
+
+    def forward(
+        self, q: Any, k: Any, v: Any, forward_batch: Any, save_kv_cache: bool = True
+    ) -> Any:
+        self.seen.append((k, v, save_kv_cache))
+        return q.flatten(1)
+
+
+def build(kind: str, layers: int = 2, uniform: bool = True) -> Any:
+    """``moe``, ``ple`` or ``dense``; ``uniform``: with `Uniform` attention, not SGLang's module."""
+    from sglang.srt.models.gemma4_causal import Gemma4TextModel
+    from transformers import Gemma4TextConfig
+
+    prepare_sglang()
+    config = Gemma4TextConfig(
+        hidden_size=256,
+        intermediate_size=64,
+        num_hidden_layers=layers,
+        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=128,
+        global_head_dim=128,
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size_per_layer_input=256 if kind == "ple" else 0,
+        num_kv_shared_layers=0,
+        enable_moe_block=kind == "moe",
+        num_experts=128 if kind == "moe" else None,
+        top_k_experts=8 if kind == "moe" else None,
+        moe_intermediate_size=32 if kind == "moe" else None,
+        max_position_embeddings=128,
+    )
+    config.swa_head_dim = config.swa_v_head_dim = 128
+    config.swa_num_key_value_heads = 1
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
+            patch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)
+            model = Gemma4TextModel(config)
+    finally:
+        torch.set_default_dtype(before)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        low = 0.5 if "norm" in name or "scale" in name else -0.1
+        parameter.data.uniform_(low, low + 0.2 if low < 0 else 1.5, generator=generator)
+    for layer in model.layers:
+        layer.layer_scalar.fill_(0.75)
+        if uniform:
+            layer.self_attn.attn = Uniform()
+        rope = layer.self_attn.rotary_emb
+        rope.cos_sin_cache = rope.cos_sin_cache.float()  # as on a GPU
+        if layer.enable_moe_block:
+            from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
+
+            layer.moe.experts.quant_method._forward_method = fused_moe_forward_native
+    return model
+
+
+def batch(tokens: int, **fields: Any) -> Any:
+    """SGLang's, of one prompt; what no layer reads is None."""
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+
+    required = {
+        field.name: None
+        for field in dataclasses.fields(ForwardBatch)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    given: Any = {**required, "forward_mode": ForwardMode.EXTEND, "batch_size": 1, **fields}
+    return ForwardBatch(**given)
+
+
+def run(model: Any, tokens: int = 2, **fields: Any) -> torch.Tensor:
+    """One step. A program of the interpreter takes as long for every token: two are several."""
+    for layer in model.layers:
+        layer.self_attn.attn.seen.clear()
+    return model(torch.arange(tokens) % 64, torch.arange(tokens), batch(tokens, **fields))

@@ -1,0 +1,300 @@
+"""The rewritten forwards on SGLang's real Gemma 4 layers, on the CPU through Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo.engine import states
+from gemma4_turbo.fusions.site import SITE, UNPROVEN
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.kernels import pdl
+from gemma4_turbo.ports.any import attention, layer_steps, linear
+from tests.cpu.ports.v0_5_23 import models
+
+KINDS = ["moe", "ple", "dense"]
+STEPS = {
+    "moe": {"layer_norms": 2, "rope_store": 2, "input_norm": 2, "skinny_gemm": 8},
+    "ple": {"layer_norms": 2, "rope_store": 2, "input_norm": 2, "ple_tail": 2, "skinny_gemm": 12},
+    "dense": {"layer_norms": 2, "rope_store": 2, "input_norm": 2, "skinny_gemm": 8},
+}
+LAYER = {"layer_norms", "ple_tail", "input_norm", "experts_sum", "mlp_stream", "skinny_gemm", "pdl"}
+BOTH = [*LAYER, "rope_store", "qkv_proj"]
+ON = [*BOTH, "qkv_norm"]  # upstreamed here, and what rope_store stands on
+
+
+@pytest.fixture(autouse=True)
+def stock(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
+    """Stock at first; reverted at the end."""
+    monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path))
+    for module in ("attention.triton_backend", "moe.moe_runner.triton_utils.fused_moe"):
+        importlib.import_module(f"sglang.srt.layers.{module}")  # as a server has them
+    models.norms_as_on_a_gpu(monkeypatch)
+    for run in ENGINE.runs.values():
+        monkeypatch.setattr(run, "_decline_reason", "")
+    with torch.no_grad():
+        yield
+    ENGINE.revert()
+
+
+def counted(names: Any = BOTH) -> dict[str, int]:
+    return {name: ENGINE.runs[name].counters.engaged for name in names}
+
+
+def engaged_since(before: dict[str, int]) -> dict[str, int]:
+    after = counted(before)
+    return {name: after[name] - before[name] for name in before if after[name] > before[name]}
+
+
+def near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Within rounding: the order of a CPU's sums is not the GPU's. Bits are compared on a GPU."""
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert difference < 0.06, float(difference)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_patched_model_agrees_with_stock_and_every_step_runs(kind: str):
+    model = models.build(kind)
+    expected = models.run(model)
+    seen = [layer.self_attn.attn.seen[:] for layer in model.layers]
+    ENGINE.apply(only=ON)
+    assert {ENGINE.runs[name].state for name in BOTH} == {states.ACTIVE}
+    before = counted()
+    found = models.run(model)
+    assert engaged_since(before) == STEPS[kind]
+    for layer, theirs in zip(model.layers, seen, strict=True):
+        ours = layer.self_attn.attn.seen
+        assert [keep for _, _, keep in ours] == [keep for _, _, keep in theirs]
+        near(ours[0][0].flatten(1), theirs[0][0].flatten(1))
+    near(found, expected)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_each_patch_alone(name: str):
+    """Its forward is shared with patches that are off: those parts are stock's."""
+    kind = "ple" if name == "ple_tail" else "moe"
+    model = models.build(kind)
+    expected = models.run(model)
+    ENGINE.apply(only=[name, "qkv_norm"])
+    assert ENGINE.runs[name].state == states.ACTIVE, ENGINE.runs[name].reason
+    near(models.run(model), expected)
+
+
+def test_without_any_step_the_bits_are_stocks():
+    """The rewritten forwards, all their steps switched off once more, on a CPU."""
+    model = models.build("moe")
+    expected = models.run(model)
+    ENGINE.apply(only=ON)
+    with pytest.MonkeyPatch.context() as patch:
+        steps = [*decoder_steps(), *attention.FUSIONS]
+        for step in steps:
+            patch.setattr(step, "run", None)
+        assert torch.equal(models.run(model), expected)
+
+
+def decoder_steps() -> tuple[Any, ...]:
+    from gemma4_turbo.ports.v0_5_23 import decoder_layer
+
+    return (*decoder_layer.STEPS, layer_steps.PLE_INPUT_NORM)
+
+
+@pytest.mark.parametrize("tokens", [1, 65])  # more than skinny_gemm takes
+def test_numbers_of_tokens(tokens: int):
+    model = models.build("dense")
+    expected = models.run(model, tokens)
+    ENGINE.apply(only=ON)
+    before = counted()
+    found = models.run(model, tokens)
+    near(found, expected)
+    assert ("skinny_gemm" in engaged_since(before)) == (tokens < 65)
+
+
+# -- the residual stream --------------------------------------------------------------------------
+
+
+def test_each_layer_leaves_its_result_as_the_stream():
+    from sglang.srt.layers.layer_boundary.residual import batch
+
+    model = models.build("dense")
+    ENGINE.apply(only=ON)
+    given, layer = models.batch(2), model.layers[0]
+    x = torch.randn(2, 256).bfloat16()
+    batch.start(given)
+    out = layer(
+        positions=torch.arange(2), hidden_states=x, per_layer_input=None, forward_batch=given
+    )
+    assert isinstance(out, torch.Tensor)  # nobody asked for the next norm
+    assert given.residual_stream.residual is out
+    assert given.residual_stream.pending is None
+
+
+def test_a_layer_of_stocks_goes_on_from_one_of_ours_and_back():
+    """Where one layer is stock's, here as its input is captured, the stream is whole between them."""
+    model = models.build("dense", 4)
+    model.layers_to_capture = [1, 2, 4]
+    expected, theirs = models.run(model)
+    ENGINE.apply(only=ON)
+    before = counted(["layer_norms"])
+    found, ours = models.run(model)
+    assert engaged_since(before) == {"layer_norms": 2}
+    assert "captured" in ENGINE.runs["layer_norms"].full_reason()
+    near(found, expected)
+    assert len(ours) == len(theirs) == 3
+    for one, other in zip(ours, theirs, strict=True):
+        near(one, other)
+
+
+def test_a_stream_with_a_sum_to_come_is_stocks():
+    from sglang.srt.layers.layer_boundary.residual.add_norm import PLAIN_ADD
+    from sglang.srt.layers.layer_boundary.residual.stream import ResidualStream
+
+    model = models.build("dense")
+    x, residual = torch.randn(2, 256).bfloat16(), torch.randn(2, 256).bfloat16()
+
+    def once() -> torch.Tensor:
+        given = models.batch(2)
+        given.residual_stream = ResidualStream(residual.clone())
+        handle = given.residual_stream.record(x.clone(), PLAIN_ADD)
+        return model.layers[0](torch.arange(2), handle, None, given)
+
+    expected = once()
+    ENGINE.apply(only=ON)
+    before = counted(["layer_norms", "input_norm", "skinny_gemm"])
+    found = once()
+    engaged = engaged_since(before)
+    assert "layer_norms" not in engaged
+    near(found, expected)
+
+
+def test_several_gpus_are_stocks(monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt import runtime_context
+
+    model = models.build("dense")
+    expected = models.run(model)
+    ENGINE.apply(only=[*LAYER])
+    parallel = SimpleNamespace(tp_size=2, pp_group=SimpleNamespace(world_size=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime_context, "get_parallel", lambda: parallel)
+        from gemma4_turbo.ports.v0_5_23 import decoder_layer
+
+        for layer in model.layers:
+            layer.__dict__[SITE] = decoder_layer.LayerSite(layer)
+    before = counted()
+    near(models.run(model), expected)
+    assert engaged_since(before).keys() <= {"skinny_gemm"}  # of the attention, which sums nothing
+    assert "tensor parallelism" in ENGINE.runs["layer_norms"].full_reason()
+
+
+# -- hooks, captures, weights ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("of", ["layer", "post_attention_layernorm", "router", "self_attn", "mlp"])
+def test_a_hook_sees_what_stock_gives_it(of: str):
+    """And may change it: the fusion that goes round the module declines, also later."""
+    model = models.build("moe")
+    module = model.layers[1] if of == "layer" else getattr(model.layers[1], of)
+    calls: list[Any] = []
+
+    def change(module: Any, args: Any, output: Any) -> Any:
+        calls.append(output)
+        return tuple(x * 2 for x in output) if isinstance(output, tuple) else output * 2
+
+    def hooked_run() -> torch.Tensor:
+        handle = module.register_forward_hook(change)
+        try:
+            # A layer's result belongs to the stream: another tensor is an error of stock's.
+            if of == "layer":
+                with pytest.raises(RuntimeError, match="residual"):
+                    models.run(model)
+                return torch.zeros(1)
+            return models.run(model)
+        finally:
+            handle.remove()
+
+    expected, plain = hooked_run(), models.run(model)
+    count = len(calls)
+    ENGINE.apply(only=ON)
+    near(models.run(model), plain)  # the sites are made before the hook comes
+    near(hooked_run(), expected) if of != "layer" else hooked_run()
+    assert len(calls) == 2 * count > 0
+    near(models.run(model), plain)
+
+
+def test_a_capture_compares_nothing(monkeypatch: pytest.MonkeyPatch):
+    """A layer that was never compared runs stock's calls while a graph is recorded, and is asked again."""
+    model = models.build("dense")
+    expected = models.run(model)
+    ENGINE.apply(only=ON)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("gemma4_turbo.fusions.fusion", "gemma4_turbo.ports.any.linear"):
+            patch.setattr(f"{module}.capturing", lambda: True)
+        before = counted()
+        near(models.run(model), expected)
+        assert not engaged_since(before)
+        assert model.layers[0].__dict__[SITE].layer_norms is UNPROVEN
+    before = counted()
+    models.run(model)
+    assert engaged_since(before) == STEPS["dense"]
+
+
+def test_the_routers_scale_is_folded_once_as_by_stock():
+    """From then on its weight is what counts: a write to it reaches the kernel."""
+    model = models.build("moe")
+    ENGINE.apply(only=ON)
+    models.run(model)
+    router = model.layers[0].router
+    assert router._scale_fused
+    assert torch.equal(router.norm.weight, (router.scale * router.root_size).to(torch.bfloat16))
+    router.norm.weight.data.mul_(4)
+    changed = models.run(model)
+    ENGINE.revert()
+    near(changed, models.run(model))
+
+
+def test_fused_ops_that_are_forced_to_one_backend_are_stocks(monkeypatch: pytest.MonkeyPatch):
+    """SGLANG_FORCE_FUSED_OP_BACKEND, a debug switch for every module."""
+    from sglang.kernels import fused_op
+    from sglang.kernels.spec import KernelBackend
+
+    model = models.build("dense")
+    monkeypatch.setattr(fused_op, "_forced_backend", KernelBackend.TORCH)
+    expected = models.run(model)
+    ENGINE.apply(only=ON)
+    before = counted()
+    assert torch.equal(models.run(model), expected) or engaged_since(before)
+    assert not engaged_since(before).keys() & {"layer_norms", "input_norm", "rope_store"}
+
+
+def test_another_gemm_backend_is_stocks(monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt.layers.quantization import unquant
+
+    model = models.build("dense")
+    monkeypatch.setattr(unquant, "_BF16_GEMM_BACKEND", unquant.Bf16GemmBackend.CUTEDSL)
+    ENGINE.apply(only=["skinny_gemm"])
+    before = counted()
+    models.run(model)
+    assert not engaged_since(before)
+    assert "--bf16-gemm-backend cutedsl" in ENGINE.runs["skinny_gemm"].full_reason()
+
+
+def test_early_launches_are_counted_per_layer(monkeypatch: pytest.MonkeyPatch):
+    """On a GPU that has them: a counter that went up in the layer is one engaged call."""
+    model = models.build("dense")
+    ENGINE.apply(only=ON)
+
+    def options(like: torch.Tensor) -> dict[str, Any]:
+        pdl.launches += 1
+        return {"PDL": False}
+
+    monkeypatch.setattr(pdl, "options", options)
+    before = counted()
+    models.run(model)
+    assert engaged_since(before)["pdl"] == 2
+    assert linear.SKINNY_GEMM.run is not None
