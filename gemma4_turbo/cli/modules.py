@@ -62,8 +62,10 @@ def require_sglang() -> None:
         raise CannotRunError(NOT_INSTALLED)
 
 
-def require_targets(progress: Progress | None = None) -> None:
+def require_targets(
+    progress: Progress | None = None, *, names: Iterable[str] | None = None
+) -> None:
     """As `import_targets`, but a problem raises `CannotRunError`."""
-    problems = import_targets(progress=progress)
+    problems = import_targets(names, progress)
     if problems:
         raise CannotRunError("; ".join(problems))

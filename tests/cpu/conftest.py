@@ -64,9 +64,17 @@ def patched_sglang(
         del os.environ[name]
     os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
     from gemma4_turbo.cli.modules import require_targets
+    from gemma4_turbo.engine import fingerprints
 
     instance.ENGINE.apply(only=only)
-    require_targets()
+    source_of = fingerprints.installed_source
+    require_targets(
+        names=[  # of the baseline's line all; another has not the modules of every patch
+            name
+            for name, run in instance.ENGINE.runs.items()
+            if fingerprints.any_there(run.ports, source_of)
+        ]
+    )
     yield
     instance.ENGINE.revert()
     for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:

@@ -16,6 +16,8 @@ from typing import Any, Protocol, overload
 
 import torch
 
+from gemma4_turbo.ports.any import protocols as any_line
+
 # -- modules of the text model ----------------------------------------------------------------------
 
 
@@ -96,24 +98,8 @@ class RotaryEmbedding(PlatformOp, Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
-class RadixAttention(Module, Protocol):
+class RadixAttention(any_line.RadixAttention, Module, Protocol):
     """``sglang.srt.layers.radix_attention.RadixAttention``."""
-
-    layer_id: int
-    tp_q_head_num: int
-    qk_head_dim: int
-    v_head_dim: int
-    scaling: float
-    sliding_window_size: int | None  # -1, as well: none
-    is_cross_attention: bool
-    logit_cap: float
-    logit_capping_method: str
-    xai_temperature_len: int
-    attn_type: object
-    k_scale: torch.Tensor | float | None
-    v_scale: torch.Tensor | float | None
-    k_scale_float: float | None
-    v_scale_float: float | None
 
     def __call__(
         self,
@@ -520,29 +506,9 @@ class ForwardContext(Protocol):
 # -- attention backends and KV pools ------------------------------------------------------------------
 
 
-class ForwardMetadata(Protocol):
-    """``sglang.srt.layers.attention.triton_backend.ForwardMetadata``."""
-
-    max_extend_len: int | torch.Tensor
-    kv_indptr: torch.Tensor
-    kv_indices: torch.Tensor
-    qo_indptr: torch.Tensor
-    custom_mask: torch.Tensor | None
-    mask_indptr: torch.Tensor | None
-    window_kv_indptr: torch.Tensor  # None without a sliding window, as the next two
-    window_kv_indices: torch.Tensor
-    window_kv_offsets: torch.Tensor
-
-
-class TritonBackend(Protocol):
+class TritonBackend(any_line.TritonBackend, Protocol):
     """``sglang.srt.layers.attention.triton_backend.TritonAttnBackend``."""
 
-    forward_metadata: ForwardMetadata
-    use_mla: bool
-    enable_deterministic: bool
-    allow_bidirectional_attention_in_extend: bool
-    sliding_window_size: int | None
-    req_to_token: torch.Tensor
     token_to_kv_pool_allocator: KVAllocator
     num_head: int
     v_head_dim: int

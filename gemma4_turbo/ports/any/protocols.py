@@ -19,6 +19,61 @@ class ServerArgs(Protocol):
     moe_runner_backend: str
 
 
+# -- attention over a KV cache ------------------------------------------------------------------------
+
+
+class RadixAttention(Protocol):
+    """``sglang.srt.layers.radix_attention.RadixAttention``."""
+
+    layer_id: int
+    tp_q_head_num: int
+    qk_head_dim: int
+    v_head_dim: int
+    scaling: float
+    sliding_window_size: int | None  # -1, as well: none
+    is_cross_attention: bool
+    logit_cap: float
+    logit_capping_method: str
+    xai_temperature_len: int
+    attn_type: object
+    k_scale: torch.Tensor | float | None
+    v_scale: torch.Tensor | float | None
+    k_scale_float: float | None
+    v_scale_float: float | None
+
+
+class ForwardMetadata(Protocol):
+    """``sglang.srt.layers.attention.triton_backend.ForwardMetadata``."""
+
+    max_extend_len: int | torch.Tensor
+    kv_indptr: torch.Tensor
+    kv_indices: torch.Tensor
+    qo_indptr: torch.Tensor
+    custom_mask: torch.Tensor | None
+    mask_indptr: torch.Tensor | None
+    window_kv_indptr: torch.Tensor  # None without a sliding window, as the next two
+    window_kv_indices: torch.Tensor
+    window_kv_offsets: torch.Tensor
+
+
+class TritonBackend(Protocol):
+    """``sglang.srt.layers.attention.triton_backend.TritonAttnBackend``."""
+
+    forward_metadata: ForwardMetadata
+    use_mla: bool
+    enable_deterministic: bool
+    allow_bidirectional_attention_in_extend: bool
+    sliding_window_size: int | None
+    req_to_token: torch.Tensor
+
+
+class KVBuffers(Protocol):
+    """``sglang.srt.mem_cache.memory_pool.KVCache``: what attention reads of it."""
+
+    def get_key_buffer(self, layer_id: int, /) -> torch.Tensor: ...
+    def get_value_buffer(self, layer_id: int, /) -> torch.Tensor: ...
+
+
 # -- the vision encoder -------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from gemma4_turbo.ports.any import model_protocols as protocols
+from gemma4_turbo.ports.any import protocols as any_line
 
 
 class RMSNorm(protocols.RMSNorm, Protocol):
@@ -36,3 +37,79 @@ class MultimodalModel(protocols.MultimodalModel, Protocol):
     lm_head: protocols.Module
 
     def get_per_layer_inputs(self, input_ids: torch.Tensor, /) -> torch.Tensor | None: ...
+
+
+# -- attention over a KV cache ------------------------------------------------------------------------
+
+
+class RadixAttention(any_line.RadixAttention, Protocol):
+    """``sglang.srt.layers.radix_attention.RadixAttention``."""
+
+
+class ForwardBatch(Protocol):
+    """``sglang.srt.model_executor.forward_batch_info.ForwardBatch``."""
+
+    out_cache_loc: torch.Tensor
+    spec_info: object | None
+    _attn_output: torch.Tensor | None  # where a breakable graph wants the attention's result
+
+
+class ForwardMetadata(any_line.ForwardMetadata, Protocol):
+    """``sglang.srt.layers.attention.triton_backend.ForwardMetadata``."""
+
+    swa_out_cache_loc: torch.Tensor | None
+
+
+class KVPool(any_line.KVBuffers, Protocol):
+    """``sglang.srt.mem_cache.memory_pool.MHATokenToKVPool``, or a `SWAKVPool` of two."""
+
+    is_quantized_kv_cache: bool
+    kv_cache_layout: str
+
+
+class SWAKVPool(any_line.KVBuffers, Protocol):
+    """``sglang.srt.mem_cache.swa_memory_pool.SWAKVPool``."""
+
+    full_kv_pool: KVPool
+    swa_kv_pool: KVPool
+    layers_mapping: dict[int, tuple[int, bool]]
+    full_to_swa_index_mapping: torch.Tensor | None
+
+
+class KVIndexTranslator(Protocol):
+    """``sglang.srt.mem_cache.kv_index_translator.KVIndexTranslator``."""
+
+    req_to_token: torch.Tensor
+    is_translating: bool
+
+
+class KVWriteLoc(Protocol):
+    """``sglang.srt.mem_cache.memory_pool.KVWriteLoc``."""
+
+    @classmethod
+    def for_batch(
+        cls, forward_batch: ForwardBatch, *, swa_loc: torch.Tensor | None
+    ) -> KVWriteLoc: ...
+
+
+class TritonBackend(any_line.TritonBackend, Protocol):
+    """``sglang.srt.layers.attention.triton_backend.TritonAttnBackend``."""
+
+    forward_metadata: ForwardMetadata
+    token_to_kv_pool: KVPool | SWAKVPool
+    kv_index_translator: KVIndexTranslator
+    dcp_size: int
+    dllm_attention: object | None
+    is_draft_runner: bool
+    use_verify_splitkv: bool
+    use_verify_shared_kv: bool
+
+    def _set_kv_buffer(
+        self,
+        forward_batch: ForwardBatch,
+        layer: RadixAttention,
+        loc_info: KVWriteLoc,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        /,
+    ) -> None: ...

@@ -15,7 +15,7 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels.attention import decode as kernel
-from gemma4_turbo.ports.v0_5_12 import decode_attention as patch
+from gemma4_turbo.ports.any import decode_attention as patch
 from tests.cpu.conftest import patched_sglang
 
 pytestmark = [

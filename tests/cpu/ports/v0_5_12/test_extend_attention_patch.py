@@ -304,7 +304,7 @@ def test_window_without_host_reads(world, monkeypatch: pytest.MonkeyPatch):
     def never(*args: Any) -> None:
         pytest.fail("stock's function reads on the host")
 
-    got = patch._window(run(), never)(
+    got = patch.window(run(), never, patch._rows)(
         torch.zeros(9, dtype=torch.int32, device="meta"),
         world.table.to("meta"),
         WINDOW - 1,
