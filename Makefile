@@ -3,7 +3,9 @@
 #   make test    all tests that this machine can run
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
-VENV := .venv
+# Without RELEASE: the extra `sglang`. With it, e.g. RELEASE=0.5.23: `sglang-0.5.23`, in a folder of its own.
+RELEASE ?=
+VENV := .venv$(if $(RELEASE),-$(RELEASE))
 BIN := $(VENV)/bin
 # Triton builds its launcher with a C compiler and Python.h.
 READY := $(VENV)/.ready
@@ -34,7 +36,7 @@ $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (PYTHON=/path/to/python3.12)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[sglang,test,bench,docs]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[sglang$(if $(RELEASE),-$(RELEASE)),test,bench,docs]'
 	@touch $@
 
 clean:

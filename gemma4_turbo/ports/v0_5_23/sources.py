@@ -209,6 +209,13 @@ PORTS: dict[str, Port] = {
         ),
         written_for=("0.5.22", "0.5.23"),
     ),
+    # Stock runs a program for each head now, as the patch did.
+    "qkv_norm": Port(
+        module=f"{HERE}.wiring",
+        targets=(f"{_OPS}:_gemma_qkv_rmsnorm_kernel",),
+        superseded_when=(f"{_OPS}:_gemma_qkv_rmsnorm_kernel", "BY_HEAD"),
+        superseded_since="0.5.13",
+    ),
     "layer_norms": Port(
         module=f"{HERE}.wiring:layer_norms",
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
