@@ -10,12 +10,14 @@ import asyncio
 import collections
 import glob
 import gzip
+import inspect
 import json
 import os
 import random
 import sys
 import tempfile
 import time
+from collections.abc import Collection
 from typing import Any
 
 
@@ -55,13 +57,32 @@ def soak_requests(
     return requests
 
 
+RENAMED = {  # arguments of 0.5.12.post1, and what later releases call them
+    "cuda_graph_max_bs": "cuda_graph_max_bs_decode",
+    "disable_piecewise_cuda_graph": "disable_prefill_cuda_graph",
+}
+
+
+def named_here(arguments: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
+    """The arguments under the names that this SGLang knows; ValueError for one that has none."""
+    found = {}
+    for name, value in arguments.items():
+        here = name if name in known else RENAMED.get(name)
+        if here not in known:
+            raise ValueError(f"SGLang has no argument {name}")
+        found[here] = value
+    return found
+
+
 class Worker:
     """The commands. All input ids of a call travel in one message, so batches are always the same."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         import sglang
+        from sglang.srt.server_args import ServerArgs
 
-        self.engine = sglang.Engine(**arguments)
+        known = inspect.signature(ServerArgs).parameters
+        self.engine = sglang.Engine(**named_here(arguments, known))
         self.chunk = arguments["chunked_prefill_size"]
 
     def generate(self, ids: list[list[int]], new: int, **more: Any) -> list[dict[str, Any]]:

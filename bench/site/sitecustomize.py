@@ -57,7 +57,8 @@ def _tie_values_to_keys(module):
     """Where a checkpoint has one projection for both, SGLang's loader fills both with it."""
     config = getattr(module, "config", None)
     one = getattr(config, "attention_k_eq_v", False) and hasattr(module, "qkv_proj")
-    if one and module.sliding_window is None and not module.is_kv_shared_layer:
+    full = getattr(module, "sliding_window", None) in (None, -1)  # -1 in later releases
+    if one and full and not module.is_kv_shared_layer:
         weight, first = module.qkv_proj.weight.data, module.q_size
         weight[first + module.kv_size :] = weight[first : first + module.kv_size]
 

@@ -173,3 +173,14 @@ def test_processes_take_turns(tmp_path, monkeypatch):
     running = [subprocess.Popen(command, env=lock, cwd=REPOSITORY) for _ in range(3)]
     assert [process.wait(60) for process in running] == [0, 0, 0]
     assert told.read_text() == "in out " * 3
+
+
+def test_arguments_have_the_names_of_the_release():
+    from bench.engine_worker import named_here
+
+    given = {"cuda_graph_max_bs": 8, "disable_cuda_graph": False}
+    assert named_here(given, ["cuda_graph_max_bs", "disable_cuda_graph"]) == given
+    later = ["cuda_graph_max_bs_decode", "disable_cuda_graph"]
+    assert named_here(given, later) == {"cuda_graph_max_bs_decode": 8, "disable_cuda_graph": False}
+    with pytest.raises(ValueError, match="no argument disable_piecewise_cuda_graph"):
+        named_here({"disable_piecewise_cuda_graph": True}, later)
