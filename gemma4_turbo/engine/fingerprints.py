@@ -435,9 +435,11 @@ def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
             return f"lazy names a module that holds none of the patch's sources: {module}"
     if port.finds_defect:
         return None  # fingerprints do not decide
-    if not (port.written_for or port.superseded_when):  # with the latter: a row that says so alone
+    if port.tells_only:
+        return None if port.superseded_when else "tells_only without superseded_when tells nothing"
+    if not port.written_for:
         return "written_for names no release, and the patch does not look for a defect"
-    for target in port.sources if port.written_for else ():
+    for target in port.sources:
         if not any(target in known for known in table.values()):
             unrecorded = _unrecorded(target, port.written_for[-1], table)
             return f"{unrecorded}, or the name is misspelt"

@@ -215,6 +215,7 @@ PORTS: dict[str, Port] = {
         targets=(f"{_OPS}:_gemma_qkv_rmsnorm_kernel",),
         superseded_when=(f"{_OPS}:_gemma_qkv_rmsnorm_kernel", "BY_HEAD"),
         superseded_since="0.5.13",
+        tells_only=True,
     ),
     "layer_norms": Port(
         module=f"{HERE}.wiring:layer_norms",

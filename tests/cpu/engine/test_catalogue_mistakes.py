@@ -105,6 +105,7 @@ def test_a_release_that_was_not_recorded(world: World, empty: bool) -> None:
         ({"requires": ("first", "frist")}, "requires names no patch: frist"),
         ({"lazy": ("sglang.elsewhere",)}, "lazy names a module that holds none of"),
         ({"targets": ()}, "the patch names no target"),
+        ({"tells_only": True, "superseded_when": None}, "tells_only without superseded_when"),
     ],
 )
 def test_a_field_of_the_record(world: World, fields: dict[str, Any], told: str) -> None:
