@@ -64,13 +64,16 @@ def forward(
     hidden_states, normed = input_embeds, None
     every = list(self.layers)  # an index into a ModuleList takes microseconds
     for index, layer in enumerate(every):
+        told = handover.between(self, every, index, normed)
+        if index + 1 in self.layers_to_capture and index + 1 < len(every):
+            told.pop("following", None)  # the next layer is stock's: it norms by itself
         outputs = layer(
             positions=positions,
             hidden_states=hidden_states,
             per_layer_input=None if per_layer_inputs is None else per_layer_inputs[:, index, :],
             forward_batch=forward_batch,
             capture_output=captured.capture if index in self.layers_to_capture else None,
-            **handover.between(self, every, index, normed),
+            **told,
             **kwargs,
         )
         hidden_states, normed = outputs if isinstance(outputs, tuple) else (outputs, None)
