@@ -131,14 +131,9 @@ def main(
         for quantity, x, value in found if round_ >= 0 else []:
             results.add(name, quantity, x, round_, value, "ms")
 
-    compared = {
-        "count": equality,
-        "new": 64,
-        "seed": 99,
-        "tail": 0,
-    }  # `yoco` declines logprobs of prompts
+    # `yoco` declines logprobs of prompts: no tail.
+    compared = {"count": equality, "new": 64, "seed": 99, "tail": 0}
     answers: dict[str, list[dict[str, Any]]] = {}
-    reports: dict[str, Any] = {}
     groups = [[BEFORE, AFTER]]
     if stock is Stock.TOGETHER:
         groups = [[BEFORE, AFTER, STOCK]]
@@ -161,9 +156,6 @@ def main(
                     f"{other} / {AFTER}: {count['token_diffs']} of {count['tokens']} tokens, "
                     f"{count['logprob_diffs']} of {count['logprobs']} logprobs differ"
                 )
-        for process in reports.get("processes", []):
-            heading = f"{AFTER}, pid {process['pid']}"
-            ours.console.print(ours.report.table(process["patches"], heading))
         if results.rows:
             table = results.summary()
             for other in (BEFORE, STOCK):

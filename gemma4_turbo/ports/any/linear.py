@@ -58,7 +58,7 @@ def _module_unfit(module: Linear) -> str | None:
     reason = sglang_types.linear_unfit(module)
     if reason is not None:
         return reason
-    reason = sglang_types.types().output_unfit(module)
+    reason = sglang_types.rules().output_unfit(module)
     if reason is not None:
         return reason
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled

@@ -57,32 +57,80 @@ class Types(NamedTuple):
     layernorm: ModuleType  # a module, whose batch-invariant mode is asked for at every call
     swa_pool: type[SWAKVPool]
     pool: type[MHAKVPool]
+
+
+def _fits(module: Any) -> str | None:
+    return None
+
+
+class Rules(NamedTuple):
+    """What a release line makes of its modules, beside the classes."""
+
     running: Callable[[PlatformOp], Callable[..., Any] | None]
     """The function that such a module runs when it is called now; None: another one each time."""
-    norm_unfit: Callable[[Any], str | None]  # what the line adds to the options of a norm
-    linear_unfit: Callable[[Any], str | None]  # and to those of a linear layer
-    router_unfit: Callable[[Any], str | None]
     output_unfit: Callable[[Any], str | None]  # of a linear layer: put together from several GPUs
     parallel_unfit: Callable[[Any], str | None]  # of experts: spread over several GPUs
     sums_from_zero: bool  # whether the sum over a token's experts does, for few tokens
+    norm_unfit: Callable[[Any], str | None] = _fits  # more options of a norm
+    linear_unfit: Callable[[Any], str | None] = _fits  # and of a linear layer
 
 
 _types: list[Types] = []
+_rules: list[Rules] = []
 
 
-def fill(found: Types) -> None:
-    """The classes of this process's release line, whose ``classes.load`` calls it."""
-    _types[:] = [found]
+def load(rules: Rules) -> None:
+    """Look the classes up, for the process's one line. While a patch is built, never in traced code."""
+    _rules[:] = [rules]
+    if _types:
+        return
+    from sglang.srt.layers import activation, layernorm, linear, radix_attention
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.layers.moe.token_dispatcher.standard import StandardDispatcher
+    from sglang.srt.layers.quantization import fp8, unquant
+    from sglang.srt.layers.rotary_embedding import base, rope_variant
+    from sglang.srt.mem_cache import memory_pool, swa_memory_pool
+    from sglang.srt.models import gemma3_causal, gemma4_causal
 
-
-def filled() -> bool:
-    """Whether the classes are known."""
-    return bool(_types)
+    _types.append(
+        Types(
+            layernorm.RMSNorm,
+            layernorm.Gemma4RMSNorm,
+            (
+                linear.ReplicatedLinear,
+                linear.ColumnParallelLinear,
+                linear.MergedColumnParallelLinear,
+                linear.QKVParallelLinear,
+                linear.RowParallelLinear,
+            ),
+            linear.QKVParallelLinear,
+            linear.RowParallelLinear,
+            unquant.UnquantizedLinearMethod,
+            gemma3_causal.Gemma3MLP,
+            activation.GeluAndMul,
+            (base.RotaryEmbedding, rope_variant.Gemma4RotaryEmbedding),
+            gemma4_causal.Gemma4DecoderLayer,
+            gemma4_causal.Gemma4Router,
+            gemma4_causal.Gemma4MoE,
+            FusedMoE,
+            (unquant.UnquantizedFusedMoEMethod, fp8.Fp8MoEMethod),
+            StandardDispatcher,
+            radix_attention.RadixAttention,
+            layernorm,
+            swa_memory_pool.SWAKVPool,
+            memory_pool.MHATokenToKVPool,
+        )
+    )
 
 
 def types() -> Types:
-    """The classes; IndexError before `fill`."""
+    """The classes; IndexError before `load`."""
     return _types[0]
+
+
+def rules() -> Rules:
+    """The line's; IndexError before `load`."""
+    return _rules[0]
 
 
 def name(thing: object) -> str:
@@ -117,7 +165,7 @@ def norm_unfit(norm: Any) -> str | None:
             return f"a Gemma4RMSNorm has scale_shift {norm.scale_shift}"
     else:
         return f"a norm is a {kind.__module__}.{kind.__qualname__}"
-    return types().norm_unfit(norm) or weight_unfit(norm.weight) or method_unfit(norm, norm.weight)
+    return rules().norm_unfit(norm) or weight_unfit(norm.weight) or method_unfit(norm, norm.weight)
 
 
 def method_unfit(module: PlatformOp, tensor: torch.Tensor | None = None) -> str | None:
@@ -131,7 +179,7 @@ def method_unfit(module: PlatformOp, tensor: torch.Tensor | None = None) -> str 
     """
     if torch.compiler.is_compiling():  # Dynamo's methods are not Python's; looked at before
         return None
-    method = types().running(module)
+    method = rules().running(module)
     function = getattr(method, "__func__", None)
     called = getattr(function, "__name__", "")
     own = getattr(type(module), called, None)
@@ -176,7 +224,7 @@ def linear_unfit(module: object) -> str | None:
         return "a linear layer has a bias"
     if getattr(module, "use_intel_amx_backend", False):
         return "a linear layer's weight is packed"
-    return known.linear_unfit(module)
+    return rules().linear_unfit(module)
 
 
 def router_unfit(router: object) -> str | None:
@@ -186,7 +234,7 @@ def router_unfit(router: object) -> str | None:
     reason = norm_unfit(router.norm) or weight_unfit(router.scale)
     if reason is None and router.norm.with_scale:
         reason = "the router's norm has a weight"
-    return reason or types().router_unfit(router)
+    return reason
 
 
 def method_parts(module: object) -> list[tuple[object, str]]:
@@ -213,7 +261,7 @@ def experts_unfit(moe: object) -> str | None:
         return f"the experts' block is a {name(moe)}"
     if type(moe.experts) is not known.fused_moe:
         return f"the experts are a {name(moe.experts)}"
-    return known.parallel_unfit(moe)
+    return rules().parallel_unfit(moe)
 
 
 def reduction_unfit(experts: FusedMoE) -> str | None:

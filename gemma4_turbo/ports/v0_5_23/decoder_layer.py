@@ -38,6 +38,7 @@ STEPS: tuple[Step, ...] = (
 )
 
 _stock: dict[str, Callable[..., torch.Tensor]] = {}
+_boundary: list[Any] = []  # the module of SGLang's that writes the stream
 
 
 class LayerSite(layer_steps.LayerSite):
@@ -62,7 +63,9 @@ def _parallel_unfit() -> str | None:
 
 def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
-    _stock[TARGET] = stock[TARGET]
+    from sglang.srt.layers.layer_boundary.residual import batch
+
+    _stock[TARGET], _boundary[:] = stock[TARGET], [batch]
     classes.load()
     layer_steps.enable(fusions, run)
     return {TARGET: forward}
@@ -121,14 +124,8 @@ def forward(
         _router,
     )
     layer_steps.count_early_launches(before, hidden_states.device)
-    _set_written(out, forward_batch)
+    _boundary[0].set_written(out, forward_batch)
     return out if after is None else (out, after)
-
-
-def _set_written(out: torch.Tensor, forward_batch: Any) -> None:
-    from sglang.srt.layers.layer_boundary.residual import batch
-
-    batch.set_written(out, forward_batch)
 
 
 def _router(self: Any) -> Router:

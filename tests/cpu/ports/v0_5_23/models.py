@@ -8,31 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli.small_moe import free_port
-
-
-def prepare_sglang() -> None:
-    """What a server does before it builds a model: arguments published, one-process groups. Once."""
-    import torch.distributed
-    from sglang.srt import runtime_context, server_args
-    from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
-    from sglang.srt.layers.moe.utils import initialize_moe_config
-
-    if torch.distributed.is_initialized():
-        return
-    arguments: Any = server_args.ServerArgs(model_path="none", device="cpu")
-    runtime_context.publish(
-        arguments, role="test", ranks=runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
-    )
-    init_distributed_environment(
-        world_size=1,
-        rank=0,
-        local_rank=0,
-        distributed_init_method=f"tcp://127.0.0.1:{free_port()}",
-        backend="gloo",
-    )
-    initialize_model_parallel()
-    initialize_moe_config()
+from gemma4_turbo.cli.small_moe import prepare_sglang
 
 
 def norms_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
