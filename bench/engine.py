@@ -242,19 +242,24 @@ def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, i
     return count
 
 
-def distance(one: dict[str, Any], other: dict[str, Any], strict: bool = True) -> tuple[int, float]:
-    """Leading tokens in common, and the largest distance of logprobs over them.
+def distances(one: dict[str, Any], other: dict[str, Any], strict: bool = True) -> list[float]:
+    """Distances of logprobs over the leading tokens that two answers have in common.
 
     ``strict``: the answers must be of one length, or ValueError.
     """
-    common, largest = 0, 0.0
+    found = []
     tokens = zip(one["output"], other["output"], one["ids"], other["ids"], strict=strict)
     for x, y, id_x, id_y in tokens:
         if id_x != id_y:
             break
-        common += 1
-        largest = max(largest, abs(float.fromhex(x) - float.fromhex(y)))
-    return common, largest
+        found.append(abs(float.fromhex(x) - float.fromhex(y)))
+    return found
+
+
+def distance(one: dict[str, Any], other: dict[str, Any], strict: bool = True) -> tuple[int, float]:
+    """Leading tokens in common, and the largest of their `distances`."""
+    found = distances(one, other, strict)
+    return len(found), max(found, default=0.0)
 
 
 def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, float]:

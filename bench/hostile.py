@@ -58,7 +58,7 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from bench.engine import PATCHED, STOCK, distance, end_on_sigterm  # noqa: E402
+from bench.engine import PATCHED, STOCK, distances, end_on_sigterm  # noqa: E402
 from bench.engine_worker import prompts  # noqa: E402
 from bench.images import ImageServer, as_row, sampling  # noqa: E402
 from bench.servers import console, free_port, launch_arguments  # noqa: E402
@@ -67,7 +67,9 @@ EXACT, HOSTILE, SQUATTED = "exact", "hostile folder", "taken folder"
 NEW_TOKENS = 32
 LENGTHS = (5, 17, 40, 130, 300, 700)  # of the prompts sent one at a time; longer than a chunk: 700
 BATCH = 6  # prompts sent together
+CROWDS = (0, 1, 2)  # prompts beside these, in the batches that show what stock's own batches change
 HEALTH, DOCTOR_LIMIT_S = 20, 120
+MEAN_DISTANCE = 0.02  # nats between logprobs on average that need no floor
 OTHER_USER = 1000
 REASONS = 14  # lines of reasons in a table
 STARTED = time.monotonic()
@@ -87,7 +89,8 @@ class Comparison(NamedTuple):
     equal: int = 0
     ties: int = 0  # answers whose first difference is between tokens that stock finds as good
     wrong: int = 0  # answers that differ otherwise
-    distance: float = 0.0  # of logprobs, before the first difference
+    distance: float = 0.0  # of logprobs, before the first difference: the farthest
+    mean: float = 0.0  # of the same logprobs
     bits: bool = True  # tokens and logprobs are equal bit for bit
 
     def __str__(self) -> str:
@@ -106,13 +109,14 @@ def compare(
         tie: nats between stock's two best tokens up to which either may be the answer.
     """
     tokens = equal = ties = wrong = 0
-    farthest, bits, told = 0.0, len(stock) == len(other), []
+    apart: list[float] = []
+    bits, told = len(stock) == len(other), []
     for number, (one, two) in enumerate(zip(stock, other, strict=False)):
         tokens += len(one["ids"])
         bits &= all(one[key] == two[key] for key in ("ids", "output", "top"))
         same = [x == y for x, y in zip(one["ids"], two["ids"], strict=False)]
         equal += sum(same)
-        farthest = max(farthest, distance(one, two, strict=False)[1])
+        apart += distances(one, two, strict=False)
         if not all(math.isfinite(float.fromhex(value)) for value in two["output"]):
             wrong += 1
             told.append(f"answer {number}: a logprob is not finite")
@@ -126,7 +130,8 @@ def compare(
             ties, wrong = (ties + 1, wrong) if gap <= tie else (ties, wrong + 1)
             told.append(f"answer {number}: token {first} differs, {gap:.4f} nats apart for stock")
     wrong += abs(len(stock) - len(other))
-    return Comparison(tokens, equal, ties, wrong, farthest, bits), told
+    mean = sum(apart) / len(apart) if apart else 0.0
+    return Comparison(tokens, equal, ties, wrong, max(apart, default=0.0), mean, bits), told
 
 
 def look(path: Path) -> list[Any]:
@@ -543,9 +548,21 @@ class TestedServer(ImageServer):
         return {
             "alone": alone,
             "together": self.at_once(together),
-            # What stock's own batch composition changes: the floor of `tolerance` patches.
-            "crowd": self.at_once([short(length, vocabulary, length) for length in LENGTHS]),
+            "crowd": self.crowds(vocabulary),
         }
+
+    def crowds(self, vocabulary: int) -> list[dict[str, Any]]:
+        """The same prompts in batches of another composition: the floor of `tolerance` patches.
+
+        An expert that the router picks by a hair moves a logprob by a nat, so one composition says
+        little of the farthest: there are as many as `CROWDS`, one after another in the answer.
+        """
+        found = []
+        for fillers in CROWDS:
+            prompts = [short(20 + 30 * i, vocabulary, 2000 + i) for i in range(fillers)]
+            prompts += [short(length, vocabulary, length) for length in LENGTHS]
+            found += self.at_once(prompts)[fillers:]
+        return found
 
     def at_once(self, prompts: list[list[int]]) -> list[dict[str, Any]]:
         """Greedy tokens of prompts in one request."""
@@ -873,16 +890,20 @@ class Bench:
                 reference["together"], found["together"], self.limits["tie"]
             )
             row.notes += [*told, *(f"together, {line}" for line in more)][:10]
-            floor, _ = compare(reference["alone"], reference["crowd"], self.limits["tie"])
+            alone = reference["alone"] * len(CROWDS)
+            floor, _ = compare(alone, reference["crowd"], self.limits["tie"])
             row.notes.append(
-                f"stock's own floor, its prompts at once: {floor}, {floor.distance:.3f}"
+                f"stock's own floor, its prompts in {len(CROWDS)} batches: {floor},"
+                f" {floor.distance:.3f} at most, {floor.mean:.4f} on average"
             )
             bad = row.alone.wrong + row.together.wrong
             if bad and (row.run in scenario.bitwise or not floor.wrong):
                 row.problems.append(f"{bad} answer(s) differ from stock")
-            farthest = max(row.alone.distance, row.together.distance)
-            if not farthest <= max(self.limits["distance"], 2 * floor.distance):
-                row.problems.append(f"logprobs {farthest:.3f} apart")
+            for found in (row.alone, row.together):
+                if not found.distance <= max(self.limits["distance"], 2 * floor.distance):
+                    row.problems.append(f"logprobs {found.distance:.3f} apart")
+                if not found.mean <= max(MEAN_DISTANCE, 2 * floor.mean):
+                    row.problems.append(f"logprobs {found.mean:.4f} apart on average")
             if row.run in scenario.bitwise and not row.alone.bits:
                 row.problems.append("not equal bit for bit")
         try:
@@ -957,7 +978,8 @@ def tell(row: Row) -> None:
     for name, found in (("one at a time", row.alone), ("together", row.together)):
         if found:
             grid.add_row(f"tokens equal, {name}", str(found))
-            grid.add_row("largest distance of logprobs", f"{found.distance:.2e} nats")
+            told = f"{found.distance:.2e} nats at most, {found.mean:.2e} on average"
+            grid.add_row("distance of logprobs", told)
     if row.itself:
         told = "bit for bit" if row.itself.bits else str(row.itself)
         grid.add_row("stock asked again", told)
