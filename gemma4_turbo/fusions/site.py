@@ -36,6 +36,12 @@ class Site:
         """
         self._parts = tuple(_place(of, name) for of, name in parts if hasattr(of, "__dict__"))
 
+    def also_made_for(self, *parts: tuple[Any, str]) -> None:
+        """More of them."""
+        before = self._parts
+        self.made_for(*parts)
+        self._parts = before + self._parts
+
     def moved(self) -> bool:
         """Whether a part is another object than when the site was made."""
         for store, name, part in self._parts:  # noqa: SIM110 - a generator takes three times as long

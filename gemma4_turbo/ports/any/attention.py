@@ -58,6 +58,8 @@ class AttentionSite(Site):
         self.stocks: str | None = next(filter(None, map(_norm_unfit, norms)), None)
         key: tuple[object, ...] = ()
         if self.stocks is None:
+            self.stocks = sglang_types.device_unfit(attention.q_norm.weight)
+        if self.stocks is None:
             weight = attention.q_norm.weight
             key = (
                 attention.head_dim,
@@ -138,9 +140,11 @@ def forward(
 ) -> torch.Tensor:
     """Projection, norms, rotation, attention, output projection."""
     site = site_of(self, AttentionSite)
-    if site.stocks is not None:
+    unfit = site.stocks or sglang_types.rules().now_unfit()
+    if unfit is not None:
         for fusion in FUSIONS:
-            fusion.settled(site)  # counts
+            if fusion.run is not None and not torch.compiler.is_compiling():
+                fusion.run.declined(unfit)
         return _stock[TARGET](self, positions, hidden_states, forward_batch, **kwargs)
     q, k, v = _project(self, site, hidden_states)
     fits = site.canonical and (

@@ -141,7 +141,7 @@ def _tail(fusion: layer_tail.LayerTail, device: str, summed: bool) -> list[Check
         choices = torch.stack([_rows(device, width, 10 + k)[:32] for k in range(8)], dim=1)
         w = [_weight(device, width, seed) for seed in (3, 4, 5, 6)]
         output = choices.float().sum(1).bfloat16() if summed else choices.contiguous()
-        experts = Experts(output, w[1], EPS, w[0], EPS, sglang_types.rules().sums_from_zero)
+        experts = Experts(output, w[1], EPS, w[0], EPS, sglang_types.rules().sums_from_zero())
         return layer_tail.Args(x, w[2], EPS, r, _scalar(device), experts, NextNorm(w[3], EPS, 0))
 
     return [_check(fusion, f"{len(draw().residual)} rows of width {width}", device, draw)]

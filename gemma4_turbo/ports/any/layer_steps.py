@@ -333,7 +333,7 @@ def _tail(
     if experts_output is not None:
         norm1, norm2 = self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2
         branch = norm2.weight.data, eps_of(norm2), norm1.weight.data, eps_of(norm1)
-        experts = Experts(experts_output, *branch, sglang_types.rules().sums_from_zero)
+        experts = Experts(experts_output, *branch, sglang_types.rules().sums_from_zero())
     norm = self.post_feedforward_layernorm
     return layer_tail.Args(
         mlp_output, norm.weight.data, eps_of(norm), residual, self.layer_scalar, experts, after

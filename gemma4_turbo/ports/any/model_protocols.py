@@ -259,6 +259,8 @@ class DecoderLayer(Module, Protocol):
         **kwargs: Any,
     ) -> LayerOutputs: ...
 
+    forward: Callable[..., Any]
+
 
 class DecoderLayers(Protocol):
     """``torch.nn.ModuleList`` of decoder layers."""

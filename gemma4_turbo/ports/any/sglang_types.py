@@ -63,6 +63,10 @@ def _fits(module: Any) -> str | None:
     return None
 
 
+def _never() -> str | None:
+    return None
+
+
 class Rules(NamedTuple):
     """What a release line makes of its modules, beside the classes."""
 
@@ -70,7 +74,8 @@ class Rules(NamedTuple):
     """The function that such a module runs when it is called now; None: another one each time."""
     output_unfit: Callable[[Any], str | None]  # of a linear layer: put together from several GPUs
     parallel_unfit: Callable[[Any], str | None]  # of experts: spread over several GPUs
-    sums_from_zero: bool  # whether the sum over a token's experts does, for few tokens
+    sums_from_zero: Callable[[], bool]  # does the sum over a token's experts, for few tokens
+    now_unfit: Callable[[], str | None] = _never  # why no module runs its own function at present
     norm_unfit: Callable[[Any], str | None] = _fits  # more options of a norm
     linear_unfit: Callable[[Any], str | None] = _fits  # and of a linear layer
 
@@ -195,6 +200,13 @@ def batch_invariant_unfit() -> str | None:
     if _types[0].layernorm.is_batch_invariant_mode_enabled():
         return "batch-invariant mode has norms of its own"
     return None
+
+
+def device_unfit(weight: torch.Tensor) -> str | None:
+    """Why stock takes other ways than for CUDA and a CPU, or None."""
+    if weight.device.type in ("cuda", "cpu"):
+        return None
+    return f"the weights are on {weight.device.type}"
 
 
 def hooks_unfit(module: object) -> str | None:

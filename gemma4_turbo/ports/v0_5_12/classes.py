@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 def load() -> None:
     """Look the classes up. Call it while a patch is built, never from traced code."""
-    sglang_types.load(sglang_types.Rules(_running, _output_unfit, _parallel_unfit, False))
+    sglang_types.load(sglang_types.Rules(_running, _output_unfit, _parallel_unfit, _never))
+
+
+def _never() -> bool:
+    return False
 
 
 def _running(module: Any) -> Callable[..., Any] | None:

@@ -9,7 +9,7 @@ import torch
 from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms.layer_norms import Router
-from gemma4_turbo.ports.any import layer_steps
+from gemma4_turbo.ports.any import handover, layer_steps
 from gemma4_turbo.ports.v0_5_12 import classes, stock
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ STOCK = stock  # imported: the fusions follow it
 def enable(fusions: tuple[Step, ...], run: PatchRun) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
     classes.load()
+    handover.made_for(forward)
     layer_steps.enable(fusions, run)
     return {TARGET: forward}
 

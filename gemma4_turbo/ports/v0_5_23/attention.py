@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention
 
 STOCK = calls  # imported: the fusions follow it
+_STORES = frozenset(("forward", "forward_decode", "_set_kv_buffer"))
+"""Each stores K and V, or calls what does."""
 PADDING = 0
 """The slot of padding rows, which stock's store leaves as it is."""
 
@@ -36,7 +38,7 @@ def slots(layer: RadixAttention, forward_batch: ForwardBatch, k: torch.Tensor) -
     backend: Any = get_attn_backend()
     if not sglang_types.is_triton_backend(backend) or backend.dcp_size > 1:
         return None
-    if "_set_kv_buffer" in vars(backend):  # somebody's own
+    if not vars(backend).keys().isdisjoint(_STORES):  # somebody's own
         return None
     pool, locations, index = backend.token_to_kv_pool, forward_batch.out_cache_loc, layer.layer_id
     if "set_kv_buffer" in vars(pool):

@@ -4,30 +4,55 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from gemma4_turbo.ports.any import sglang_types
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+_fused_op: list[Any] = []
+
 
 def load() -> None:
     """Look the classes up. Call it while a patch is built, never from traced code."""
     from sglang.kernels import fused_op
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
-    def running(module: Any) -> Callable[..., Any] | None:
-        """Of a ``BaseFusedOp``: chosen at its first call, which ours may be in the place of."""
-        if fused_op.get_fused_op_backend() is not None:  # for all modules, a debug switch
-            return None
-        if module._forward_method is None:
-            module._forward_method = module._resolve_forward_method()
-        method: Callable[..., Any] = module._forward_method
-        return method
-
+    _fused_op[:] = [fused_op]
     sglang_types.load(
         sglang_types.Rules(
-            running, _output_unfit, _parallel_unfit, True, _norm_unfit, _linear_unfit
+            running,
+            _output_unfit,
+            _parallel_unfit,
+            lambda: bool(fused_moe.is_arch_support_pdl()),
+            now_unfit,
+            _norm_unfit,
+            _linear_unfit,
         )
     )
+
+
+def running(module: Any) -> Callable[..., Any]:
+    """Of a ``BaseFusedOp``: chosen at its first call, which ours may be in the place of."""
+    if module._forward_method is None:
+        module._forward_method = module._resolve_forward_method()
+    method: Callable[..., Any] = module._forward_method
+    return method
+
+
+def now_unfit() -> str | None:
+    """Why the fused operators do not run what they have chosen at present, or None: debug switches.
+
+    A trace reads what is there: reading the environment would break its graph.
+    """
+    op = _fused_op[0]
+    forced = op._forced_backend if torch.compiler.is_compiling() else op.get_fused_op_backend()
+    if forced is not None and forced is not op._UNRESOLVED:
+        return f"SGLang's fused operators are forced onto {forced.value}"
+    if op._trace_enabled:
+        return "SGLang writes down the calls of its fused operators"
+    return None
 
 
 def _norm_unfit(norm: Any) -> str | None:

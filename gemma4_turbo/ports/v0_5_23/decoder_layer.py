@@ -15,14 +15,15 @@ import torch
 from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms.layer_norms import Router
-from gemma4_turbo.ports.any import layer_steps, linear
+from gemma4_turbo.ports.any import handover, layer_steps, linear, sglang_types
 from gemma4_turbo.ports.v0_5_23 import classes
 from gemma4_turbo.ports.v0_5_23 import stock as calls
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.fusions.fusion import Step
-    from gemma4_turbo.ports.any.model_protocols import DecoderLayer, RMSNorm
+    from gemma4_turbo.ports.any.model_protocols import RMSNorm
+    from gemma4_turbo.ports.v0_5_23.protocols import StagedLayer
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
 STOCK = calls  # imported: the fusions follow it
@@ -39,14 +40,29 @@ STEPS: tuple[Step, ...] = (
 
 _stock: dict[str, Callable[..., torch.Tensor]] = {}
 _boundary: list[Any] = []  # the module of SGLang's that writes the stream
+_classes: list[type] = []  # of a boundary
+
+
+OF_A_BOUNDARY = ("plan", "declaration")
 
 
 class LayerSite(layer_steps.LayerSite):
-    """And whether the layer is alone on its GPU."""
+    """And whether the layer's boundaries are stock's, alone on their GPU, with the layer's norms."""
 
-    def __init__(self, layer: DecoderLayer) -> None:
+    def __init__(self, layer: StagedLayer) -> None:
         super().__init__(layer)
-        self.stocks = _parallel_unfit()
+        attn, ffn = layer.attn_boundary, layer.ffn_boundary
+        self.stocks = (
+            _parallel_unfit()
+            or sglang_types.device_unfit(layer.layer_scalar)
+            or _boundaries_unfit(layer)
+        )
+        self.also_made_for(
+            (layer, "attn_boundary"),
+            (layer, "ffn_boundary"),
+            *((of, name) for of in (attn, ffn) for name in (*OF_A_BOUNDARY, "prepare", "finish")),
+            (ffn, "sum_part"),
+        )
 
 
 def _parallel_unfit() -> str | None:
@@ -61,18 +77,39 @@ def _parallel_unfit() -> str | None:
     return None
 
 
+def _boundaries_unfit(layer: StagedLayer) -> str | None:
+    """Why the boundaries do not run the layer's own norms, or None: they keep those they were made with."""
+    attn, ffn = layer.attn_boundary, layer.ffn_boundary
+    for boundary in (attn, ffn):
+        if type(boundary) is not _classes[0]:
+            return f"a layer's boundary is a {sglang_types.name(boundary)}"
+        if not vars(boundary).keys() <= set(OF_A_BOUNDARY):
+            return "a layer's boundary has a method of somebody else's"
+    after = attn.declaration.output_transform
+    if (
+        attn.plan.norm is not layer.input_layernorm
+        or ffn.plan.norm is not layer.pre_feedforward_layernorm
+        or after is None
+        or after.apply is not layer.post_attention_layernorm
+    ):
+        return "a norm was replaced, of which the layer's boundaries keep the first one"
+    return None
+
+
 def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
     from sglang.srt.layers.layer_boundary.residual import batch
+    from sglang.srt.layers.layer_boundary.stage import StageBoundary
 
-    _stock[TARGET], _boundary[:] = stock[TARGET], [batch]
+    _stock[TARGET], _boundary[:], _classes[:] = stock[TARGET], [batch], [StageBoundary]
     classes.load()
+    handover.made_for(forward)
     layer_steps.enable(fusions, run)
     return {TARGET: forward}
 
 
 def forward(
-    self: DecoderLayer,
+    self: StagedLayer,
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     per_layer_input: torch.Tensor,
@@ -97,7 +134,7 @@ def forward(
     """
     site = site_of(self, LayerSite)
     stream = forward_batch.residual_stream
-    unfit = site.stocks
+    unfit = site.stocks or sglang_types.rules().now_unfit()
     if unfit is None and capture_output is not None:
         unfit = "the layer's input is captured for a draft model"
     if unfit is None and (stream is None or stream.pending is not None):

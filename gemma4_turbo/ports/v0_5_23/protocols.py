@@ -23,6 +23,38 @@ class RMSNorm(protocols.RMSNorm, Protocol):
     def _resolve_forward_method(self) -> Callable[..., Any]: ...
 
 
+class OutputTransform(Protocol):
+    """``sglang.srt.layers.layer_boundary.output.OutputTransform``."""
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+
+
+class StageDeclaration(Protocol):
+    """``sglang.srt.layers.layer_boundary.factories.StageDeclaration``."""
+
+    output_transform: OutputTransform | None
+
+
+class StagePlan(Protocol):
+    """``sglang.srt.layers.layer_boundary.construction.StagePlan``."""
+
+    norm: object
+
+
+class StageBoundary(Protocol):
+    """``sglang.srt.layers.layer_boundary.stage.StageBoundary``."""
+
+    declaration: StageDeclaration
+    plan: StagePlan
+
+
+class StagedLayer(protocols.DecoderLayer, Protocol):
+    """``sglang.srt.models.gemma4_causal.Gemma4DecoderLayer``."""
+
+    attn_boundary: StageBoundary
+    ffn_boundary: StageBoundary
+
+
 class GroupCoordinator(Protocol):
     """``sglang.srt.distributed.parallel_state.GroupCoordinator``."""
 

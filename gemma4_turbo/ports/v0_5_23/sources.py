@@ -16,14 +16,20 @@ _BOUNDARIES = (
     f"{_MODEL}:Gemma4DecoderLayer._next_stream",
     f"{_MODEL}:Gemma4DecoderLayer.stage_facts",
     "sglang.srt.layers.layer_boundary.prepare:_update_read",
-    "sglang.srt.layers.layer_boundary.stage:StageBoundary.prepare",
-    "sglang.srt.layers.layer_boundary.stage:StageBoundary.finish",
-    "sglang.srt.layers.layer_boundary.stage:StageBoundary.sum_part",
+    "sglang.srt.layers.layer_boundary.prepare:_run_entry",
+    "sglang.srt.layers.layer_boundary.stage:StageBoundary",
+    "sglang.srt.layers.layer_boundary.construction:StagePlan",
     "sglang.srt.layers.layer_boundary.boundary:_TransformedRead",
+    "sglang.srt.layers.layer_boundary.exit:ExitPolicy",
+    "sglang.srt.layers.layer_boundary.exit:FfnExit",
+    "sglang.srt.layers.layer_boundary.ops:sum_output",
     f"{_RESIDUAL}.batch:set_written",
     f"{_RESIDUAL}.batch:start",
     f"{_RESIDUAL}.stream:ResidualStream",
+    f"{_RESIDUAL}.add_norm:NormQuantReadout",
     f"{_RESIDUAL}.add_norm:NormReadout",
+    f"{_RESIDUAL}.add_norm:PlainAdd",
+    f"{_RESIDUAL}.add_norm:ReplaceAtExit",
 )
 # What the steps of a decoder layer's forward rely on, those of its end, and those of attention's.
 _LAYER = (

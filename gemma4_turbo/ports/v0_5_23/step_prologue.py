@@ -14,6 +14,7 @@ import torch
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.ports.any import step_prologue as shared
 from gemma4_turbo.ports.any.step_prologue import FORWARD, GATHER, PROJECT, Function, NormUnfit
+from gemma4_turbo.ports.v0_5_23 import classes
 from gemma4_turbo.ports.v0_5_23 import stock as stock  # whose norms ours follow
 from gemma4_turbo.runtime import custom_ops
 
@@ -38,9 +39,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def norm_unfit() -> NormUnfit:
     """What says why the projection's norm does not fit; this line chooses its function at a call."""
-    from sglang.kernels import fused_op
     from sglang.srt.layers.layernorm import RMSNorm as StocksNorm
 
+    classes.load()
     reason_of = shared.norm_unfit()
     stocks_forward = StocksNorm.forward_cuda
 
@@ -50,18 +51,11 @@ def norm_unfit() -> NormUnfit:
             return reason_of(norm, inputs_embeds)
         if norm._quant_linear is not None:
             return "the projection's norm may quantise what it returns"
-        compiling = torch.compiler.is_compiling()
-        # A trace reads what is there: reading the environment would break its graph.
-        forced = fused_op._forced_backend if compiling else fused_op.get_fused_op_backend()
-        if forced is not None and forced is not fused_op._UNRESOLVED:
-            return f"SGLang's fused operators are forced onto {forced.value}"
-        if fused_op._trace_enabled:
-            return "SGLang writes down the calls of its fused operators"
-        if not (compiling or kernel.INTERPRETED):
-            method = norm._forward_method
-            if method is None:  # as stock at its first call, which ours may be in the place of
-                method = norm._forward_method = norm._resolve_forward_method()
-            function = getattr(method, "__func__", None)
+        unfit = classes.now_unfit()
+        if unfit is not None:
+            return unfit
+        if not (torch.compiler.is_compiling() or kernel.INTERPRETED):
+            function = getattr(classes.running(norm), "__func__", None)
             foreign = getattr(function, "__name__", "") == "forward_cuda"
             if foreign and function is not stocks_forward:
                 return "the projection's norm runs a forward_cuda of somebody else's"

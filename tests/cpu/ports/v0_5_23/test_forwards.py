@@ -14,7 +14,7 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.site import SITE, UNPROVEN
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
-from gemma4_turbo.ports.any import attention, layer_steps, linear
+from gemma4_turbo.ports.any import attention, layer_steps, linear, sglang_types
 from tests.cpu.ports.v0_5_23 import models
 
 KINDS = ["moe", "ple", "dense"]
@@ -24,7 +24,7 @@ STEPS = {
     "dense": {"layer_norms": 2, "rope_store": 2, "input_norm": 2, "skinny_gemm": 8},
 }
 LAYER = {"layer_norms", "ple_tail", "input_norm", "experts_sum", "mlp_stream", "skinny_gemm", "pdl"}
-BOTH = [*LAYER, "rope_store", "qkv_proj"]
+BOTH = [*sorted(LAYER), "rope_store", "qkv_proj"]
 ON = [*BOTH, "qkv_norm"]  # upstreamed here, and what rope_store stands on
 
 
@@ -258,18 +258,117 @@ def test_the_routers_scale_is_folded_once_as_by_stock():
     near(changed, models.run(model))
 
 
-def test_fused_ops_that_are_forced_to_one_backend_are_stocks(monkeypatch: pytest.MonkeyPatch):
-    """SGLANG_FORCE_FUSED_OP_BACKEND, a debug switch for every module."""
+@pytest.mark.parametrize("seen_before", [True, False])  # the switches may be thrown at any time
+@pytest.mark.parametrize("switch", ["forced", "trace"])
+def test_fused_ops_that_are_forced_or_written_down_are_stocks(
+    monkeypatch: pytest.MonkeyPatch, switch: str, seen_before: bool
+):
+    """Debug switches for every module: its ``forward`` has to be called, for as long as they are on."""
     from sglang.kernels import fused_op
     from sglang.kernels.spec import KernelBackend
 
     model = models.build("dense")
-    monkeypatch.setattr(fused_op, "_forced_backend", KernelBackend.TORCH)
+    expected = models.run(model)
+    ENGINE.apply(only=ON)
+    if seen_before:
+        models.run(model)
+    with monkeypatch.context() as patch:
+        if switch == "forced":
+            patch.setattr(fused_op, "_forced_backend", KernelBackend.TORCH)
+        else:
+            patch.setattr(fused_op, "_trace_enabled", True)
+        before = counted()
+        assert torch.equal(models.run(model), expected)
+        assert not engaged_since(before)
+    assert "fused operators" in ENGINE.runs["layer_norms"].full_reason()
+    before = counted()
+    models.run(model)
+    assert engaged_since(before) == STEPS["dense"]
+    fused_op.clear_fused_op_trace()
+
+
+BOUND = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"]
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+@pytest.mark.parametrize("name", BOUND)
+def test_a_norm_put_in_the_place_of_a_layers_is_what_stock_makes_of_it(
+    name: str, seen_before: bool
+):
+    """The layer's boundaries keep the norm that they were made with."""
+    model = models.build("dense")
+    layer = model.layers[1]
+    first = getattr(layer, name)
+    ENGINE.apply(only=ON)
+    if seen_before:
+        models.run(model)
+    ENGINE.revert()
+    other = type(first)(256, eps=first.variance_epsilon).bfloat16()
+    other.weight.data.fill_(-3.0)
+    setattr(layer, name, other)
     expected = models.run(model)
     ENGINE.apply(only=ON)
     before = counted()
-    assert torch.equal(models.run(model), expected) or engaged_since(before)
-    assert not engaged_since(before).keys() & {"layer_norms", "input_norm", "rope_store"}
+    near(models.run(model), expected)
+    assert engaged_since(before)["layer_norms"] == 1  # the other layer's
+    assert "replaced" in ENGINE.runs["layer_norms"].full_reason()
+
+
+@pytest.mark.parametrize("name", ["prepare", "finish", "sum_part", "exit"])
+def test_a_boundarys_own_method_is_called(name: str):
+    model = models.build("dense")
+    ENGINE.apply(only=ON)
+    if name != "exit":  # of those that stock's layer calls itself, also after the first look
+        models.run(model)
+    boundary, calls = model.layers[0].ffn_boundary, []
+    theirs = getattr(boundary, name)
+
+    def own(*args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        return theirs(*args, **kwargs)
+
+    setattr(boundary, name, own)
+    models.run(model)
+    assert calls == [name]
+
+
+def test_a_wrapper_around_a_layers_forward_gets_stocks_result(monkeypatch: pytest.MonkeyPatch):
+    """Also one that comes later than the patches: it knows nothing of a pair."""
+    from sglang.srt.models.gemma4_causal import Gemma4DecoderLayer
+
+    model = models.build("dense")
+    expected = models.run(model)
+    ENGINE.apply(only=ON)
+    models.run(model)
+    ours, results = Gemma4DecoderLayer.forward, []
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        results.append(ours(*args, **kwargs))
+        return results[-1]
+
+    monkeypatch.setattr(Gemma4DecoderLayer, "forward", wrapper)
+    near(models.run(model), expected)
+    assert [type(result) for result in results] == [torch.Tensor] * 2
+
+
+def test_the_experts_sum_begins_where_stocks_does(monkeypatch: pytest.MonkeyPatch):
+    """At zero by the kernel for GPUs with early launches, else at the first expert."""
+    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+    ENGINE.apply(only=["experts_sum"])
+    for supported in (True, False):
+        monkeypatch.setattr(fused_moe, "is_arch_support_pdl", lambda found=supported: found)
+        assert sglang_types.rules().sums_from_zero() is supported
+
+
+def test_weights_elsewhere_than_on_cuda_are_stocks():
+    from gemma4_turbo.ports.v0_5_23 import decoder_layer
+
+    model = models.build("dense")
+    ENGINE.apply(only=ON)
+    layer = model.layers[0].to("meta")
+    assert "meta" in str(decoder_layer.LayerSite(layer).stocks)
+    assert "meta" in str(attention.AttentionSite(layer.self_attn).stocks)
 
 
 def test_another_gemm_backend_is_stocks(monkeypatch: pytest.MonkeyPatch):

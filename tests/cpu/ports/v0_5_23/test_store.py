@@ -148,9 +148,14 @@ def scaled(given: Any) -> None:
     given.token_to_kv_pool.dtype = torch.float8_e4m3fn
 
 
-@pytest.mark.parametrize(
-    "change", [quantised, of_somebodys, laid_out, split_over_gpus, numbered_otherwise, scaled]
-)
+def called_by_somebodys(given: Any) -> None:
+    given.forward_decode = given.forward_decode
+
+
+CHANGES = [quantised, of_somebodys, called_by_somebodys, laid_out]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, split_over_gpus, numbered_otherwise, scaled])
 def test_what_is_not_known_is_stored_by_stock(change: Callable[[Any], None]):
     from gemma4_turbo.ports.v0_5_23 import attention
 
