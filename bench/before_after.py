@@ -30,11 +30,9 @@ import typer  # noqa: E402
 
 from bench import engine as ours  # noqa: E402
 from bench.engine import PATCHED, STOCK  # noqa: E402
-from gemma4_turbo.catalogue import BITWISE, PATCHES  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
 BEFORE, AFTER = "before", "after"
-EXACT = "exact"  # for --patches
 
 
 class Stock(StrEnum):
@@ -94,10 +92,7 @@ def main(
     ours.end_on_sigterm()
     sizes = [int(size) for size in batches.split(",") if size]
     prefills = [ours.parse_prefill(text) for text in prefill.split(",") if text]
-    if patches == EXACT:
-        chosen = [patch.name for patch in PATCHES if patch.numerics == BITWISE and patch.default]
-    else:
-        chosen = [name for name in patches.split(",") if name]
+    chosen = ours.patches_of(patches)
     results = ours.Results(model, layers or None, chosen)
     os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))

@@ -36,6 +36,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from bench.provenance import provenance  # noqa: E402
 from bench.turns import turn  # noqa: E402
+from gemma4_turbo.catalogue import BITWISE, PATCHES  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
@@ -298,6 +299,13 @@ def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, fl
     return found
 
 
+def patches_of(text: str) -> list[str]:
+    """Names of a comma list; ``exact``: of every bitwise patch that is on by default."""
+    if text == "exact":
+        return [patch.name for patch in PATCHES if patch.numerics == BITWISE and patch.default]
+    return [name for name in text.split(",") if name]
+
+
 def parse_prefill(text: str) -> tuple[int, int, int]:
     """Prompts, their length and the tokens to generate, of ``BATCHxLENGTH[+TOKENS]``."""
     found = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+))?", text)
@@ -338,7 +346,8 @@ def engines(make: Any, variants: list[str]) -> Iterator[dict[str, Engine]]:
 def main(
     model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "26b-a4b",
     patches: Annotated[
-        str, typer.Option(help="Comma list; empty: all that are on by default")
+        str,
+        typer.Option(help="Comma list; exact: all bitwise ones; empty: all that are on by default"),
     ] = "",
     layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
     batches: Annotated[str, typer.Option(help="Decode batch sizes; empty: none")] = "1,8,32,64",
@@ -397,7 +406,7 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-engine.csv"),
 ) -> None:
     """Stock against patched, whole engine."""
-    chosen = [name for name in patches.split(",") if name]
+    chosen = patches_of(patches)
     sizes = [int(size) for size in batches.split(",") if size]
     prefills = [parse_prefill(text) for text in prefill.split(",") if text]
     results = Results(model, layers or None, chosen, tp)
