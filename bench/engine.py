@@ -84,6 +84,7 @@ class Engine:
         }
         path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+        environment["PYTHONSAFEPATH"] = "1"  # bench/kernels.py is not the package kernels
         if variant == PATCHED:
             only = ",".join(patches) if patches else "*"
             environment |= {
