@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import pandas as pd
 import typer
+from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -133,27 +134,36 @@ def kernels() -> str:
 
 
 def engine_runs() -> list[pd.DataFrame]:
-    """The newest run of each file of whole engines with the decode patches."""
-    frames = [pd.read_csv(path) for path in sorted(RESULTS.glob("decode-*-engine.csv"))]
-    return [newest_rows(frame) for frame in frames]
+    """The newest run of each file of whole engines with the decode patches, the newest SGLang first."""
+    frames = [
+        newest_rows(pd.read_csv(path)).assign(graphs="nographs" not in path.name)
+        for path in sorted(RESULTS.glob("decode-*-engine.csv"))
+    ]
+    return sorted(frames, key=lambda frame: Version(frame.iloc[0]["sglang"]), reverse=True)
 
 
 def headline() -> str | None:
-    """A row per model and GPU: its newest run with patches of any numerics; None if there is none."""
-    found: dict[tuple[str, int, str], pd.DataFrame] = {}
+    """A row per SGLang, model and GPU: its newest run of every batch with patches of any numerics."""
+    found: dict[tuple[str, str, int, str], pd.DataFrame] = {}
     for frame in sorted(engine_runs(), key=lambda frame: frame.iloc[0]["timestamp"]):
         first = frame.iloc[0]
         names = first["patches"].split("+")
-        timed = first.get("tp", 1) <= 1 and (frame["unit"] == "ms").any()
+        steps = set(frame[frame["quantity"] == "decode step"]["x"])
+        timed = first.get("tp", 1) <= 1 and set(BATCHES) <= steps
         if timed and (names == ["all"] or not_bitwise(names)):
-            found[first["model"], first["layers"], first["gpu"]] = frame
+            found[first["sglang"], first["model"], first["layers"], first["gpu"]] = frame
     if not found:
         return None
     rows = []
-    for _, frame in sorted(found.items(), key=lambda item: item[0]):
+    every = sorted(found.items(), key=lambda item: item[0][1:])
+    for _, frame in sorted(every, key=lambda item: Version(item[0][0]), reverse=True):
         table = medians(frame[frame["unit"] == "ms"])
-        rows.append([*engine_name(frame.iloc[0]), *engine_times(table)])
+        first = frame.iloc[0]
+        *steps, prefills = engine_times(table)
+        longest = max(prefills.split(", "), key=_tokens)
+        rows.append([first["sglang"], *engine_name(first), *steps, longest])
     header = [
+        "SGLang",
         "model",
         "GPU",
         *(f"decode step, batch {size}, ms" for size in BATCHES),
@@ -165,13 +175,20 @@ def headline() -> str | None:
     )
 
 
+def _tokens(prefill: str) -> int:
+    """Of ``8 x 4096: ...``."""
+    count, length = prefill.partition(":")[0].split(" x ")
+    return int(count) * int(length)
+
+
 def decode_engine() -> str | None:
     """Whole engines with the decode patches, a row per measurement; None if there is none."""
     frames = engine_runs()
     rows = [engine_row(frame) for frame in frames]
     if not rows:
         return None
-    header = ["model", "GPU", "patches", *(f"decode, batch {size}, ms" for size in BATCHES)]
+    header = ["SGLang", "model", "GPU", "patches"]
+    header += [f"decode, batch {size}, ms" for size in BATCHES]
     header += ["launches per layer", "prefill, ms", "tokens differing", "logprobs differing"]
     table = markdown([*header, "KL divergence, nats", "rounds"], rows)
     return (
@@ -228,9 +245,10 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
         gpu += f", {first['norms']} norms"
     *steps, prefill = engine_times(table)
     return [
+        first["sglang"],
         model,
         gpu,
-        chosen(first["patches"]),
+        chosen(first["patches"]) + ("" if first["graphs"] else "; graphs off"),
         *steps,
         launches,
         prefill,
