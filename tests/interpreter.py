@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-RELEASE = "3.6.0"  # another release's interpreter is left as it is
+RELEASES = ("3.6.0", "3.8.0")  # whose interpreter it was read in; another one is left as it is
 _swaps: list[tuple[Any, str, Any, Any]] = []  # owner, name, stock's and ours
 
 
@@ -18,7 +18,7 @@ def quicken() -> None:
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
-    if triton.__version__ != RELEASE or builder.options.debug:
+    if triton.__version__ not in RELEASES or builder.options.debug:
         return
     # Each sum of integers is made again in 64 bits, for an assertion that is on with `debug` only.
     _swap(builder, "options", interpreter.InterpreterOptions(sanitize_overflow=False))

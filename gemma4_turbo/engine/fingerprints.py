@@ -348,7 +348,29 @@ def judge(ports: Sequence[Port], release: str | None, definitions: Definitions) 
     if problem is not None:
         return Verdict(states.FAILED, problem)
     verdicts = [_judge(port, release, definitions) for port in ports]
-    return min(verdicts, key=lambda verdict: _NEAREST.index(verdict.state))
+    found = min(verdicts, key=lambda verdict: _NEAREST.index(verdict.state))
+    if found.state in (states.DRIFTED, states.UNSUPPORTED) and len(ports) > 1:
+        return found._replace(reason="; ".join([found.reason, *_nearness(ports, definitions)]))
+    return found
+
+
+def _nearness(ports: Sequence[Port], definitions: Definitions) -> list[str]:
+    """Which of the lines' ports a port for this source could come from."""
+    table, told = known_releases(), []
+    for port in ports:
+        if port.tells_only or not port.written_for:
+            continue
+        known = table.get(port.written_for[-1], {})
+        prints = [(target, definitions.fingerprint(target)) for target in port.sources]
+        same = sum(value is not None and value == known.get(target) for target, value in prints)
+        told.append(f"{same} of {len(prints)} sources are {port.written_for[-1]}'s")
+    return [", ".join(told)] if told else []
+
+
+def _few(names: Sequence[str]) -> str:
+    """Names for a reason that is read in a terminal."""
+    told = ", ".join(names[:2])
+    return told if len(names) < 3 else f"{told} and {len(names) - 2} more"
 
 
 _NEAREST = (states.ACTIVE, states.UPSTREAMED, states.FAILED, states.DRIFTED, states.UNSUPPORTED)
@@ -392,7 +414,7 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
             states.FAILED, f"misspelt: neither {label} nor any known one has {nowhere[0]}"
         )
     if missing:
-        return Verdict(states.UNSUPPORTED, f"{label} has no {', '.join(missing)}")
+        return Verdict(states.UNSUPPORTED, f"{label} has no {_few(missing)}")
     if port.finds_defect:
         return Verdict(states.ACTIVE, "looks for the defect in the source at hand", port)
     if any(map(is_source_of, table.values())):
@@ -408,7 +430,7 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
     if unrecorded:  # the source may well be the one that the patch was written for
         return Verdict(states.FAILED, unrecorded[0])
     unknown = [t for t in prints if not any(prints[t] == known.get(t) for known in candidates)]
-    what = ", ".join(unknown) if unknown else "a mix of " + ", ".join(prints)
+    what = _few(unknown) if unknown else f"a mix of {_few(list(prints))}"
     return Verdict(
         states.DRIFTED, f"{label}: source of {what} is not that of {', '.join(port.written_for)}"
     )

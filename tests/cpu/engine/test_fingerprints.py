@@ -329,6 +329,38 @@ def test_a_release_that_the_patch_was_not_written_for_does_not_count(world: Worl
     assert verdict.reason == f"written for 0.9, not for SGLang {RELEASE}"
 
 
+def test_of_two_lines_it_is_told_which_is_nearer(world: World) -> None:
+    """A port for a release between them begins with the one or the other."""
+    target, basis = world.target("answer"), world.target("Model.forward")
+    source = fingerprints.folder_source(world.root)
+    ports = [
+        record("one", target, relies_on=(basis,), written_for=(release,)).ports[0]
+        for release in ("2.0", RELEASE)
+    ]
+    world.table[RELEASE] = fingerprints.record_release(source, ports)
+    world.edit("x * 2", "x * 4")
+    world.edit("x + 1", "x + 4")
+    world.table["2.0"] = fingerprints.record_release(source, ports)
+    assert judge(ports, "2.0", Definitions(source)).reason.startswith("written for")
+    world.edit("x + 4", "x + 5")
+    verdict = judge(ports, "1.5", Definitions(source))
+    assert verdict.state == states.DRIFTED
+    assert verdict.reason.endswith("; 1 of 2 sources are 2.0's, 0 of 2 sources are 1.0's")
+    assert "sources are" not in judge(ports[:1], "1.5", Definitions(source)).reason
+
+
+def test_reasons_name_few_of_many(world: World) -> None:
+    """They are read in a terminal."""
+    names = ("answer", "Model.forward", "Model.scale", "Model.name")
+    targets = [world.target(name) for name in names]
+    ports = record("one", targets[0], relies_on=tuple(targets[1:])).ports
+    source = fingerprints.folder_source(world.root)
+    world.table[RELEASE] = fingerprints.record_release(source, ports)
+    verdict = judge(ports, RELEASE, Definitions(lambda module: ""))
+    assert verdict.state == states.UNSUPPORTED
+    assert verdict.reason.endswith(f"has no {targets[0]}, {targets[1]} and 2 more")
+
+
 def test_what_is_only_read_may_change_but_for_the_names_that_are_read(world: World) -> None:
     """A contract on names instead of a fingerprint; the target's own fingerprint stays."""
     read = ((world.target("Model"), ("forward", "x")),)
