@@ -3,20 +3,26 @@
 #   make test    all tests that this machine can run
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
-# Without RELEASE: the extra `sglang`. With it, e.g. RELEASE=0.5.23: `sglang-0.5.23`, in a folder of its own.
+# SGLang's newest release that is patched, or RELEASE=0.5.12.post1, in an environment of its own.
 RELEASE ?=
+EXTRA := sglang$(if $(RELEASE),-$(RELEASE:.post1=))
 VENV := .venv$(if $(RELEASE),-$(RELEASE))
 BIN := $(VENV)/bin
 # Triton builds its launcher with a C compiler and Python.h.
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint docs tables clean
+.PHONY: demo test test-ports lint docs tables clean
 
 demo: $(READY)
 	@$(BIN)/python -m gemma4_turbo demo
 
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(PYTEST)
+
+test-ports: $(READY)  ## what depends on SGLang's release
+	$(PYTEST) tests/cpu/ports
 
 lint: $(READY) docs
 	$(BIN)/ruff check .
@@ -36,7 +42,7 @@ $(READY): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or 3.12 (PYTHON=/path/to/python3.12)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[sglang$(if $(RELEASE),-$(RELEASE)),test,bench,docs]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -e '.[$(EXTRA),test,bench,docs]'
 	@touch $@
 
 clean:

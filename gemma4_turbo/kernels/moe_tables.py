@@ -1,4 +1,4 @@
-"""Tuned tables for SGLang's fused experts' kernel, as files in ``moe_configs/``.
+"""Tuned tables for SGLang's fused experts' kernel, as files in ``moe_configs/``, a folder for each Triton.
 
 A table maps a number of tokens to the kernel's block sizes; the closest entry is used. The up and the
 down projection have one each, and the release requires equal ``BLOCK_SIZE_M`` in both.
@@ -15,7 +15,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
-FOLDER = resources.files("gemma4_turbo.kernels") / "moe_configs"  # in a zip, if the package is
+TABLES = resources.files("gemma4_turbo.kernels") / "moe_configs"  # in a zip, if the package is
 REQUIRED = (
     "BLOCK_SIZE_M",
     "BLOCK_SIZE_N",
@@ -41,6 +41,19 @@ class Key(NamedTuple):
     experts: int
     width: int  # of one expert's hidden layer, on this GPU
     device: str  # name of the GPU, underscores for blanks
+
+
+@cache
+def triton() -> str:
+    """The Triton that compiles the kernel, ``Triton 3.6``: what is fast under one is not under the next."""
+    import triton as installed
+
+    return "Triton " + ".".join(installed.__version__.split(".")[:2])
+
+
+def here() -> Traversable:
+    """The folder of the tables that were tuned under this Triton, there or not."""
+    return TABLES / triton().lower().replace(" ", "_").replace(".", "_")
 
 
 def file_name(key: Key, down: bool) -> str:
@@ -73,12 +86,12 @@ def check(pair: Pair) -> None:
 
 
 def load(key: Key, folder: Traversable | None = None) -> Pair | None:
-    """The tables for a shape and GPU, None if there are none.
+    """The tables for a shape, a GPU and this Triton, None if there are none.
 
     Raises:
         ValueError: if they are there and wrong, or cannot be read.
     """
-    folder = FOLDER if folder is None else folder
+    folder = here() if folder is None else folder
     try:
         paths = [folder / file_name(key, down) for down in (False, True)]
         if not all(path.is_file() for path in paths):
@@ -99,7 +112,7 @@ def load(key: Key, folder: Traversable | None = None) -> Pair | None:
 def save(key: Key, pair: Pair, folder: Path | None = None) -> list[Path]:
     """Write both files; the tables are checked before."""
     check(pair)
-    folder = Path(str(FOLDER)) if folder is None else folder
+    folder = Path(str(here())) if folder is None else folder
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for down, table in ((False, pair.up), (True, pair.down)):
@@ -111,8 +124,8 @@ def save(key: Key, pair: Pair, folder: Path | None = None) -> list[Path]:
 
 
 def shipped(folder: Traversable | None = None) -> list[Key]:
-    """What there are tables for."""
-    folder = FOLDER if folder is None else folder
+    """What there are tables for, under this Triton."""
+    folder = here() if folder is None else folder
     pattern = re.compile(r"E=(\d+),N=(\d+),device_name=(\w+)\.json")
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = map(pattern.fullmatch, names)

@@ -1,138 +1,24 @@
-"""`moe_configs`: the fused experts' kernel gets the block sizes that were tuned for Gemma 4's shapes.
-
-The function that looks tables up is replaced, not the folder that it looks in, so that all of SGLang's
-own tables stay. A table of the user's own wins, and so does ``SGLANG_MOE_CONFIG_DIR``. Up and down
-projection are decided together: half of a pair could break stock's rule of equal ``BLOCK_SIZE_M``.
-
-A trace of torch.compile sees stock's function.
-"""
+"""`moe_configs` of 0.5.12: `gemma4_turbo.ports.any.moe_configs`, and where the server's arguments are."""
 
 from __future__ import annotations
 
-import functools
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from gemma4_turbo.engine.checks import Check
-from gemma4_turbo.kernels import moe_tables
-from gemma4_turbo.kernels.moe_tables import Key, Pair
-from gemma4_turbo.runtime import custom_ops
+from gemma4_turbo.ports.any import moe_configs as shared
+from gemma4_turbo.ports.any.moe_configs import undo, verify
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
 
-MODULE = "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
-TARGET = f"{MODULE}:get_moe_configs"
-FOLDER_VARIABLE = "SGLANG_MOE_CONFIG_DIR"
-
-_found: dict[tuple[int, int], tuple[Pair | None, str]] = {}  # per shape: tables, or why none
+__all__ = ("build", "undo", "verify")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
-    """The package's tables where there are some for this shape and GPU, else stock's look-up."""
-    look_up: Callable[..., moe_tables.Table | None] = stock[TARGET]
-
-    @functools.wraps(look_up)
-    def get_moe_configs(
-        E: int,
-        N: int,
-        dtype: str | None,
-        block_n: int | None = 0,
-        block_k: int | None = 0,
-        per_channel_quant: bool = False,
-        down_moe: bool = False,
-    ) -> moe_tables.Table | None:
-        def stocks() -> moe_tables.Table | None:
-            return look_up(
-                E, N, dtype, block_n, block_k,
-                per_channel_quant=per_channel_quant, down_moe=down_moe,
-            )  # fmt: skip
-
-        if torch.compiler.is_compiling():
-            return stocks()
-        pair, reason = None, "the experts are quantised, or in fp32"
-        if dtype is None and not block_n and not block_k and not per_channel_quant:
-            pair, reason = _tables(E, N)
-        if pair is None:
-            run.declined(reason)
-            return stocks()
-        run.engaged(custom_ops.capturing())
-        return pair.down if down_moe else pair.up
-
-    # What callers of stock's may reset still is what is asked when there is no table here.
-    for name in ("cache_clear", "cache_info", "cache_parameters"):
-        setattr(get_moe_configs, name, getattr(look_up, name))
-    return {TARGET: get_moe_configs}
+    """The replacement."""
+    return shared.build(run, stock, _deterministic)
 
 
-def undo(run: PatchRun) -> None:
-    """Look again after the next installation."""
-    _found.clear()
-
-
-def _tables(experts: int, width: int) -> tuple[Pair | None, str]:
-    """Both tables, or None and why. The files are looked at once per shape, as stock does."""
+def _deterministic() -> bool:
     from sglang.srt.server_args import get_global_server_args
 
-    if get_global_server_args().enable_deterministic_inference:
-        return None, "deterministic inference uses no table"
-    if FOLDER_VARIABLE in os.environ:
-        return None, f"{FOLDER_VARIABLE} is set"
-    if (experts, width) not in _found:
-        _found[experts, width] = _look(experts, width)
-    return _found[experts, width]
-
-
-def _look(experts: int, width: int) -> tuple[Pair | None, str]:
-    import importlib
-
-    stock = importlib.import_module(MODULE)
-    device = stock.get_device_name().replace(" ", "_")
-    key = Key(experts, width, device)
-    names = tuple(
-        stock.get_config_file_name(experts, width, None, [0, 0], False, down_moe=down)
-        for down in (False, True)
-    )
-    own = moe_tables.users_own(Path(os.path.realpath(str(stock.__file__))).parent, names)
-    if own is not None:
-        return None, f"the user's own table is there: {own}"
-    try:
-        pair = moe_tables.load(key)
-    except ValueError as error:
-        return None, f"the table for E={experts}, N={width} on {device} is wrong: {error}"
-    if pair is None:
-        return None, f"no table for E={experts}, N={width} on {device}"
-    return pair, ""
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """Every table that the package ships obeys the release's rules."""
-    checks = []
-    try:
-        shipped = moe_tables.shipped()
-    except OSError as error:
-        return [Check("moe_configs", "the shipped tables", "-", 0, 1, str(error), False)]
-    for key in shipped:
-        try:
-            pair = moe_tables.load(key)
-            problem = "" if pair is not None else "the down projection's table is missing"
-        except ValueError as error:
-            pair, problem = None, str(error)
-        checks.append(
-            Check(
-                "moe_configs",
-                f"E={key.experts}, N={key.width}, {key.device}",
-                "the release's rules",
-                0 if pair is None else len(pair.up) + len(pair.down),
-                int(bool(problem)),
-                problem or "equal BLOCK_SIZE_M of up and down",
-                not problem,
-            )
-        )
-    if not checks:
-        checks.append(Check("moe_configs", "no table is shipped yet", "-", 0, 0, "-", True))
-    return checks
+    return bool(get_global_server_args().enable_deterministic_inference)

@@ -363,6 +363,20 @@ PORTS: dict[str, Port] = {
         # It asks for the GPU's capability while it is imported: not before the device is chosen.
         lazy=(f"{_KERNELS}.extend_attention",),
     ),
+    "moe_configs": Port(
+        module=f"{HERE}.moe_configs",
+        targets=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
+        ),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":try_get_optimal_moe_config",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config"
+            ":get_config_file_name",
+            "sglang.kernels.ops.moe.fused_moe_triton_kernels:fused_moe_kernel",
+        ),
+        written_for=RELEASES,
+    ),
     "decode_attention": Port(
         module=f"{HERE}.decode_attention",
         targets=(f"{_BACKEND}:TritonAttnBackend.forward_decode",),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import moe_tables
 from gemma4_turbo.kernels.moe_tables import Key, Pair
-from gemma4_turbo.ports.v0_5_12 import moe_configs as patch
+from gemma4_turbo.ports.any import moe_configs as patch
 from tests.cpu.conftest import patched_sglang
 
 H200 = Key(128, 704, "NVIDIA_H200")
@@ -26,6 +28,7 @@ CONFIG = {
     "num_warps": 4,
     "num_stages": 3,
 }
+FOLDERS = sorted(Path(str(moe_tables.TABLES)).glob("triton_*"))  # one for each Triton
 WIDE = CONFIG | {"BLOCK_SIZE_M": 64}
 
 
@@ -56,10 +59,7 @@ class World:
         self.monkeypatch = monkeypatch
         self.ours = folder / "ours"
         self.ours.mkdir()
-        monkeypatch.setattr(moe_tables, "FOLDER", self.ours)
-        monkeypatch.setattr(
-            patch.moe_tables, "load", lambda key, load=moe_tables.load: load(key, self.ours)
-        )
+        monkeypatch.setattr(moe_tables, "here", lambda: self.ours)
         self.theirs = folder / "theirs"
         self.on("NVIDIA H200")
 
@@ -77,6 +77,10 @@ class World:
     def look_up(self) -> Any:
         """What SGLang calls."""
         return self.stock.get_moe_configs
+
+    def stocks(self, down: bool) -> Any:
+        """What stock makes of the folders for the experts of 26B-A4B."""
+        return self.look_up.__wrapped__(128, 704, None, down_moe=down)
 
     def copied(self) -> Path:
         """Stock's configs as a user may have them: a copy that is SGLang's folder from now on."""
@@ -142,7 +146,7 @@ def test_the_name_of_the_gpu_decides(world: World):
     moe_tables.save(H200, pair(), world.ours)
     world.on("NVIDIA H100 80GB HBM3")
     up, (down, _) = world.optimal(3)
-    assert down is None
+    assert down != CONFIG | {"BLOCK_SIZE_N": 32}
     assert up != CONFIG
     assert "no table for E=128, N=704 on NVIDIA_H100_80GB_HBM3" in reason()
     moe_tables.save(H200._replace(device="NVIDIA_H100_80GB_HBM3"), pair(), world.ours)
@@ -183,12 +187,24 @@ def test_other_experts_are_untouched(world: World, options: dict[str, Any]):
     assert found == world.optimal(64, **dict(options))
 
 
-def test_deterministic_inference_uses_no_table(world: World, monkeypatch):
-    from sglang.srt.server_args import get_global_server_args
+def infer_deterministically(world: World) -> None:
+    """By the server's argument, where this SGLang keeps it."""
+    name, wanted = (
+        "enable_deterministic_inference",
+        SimpleNamespace(deterministic=SimpleNamespace()),
+    )
+    setattr(wanted.deterministic, name, True)
+    if not hasattr(world.stock, "get_exec"):
+        world.monkeypatch.setattr(world.stock.get_global_server_args(), name, True)
+        return
+    for module in (world.stock, importlib.import_module("sglang.srt.runtime_context")):
+        world.monkeypatch.setattr(module, "get_exec", lambda: wanted)
 
+
+def test_deterministic_inference_uses_no_table(world: World):
     moe_tables.save(H200, pair(), world.ours)
     world.forget()
-    monkeypatch.setattr(get_global_server_args(), "enable_deterministic_inference", True)
+    infer_deterministically(world)
     assert world.look_up(128, 704, None) is None
     assert "deterministic" in reason()
 
@@ -203,7 +219,8 @@ def test_the_folder_of_the_environment_wins(world: World, tmp_path: Path, monkey
     monkeypatch.setenv(patch.FOLDER_VARIABLE, str(chosen))
     world.forget()
     assert world.look_up(128, 704, None) == {7: theirs}
-    assert world.look_up(128, 704, None, down_moe=True) is None
+    assert world.look_up(128, 704, None, down_moe=True) == world.stocks(True)
+    assert world.stocks(True) != pair().down
     assert patch.FOLDER_VARIABLE in reason()
 
 
@@ -216,9 +233,11 @@ def test_a_table_that_the_user_put_beside_stocks_wins(world: World, version: str
     path = world.copied() / version / moe_tables.file_name(H200, down)
     path.write_text(json.dumps(theirs))
     world.forget()
-    for asked in (False, True):
-        found = world.look_up(128, 704, None, down_moe=asked)
-        assert found == ({7: theirs["7"]} if asked == down else None)
+    read = [world.stocks(asked) for asked in (False, True)]
+    assert [world.look_up(128, 704, None, down_moe=asked) for asked in (False, True)] == read
+    assert [*pair()] != read
+    # A release may ship tables for a newer Triton than the user's, which stock takes before it.
+    assert {7: theirs["7"]} in read or version < "triton_3_6_0"
     assert "user's own table" in reason()
 
 
@@ -276,23 +295,35 @@ def test_the_fused_experts_module_gets_ours(world: World):
     assert engaged() == before + 1
 
 
-def test_every_shipped_table_obeys_the_rules():
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_shipped_table_obeys_the_rules(folder: Path):
     """Equal BLOCK_SIZE_M above all: stock asserts it at every call."""
-    for key in moe_tables.shipped():
-        found = moe_tables.load(key)
+    for key in moe_tables.shipped(folder):
+        found = moe_tables.load(key, folder)
         assert found is not None, f"half a pair: {key}"
         moe_tables.check(found)
         for tokens, up in found.up.items():
             assert up["BLOCK_SIZE_M"] == found.down[tokens]["BLOCK_SIZE_M"]
     assert all(check.passed for check in patch.verify(None, "cpu"))  # type: ignore[arg-type]
-    names = {path.name for path in moe_tables.FOLDER.glob("*.json")}
-    listed = {moe_tables.file_name(key, down) for key in moe_tables.shipped() for down in (0, 1)}
-    assert names == listed
+    names = {path.name for path in folder.glob("*.json")}
+    shipped = moe_tables.shipped(folder)
+    assert names == {moe_tables.file_name(key, down) for key in shipped for down in (0, 1)}
 
 
-def test_every_gpu_has_tables_for_one_and_for_two():
+def test_a_triton_without_tables_of_its_own_has_none(monkeypatch: pytest.MonkeyPatch):
+    """Those of another one are not fast there."""
+    monkeypatch.setattr(moe_tables, "triton", lambda: "Triton 9.9")
+    assert moe_tables.shipped() == []
+    assert moe_tables.load(H200) is None
+    (check,) = patch.verify(None, "cpu")  # type: ignore[arg-type]
+    assert check.passed
+    assert "Triton 9.9" in check.what
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_every_gpu_has_tables_for_one_and_for_two(folder: Path):
     widths: dict[str, set[int]] = {}
-    for key in moe_tables.shipped():
+    for key in moe_tables.shipped(folder):
         assert key.experts == 128
         widths.setdefault(key.device, set()).add(key.width)
     assert {"NVIDIA_H200", "NVIDIA_H100_80GB_HBM3"} <= widths.keys()
