@@ -269,12 +269,12 @@ def test_a_module_that_runs_another_of_its_functions_is_called(
         "layer_norms": (layer, LayerSite, layer.pre_feedforward_layernorm),
         "ple_tail": (layer, LayerSite, layer.post_per_layer_input_norm),
     }[where]
-    for other in layer.modules():
+    for other in layer.modules():  # put back: SGLang gives the rotary embedding to other models too
         if hasattr(other, "_forward_method"):
-            other._forward_method = other.forward_cuda
+            monkeypatch.setattr(other, "_forward_method", other.forward_cuda)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
     assert getattr(make(part), where) is UNPROVEN
-    module._forward_method = module.forward_native
+    monkeypatch.setattr(module, "_forward_method", module.forward_native)
     assert "runs forward_native" in str(getattr(make(part), where))
 
 
