@@ -20,6 +20,8 @@ import time
 from collections.abc import Collection
 from typing import Any
 
+from gemma4_turbo.cli.arguments import RENAMED
+
 
 def prompts(count: int, length: int, seed: int) -> list[list[int]]:
     """Random token ids, the same for every engine."""
@@ -55,12 +57,6 @@ def soak_requests(
             }
         )
     return requests
-
-
-RENAMED = {  # arguments of 0.5.12.post1, and what later releases call them
-    "cuda_graph_max_bs": "cuda_graph_max_bs_decode",
-    "disable_piecewise_cuda_graph": "disable_prefill_cuda_graph",
-}
 
 
 def named_here(arguments: dict[str, Any], known: Collection[str]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ from bench.engine import PATCHED, STOCK, distances, end_on_sigterm  # noqa: E402
 from bench.engine_worker import prompts  # noqa: E402
 from bench.images import ImageServer, as_row, sampling  # noqa: E402
 from bench.servers import console, free_port, launch_arguments  # noqa: E402
+from gemma4_turbo.cli.arguments import flag  # noqa: E402
 
 EXACT, HOSTILE, SQUATTED = "exact", "hostile folder", "taken folder"
 NEW_TOKENS = 32
@@ -462,7 +463,8 @@ def hook_arguments(scratch: Path) -> tuple[list[str], Path]:
         "config": {"size": 16.0},
     }
     # Dynamo, which SGLang sends prefills through to record them, does not take a hook that writes.
-    arguments = ["--forward-hooks", json.dumps([specification]), "--disable-piecewise-cuda-graph"]
+    arguments = ["--forward-hooks", json.dumps([specification])]
+    arguments.append(flag("disable_piecewise_cuda_graph"))
     return arguments, folder
 
 

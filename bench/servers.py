@@ -22,6 +22,7 @@ from rich.console import Console
 
 from bench.engine import PATCHED
 from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.cli.arguments import flag
 
 HERE = Path(__file__).resolve().parent
 START_LIMIT_S = 480
@@ -130,7 +131,7 @@ def launch_arguments(
         *("--model-path", str(folder), "--load-format", "dummy"),
         *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
         *("--grammar-backend", "none", "--disable-radix-cache"),
-        *("--cuda-graph-max-bs", str(largest_batch)),
+        *(flag("cuda_graph_max_bs"), str(largest_batch)),
         *("--max-total-tokens", str(max_total_tokens)),
         *("--mem-fraction-static", str(mem_fraction)),
         *shlex.split(more),

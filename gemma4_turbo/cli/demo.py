@@ -23,6 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from gemma4_turbo.cli import report, verify
+from gemma4_turbo.cli.arguments import flag
 from gemma4_turbo.cli.example import folder as example_folder
 from gemma4_turbo.cli.modules import CannotRunError, require_sglang, require_targets
 from gemma4_turbo.engine.counters import descendants
@@ -142,7 +143,7 @@ def _server(model: Path, port: int, log: Path) -> Iterator[subprocess.Popen[byte
         *("--model-path", str(model), "--port", str(port)),
         *("--load-format", "dummy", "--skip-tokenizer-init"),
         *("--attention-backend", "triton", "--sampling-backend", "pytorch"),
-        *("--grammar-backend", "none", "--cuda-graph-max-bs", "16"),
+        *("--grammar-backend", "none", flag("cuda_graph_max_bs"), "16"),
     ]
     with log.open("wb") as output:
         server = subprocess.Popen(
