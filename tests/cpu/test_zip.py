@@ -219,7 +219,7 @@ def test_tables_in_a_folder_that_cannot_be_read(
 
     monkeypatch.setattr(Path, "is_file", locked)
     monkeypatch.setattr(Path, "iterdir", locked)
-    monkeypatch.setattr(moe_tables, "FOLDER", tmp_path)
+    monkeypatch.setattr(moe_tables, "here", lambda: tmp_path)
     with pytest.raises(ValueError, match="PermissionError"):
         moe_tables.load(H200)
     (check,) = moe_configs.verify(instance.ENGINE.runs["moe_configs"], "cpu")

@@ -11,12 +11,19 @@ from gemma4_turbo.runtime import weights
 
 BUILT = "sglang.srt.model_loader.loader:_initialize_model"
 _RUNNER = "sglang.srt.model_executor.model_runner"
-WRITERS = (
+_UPDATER = f"{_RUNNER}_components.weight_updater"
+WRITERS = (  # a release that does not have one is left alone
     f"{_RUNNER}:ModelRunner.update_weights_from_disk",
     f"{_RUNNER}:ModelRunner.update_weights_from_distributed",
     f"{_RUNNER}:ModelRunner.update_weights_from_tensor",
     f"{_RUNNER}:ModelRunner.update_weights_from_ipc",
     f"{_RUNNER}:_model_load_weights_direct",
+    f"{_UPDATER}:WeightUpdater.update_weights_from_disk",
+    f"{_UPDATER}:WeightUpdater.load_weights_from_distributed",
+    f"{_UPDATER}:WeightUpdater.update_weights_from_tensor",
+    f"{_UPDATER}:WeightUpdater.update_weights_from_ipc",
+    f"{_UPDATER}:WeightUpdater.end_weight_update",
+    f"{_UPDATER}:_model_load_weights_direct",
 )
 
 

@@ -24,11 +24,18 @@ LAUNCH = "sglang.srt.entrypoints.engine:Engine._launch_subprocesses"
 SCHEDULERS = "sglang.srt.entrypoints.engine:Engine._launch_scheduler_processes"
 RAY = "sglang.srt.ray.engine:RayEngine._launch_scheduler_processes"
 GRPC = "sglang.srt.entrypoints.grpc_server:serve_grpc"
-ENCODER = "sglang.srt.disaggregation.encode_server:launch_server"
-ENCODER_GRPC = "sglang.srt.disaggregation.encode_grpc_server:serve_grpc_encoder"
+ENCODERS = (  # a release has those of one folder, and is left alone about the others
+    "sglang.srt.disaggregation.encode_server:launch_server",
+    "sglang.srt.disaggregation.encode_grpc_server:serve_grpc_encoder",
+    "sglang.srt.disaggregation.encoder.http_server:launch_server",
+    "sglang.srt.disaggregation.encoder.grpc_server:serve_grpc_encoder",
+)
 RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner.__init__"
 LOADED = "sglang.srt.model_executor.model_runner:ModelRunner.load_model"
-ENCODER_LOADED = "sglang.srt.disaggregation.encode_server:MMEncoder.__init__"
+ENCODERS_LOADED = (
+    "sglang.srt.disaggregation.encode_server:MMEncoder.__init__",
+    "sglang.srt.disaggregation.encoder.server:MMEncoder.__init__",
+)
 
 
 # -- the launch -----------------------------------------------------------------------------------
@@ -119,11 +126,12 @@ add(LAUNCH, _before_launch, instead=SCHEDULERS)
 add(SCHEDULERS, _before_schedulers)
 add(RAY, _before_schedulers)
 add(GRPC, _before_launch)
-add(ENCODER, _before_encoders)
-add(ENCODER_GRPC, _before_encoders)
+for _encoder in ENCODERS:
+    add(_encoder, _before_encoders)
 add(LOADED, _after_load, instead=RUNNER)
 add(RUNNER, guarded(before=[gates.hold]))
-add(ENCODER_LOADED, _after_load)
+for _encoder in ENCODERS_LOADED:
+    add(_encoder, _after_load)
 add(late_arguments.MADE, guarded(after=[_made]))
 occasions.add_gates()
 AFTER_LOADING[:0] = occasions.WHEN_LOADED

@@ -57,7 +57,9 @@ _ATTENTION = (
 # What a layer calls by way of its modules.
 _NORM_CALLS = (
     _OP,
+    "sglang.srt.layers.layernorm:RMSNorm.forward",  # inherited, as others below
     "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward",
     "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
     "sglang.srt.layers.layernorm:rmsnorm",
     "sglang.srt.layers.layernorm:fused_add_rmsnorm",
@@ -65,6 +67,8 @@ _NORM_CALLS = (
 _LINEAR_CALLS = (
     "sglang.srt.layers.linear:ReplicatedLinear.forward",
     "sglang.srt.layers.linear:ColumnParallelLinear.forward",
+    "sglang.srt.layers.linear:MergedColumnParallelLinear.forward",
+    "sglang.srt.layers.linear:QKVParallelLinear.forward",
     "sglang.srt.layers.linear:RowParallelLinear.forward",
     "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
 )
@@ -72,12 +76,16 @@ _MLP_CALLS = (
     *_LINEAR_CALLS,
     _OP,
     "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
+    "sglang.srt.layers.activation:GeluAndMul.forward",
     "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
     "sglang.srt.layers.activation:gelu_tanh_and_mul",
 )
 _ROPE_CALLS = (
     _OP,
+    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward",
     "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
+    "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward",
+    "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward_cuda",
     "sglang.srt.layers.rotary_embedding.base:apply_rope_with_cos_sin_cache_inplace",
 )
 _EXPERTS_CALLS = (
@@ -87,6 +95,8 @@ _EXPERTS_CALLS = (
     "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward_impl",
     "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.run_moe_core",
     "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward",
+    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_cuda",
     "sglang.srt.layers.quantization.fp8:Fp8MoEMethod.apply",
     "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatcher.combine",
     "sglang.srt.layers.moe.moe_runner.runner:MoeRunner.run",

@@ -381,20 +381,31 @@ print(json.dumps([*found, gates()["load"]]))
 REAL = """
 from types import SimpleNamespace
 gemma4_turbo.apply()
-from sglang.srt.disaggregation import encode_grpc_server, encode_server
+try:
+    from sglang.srt.disaggregation import encode_grpc_server, encode_server
+    encoder = encode_server
+except ImportError:
+    from sglang.srt.disaggregation.encoder import grpc_server as encode_grpc_server
+    from sglang.srt.disaggregation.encoder import http_server as encode_server
+    from sglang.srt.disaggregation.encoder import server as encoder
 from sglang.srt.entrypoints import grpc_server
 from sglang.srt import server_args
 from gemma4_turbo.engine import gates
 told = [type(f).__name__ for f in (
     encode_server.launch_server, encode_grpc_server.serve_grpc_encoder, grpc_server.serve_grpc,
-    vars(encode_server.MMEncoder)["__init__"], vars(server_args.ServerArgs)["__post_init__"])]
+    vars(encoder.MMEncoder)["__init__"], vars(server_args.ServerArgs)["__post_init__"])]
 for start in (encode_server.launch_server, encode_grpc_server.serve_grpc_encoder):
     try:
         start(SimpleNamespace(tp_size=2))
     except gates.StrictModeError as error:
         told.append(str(error))
-told.append([t for t in gates._GATES
-             if t.partition(":")[0] in sys.modules and t not in instance.ENGINE.gates])
+def there(target):
+    module, _, name = target.partition(":")
+    found = sys.modules.get(module)
+    for part in name.split("."):
+        found = None if found is None else getattr(found, part, None)
+    return found is not None
+told.append([t for t in gates._GATES if there(t) and t not in instance.ENGINE.gates])
 print(json.dumps(told))
 """
 

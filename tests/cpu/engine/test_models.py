@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -134,18 +135,21 @@ def test_an_off_patch_stays_off_and_strict_mode_has_nothing_against_it(
 
 def test_weights_that_are_written_are_noticed():
     """By SGLang's own writers, before and after; and a write that fails half-way."""
-    from sglang.srt.model_executor import model_runner
-
     from gemma4_turbo.runtime import weights
+
+    runner = "sglang.srt.model_executor.model_runner"
+    writers = importlib.import_module(runner)
+    if not hasattr(writers, "_model_load_weights_direct"):
+        writers = importlib.import_module(f"{runner}_components.weight_updater")
 
     linear = torch.nn.Linear(2, 2, bias=False)
     before = weights.stamp([linear.weight])
     assert weights.stamp([linear.weight]) == before
-    model_runner._model_load_weights_direct(linear, [("weight", torch.zeros(2, 2))])
+    writers._model_load_weights_direct(linear, [("weight", torch.zeros(2, 2))])
     after = weights.stamp([linear.weight])
     assert after != before
     with pytest.raises(KeyError):
-        model_runner._model_load_weights_direct(linear, [("nothing", torch.zeros(2, 2))])
+        writers._model_load_weights_direct(linear, [("nothing", torch.zeros(2, 2))])
     assert weights.stamp([linear.weight]) != after
     after = weights.stamp([linear.weight])
     with torch.no_grad():
