@@ -446,7 +446,9 @@ def main(
     tokens: Annotated[str, typer.Option(help="Comma list")] = ",".join(map(str, TOKENS)),
     workers: Annotated[int, typer.Option(help="Processes that compile")] = 14,
     replays: Annotated[int, typer.Option(help="Readings per measurement")] = 5,
-    folder: Annotated[Path, typer.Option(help="For the tables")] = Path(str(moe_tables.here())),
+    folder: Annotated[
+        Path | None, typer.Option(help="For the tables; the package's by default")
+    ] = None,
     out: Annotated[Path, typer.Option(help="CSV of every measurement")] = Path("moe-tuning.csv"),
 ) -> None:
     """Tune."""
