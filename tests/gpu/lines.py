@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -51,7 +52,7 @@ def stocks_window(
     gather: Any = triton_backend.update_sliding_window_buffer
     gather = getattr(gather, "__wrapped__", gather)
     device = str(table.device)
-    if not hasattr(triton_backend, "SWAKVPool"):
+    if "translator" not in inspect.signature(gather).parameters:
 
         class Allocator:
             def translate_loc_from_full_to_swa(self, x: torch.Tensor) -> torch.Tensor:
