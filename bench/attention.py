@@ -32,6 +32,7 @@ from rich.table import Table
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
 from gemma4_turbo.kernels.attention import extend as kernel  # noqa: E402
 from gemma4_turbo.kernels.attention import extend_tiles as config  # noqa: E402
@@ -194,10 +195,9 @@ def _mask(new: int, old: int, kind: str) -> torch.Tensor:
 def stock_function() -> Call | None:
     """SGLang's wrapper, None where it cannot be imported."""
     try:
-        from sglang.srt.layers.attention.triton_ops.extend_attention import extend_attention_fwd
+        return lines.attention_kernel("extend_attention").extend_attention_fwd  # type: ignore[no-any-return]
     except ImportError:
         return None
-    return extend_attention_fwd  # type: ignore[no-any-return]
 
 
 def microseconds(call: Call, graph: bool) -> float:

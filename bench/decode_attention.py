@@ -27,6 +27,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
+from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
 from gemma4_turbo.kernels.attention import decode as kernel  # noqa: E402
@@ -135,8 +136,8 @@ class Arena:
     def stock(self) -> Any:
         """A call of stock's kernels, with stock's splits for these lengths."""
         from sglang.srt.layers.attention import triton_backend
-        from sglang.srt.layers.attention.triton_ops.decode_attention import decode_attention_fwd
 
+        decode_attention_fwd = lines.attention_kernel("decode_attention").decode_attention_fwd
         triton_backend.get_num_kv_splits_triton[(1,)](
             self.splits, self.lengths, len(self.lengths), 1, self.q.shape[1], self.k.shape[1],
             STOCK_SPLITS, kernel.processors(self.q.device), MAX_NUM_SEQ=256,

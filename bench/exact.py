@@ -18,6 +18,7 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import lines
 from bench.provenance import provenance
 from tests.router_inputs import KINDS, bits_differ, logits
 
@@ -34,11 +35,13 @@ def main(
     """Fused router against stock's closure, bit by bit."""
     if not torch.cuda.is_available():
         raise SystemExit("bench/exact.py: needs a CUDA device")
+    if (reason := lines.absent("router")) is not None:
+        raise SystemExit(f"bench/exact.py: {reason}")
     from sglang.srt.models.gemma4_causal import Gemma4MoE
 
     from gemma4_turbo.kernels.router import LOGIT_DTYPES, fused_routing
-    from gemma4_turbo.ports.v0_5_12.router import stock_routing
 
+    stock_routing = lines.patch("router").stock_routing
     construct: Any = Gemma4MoE.__init__
     construct = getattr(construct, "__wrapped__", construct)
     generator = torch.Generator("cuda").manual_seed(2026)

@@ -43,11 +43,21 @@ def extend(
     sinks: Any = None,
     window_kv_offsets: torch.Tensor | None = None,
     xai_temperature_len: int = -1,
+    page_size: int = 1,
+    extend_seq_lens_cpu: Any = None,
+    **others: Any,
 ) -> None:
-    """Stock's ``extend_attention_fwd`` for causal text. Raises ValueError for anything else."""
+    """Stock's ``extend_attention_fwd`` for causal text. Raises ValueError for anything else.
+
+    Slots are tokens' whatever the page, and the lengths are on the device as well.
+    """
     plain = custom_mask is None and not logit_cap and sinks is None and xai_temperature_len <= 0
-    if not plain or k_scale != 1 or v_scale != 1:
-        raise ValueError("exact_attention: only causal attention without cap, sinks and scales")
+    asked = sorted(name for name, value in others.items() if value not in (None, False))
+    if not plain or asked or k_scale != 1 or v_scale != 1:
+        raise ValueError(
+            "exact_attention: only causal attention without cap, sinks and scales, and without "
+            f"{', '.join(asked) or 'anything else'}"
+        )
     for heads, kv in _heads(q, k):
         out[:, heads] = reference_extend_attention(
             q[:, heads], k[:, kv], v[:, kv], k_buffer[:, kv], v_buffer[:, kv],
@@ -75,6 +85,8 @@ def decode(
     """Stock's ``decode_attention_fwd``. Raises ValueError with a logit cap or sinks."""
     if others.get("logit_cap") or others.get("sinks") is not None or k_scale != 1 or v_scale != 1:
         raise ValueError("exact_attention: no cap, no sinks, no scales")
+    if others.get("score_mod") is not None:
+        raise ValueError("exact_attention: no score_mod")
     out.copy_(reference_decode_attention(q, k_buffer, v_buffer, kv_indptr, kv_indices, sm_scale))
 
 

@@ -644,7 +644,11 @@ SCENARIOS = (
 # Compiled while the first servers start, instead of while one is waited for.
 MARLIN = """
 import torch
-from sglang.jit_kernel import awq_marlin_repack, gptq_marlin
+try:
+    from sglang.jit_kernel import awq_marlin_repack, gptq_marlin
+except ImportError:  # later releases
+    from sglang.kernels.ops.gemm import gptq_marlin
+    from sglang.kernels.ops.quantization import awq_marlin_repack
 awq_marlin_repack._jit_awq_marlin_repack_module()
 gptq_marlin._jit_gptq_marlin_module(torch.bfloat16)
 """

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench import lines
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels import moe_align, qkv, step_prologue
 from gemma4_turbo.kernels import router as router_kernel
@@ -28,7 +29,6 @@ from gemma4_turbo.models.geometry import (
     Geometry,
 )
 from gemma4_turbo.ports.any import attention
-from gemma4_turbo.ports.v0_5_12 import stock as stock_kernels
 
 Call = Callable[[], Any]
 
@@ -93,6 +93,7 @@ class Draw:
 
 def kind_of(x: torch.Tensor) -> int:
     """The RMSNorm that stock runs for rows like ``x``; SystemExit if ours follows none of it."""
+    lines.stock()  # which the kinds are compared with
     kinds = norm_kinds.find(x)
     if kinds.reason is not None:
         raise SystemExit(f"bench/kernels.py: {kinds.reason}")
@@ -108,11 +109,11 @@ def layer_norms(model: Geometry, rows: int, device: str) -> Calls:
     x, ours_r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
     stock_r = ours_r.clone()
     w = [draw.weight(model.hidden) for _ in range(4)]
-    root = draw.scalar(model.hidden**-0.5)
+    root = None if lines.router_scale_is_folded() else draw.scalar(model.hidden**-0.5)
     router = layer_norms_kernel.Router(w[2], root, EPS, w[3], EPS) if model.experts else None
-    kind, norm = kind_of(x), stock_kernels.eager_norms()
-    # Stock keeps this product of its first call.
-    ones, scale = torch.ones_like(w[2]), w[2] * root
+    kind, norm = kind_of(x), lines.stock().eager_norms()
+    # Stock keeps this product of its first call, and later lines have it in the norm's weight.
+    ones, scale = torch.ones_like(w[2]), None if root is None else w[2] * root
 
     def ours() -> Any:
         found = layer_norms_kernel.launch_layer_norms(x, ours_r, w[0], EPS, w[1], EPS, router, kind)
@@ -123,12 +124,17 @@ def layer_norms(model: Geometry, rows: int, device: str) -> Calls:
         norm.fused_add_rmsnorm(mlp_input, stock_r, w[1], EPS)
         if router is None:
             return stock_r, mlp_input, None, None
-        router_input = norm.rmsnorm(stock_r, ones, EPS) * scale
+        if scale is None:
+            router_input = norm.rmsnorm(stock_r, w[2], EPS)
+        else:
+            router_input = norm.rmsnorm(stock_r, ones, EPS) * scale
         return stock_r, mlp_input, router_input, norm.rmsnorm(stock_r, w[3], EPS)
 
     read, written = [x, ours_r, w[0], w[1]], [ours_r, x]
     if router is not None:
-        read, written = [*read, w[2], root, w[3]], [*written, x, x]
+        read, written = [*read, w[2], w[3]], [*written, x, x]
+        if root is not None:
+            read.append(root)
     return Calls(ours, stock, moved(*read, *written))
 
 
@@ -137,7 +143,7 @@ def router_norm(model: Geometry, rows: int, device: str) -> Calls:
     draw = Draw(device)
     x, w = draw.rows(rows, model.hidden), draw.weight(model.hidden)
     root = draw.scalar(model.hidden**-0.5)
-    kind, norm = kind_of(x), stock_kernels.eager_norms()
+    kind, norm = kind_of(x), lines.stock().eager_norms()
     ones, scale = torch.ones_like(w), w * root
     return Calls(
         lambda: (router_norm_kernel.launch_router_norm(x, w, root, EPS, kind),),
@@ -156,7 +162,7 @@ def ple_tail_launches(model: Geometry, rows: int, device: str) -> Calls:
     gate = draw.rows(rows, model.per_layer_width)
     p = draw.rows(rows, model.layers, model.per_layer_width)[:, 1]  # one layer's part
     w, last, scalar = draw.weight(model.hidden), draw.weight(model.hidden), draw.scalar(0.7, 1)
-    kind, norm = kind_of(m), stock_kernels.eager_norms()
+    kind, norm = kind_of(m), lines.stock().eager_norms()
 
     def ours() -> Any:
         h, _ = ple_tail.launch_norm_add(m, w, EPS, r, None, None, 0.0, kind)
@@ -180,7 +186,7 @@ def input_norm(model: Geometry, rows: int, device: str) -> Calls:
     draw = Draw(device)
     x, r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
     w, after, scalar = draw.weight(model.hidden), draw.weight(model.hidden), draw.scalar(0.7, 1)
-    kind, norm = kind_of(x), stock_kernels.eager_norms()
+    kind, norm = kind_of(x), lines.stock().eager_norms()
     if not model.experts:
 
         def stock_ple() -> Any:
@@ -195,9 +201,10 @@ def input_norm(model: Geometry, rows: int, device: str) -> Calls:
     e, w1, w2 = draw.rows(rows, model.hidden), draw.weight(model.hidden), draw.weight(model.hidden)
     experts = layer_tail.Experts(e, w2, EPS, w1, EPS)
     following = layer_tail.NextNorm(after, EPS, kind)
+    dual_norm_residual = lines.stock().dual_norm_residual
 
     def stock() -> Any:
-        out = stock_kernels.dual_norm_residual(x, w1, e, w2, w, r, scalar, (EPS, EPS, EPS))
+        out = dual_norm_residual(x, w1, e, w2, w, r, scalar, (EPS, EPS, EPS))
         return out, norm.rmsnorm(out, after, EPS)
 
     return Calls(
@@ -214,13 +221,14 @@ def experts_sum(following: bool, model: Geometry, rows: int, device: str) -> Cal
     e, total = draw.rows(rows, model.topk, model.hidden), torch.empty_like(x)
     w, w1, w2, after = (draw.weight(model.hidden) for _ in range(4))
     scalar = draw.scalar(0.7, 1)
-    experts = layer_tail.Experts(e, w2, EPS, w1, EPS)
+    experts = layer_tail.Experts(e, w2, EPS, w1, EPS, lines.rules().sums_from_zero())
     next_norm = layer_tail.NextNorm(after, EPS, kind_of(x)) if following else None
-    norm = stock_kernels.eager_norms()
+    calls = lines.stock()
+    norm = calls.eager_norms()
 
     def stock() -> Any:
-        stock_kernels.sum_experts(e, total)
-        out = stock_kernels.dual_norm_residual(x, w1, total, w2, w, r, scalar, (EPS, EPS, EPS))
+        calls.sum_experts(e, total)
+        out = calls.dual_norm_residual(x, w1, total, w2, w, r, scalar, (EPS, EPS, EPS))
         return out, norm.rmsnorm(out, after, EPS) if following else None
 
     return Calls(
@@ -292,11 +300,10 @@ def qkv_norm(heads: Heads, rows: int, device: str) -> Calls:
     whole = projection(draw, heads, rows)
     mine, theirs = projected(whole, heads, mode), projected(whole.clone(), heads, mode)
     qw, kw = draw.weight(heads.size), draw.weight(heads.size)
+    qkv_rmsnorm = lines.stock().qkv_rmsnorm
 
     def stock() -> Any:
-        stock_kernels.qkv_rmsnorm(
-            *theirs, qw, None if mode == Mode.Q else kw, heads.q, heads.kv, heads.size, EPS
-        )
+        qkv_rmsnorm(*theirs, qw, None if mode == Mode.Q else kw, heads.q, heads.kv, heads.size, EPS)
         return theirs
 
     present = [tensor for tensor in mine if tensor is not None]
@@ -324,7 +331,10 @@ def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
         [torch.zeros(SLOTS, heads.kv, heads.size, device=device).bfloat16() for _ in range(2)]
         for _ in range(2)
     )
-    store = qkv.Store(locations, *ours_pool) if stored else None
+    store = None
+    if stored:
+        store = qkv.Store(locations, *ours_pool, skipped=lines.skipped_slot())
+    calls = lines.stock()
 
     def ours() -> Any:
         found = qkv.launch_qkv(*mine, qw, kw, EPS, heads.size, rope, store)
@@ -332,16 +342,16 @@ def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
 
     def stock() -> Any:
         q, k, v = theirs
-        stock_kernels.qkv_rmsnorm(
+        calls.qkv_rmsnorm(
             q, k, v, qw, None if k is None else kw, heads.q, heads.kv, heads.size, EPS
         )
         key = torch.zeros_like(q[:, : heads.kv * heads.size]) if k is None else k
         q_heads, k_heads = q.view(rows, -1, heads.size), key.view(rows, -1, heads.size)
-        stock_kernels.rotate(rope.positions, q_heads, k_heads, rope.cos_sin_cache)
+        calls.rotate(rope.positions, q_heads, k_heads, rope.cos_sin_cache)
         if not stored or k is None or v is None:
             return q, k, v
         kv_heads = k.view(rows, heads.kv, heads.size), v.view(rows, heads.kv, heads.size)
-        stock_kernels.store_kv(*kv_heads, (stock_pool[0], stock_pool[1]), locations)
+        calls.store_kv(*kv_heads, (stock_pool[0], stock_pool[1]), locations)
         return q, *stock_pool
 
     read = [tensor for tensor in mine if tensor is not None]
@@ -362,8 +372,7 @@ def router(dtype: torch.dtype, model: Geometry, rows: int, device: str) -> Calls
     """Logits to weights and experts."""
     from sglang.srt.models.gemma4_causal import Gemma4MoE
 
-    from gemma4_turbo.ports.v0_5_12.router import stock_routing
-
+    stock_routing = lines.patch("router").stock_routing
     construct: Any = Gemma4MoE.__init__
     draw = Draw(device)
     scale, x = draw.weight(model.experts), draw.rows(rows, model.experts, dtype=dtype)
@@ -382,10 +391,11 @@ def align(model: Geometry, rows: int, device: str) -> Calls:
 
     ids = Draw(device).rows(rows, model.experts).topk(model.topk)[1].int()
     arguments = ids, ALIGN_BLOCK, model.experts
-    token_ids, expert_ids, padded = moe_align.launch_align(*arguments)
+    multiple = lines.align_multiple()
+    token_ids, expert_ids, padded = moe_align.launch_align(*arguments, multiple)
     used = expert_ids[: int(padded) // ALIGN_BLOCK]  # the others are not written
     return Calls(
-        lambda: moe_align.launch_align(*arguments),
+        lambda: moe_align.launch_align(*arguments, multiple),
         lambda: stock_align(*arguments),
         moved(ids, token_ids, used, padded),
     )
@@ -524,9 +534,9 @@ def experts_sum_cases() -> list[Case]:
 
 
 def moe_align_cases() -> list[Case]:
-    """The patch takes `moe_align.MAX_SLOTS` slots."""
-    most = moe_align.MAX_SLOTS // MODELS["26b-a4b"].topk
-    rows = tuple(count for count in ROWS if count <= most)
+    """The patch takes `moe_align.MAX_SLOTS` slots, and leaves to stock what it aligns in one launch."""
+    topk, own = MODELS["26b-a4b"].topk, lines.slots_of_stocks()
+    rows = tuple(count for count in ROWS if own < count * topk <= moe_align.MAX_SLOTS)
     return over_models("moe_align", align, WITH_EXPERTS, rows)
 
 
@@ -542,4 +552,4 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "input_norm": lambda: over_models("input_norm", input_norm),
     "experts_sum": experts_sum_cases,
 }
-"""By patch, in the catalogue's order."""
+"""By patch, in the catalogue's order; `bench.lines.absent` says which of them SGLang does not take."""

@@ -2,6 +2,7 @@
 
     python bench/kernels.py router       # one patch
     python bench/kernels.py all
+    python bench/kernels.py all --list   # the cases, unmeasured
 
 Times are those of the kernels on the GPU (torch profiler, medians, summed over all launches of one
 call) and of a call's share of a replayed CUDA graph, which has the gaps between launches in it. Bytes
@@ -30,6 +31,7 @@ if __name__ == "kernels":
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench import lines  # noqa: E402
 from bench.kernel_cases import CASES, Call, Case  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import Timer, readings  # noqa: E402
@@ -147,15 +149,32 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
+def chosen(kernel: str) -> list[str]:
+    """The patches to measure; of all, those that this SGLang takes, and a line for each that it does not."""
+    if kernel not in (*CASES, ALL):
+        choices = ", ".join([*CASES, ALL])
+        raise typer.BadParameter(f"{kernel!r}: choose from {choices}", param_hint="kernel")
+    names = list(CASES) if kernel == ALL else [kernel]
+    absent = {name: reason for name in names if (reason := lines.absent(name)) is not None}
+    if absent and kernel != ALL:
+        raise typer.BadParameter(absent[kernel], param_hint="kernel")
+    for reason in absent.values():
+        typer.echo(f"left out: {reason}", err=True)
+    return [name for name in names if name not in absent]
+
+
 @torch.no_grad()
 def main(
     kernel: Annotated[str, typer.Argument(help=" | ".join([*CASES, ALL]))] = "router",
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-kernels.csv"),
+    only_list: Annotated[bool, typer.Option("--list", help="Name the cases, measure none")] = False,
 ) -> None:
     """Fused against stock."""
-    if kernel not in (*CASES, ALL):
-        choices = ", ".join([*CASES, ALL])
-        raise typer.BadParameter(f"{kernel!r}: choose from {choices}", param_hint="kernel")
+    names = chosen(kernel)
+    if only_list:
+        for case in (case for name in names for case in CASES[name]()):
+            print(f"{case.kernel}, {case.case}, {case.tokens} tokens")
+        return
     base: dict[str, Any] = {
         **provenance(),
         # Decides which RMSNorm stock runs; a library that is only on PYTHONPATH counts too.
@@ -167,7 +186,7 @@ def main(
         raise SystemExit("bench/kernels.py: needs a CUDA device")
     copied = append([copy_row()], base, out)
     frames = []
-    for name in CASES if kernel == ALL else [kernel]:
+    for name in names:
         rows = [case_row(case) for case in track(CASES[name](), description=name)]
         frames.append(append(rows, base, out))
     frame = pd.concat(frames)

@@ -34,8 +34,10 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
+from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import Timer, readings  # noqa: E402
+from gemma4_turbo.cli import small_moe  # noqa: E402
 from gemma4_turbo.kernels import moe_tables  # noqa: E402
 
 HIDDEN, EXPERTS, TOPK = 2816, 128, 8
@@ -165,13 +167,10 @@ class Experts:
     def launch(self, projection: str, tile: Tile, number: int) -> None:
         """The kernel for one routing."""
         import triton.language as tl
-        from sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_kernels import (
-            invoke_fused_moe_kernel,
-        )
 
         sorted_ids, expert_ids, padded = self.alignment(tile.m)[number % len(self.ids)]
         up = projection == UP
-        invoke_fused_moe_kernel(
+        lines.moe_kernels().invoke_fused_moe_kernel(
             self.inputs[projection],
             self.weights[projection],
             None,
@@ -259,9 +258,12 @@ def compile_all(
 
 
 def prepare_sglang() -> None:
-    """The one global argument that stock's look-up asks for."""
+    """The one global argument that stock's look-up asks for; all of them where a process publishes them."""
     from sglang.srt import server_args
 
+    if not hasattr(server_args, "_global_server_args"):
+        small_moe.prepare_sglang()
+        return
     arguments: Any = SimpleNamespace(enable_deterministic_inference=False)
     server_args.set_global_server_args_for_scheduler(arguments)
 

@@ -45,10 +45,12 @@ console = Console(width=150)
 def build(device: str, small: bool, attention: str) -> Any:
     """The multimodal class: the whole vision encoder, a language model of two layers."""
     from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
-    from sglang.srt.server_args import get_global_server_args
     from transformers import Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
 
-    small_moe.prepare_sglang()
+    if device == "cpu" or attention:
+        small_moe.prepare_sglang(mm_attention_backend=attention or "triton_attn")
+    else:
+        small_moe.prepare_sglang()
     sizes: dict[str, Any] = {}
     if small:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -77,8 +79,6 @@ def build(device: str, small: bool, attention: str) -> Any:
         import sglang.srt.layers.rotary_embedding.base as rotary
 
         rotary._is_cpu = True
-    if device == "cpu" or attention:
-        get_global_server_args().mm_attention_backend = attention or "triton_attn"
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):
         model = Gemma4ForConditionalGeneration(config).eval()

@@ -18,6 +18,8 @@ def quicken() -> None:
     from triton.runtime import interpreter
 
     builder = interpreter.interpreter_builder
+    if _swaps:
+        return  # ours is no base to change again
     if triton.__version__ not in RELEASES or builder.options.debug:
         return
     # Each sum of integers is made again in 64 bits, for an assertion that is on with `debug` only.

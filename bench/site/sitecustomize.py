@@ -65,7 +65,10 @@ def _tie_values_to_keys(module):
 
 def _size_pools(module):
     size = int(float(os.environ["BENCH_POOL_GIB"]) * 2**30)
-    module.ModelRunnerKVCacheMixin._profile_available_bytes = lambda self, before: size
+    for name in ("ModelRunnerKVCacheMixin", "KVCacheConfigurator"):  # the latter in later releases
+        owner = vars(module).get(name)
+        if owner is not None:
+            owner._profile_available_bytes = lambda self, before: size
 
 
 def _order_tokens(ordering):
@@ -118,14 +121,17 @@ def _exact_attention(module):
 if "BENCH_PATCHED" in os.environ:
     wrapt.register_post_import_hook(_widen, "sglang.srt.model_loader.loader")
     if os.environ.get("BENCH_POOL_GIB"):
-        mixin = "sglang.srt.model_executor.model_runner_kv_cache_mixin"
-        wrapt.register_post_import_hook(_size_pools, mixin)
+        for module in (
+            "sglang.srt.model_executor.model_runner_kv_cache_mixin",
+            "sglang.srt.mem_cache.kv_cache_configurator",
+        ):
+            wrapt.register_post_import_hook(_size_pools, module)
     if os.environ.get("BENCH_RANGES") == "1":
         wrapt.register_post_import_hook(_name_parts, "sglang.srt.speculative.frozen_kv_mtp_worker")
     if os.environ.get("BENCH_EXACT_ATTENTION") == "1":
         for kernel in ("extend_attention", "decode_attention"):
-            module = f"sglang.srt.layers.attention.triton_ops.{kernel}"
-            wrapt.register_post_import_hook(_exact_attention, module)
+            for package in ("sglang.srt.layers.attention.triton_ops", "sglang.kernels.ops.attention"):
+                wrapt.register_post_import_hook(_exact_attention, f"{package}.{kernel}")
     if os.environ["BENCH_PATCHED"] == "1":
         import gemma4_turbo
 

@@ -23,8 +23,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def prepare_sglang() -> None:
-    """What a server does before it builds a model: arguments and one-process groups. Once."""
+def prepare_sglang(**more: object) -> None:
+    """What a server does before it builds a model: arguments and one-process groups. Once.
+
+    ``more``: arguments that are not the defaults.
+    """
     import torch.distributed
     from sglang.srt import server_args
     from sglang.srt.distributed import init_distributed_environment, initialize_model_parallel
@@ -33,9 +36,9 @@ def prepare_sglang() -> None:
     if torch.distributed.is_initialized():
         return
     publishes = hasattr(server_args.ServerArgs, "resolve_once")  # to a context, from 0.5.22 on
-    arguments = () if publishes else (_arguments(),)
+    arguments = () if publishes else (_arguments(more),)
     if publishes:
-        _publish()
+        _publish(more)
     init_distributed_environment(
         world_size=1,
         rank=0,
@@ -47,7 +50,7 @@ def prepare_sglang() -> None:
     initialize_moe_config(*arguments)
 
 
-def _arguments() -> Any:
+def _arguments(more: dict[str, object]) -> Any:
     """The server's arguments, known to all of SGLang."""
     from sglang.srt import server_args
 
@@ -60,16 +63,19 @@ def _arguments() -> Any:
             value = None if made is dataclasses.MISSING else made()
         object.__setattr__(arguments, field.name, value)
     arguments.device = "cpu"
+    for name, value in more.items():
+        setattr(arguments, name, value)
     server_args.set_global_server_args_for_scheduler(arguments)
     return arguments
 
 
-def _publish() -> None:
+def _publish(more: dict[str, object]) -> None:
     """The server's arguments and this process's place, in SGLang's context."""
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import ServerArgs
 
-    arguments = ServerArgs(model_path="dummy", device="cpu")  # "dummy": no model folder is read
+    given: dict[str, Any] = {"device": "cpu", **more}
+    arguments = ServerArgs(model_path="dummy", **given)  # "dummy": no model folder is read
     publish(arguments, role="scheduler", ranks=SpawnRanks(world_rank=0))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import lines
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.kernels.attention.decode import Config
@@ -95,7 +96,7 @@ def exact(arguments: dict[str, Any]) -> torch.Tensor:
 
 def stock(arguments: dict[str, Any], splits: int = SPLITS) -> torch.Tensor:
     """Stock's two kernels."""
-    attention = pytest.importorskip("sglang.srt.layers.attention.triton_ops.decode_attention")
+    attention = lines.attention_kernel("decode_attention")
     q = arguments["q"]
     rows, heads, dim = q.shape
     out = torch.full_like(q, torch.nan)

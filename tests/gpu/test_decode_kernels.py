@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import lines
 from gemma4_turbo.engine import run
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.fusions.ple_tail import gelu_mul_op, norm_add_op
@@ -15,9 +16,10 @@ from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail, router_norm
 from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.ports.any import attention, layer_steps
-from gemma4_turbo.ports.v0_5_12 import stock
-from gemma4_turbo.ports.v0_5_12.router_norm import ROUTER_NORM
+from tests.gpu.lines import patch
 from tests.runs import unpublished
+
+stock = lines.stock()
 
 EPS = 1e-6
 DTYPE = torch.bfloat16
@@ -96,7 +98,9 @@ def finite(kind: str, followed: int | None = None) -> bool:
 @each_count
 @each_kind
 @each_mode
-def test_layer_norms_and_router_norm(width, rows, kind, mode):
+@pytest.mark.parametrize("folded", [False, True], ids=["scale", "folded scale"])
+def test_layer_norms_and_router_norm(width, rows, kind, mode, folded):
+    """The router's scale applied to its normed input, or in its norm's weight already."""
     x, r = draw(kind, rows, width, 1), draw(kind, rows, width, 2)
     (rmsnorm, fused_add_rmsnorm), followed = stocks(mode, x)
     w = [weight(width, seed) for seed in (3, 4, 5, 6)]
@@ -109,7 +113,7 @@ def test_layer_norms_and_router_norm(width, rows, kind, mode):
         EPS,
         w[1],
         EPS,
-        layer_norms.Router(w[2], root, EPS, w[3], EPS),
+        layer_norms.Router(w[2], None if folded else root, EPS, w[3], EPS),
         kind=followed,
     )
     alone = router_norm.router_norm(residual, w[2], root, EPS, kind=followed)
@@ -120,11 +124,17 @@ def test_layer_norms_and_router_norm(width, rows, kind, mode):
     before = mlp_input.double() + r.double()
     fused_add_rmsnorm(mlp_input, r, w[1], EPS)
     router_input = rmsnorm(r, torch.ones_like(w[0]), EPS) * (w[2] * root)
-    same((residual, r), (found[0], mlp_input), (found[1], router_input), (alone, router_input))
+    same((alone, router_input))
+    if folded:
+        router_input = rmsnorm(r, w[2], EPS)
+    same((residual, r), (found[0], mlp_input), (found[1], router_input))
     same((found[2], rmsnorm(r, w[3], EPS)))
     if finite(kind, followed):
         close(found[0], norm64(before, w[1]), 1)
-        close(found[1], norm64(r, w[2]) * root.double(), 3)
+        if folded:
+            close(found[1], norm64(r, w[2]), 1)
+        else:
+            close(found[1], norm64(r, w[2]) * root.double(), 3)
         close(found[2], norm64(r, w[3]), 1)
 
 
@@ -206,12 +216,17 @@ def traced(name: str) -> tuple[Any, list[Any]]:
     x, r, w = draw("1", 7, 1536, 1), draw("1", 7, 1536, 2), weight(1536, 3)
     one = scalar(0.7)
     q, k, v = (draw("1", 7, n * 256, n) for n in (4, 2, 3))
+    if name == "router_norm":
+        return patch(name).ROUTER_NORM.operator, [x, w, one, EPS, 0]
     return {
         "layer_norms": (
             layer_steps.LAYER_NORMS.operator,
             [x, r, w, EPS, w, EPS, w, one, EPS, w, EPS, 0],
         ),
-        "router_norm": (ROUTER_NORM.operator, [x, w, one, EPS, 0]),
+        "layer_norms, folded": (
+            layer_steps.LAYER_NORMS.operator,
+            [x, r, w, EPS, w, EPS, w, None, EPS, w, EPS, 0],
+        ),
         "norm_add": (norm_add_op, [x, w, EPS, r, one, w, EPS, 0]),
         "gelu_mul": (gelu_mul_op, [x, r]),
         "layer_tail": (
@@ -226,7 +241,11 @@ def traced(name: str) -> tuple[Any, list[Any]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["layer_norms", "router_norm", "norm_add", "gelu_mul", "layer_tail", "qkv"]
+    "name",
+    [
+        *("layer_norms", "layer_norms, folded", "router_norm", "norm_add", "gelu_mul"),
+        *("layer_tail", "qkv"),
+    ],
 )
 def test_operators_survive_fullgraph(name, monkeypatch):
     """Same outputs and same changes in place, compiled and not."""

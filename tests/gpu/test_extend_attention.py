@@ -10,20 +10,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from sglang.srt.layers.attention import triton_backend
-from sglang.srt.layers.attention.triton_ops import extend_attention as stock
 
+from bench import lines
 from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.kernels.attention import extend_tiles as config
 from gemma4_turbo.kernels.attention import window as window_indices
 from tests.extend_inputs import POISON, Batch, make, relative_error
+from tests.gpu.lines import stocks_window
+
+stock = lines.attention_kernel("extend_attention")
 
 CASES = 90  # per geometry
-UNPATCHED = {
-    name: getattr(function, "__wrapped__", function)
-    for name, function in vars(triton_backend).items()
-    if name.startswith("update_sliding_window_buffer")
-}
 
 
 class Geometry(NamedTuple):
@@ -368,15 +365,9 @@ def test_window_slots_are_stocks(batch, window):
     rows = torch.randperm(batch, **options)
     mapping = torch.randint(0, 4000, (9001,), **options)
 
-    class Allocator:
-        def translate_loc_from_full_to_swa(self, x: torch.Tensor) -> torch.Tensor:
-            return mapping[x].to(torch.int32)
-
-    for allocator, slots in ((None, None), (Allocator(), mapping)):
+    for slots in (None, mapping):
         indptrs = [torch.zeros(batch + 9, dtype=torch.int32, device="cuda") for _ in range(2)]
-        expected = UNPATCHED["update_sliding_window_buffer"](
-            indptrs[0], table, window, lens, rows, batch, "cuda", allocator
-        )
+        expected = stocks_window(table, slots)(indptrs[0], window, lens, rows)
         got = window_indices.window_indices(indptrs[1], table, window, lens, rows, slots)
         assert torch.equal(got[1][: expected[1].numel()], expected[1])
         for mine, theirs in zip((got[0], *got[2:]), (expected[0], *expected[2:]), strict=True):

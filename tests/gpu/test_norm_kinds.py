@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench import lines
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
-from gemma4_turbo.ports.v0_5_12 import stock
 
+stock = lines.stock()
 WIDTHS = [256, 1536, 2560, 2816, 5376]
 STOCKS = {"eager": stock.eager_norms, "traced": stock.traced_norms}
 

@@ -11,10 +11,11 @@ from sglang.srt.models.gemma4_causal import Gemma4MoE
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import router as kernel
-from gemma4_turbo.ports.v0_5_12 import router as patch
+from tests.gpu.lines import patch as patch_of
 from tests.router_inputs import KINDS, bits_differ, logits
 from tests.runs import unpublished
 
+patch = patch_of("router")
 CONSTRUCT = getattr(Gemma4MoE.__init__, "__wrapped__", Gemma4MoE.__init__)
 DTYPES = kernel.LOGIT_DTYPES
 RANDOM_ROWS = 10_000_000

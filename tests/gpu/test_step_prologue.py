@@ -12,14 +12,17 @@ from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 from sglang.srt.models.gemma4_causal import Gemma4TextModel
 from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
 
+from bench import lines
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.any import step_prologue as patch
-from gemma4_turbo.ports.v0_5_12 import step_prologue as line
+from tests.gpu.lines import patch as patch_of
 from tests.runs import unpublished
+
+line = patch_of("step_prologue")
 
 STOCK_GATHER = Gemma4TextModel.get_per_layer_inputs
 STOCK_PROJECT = Gemma4TextModel.project_per_layer_inputs
@@ -48,6 +51,17 @@ def generator() -> torch.Generator:
 
 def make_run() -> PatchRun:
     return unpublished("step_prologue")
+
+
+def replaced(run: PatchRun) -> dict[str, Any]:
+    """Stock's three methods as the line replaces them."""
+    stock = {
+        patch.FORWARD: STOCK_FORWARD,
+        patch.GATHER: STOCK_GATHER,
+        patch.PROJECT: STOCK_PROJECT,
+    }
+    built: dict[str, Any] = line.build(run, stock)
+    return built
 
 
 def bits_differ(a: torch.Tensor, b: torch.Tensor) -> int:
@@ -103,7 +117,7 @@ def projection_of(
 def test_gather(dtype, layers, tokens, generator):
     """Subnormals, infinities and NaN in the table; ids of both widths."""
     text = model(generator, layers, dtype)
-    gather = patch.gather_method(make_run(), STOCK_GATHER)
+    gather = replaced(make_run())[patch.GATHER]
     for ids in (ids_of(generator, tokens), ids_of(generator, 2 * tokens).int()[::2]):
         assert bits_differ(gather(text, ids), STOCK_GATHER(text, ids)) == 0
 
@@ -119,7 +133,7 @@ def test_gather_of_the_whole_vocabulary(layers, generator):
     text.vocab_size_per_layer_input = vocab
     ids = torch.cat([torch.tensor([vocab - 1, vocab, -1], device="cuda"), ids_of(generator, 9)])
     ids[5:] = ids[5:].abs() * 240
-    gather = patch.gather_method(make_run(), STOCK_GATHER)
+    gather = replaced(make_run())[patch.GATHER]
     assert bits_differ(gather(text, ids), STOCK_GATHER(text, ids)) == 0
 
 
@@ -130,7 +144,7 @@ def test_project(dtype, layers, tokens, generator):
     """Odd rows and weights; with per-layer inputs and without."""
     text = model(generator, layers, dtype)
     run = make_run()
-    project = patch.project_method(run, STOCK_PROJECT)
+    project = replaced(run)[patch.PROJECT]
     projection, inputs = projection_of(generator, tokens, layers, dtype)
     for given in ((projection, inputs), (projection, None)):
         before = run.counters.engaged
@@ -143,7 +157,7 @@ def test_project(dtype, layers, tokens, generator):
 def test_fifty_million_numbers(dtype, size, generator):
     """The orders of the sum differ in one of a million: enough of them to see it."""
     text = model(generator, 42, dtype)
-    project = patch.project_method(make_run(), STOCK_PROJECT)
+    project = replaced(make_run())[patch.PROJECT]
     for _ in range(5):
         projection = torch.randn(1024, 42 * 256, generator=generator, device="cuda") * size
         projection = projection.to(dtype)
@@ -203,8 +217,8 @@ def test_replay_of_a_cuda_graph(generator):
     patch._verdicts.clear()
     run = make_run()
     text = model(generator, 35)
-    gather = patch.gather_method(run, STOCK_GATHER)
-    project = patch.project_method(run, STOCK_PROJECT)
+    gather = replaced(run)[patch.GATHER]
+    project = replaced(run)[patch.PROJECT]
     ids = ids_of(generator, 64)
     projection, _ = projection_of(generator, 64, 35, torch.bfloat16)
     half = model(generator, 35, torch.float16)
@@ -230,10 +244,12 @@ def test_under_torch_compile(generator, monkeypatch):
     torch._dynamo.reset()
     run = make_run()
     text = model(generator, 35)
-    gather = patch.gather_method(run, STOCK_GATHER)
-    project = patch.project_method(run, STOCK_PROJECT)
+    gather = replaced(run)[patch.GATHER]
+    project = replaced(run)[patch.PROJECT]
     ids = ids_of(generator, 64)
     projection, _ = projection_of(generator, 64, 35, torch.bfloat16)
+
+    project(text, projection, gather(text, ids))  # as in a server: a step ran before
 
     def prologue(token_ids: torch.Tensor, activations: torch.Tensor) -> torch.Tensor:
         return project(text, activations, gather(text, token_ids))
@@ -281,59 +297,76 @@ def test_launches(generator):
     text = model(generator, 35)
     ids = ids_of(generator, 32)
     projection, inputs = projection_of(generator, 32, 35, torch.bfloat16)
-    gather = patch.gather_method(make_run(), STOCK_GATHER)
-    project = patch.project_method(make_run(), STOCK_PROJECT)
+    gather = replaced(make_run())[patch.GATHER]
+    project = replaced(make_run())[patch.PROJECT]
     assert launches(lambda: gather(text, ids)) == 1
     assert launches(lambda: project(text, projection, inputs)) == 1
     assert launches(lambda: STOCK_GATHER(text, ids)) == 7
     assert launches(lambda: STOCK_PROJECT(text, projection, inputs)) == 4
 
 
-def multimodal(generator: torch.Generator, ple: bool) -> SimpleNamespace:
-    """What the multimodal forward reads of itself; its language model hands its inputs on."""
+def multimodal(generator: torch.Generator, ple: bool) -> Any:
+    """Stock's class with what its forward reads; its language model hands its inputs on."""
     received = model(generator, 35) if ple else SimpleNamespace(embed_tokens_per_layer=None)
     table = torch.randn(ROWS + 50, 64, generator=generator, device="cuda").bfloat16()
 
-    class Language:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(received, name)
+    def hand_on(input_ids, forward_batch, input_embeds, positions, per_layer_inputs, **others):
+        assert not any(value is not None for value in others.values())
+        return input_embeds, positions.clone(), per_layer_inputs
 
-        def get_input_embeddings(self) -> Any:
-            return lambda ids: table[ids.clamp(min=0)]
-
-        def __call__(self, input_ids, forward_batch, input_embeds, positions, per_layer_inputs):
-            return input_embeds, positions.clone(), per_layer_inputs
-
-    language = Language()
-    received.embed_tokens = table
-    return SimpleNamespace(
-        config=SimpleNamespace(
-            image_token_id=IMAGE,
-            video_token_id=VIDEO,
-            audio_token_id=AUDIO,
-            text_config=SimpleNamespace(pad_token_id=PAD),
-        ),
-        language_model=language,
-        get_per_layer_inputs=lambda ids: STOCK_GATHER(received, ids),
-        get_image_feature=None,
-        get_video_feature=None,
-        get_audio_feature=None,
-        capture_aux_hidden_states=False,
-        logits_processor=lambda ids, hidden_states, *others: hidden_states,
+    text, mm = (kind.__new__(kind) for kind in (Gemma4TextModel, Gemma4ForConditionalGeneration))
+    for made in (text, mm):
+        torch.nn.Module.__init__(made)
+    given = vars(received) | {
+        "embed_tokens": lambda ids: table[ids.clamp(min=0)],
+        "forward": hand_on,
+        "pp_group": SimpleNamespace(world_size=1, is_first_rank=True, is_last_rank=True),
+    }
+    for name, value in given.items():
+        setattr(text, name, value)
+    config = SimpleNamespace(
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        audio_token_id=AUDIO,
+        text_config=SimpleNamespace(pad_token_id=PAD),
     )
+    given = {
+        "config": config,
+        "language_model": text,
+        "pp_group": text.pp_group,
+        "capture_aux_hidden_states": False,
+        "lm_head_is_tied": True,
+        "logits_processor": lambda ids, hidden_states, *others: hidden_states,
+    }
+    for name, value in given.items():
+        setattr(mm, name, value)
+    return mm
 
 
 def decode_batch() -> Any:
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    return SimpleNamespace(forward_mode=ForwardMode.DECODE, input_embeds=None)
+    return SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        input_embeds=None,
+        mm_input_embeds=None,
+        mm_inputs=None,
+        contains_mm_inputs=lambda: False,
+        replace_embeds=None,
+    )
 
 
-@pytest.mark.parametrize(("ple", "fewer"), [(True, 13), (False, 7)], ids=["E2B", "no PLE"])
-def test_multimodal_forward(ple, fewer, generator):
+def launches_for_ids() -> int:
+    """Of stock's forward, on a copy of the ids for each placeholder's comparison and replacement."""
+    # Where it selects instead of writing, the padding's id is a tensor that is filled each time.
+    return 10 if lines.uses(patch.FORWARD, "where") else 7
+
+
+@pytest.mark.parametrize("ple", [True, False], ids=["E2B", "no PLE"])
+def test_multimodal_forward(ple, generator):
     """The same inputs reach the language model, in so many launches fewer."""
     mm = multimodal(generator, ple)
-    ours = line.multimodal_forward(make_run(), STOCK_FORWARD)
+    ours = replaced(make_run())[patch.FORWARD]
     ids = ids_of(generator, 257)
     ids[:8] = torch.tensor([IMAGE, VIDEO, AUDIO, PAD, -1, VOCAB, 0, 1], device="cuda")
     kept = ids.clone()
@@ -354,7 +387,8 @@ def test_multimodal_forward(ple, fewer, generator):
     positions = torch.arange(257, device="cuda")
     ours_launches = launches(lambda: ours(mm, ids, positions, decode_batch()))
     stock_launches = launches(lambda: STOCK_FORWARD(mm, ids, positions, decode_batch()))
-    assert stock_launches - ours_launches == fewer
+    embedding = 6 if ple else 0  # seven in stock, one here
+    assert stock_launches - ours_launches == launches_for_ids() + embedding
 
 
 def test_a_failed_comparison_keeps_stock(monkeypatch, generator):
@@ -371,8 +405,8 @@ def test_a_failed_comparison_keeps_stock(monkeypatch, generator):
     run = make_run()
     text = model(generator, 35)
     projection, inputs = projection_of(generator, 7, 35, torch.bfloat16)
-    project = patch.project_method(run, STOCK_PROJECT)
-    gather = patch.gather_method(run, STOCK_GATHER)
+    project = replaced(run)[patch.PROJECT]
+    gather = replaced(run)[patch.GATHER]
     before = run.counters.engaged
     expected = STOCK_PROJECT(text, projection, inputs)
     assert bits_differ(project(text, projection, inputs), expected) == 0
@@ -389,7 +423,7 @@ def test_everything_else_takes_stocks_path(generator):
     run = make_run()
     text = model(generator, 35, torch.float32)
     ids = ids_of(generator, 7)
-    gather = patch.gather_method(run, STOCK_GATHER)
+    gather = replaced(run)[patch.GATHER]
     before = run.counters.engaged
     assert torch.equal(
         gather(text, ids).view(torch.int32), STOCK_GATHER(text, ids).view(torch.int32)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+from importlib import import_module
 
 import pytest
 import torch
 
-from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
+from bench import lines
+from tests.gpu.lines import need
+
+need("yoco_graph")
+yoco_graph = import_module(f"{lines.package()}.yoco.graph")
 
 
 def test_replays_read_the_buffers_and_share_memory():

@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bench import exact_attention
+from bench import exact_attention, lines
 from gemma4_turbo.kernels.attention.extend import reference_extend_attention
 
 
@@ -18,15 +18,18 @@ def randn(*size: int, seed: int) -> torch.Tensor:
 
 
 def test_the_signatures_take_what_stock_takes():
-    from sglang.srt.layers.attention.triton_ops import decode_attention, extend_attention
-
+    decode_attention, extend_attention = map(
+        lines.attention_kernel, ("decode_attention", "extend_attention")
+    )
     theirs = inspect.signature(extend_attention.extend_attention_fwd).parameters
     ours = inspect.signature(exact_attention.extend).parameters
     assert list(ours)[:16] == [
         {"q_extend": "q", "k_extend": "k", "v_extend": "v", "o_extend": "out"}.get(name, name)
         for name in list(theirs)[:16]
     ]
-    assert set(list(theirs)[16:]) - set(ours) == {"skip_prefix_custom_mask"}  # never given
+    never_given = {"skip_prefix_custom_mask", "lse_extend", "skip_prefix", "skip_extend"}
+    asked_for_nothing = {"score_mod", "aux_tensors", "identity_kv_indices"}
+    assert set(list(theirs)[16:]) - set(ours) <= never_given | asked_for_nothing
     theirs = inspect.signature(decode_attention.decode_attention_fwd).parameters
     ours = inspect.signature(exact_attention.decode).parameters
     assert list(ours)[:13] == ["out" if name == "o" else name for name in list(theirs)[:13]]
@@ -46,11 +49,14 @@ def test_extend_is_the_reference_of_all_heads(window: int):
         q, k, v, k_buffer, v_buffer, *starts, sm_scale=0.25, sliding_window_size=window
     )
     assert torch.equal(out, expected.float().bfloat16())
-    with pytest.raises(ValueError, match="without cap"):
-        exact_attention.extend(
-            q, k, v, out, k_buffer, v_buffer, *starts, None, True, None, 6, 1.0, 1.0, 0.25,
-            logit_cap=30.0,
-        )  # fmt: skip
+    for more, said in (
+        ({"logit_cap": 30.0}, "without cap"),
+        ({"skip_prefix": True}, "skip_prefix"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            exact_attention.extend(
+                q, k, v, out, k_buffer, v_buffer, *starts, None, True, None, 6, 1.0, 1.0, 0.25, **more
+            )  # fmt: skip
 
 
 def test_it_takes_stocks_place():

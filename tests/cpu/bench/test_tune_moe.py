@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
 import pytest
 import torch
 
-from bench import tune_moe
+from bench import lines, tune_moe
 from bench.tune_moe import DOWN, UP, Tile, Times
 from gemma4_turbo.kernels import moe_align as align
 from gemma4_turbo.kernels import moe_tables
@@ -136,13 +137,13 @@ def test_the_launches_are_stocks(monkeypatch):
 
     In fp32, as the interpreter does not multiply bf16; the alignment is plain torch.
     """
-    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_kernels
-
+    fused_moe_triton_kernels = lines.moe_kernels()
+    importlib.import_module(lines.TRITON_UTILS)
     monkeypatch.setattr(tune_moe, "DEVICE", "cpu")
     monkeypatch.setattr(tune_moe, "HIDDEN", 64)
     monkeypatch.setattr(tune_moe, "EXPERTS", 8)
     # The package has a function of the module's own name.
-    module = sys.modules[f"{fused_moe_triton_kernels.__package__}.moe_align_block_size"]
+    module = sys.modules[lines.ALIGN]
     monkeypatch.setattr(module, "moe_align_block_size", align.reference_align)
     launch = fused_moe_triton_kernels.invoke_fused_moe_kernel
     monkeypatch.setattr(
