@@ -413,6 +413,19 @@ class Engine:
             for run in self._in_turn:
                 self._install(run)
 
+    def give_up_waiting(self) -> None:
+        """Judge what waits for a module that this SGLang does not have at all: it will never come."""
+        from gemma4_turbo.engine import fingerprints
+
+        definitions = fingerprints.Definitions(fingerprints.installed_source)
+        for run in self.runs.values():
+            if run.state != states.WAITING or not run.ports:
+                continue
+            if not fingerprints.any_there(run.ports, fingerprints.installed_source):
+                state, reason = self.outlook(run.patch, definitions)
+                if state != states.ACTIVE:
+                    run.set(state, reason)
+
     def _guarded(self, function: Callable[..., None]) -> Callable[..., None]:
         """For Python's import system, which must never see an exception of ours."""
 

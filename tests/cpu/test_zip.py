@@ -16,9 +16,10 @@ import pytest
 from gemma4_turbo import instance
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.engine import fingerprints, states
+from gemma4_turbo.engine.imports import installed_release
 from gemma4_turbo.kernels import moe_tables
 from gemma4_turbo.kernels.moe_tables import Key
-from gemma4_turbo.ports.v0_5_12 import moe_configs
+from gemma4_turbo.ports.any import moe_configs
 from tests.cpu.conftest import REPOSITORY, Python
 from tests.cpu.synthetic import LEAF, World, record, returning
 
@@ -69,8 +70,8 @@ def test_everything_is_found_in_the_zip(python: Python, tmp_path: Path) -> None:
     assert found.pop("file") != expected.pop("file")
     assert found == expected
     assert found["refusals"] == []
-    assert found["outlook"]["router"][0] == states.ACTIVE
-    assert found["tables"]
+    assert found["outlook"]["layer_norms"][0] == states.ACTIVE
+    assert sorted(found["tables"]) == sorted(map(str, moe_tables.shipped()))
     assert all(found["tables"].values())
 
 
@@ -82,18 +83,18 @@ def test_tables_missing_or_damaged_in_the_zip(
     name = moe_tables.file_name(H200, down=False)
     # Without one table alone, that of another release with the same source would do.
     tables = [path.name for path in (REPOSITORY / "gemma4_turbo/fingerprints").iterdir()]
-    replaced = {"0.5.12.post1.json": content} if content else dict.fromkeys(tables)
+    installed = f"{installed_release()}.json"
+    replaced = {installed: content} if content else dict.fromkeys(tables)
     place = pack(tmp_path / "package.zip", replaced)
     found = asked(python, place)
     assert {state for state, _ in found["outlook"].values()} == {states.FAILED}
     assert all(
-        "fingerprints/0.5.12.post1.json" in reason
-        or reason.startswith("fingerprints cannot be used: ")
+        f"fingerprints/{installed}" in reason or reason.startswith("fingerprints cannot be used: ")
         for _, reason in found["outlook"].values()
     )
     on = [patch.name for patch in CATALOGUE if patch.default]
     assert len(found["refusals"]) == len(on)
-    code = f"from gemma4_turbo.kernels import moe_tables as m; print(m.load(m.{H200!r}))"
+    code = f"from gemma4_turbo.kernels import moe_tables as m; print(m.load(m.{H200!r}, m.TABLES / 'triton_3_6'))"
     place = pack(tmp_path / "tables.zip", {name: content})
     done = python(code, PYTHONPATH=str(place))
     if content is None:

@@ -108,8 +108,13 @@ def _half_imported_modules(call: Call) -> list[str]:
     return []
 
 
+def _what_never_comes(call: Call) -> list[str]:
+    call.engine.give_up_waiting()
+    return []
+
+
 BEFORE_LOADING: list[Check] = [gates.hold, _half_imported_modules]
-AFTER_LOADING: list[Check] = [gates.mistakes, gates.states_when_the_model_stands]
+AFTER_LOADING: list[Check] = [_what_never_comes, gates.mistakes, gates.states_when_the_model_stands]
 
 
 def _made(call: Call) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 import wrapt
 
 from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.engine import states
+from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.instance import ENGINE
 from tests.cpu.conftest import patched_sglang, state_by_default
 
@@ -66,6 +66,10 @@ def proxy(function: Any) -> Any:
     return wrapt.FunctionWrapper(function, lambda f, instance, args, kwargs: f(*args, **kwargs))
 
 
+# Where a release keeps the kernels of Gemma 4's layers.
+OPS = "sglang.kernels.ops.layernorm.gemma4_fused_ops"
+if fingerprints.installed_source(OPS) is None:
+    OPS = "sglang.srt.layers.gemma4_fused_ops"
 KINDS = (wrapped, plain, Called, functools.partial, functools.lru_cache, proxy)
 
 
@@ -104,8 +108,8 @@ def test_before_the_installation(
     ("target", "patch"),
     [
         ("sglang.srt.layers.layernorm:RMSNorm.forward_cuda", "layer_norms"),
-        ("sglang.srt.models.gemma4_causal:gemma_qkv_rmsnorm", "qkv_norm"),
-        ("sglang.srt.layers.gemma4_fused_ops:_gemma_qkv_rmsnorm_kernel", "qkv_norm"),
+        ("sglang.srt.models.gemma4_causal:gemma_qkv_rmsnorm", "rope_store"),
+        (f"{OPS}:_gemma_qkv_rmsnorm_kernel", "rope_store"),
     ],
 )
 def test_whatever_the_wrapper_is(
@@ -114,7 +118,7 @@ def test_whatever_the_wrapper_is(
     """On a method, a function that is imported from elsewhere, and a kernel."""
     owner, name = resolve(target)
     monkeypatch.setattr(owner, name, how(getattr(owner, name)))
-    ENGINE.apply(only=[patch])
+    ENGINE.apply(only=[patch, *by_name(patch).requires])
     assert ENGINE.runs[patch].state == states.CONFLICT
 
 
@@ -153,9 +157,11 @@ def test_sglangs_own_registry(monkeypatch: pytest.MonkeyPatch):
     HookRegistry.apply_hooks()
     ENGINE.apply()
     for patch in ("layer_norms", "input_norm", "router_norm"):
+        if state_by_default(by_name(patch)) == states.UPSTREAMED:
+            continue
         assert ENGINE.runs[patch].state == states.CONFLICT
         assert "HookRegistry" in ENGINE.runs[patch].reason
-    assert ENGINE.runs["qkv_norm"].state == states.ACTIVE
+    assert ENGINE.runs["qkv_proj"].state == states.ACTIVE
 
 
 def test_a_class_in_the_place_of_stocks(monkeypatch: pytest.MonkeyPatch):
@@ -171,6 +177,7 @@ def test_a_class_in_the_place_of_stocks(monkeypatch: pytest.MonkeyPatch):
 
 def test_nothing_is_told_of_stock_and_of_our_own():
     ENGINE.apply()
+    ENGINE.give_up_waiting()
     ENGINE.look_at_neighbours()
     for row in ENGINE.status():
         assert row.state == state_by_default(by_name(row.name)), row

@@ -769,3 +769,26 @@ def test_the_selection_travels_to_spawned_processes(world: World) -> None:
     assert spawned(world) == ["2 2", "off off"]
     engine.apply()
     assert spawned(world) == ["one two", "active active"]
+
+
+def test_what_waits_for_a_module_that_is_nowhere_is_told_when_the_model_stands(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait for ever; what waits for a module that is still to come goes on."""
+    gone = world.target("thing", "gone")
+    world.table["0.9"] = {gone: "0" * 16}
+    world.write("later", "def answer():\n    return 1\n")
+    engine = world.engine(
+        (record("one", world.target("answer"), relies_on=(gone,)), returning("ours")),
+        (record("two", world.target("answer", "later")), returning("ours")),
+    )
+    monkeypatch.setattr(fingerprints, "installed_source", fingerprints.folder_source(world.root))
+    engine.apply()
+    world.imported()
+    assert [row.state for row in engine.status()] == [states.WAITING] * 2
+    engine.give_up_waiting()
+    one, two = engine.status()
+    assert (one.state, two.state) == (states.UNSUPPORTED, states.WAITING)
+    assert one.reason.endswith(f"has no {gone}")
+    world.imported("later")
+    assert engine.status()[1].state == states.ACTIVE
