@@ -26,6 +26,7 @@ RAY = "sglang.srt.ray.engine:RayEngine._launch_scheduler_processes"
 GRPC = "sglang.srt.entrypoints.grpc_server:serve_grpc"
 ENCODER = "sglang.srt.disaggregation.encode_server:launch_server"
 ENCODER_GRPC = "sglang.srt.disaggregation.encode_grpc_server:serve_grpc_encoder"
+REPLICAS = "sglang.srt.disaggregation.encoder.runtime:launch_dp_runtime"  # 0.5.12 has none
 RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner.__init__"
 LOADED = "sglang.srt.model_executor.model_runner:ModelRunner.load_model"
 ENCODER_LOADED = "sglang.srt.disaggregation.encode_server:MMEncoder.__init__"
@@ -58,6 +59,11 @@ def _ways_into_spawned_processes(call: Call) -> list[str]:
 def _ways_into_encoders(call: Call) -> list[str]:
     found = routes.bootstrap_routes()
     return gates.warned(routes.unreached_encoders(found, _server_args(call)))
+
+
+def _ways_into_replicas(call: Call) -> list[str]:
+    found = routes.bootstrap_routes()
+    return gates.warned(routes.unreached_replicas(found, _server_args(call)))
 
 
 def _arguments_made_before_us(call: Call) -> list[str]:
@@ -121,6 +127,7 @@ add(RAY, _before_schedulers)
 add(GRPC, _before_launch)
 add(ENCODER, _before_encoders)
 add(ENCODER_GRPC, _before_encoders)
+add(REPLICAS, guarded(before=[_ways_into_replicas]))
 add(LOADED, _after_load, instead=RUNNER)
 add(RUNNER, guarded(before=[gates.hold]))
 add(ENCODER_LOADED, _after_load)
