@@ -198,3 +198,13 @@ def unreached_encoders(routes: Iterable[str], server_args: object) -> list[str]:
         f"--encoder-only with {ranks} ranks: all but the first would be stock: SGLang starts them "
         "without its plugins; a sitecustomize on PYTHONPATH would reach them"
     ]
+
+
+def unreached_replicas(routes: Iterable[str], server_args: object) -> list[str]:
+    """Why replicas of an encoder server would be stock: none of them is in the main process."""
+    if SITECUSTOMIZE in routes:
+        return []
+    return [
+        f"--encoder-only with --dp-size {getattr(server_args, 'dp_size', '?')}: every encoder would be "
+        "stock: SGLang starts them without its plugins; a sitecustomize on PYTHONPATH would reach them"
+    ]

@@ -30,6 +30,7 @@ ENCODERS = (  # a release has those of one folder, and is left alone about the o
     "sglang.srt.disaggregation.encoder.http_server:launch_server",
     "sglang.srt.disaggregation.encoder.grpc_server:serve_grpc_encoder",
 )
+REPLICAS = "sglang.srt.disaggregation.encoder.runtime:launch_dp_runtime"  # 0.5.12 has none
 RUNNER = "sglang.srt.model_executor.model_runner:ModelRunner.__init__"
 LOADED = "sglang.srt.model_executor.model_runner:ModelRunner.load_model"
 ENCODERS_LOADED = (
@@ -65,6 +66,11 @@ def _ways_into_spawned_processes(call: Call) -> list[str]:
 def _ways_into_encoders(call: Call) -> list[str]:
     found = routes.bootstrap_routes()
     return gates.warned(routes.unreached_encoders(found, _server_args(call)))
+
+
+def _ways_into_replicas(call: Call) -> list[str]:
+    found = routes.bootstrap_routes()
+    return gates.warned(routes.unreached_replicas(found, _server_args(call)))
 
 
 def _arguments_made_before_us(call: Call) -> list[str]:
@@ -133,6 +139,7 @@ add(RAY, _before_schedulers)
 add(GRPC, _before_launch)
 for _encoder in ENCODERS:
     add(_encoder, _before_encoders)
+add(REPLICAS, guarded(before=[_ways_into_replicas]))
 add(LOADED, _after_load, instead=RUNNER)
 add(RUNNER, guarded(before=[gates.hold]))
 for _encoder in ENCODERS_LOADED:

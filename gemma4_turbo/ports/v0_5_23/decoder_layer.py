@@ -39,6 +39,7 @@ STEPS: tuple[Step, ...] = (
 )
 
 _stock: dict[str, Callable[..., torch.Tensor]] = {}
+_result: list[Any] = []  # SGLang's method that computes what a layer writes
 _boundary: list[Any] = []  # the module of SGLang's that writes the stream
 _classes: list[type] = []  # of a boundary
 
@@ -56,8 +57,10 @@ class LayerSite(layer_steps.LayerSite):
             _parallel_unfit()
             or sglang_types.device_unfit(layer.layer_scalar)
             or _boundaries_unfit(layer)
+            or _result_unfit(layer)
         )
         self.also_made_for(
+            (layer, "_next_stream"),
             (layer, "attn_boundary"),
             (layer, "ffn_boundary"),
             *((of, name) for of in (attn, ffn) for name in (*OF_A_BOUNDARY, "prepare", "finish")),
@@ -96,12 +99,21 @@ def _boundaries_unfit(layer: StagedLayer) -> str | None:
     return None
 
 
+def _result_unfit(layer: StagedLayer) -> str | None:
+    """Why the layer's result is computed in another way than stock's, or None."""
+    if getattr(layer._next_stream, "__func__", None) is not _result[0]:
+        return f"a {sglang_types.name(layer)} has a _next_stream of its own"
+    return None
+
+
 def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
     from sglang.srt.layers.layer_boundary.residual import batch
     from sglang.srt.layers.layer_boundary.stage import StageBoundary
+    from sglang.srt.models.gemma4_causal import Gemma4DecoderLayer
 
     _stock[TARGET], _boundary[:], _classes[:] = stock[TARGET], [batch], [StageBoundary]
+    _result[:] = [Gemma4DecoderLayer._next_stream]
     classes.load()
     handover.made_for(forward)
     layer_steps.enable(fusions, run)
@@ -139,6 +151,8 @@ def forward(
         unfit = "the layer's input is captured for a draft model"
     if unfit is None and (stream is None or stream.pending is not None):
         unfit = "the layer before has left a sum to its boundary"
+    if unfit is None and stream.residual is not None and stream.residual is not hidden_states:
+        unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
     if unfit is not None:
         for step in STEPS:
             if step.run is not None:

@@ -53,6 +53,7 @@ class StagedLayer(protocols.DecoderLayer, Protocol):
 
     attn_boundary: StageBoundary
     ffn_boundary: StageBoundary
+    _next_stream: Callable[..., torch.Tensor]
 
 
 class GroupCoordinator(Protocol):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gemma4_turbo.engine import gates
-from gemma4_turbo.ports.any import routes
+from gemma4_turbo.ports.any import occasions, routes, ways_in
 from gemma4_turbo.ports.any.routes import ENTRY_POINT, SITECUSTOMIZE, bootstrap_routes
 from tests.cpu.conftest import REPOSITORY
 
@@ -304,13 +304,27 @@ def test_ranks_of_an_encoder_server(ranks: Any, ways: list[str], told: bool) -> 
     assert not told or f"{ranks} ranks" in found[0]
 
 
+@pytest.mark.parametrize(
+    ("ways", "told"), [([ENTRY_POINT], True), ([], True), ([SITECUSTOMIZE], False)]
+)
+def test_replicas_of_an_encoder_server(ways: list[str], told: bool) -> None:
+    """None is in the main process: SGLang asks for them only where there are several."""
+    found = routes.unreached_replicas(ways, SimpleNamespace(dp_size=3))
+    assert bool(found) is told
+    assert not told or "--dp-size 3: every encoder" in found[0]
+
+
 def source(module: str) -> str:
     """The installed SGLang's, not imported."""
+    return path_of(module).read_text()
+
+
+def path_of(module: str) -> Path:
     spec = importlib.util.find_spec("sglang")
     assert spec is not None
     assert spec.submodule_search_locations
     path = Path(spec.submodule_search_locations[0], *module.split(".")[1:])
-    return path.with_suffix(".py").read_text()
+    return path.with_suffix(".py")
 
 
 def test_sglang_starts_its_processes_as_said() -> None:
@@ -322,12 +336,29 @@ def test_sglang_starts_its_processes_as_said() -> None:
     for module in (
         "sglang.srt.ray.scheduler_actor",
         "sglang.srt.ray.data_parallel_controller",
-        "sglang.srt.disaggregation.encode_server",
-        "sglang.srt.disaggregation.encode_grpc_server",
+        *(target.partition(":")[0] for target in ways_in.ENCODERS),
         "sglang.bench_one_batch",
     ):
+        if not path_of(module).exists():
+            continue  # of another release
         assert "load_plugins" not in source(module), module
         assert "run_scheduler_process(" not in source(module), module
-    for target in gates._GATES:
-        module, _, qualname = target.partition(":")
-        assert f"def {qualname.rpartition('.')[2]}(" in source(module), target
+    old, new = occasions.WRITERS[:5], occasions.WRITERS[5:]
+    moved = [
+        (ways_in.ENCODERS[:2], (*ways_in.ENCODERS[2:], ways_in.REPLICAS)),
+        (ways_in.ENCODERS_LOADED[:1], ways_in.ENCODERS_LOADED[1:]),
+        (old, new),
+    ]
+    for family in moved:  # a release has all of one side
+        assert any(all(map(defined, alternative)) for alternative in family), family
+    elsewhere = {target for family in moved for targets in family for target in targets}
+    for target in gates._GATES.keys() - elsewhere:
+        assert defined(target), target
+
+
+def defined(target: str) -> bool:
+    """Whether SGLang's source has the function."""
+    module, _, qualname = target.partition(":")
+    if not path_of(module).exists():
+        return False
+    return f"def {qualname.rpartition('.')[2]}(" in source(module)

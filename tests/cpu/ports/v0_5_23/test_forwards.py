@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import types
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -225,6 +226,45 @@ def test_a_hook_sees_what_stock_gives_it(of: str):
     near(hooked_run(), expected) if of != "layer" else hooked_run()
     assert len(calls) == 2 * count > 0
     near(models.run(model), plain)
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_layers_result_in_another_tensor_is_an_error_of_stocks(at: int):
+    """The stream holds what a layer wrote: its reader, a layer or the last norm, takes nothing else."""
+    model = models.build("dense")
+    ENGINE.apply(only=ON)
+    models.run(model)  # the sites are made before the hook comes
+    model.layers[at].register_forward_hook(lambda module, args, output: output.clone())
+    for _ in range(2):  # ours, then stock
+        with pytest.raises(RuntimeError, match="written residual does not match"):
+            models.run(model)
+        ENGINE.revert()
+
+
+@pytest.mark.parametrize("seen_before", [True, False])
+def test_a_layers_own_way_to_its_result_is_called(seen_before: bool):
+    """A method that stock's forward calls: a layer has another, or a subclass of SGLang's layer."""
+    model, calls = models.build("dense"), []
+    layer: Any = model.layers[0]
+    theirs = type(layer)._next_stream
+
+    def own(self: Any, *args: Any) -> torch.Tensor:
+        calls.append(seen_before)
+        return theirs(self, *args) * 2  # type: ignore[no-any-return]
+
+    ENGINE.apply(only=ON)
+    if seen_before:
+        models.run(model)
+        layer._next_stream = types.MethodType(own, layer)
+    else:
+        layer.__class__ = type("Doubled", (type(layer),), {"_next_stream": own})
+    before = counted()
+    found = models.run(model)
+    assert calls == [seen_before]
+    assert engaged_since(before)["layer_norms"] == 1  # the other layer's
+    assert "_next_stream of its own" in ENGINE.runs["layer_norms"].full_reason()
+    ENGINE.revert()
+    near(found, models.run(model))
 
 
 def test_a_capture_compares_nothing(monkeypatch: pytest.MonkeyPatch):
