@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from tests import interpreter
+from tests import interpreter, releases
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -41,6 +41,17 @@ def not_collected(arguments: list[str]) -> list[str]:
     return [f"{folder.relative_to(HERE.parent)}, {count} files, needs a CUDA device"]
 
 
+def of_one_release(arguments: list[str]) -> list[str]:
+    """What was asked for and is not collected with another SGLang installed."""
+    asked = [Path(argument.partition("::")[0]).resolve() for argument in arguments]
+    paths = [HERE / "cpu" / name for name in releases.ONLY_THERE]
+    left = [path for path in paths if any(path.is_relative_to(one) for one in asked)]
+    if not left or not releases.is_another():
+        return []
+    names = ", ".join(str(path.relative_to(HERE.parent)) for path in left)
+    return [f"{names}: expect what SGLang {releases.BASELINE} does"]
+
+
 def skipped(reports: list[pytest.TestReport]) -> list[str]:
     """How many tests were skipped, by reason."""
     reasons = Counter(
@@ -57,6 +68,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """A green run must not be taken for one of all tests."""
-    lines = not_collected(config.args) + skipped(terminalreporter.stats.get("skipped", []))
+    lines = not_collected(config.args) + of_one_release(config.args)
+    lines += skipped(terminalreporter.stats.get("skipped", []))
     for line in lines:
         terminalreporter.write_line(f"not run here: {line}")
