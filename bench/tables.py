@@ -139,7 +139,7 @@ def engine_runs() -> list[pd.DataFrame]:
         newest_rows(pd.read_csv(path)).assign(graphs="nographs" not in path.name)
         for path in sorted(RESULTS.glob("decode-*-engine.csv"))
     ]
-    return sorted(frames, key=lambda frame: Version(frame.iloc[0]["sglang"]), reverse=True)
+    return sorted(frames, key=lambda frame: Version(str(frame.iloc[0]["sglang"])), reverse=True)
 
 
 def headline() -> str | None:
@@ -156,12 +156,12 @@ def headline() -> str | None:
         return None
     rows = []
     every = sorted(found.items(), key=lambda item: item[0][1:])
-    for _, frame in sorted(every, key=lambda item: Version(item[0][0]), reverse=True):
+    for _, frame in sorted(every, key=lambda item: Version(str(item[0][0])), reverse=True):
         table = medians(frame[frame["unit"] == "ms"])
         first = frame.iloc[0]
         *steps, prefills = engine_times(table)
         longest = max(prefills.split(", "), key=_tokens)
-        rows.append([first["sglang"], *engine_name(first), *steps, longest])
+        rows.append([str(first["sglang"]), *engine_name(first), *steps, longest])
     header = [
         "SGLang",
         "model",
@@ -245,7 +245,7 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
         gpu += f", {first['norms']} norms"
     *steps, prefill = engine_times(table)
     return [
-        first["sglang"],
+        str(first["sglang"]),
         model,
         gpu,
         chosen(first["patches"]) + ("" if first["graphs"] else "; graphs off"),

@@ -424,7 +424,7 @@ class Engine:
             if not fingerprints.any_there(run.ports, fingerprints.installed_source):
                 state, reason = self.outlook(run.patch, definitions)
                 if state != states.ACTIVE:
-                    run.set(state, reason)
+                    run.set(state, reason, log=False)  # the summary that follows says it
 
     def _guarded(self, function: Callable[..., None]) -> Callable[..., None]:
         """For Python's import system, which must never see an exception of ours."""
