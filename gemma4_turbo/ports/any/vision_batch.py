@@ -199,6 +199,6 @@ def _one_at_a_time(tower: VisionTower) -> bool:
 
 
 def _ranks() -> int:
-    from sglang.srt.distributed import get_tensor_model_parallel_world_size
+    from sglang.srt.distributed import parallel_state  # later packages do not hand its getters on
 
-    return int(get_tensor_model_parallel_world_size())
+    return int(parallel_state.get_tensor_model_parallel_world_size())

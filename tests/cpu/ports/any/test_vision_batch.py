@@ -434,6 +434,12 @@ def test_given_embeddings_alone_are_no_batch():
     assert "no image" in run.full_reason()
 
 
+def test_the_ranks_are_stocks():
+    """Of the process's own group, by the installed release's name for it."""
+    vision.model("triton_attn")
+    assert patch._ranks() == 1
+
+
 @pytest.mark.parametrize("where", ["_entries", "describe", "model_unfit", "_ranks"])
 def test_an_error_of_ours_is_not_the_servers(where: str, monkeypatch: pytest.MonkeyPatch):
     model, run = vision.model("triton_attn"), ENGINE.runs[NAME]
