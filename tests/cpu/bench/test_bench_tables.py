@@ -77,9 +77,9 @@ def test_an_engine_table(results):
     assert table is not None
     step = "8.50 -> 4.50 (0.529)"
     (line,) = cells(table)
-    assert line[:6] == ["26b-a4b", "H9", LABEL, step, step, step]
+    assert line[:7] == ["1.0", "26b-a4b", "H9", LABEL, step, step, step]
     prefill = "8 x 4096: 800 -> 400 (0.500)"
-    assert line[6:] == ["35.3 -> 20.3", prefill, "3 of 4,096", "5 of 4,096", "-", "3"]
+    assert line[7:] == ["35.3 -> 20.3", prefill, "3 of 4,096", "5 of 4,096", "-", "3"]
     assert table.endswith("NVIDIA H9, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-02.")
 
 
@@ -96,9 +96,18 @@ def test_the_headline_is_the_newest_run_with_more_than_bitwise_patches(results):
     assert table is not None
     once, twice = "8.50 -> 4.50 (0.529)", "17.00 -> 9.00 (0.529)"
     assert cells(table) == [
-        ["26b-a4b", "H8", once, once, once, "8 x 4096: 800 -> 400 (0.500)"],
-        ["26b-a4b", "H9", twice, twice, twice, "8 x 4096: 1601 -> 801 (0.500)"],
+        ["1.0", "26b-a4b", "H8", once, once, once, "8 x 4096: 800 -> 400 (0.500)"],
+        ["1.0", "26b-a4b", "H9", twice, twice, twice, "8 x 4096: 1601 -> 801 (0.500)"],
     ]
+
+
+def test_the_newest_sglang_stands_first(results):
+    """By its number, not as text: each release has rows of its own."""
+    for release in ("1.9.1.post1", "1.10.0", "1.2.0"):
+        engine_csv(results / f"decode-{release}-engine.csv", patches="all", sglang=release)
+    for table in (tables.headline(), tables.decode_engine()):
+        assert table is not None
+        assert [line[0] for line in cells(table)] == ["1.10.0", "1.9.1.post1", "1.2.0"]
 
 
 def test_engines_of_several_files(results):
@@ -109,10 +118,10 @@ def test_engines_of_several_files(results):
     engine_csv(results / "router-engine.csv")
     table = tables.decode_engine()
     assert table is not None
-    found = [line[:3] for line in cells(table)]
+    found = [line[:4] for line in cells(table)]
     assert found == [
-        ["26b-a4b", "H9", LABEL],
-        ["26b-a4b, 6 layers", "2 x H8, cute norms", "`router`, `moe_align`"],
+        ["1.0", "26b-a4b", "H9", LABEL],
+        ["1.0", "26b-a4b, 6 layers", "2 x H8, cute norms", "`router`, `moe_align`"],
     ]
     assert "NVIDIA H8 80GB HBM3, SGLang 1.0, torch 2.0, Triton 3.0, 2026-01-01; NVIDIA H9" in table
 
@@ -250,7 +259,7 @@ def test_an_engine_that_measured_little(results):
     table = tables.decode_engine()
     assert table is not None
     step = "8.50 -> 4.50 (0.529)"
-    assert cells(table)[0][3:] == ["-", step, "-", "-", "-", "-", "-", "-", "3"]
+    assert cells(table)[0][4:] == ["-", step, "-", "-", "-", "-", "-", "-", "3"]
 
 
 @pytest.mark.parametrize(
