@@ -417,11 +417,12 @@ class Engine:
         """Judge what waits for a module that this SGLang does not have at all: it will never come."""
         from gemma4_turbo.engine import fingerprints
 
-        definitions = fingerprints.Definitions(fingerprints.installed_source)
+        source_of = functools.cache(fingerprints.installed_source)  # patches share modules
+        definitions = fingerprints.Definitions(source_of)
         for run in self.runs.values():
             if run.state != states.WAITING or not run.ports:
                 continue
-            if not fingerprints.any_there(run.ports, fingerprints.installed_source):
+            if not fingerprints.any_there(run.ports, source_of):
                 state, reason = self.outlook(run.patch, definitions)
                 if state != states.ACTIVE:
                     run.set(state, reason, log=False)  # the summary that follows says it

@@ -30,17 +30,11 @@ class Site:
         self._parts: tuple[tuple[dict[str, Any], str, Any], ...] = ()
 
     def made_for(self, *parts: tuple[Any, str]) -> None:
-        """Attributes, ``(object, name)``, whose replacement ends the site.
+        """Attributes, ``(object, name)``, whose replacement ends the site; more of them at each call.
 
         None and others without attributes of their own are passed over: nothing can be set on them.
         """
-        self._parts = tuple(_place(of, name) for of, name in parts if hasattr(of, "__dict__"))
-
-    def also_made_for(self, *parts: tuple[Any, str]) -> None:
-        """More of them."""
-        before = self._parts
-        self.made_for(*parts)
-        self._parts = before + self._parts
+        self._parts += tuple(_place(of, name) for of, name in parts if hasattr(of, "__dict__"))
 
     def moved(self) -> bool:
         """Whether a part is another object than when the site was made."""

@@ -59,7 +59,7 @@ class LayerSite(layer_steps.LayerSite):
             or _boundaries_unfit(layer)
             or _result_unfit(layer)
         )
-        self.also_made_for(
+        self.made_for(
             (layer, "_next_stream"),
             (layer, "attn_boundary"),
             (layer, "ffn_boundary"),

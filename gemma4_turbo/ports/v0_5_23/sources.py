@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gemma4_turbo.engine.port import Port
+from gemma4_turbo.ports.any import calls
 
 HERE = __package__
 RELEASES = ("0.5.23",)
@@ -55,55 +56,14 @@ _ATTENTION = (
 )
 
 # What a layer calls by way of its modules.
-_NORM_CALLS = (
-    _OP,
-    "sglang.srt.layers.layernorm:RMSNorm.forward",  # inherited, as others below
-    "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
-    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward",
-    "sglang.srt.layers.layernorm:Gemma4RMSNorm.forward_cuda",
-    "sglang.srt.layers.layernorm:rmsnorm",
-    "sglang.srt.layers.layernorm:fused_add_rmsnorm",
-)
-_LINEAR_CALLS = (
-    "sglang.srt.layers.linear:ReplicatedLinear.forward",
-    "sglang.srt.layers.linear:ColumnParallelLinear.forward",
-    "sglang.srt.layers.linear:MergedColumnParallelLinear.forward",
-    "sglang.srt.layers.linear:QKVParallelLinear.forward",
-    "sglang.srt.layers.linear:RowParallelLinear.forward",
-    "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
-)
-_MLP_CALLS = (
-    *_LINEAR_CALLS,
-    _OP,
-    "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
-    "sglang.srt.layers.activation:GeluAndMul.forward",
-    "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
-    "sglang.srt.layers.activation:gelu_tanh_and_mul",
-)
-_ROPE_CALLS = (
-    _OP,
-    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward",
-    "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",
-    "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward",
-    "sglang.srt.layers.rotary_embedding.rope_variant:Gemma4RotaryEmbedding.forward_cuda",
-    "sglang.srt.layers.rotary_embedding.base:apply_rope_with_cos_sin_cache_inplace",
-)
+_NORM_CALLS = (_OP, *calls.NORM)
+_MLP_CALLS = (*calls.LINEAR, _OP, *calls.MLP)
+_ROPE_CALLS = (_OP, *calls.ROPE)
 _EXPERTS_CALLS = (
     _OP,
-    f"{_MODEL}:Gemma4MoE.forward",
-    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward",
-    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward_impl",
-    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.run_moe_core",
-    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.apply",
-    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward",
-    "sglang.srt.layers.quantization.unquant:UnquantizedFusedMoEMethod.forward_cuda",
-    "sglang.srt.layers.quantization.fp8:Fp8MoEMethod.apply",
-    "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatcher.combine",
-    "sglang.srt.layers.moe.moe_runner.runner:MoeRunner.run",
-    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts",
+    *calls.EXPERTS,
     "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
 )
-_QKV_CALLS = (f"{_MODEL}:gemma_qkv_rmsnorm",)
 _ATTENTION_CALLS = (
     "sglang.srt.layers.radix_attention:RadixAttention.forward",
     "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.forward",
@@ -332,14 +292,14 @@ PORTS: dict[str, Port] = {
             "sglang.kernels.ops.kvcache.kvcache:store_cache",
         ),
         written_for=RELEASES,
-        goes_round=(*_QKV_CALLS, *_ROPE_CALLS, *_ATTENTION_CALLS),
+        goes_round=(*calls.QKV, *_ROPE_CALLS, *_ATTENTION_CALLS),
     ),
     "qkv_proj": Port(
         module=f"{HERE}.wiring:qkv_proj",
         targets=(f"{_MODEL}:Gemma4Attention.forward",),
         relies_on=_ATTENTION,
         written_for=RELEASES,
-        goes_round=_LINEAR_CALLS,
+        goes_round=calls.LINEAR,
     ),
     "extend_attention": Port(
         module=f"{HERE}.extend_attention",
