@@ -159,9 +159,8 @@ def headline() -> str | None:
     for _, frame in sorted(every, key=lambda item: Version(str(item[0][0])), reverse=True):
         table = medians(frame[frame["unit"] == "ms"])
         first = frame.iloc[0]
-        *steps, prefills = engine_times(table)
-        longest = max(prefills.split(", "), key=_tokens)
-        rows.append([str(first["sglang"]), *engine_name(first), *steps, longest])
+        _, longest = max(prefill_times(table), default=(0, "-"))
+        rows.append([str(first["sglang"]), *engine_name(first), *step_times(table), longest])
     header = [
         "SGLang",
         "model",
@@ -173,12 +172,6 @@ def headline() -> str | None:
         f"{markdown(header, rows)}\n\nStock SGLang -> patched (ratio), whole engine, random weights, "
         f"CUDA graphs on. {origins(pd.concat(list(found.values())))}."
     )
-
-
-def _tokens(prefill: str) -> int:
-    """Of ``8 x 4096: ...``."""
-    count, length = prefill.partition(":")[0].split(" x ")
-    return int(count) * int(length)
 
 
 def decode_engine() -> str | None:
@@ -210,19 +203,24 @@ def engine_name(first: pd.Series) -> tuple[str, str]:
     return model, gpu
 
 
-def engine_times(table: pd.DataFrame) -> list[str]:
-    """A decode step of every batch and the prefills of such a run's medians; "-" for what it lacks."""
+def step_times(table: pd.DataFrame) -> list[str]:
+    """A decode step of every batch, of such a run's medians; "-" for what it lacks."""
     steps = [("decode step", size) for size in BATCHES]
-    told = [
+    return [
         change(*table.loc[step][["stock", "patched"]], 2) if step in table.index else "-"
         for step in steps
     ]
-    prefill = [
-        f"{size} x {quantity.split()[-1]}: {change(row['stock'], row['patched'], 0)}"
-        for (quantity, size), row in table.iterrows()
-        if quantity.startswith("prefill")
-    ]
-    return [*told, ", ".join(prefill) or "-"]
+
+
+def prefill_times(table: pd.DataFrame) -> list[tuple[int, str]]:
+    """Its prefills: how many tokens, and the cell."""
+    found = []
+    for (quantity, size), row in table.iterrows():
+        if quantity.startswith("prefill"):
+            length = int(quantity.split()[2])  # prefill of LENGTH and so many tokens
+            told = f"{size} x {length}: {change(row['stock'], row['patched'], 0)}"
+            found.append((size * length, told))
+    return found
 
 
 def engine_row(frame: pd.DataFrame) -> list[str]:
@@ -243,15 +241,14 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
     model, gpu = engine_name(first)
     if "norms" in frame:  # older runs do not say which RMSNorm stock had
         gpu += f", {first['norms']} norms"
-    *steps, prefill = engine_times(table)
     return [
         str(first["sglang"]),
         model,
         gpu,
         chosen(first["patches"]) + ("" if first["graphs"] else "; graphs off"),
-        *steps,
+        *step_times(table),
         launches,
-        prefill,
+        ", ".join(told for _, told in prefill_times(table)) or "-",
         differing(counts, "token"),
         differing(counts, "logprob"),
         divergence,

@@ -19,9 +19,9 @@ from gemma4_turbo.engine.fingerprints import Definitions
 from gemma4_turbo.engine.port import Port
 from gemma4_turbo.instance import PORTS, every_port
 from tests.cpu.conftest import REPOSITORY
+from tests.releases import BASELINE
 
 CACHE = REPOSITORY / ".wheels"  # git-ignored
-BASELINE = "0.5.12.post1"
 (ROUTER,) = PORTS["router"]
 TARGET, RELIES_ON = ROUTER.sources
 

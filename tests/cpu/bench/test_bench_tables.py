@@ -110,6 +110,16 @@ def test_the_newest_sglang_stands_first(results):
         assert [line[0] for line in cells(table)] == ["1.10.0", "1.9.1.post1", "1.2.0"]
 
 
+def test_the_headline_of_a_run_without_prefills(results):
+    path = results / "decode-a-engine.csv"
+    engine_csv(path, patches="all")
+    frame = pd.read_csv(path)
+    frame[~frame["quantity"].str.startswith("prefill")].to_csv(path, index=False)
+    table = tables.headline()
+    assert table is not None
+    assert [line[-1] for line in cells(table)] == ["-"]
+
+
 def test_engines_of_several_files(results):
     engine_csv(results / "decode-a-engine.csv")
     changed: dict[str, Any] = {"patches": "router+moe_align", "tp": 2, "norms": "cute", "layers": 6}

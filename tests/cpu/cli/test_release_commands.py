@@ -14,13 +14,10 @@ from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.cli import releases
 from gemma4_turbo.engine import fingerprints
-from gemma4_turbo.engine.imports import installed_release
 from gemma4_turbo.instance import PORTS, every_port
+from tests.releases import BASELINE, is_another
 
-BASELINE = "0.5.12.post1"
-pytestmark = pytest.mark.skipif(
-    installed_release() != BASELINE, reason=f"edits the sources of SGLang {BASELINE}"
-)
+pytestmark = pytest.mark.skipif(is_another(), reason=f"edits the sources of SGLang {BASELINE}")
 VISION = "sglang/srt/models/gemma4_vision.py"
 RADIX = "sglang/srt/layers/radix_attention.py"
 ROPE = "def _apply_multidimensional_rope("
