@@ -30,17 +30,17 @@ ON = [*BOTH, "qkv_norm"]  # upstreamed here, and what rope_store stands on
 
 
 @pytest.fixture(autouse=True)
-def stock(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
-    """Stock at first; reverted at the end."""
-    monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path))
+def stock(tmp_path: Any) -> Iterator[None]:
+    """Stock at first; reverted at the end, after a test's own `monkeypatch` has put back."""
     for module in ("attention.triton_backend", "moe.moe_runner.triton_utils.fused_moe"):
         importlib.import_module(f"sglang.srt.layers.{module}")  # as a server has them
-    models.norms_as_on_a_gpu(monkeypatch)
-    for run in ENGINE.runs.values():
-        monkeypatch.setattr(run, "_decline_reason", "")
-    with torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path))
+        models.norms_as_on_a_gpu(patch)
+        for run in ENGINE.runs.values():
+            patch.setattr(run, "_decline_reason", "")
         yield
-    ENGINE.revert()
+        ENGINE.revert()
 
 
 def counted(names: Any = BOTH) -> dict[str, int]:

@@ -18,15 +18,15 @@ POISON = 7.0
 
 
 @pytest.fixture(autouse=True)
-def stock(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[None]:
-    """Stock at first; reverted at the end."""
-    monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path))
+def stock(tmp_path: Any) -> Iterator[None]:
+    """Stock at first; reverted at the end, after a test's own `monkeypatch` has put back."""
     importlib.import_module("sglang.srt.layers.attention.triton_backend")
-    for run in ENGINE.runs.values():
-        monkeypatch.setattr(run, "_decline_reason", "")
-    with torch.no_grad():
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path))
+        for run in ENGINE.runs.values():
+            patch.setattr(run, "_decline_reason", "")
         yield
-    ENGINE.revert()
+        ENGINE.revert()
 
 
 def pool(kind: str) -> Any:
