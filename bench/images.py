@@ -47,7 +47,7 @@ from bench.servers import Server, console, launch_arguments, servers  # noqa: E4
 from bench.turns import turn  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
-from gemma4_turbo.models import geometry, geometry_mm  # noqa: E402
+from gemma4_turbo.models import geometry_mm  # noqa: E402
 
 AGAIN, OTHER_IMAGES = "stock again", "stock, other images"
 CALLS = ("engaged", "captured", "declined")
@@ -158,7 +158,7 @@ def farthest(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
 
 
 def main(
-    model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "26b-a4b",
+    model: Annotated[str, typer.Option(help=" | ".join(geometry_mm.VISION))] = "26b-a4b",
     layers: Annotated[int, typer.Option(help="Of the language model; 0: all")] = 6,
     patches: Annotated[
         str, typer.Option(help="Comma list; empty: all that are on by default")

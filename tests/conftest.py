@@ -41,15 +41,14 @@ def not_collected(arguments: list[str]) -> list[str]:
     return [f"{folder.relative_to(HERE.parent)}, {count} files, needs a CUDA device"]
 
 
-def of_one_release(arguments: list[str]) -> list[str]:
-    """What was asked for and is not collected with another SGLang installed."""
+def of_other_lines(arguments: list[str]) -> list[str]:
+    """What was asked for and is for SGLang's releases of another line."""
     asked = [Path(argument.partition("::")[0]).resolve() for argument in arguments]
-    paths = [HERE / "cpu" / name for name in releases.ONLY_THERE]
-    left = [path for path in paths if any(path.is_relative_to(one) for one in asked)]
-    if not left or not releases.is_another():
-        return []
-    names = ", ".join(str(path.relative_to(HERE.parent)) for path in left)
-    return [f"{names}: expect what SGLang {releases.BASELINE} does"]
+    return [
+        f"{folder.relative_to(HERE.parent)}: for SGLang {', '.join(of)}"
+        for folder, of in releases.other_lines().items()
+        if any(folder.is_relative_to(one) for one in asked)
+    ]
 
 
 def skipped(reports: list[pytest.TestReport]) -> list[str]:
@@ -68,7 +67,7 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
     """A green run must not be taken for one of all tests."""
-    lines = not_collected(config.args) + of_one_release(config.args)
+    lines = not_collected(config.args) + of_other_lines(config.args)
     lines += skipped(terminalreporter.stats.get("skipped", []))
     for line in lines:
         terminalreporter.write_line(f"not run here: {line}")

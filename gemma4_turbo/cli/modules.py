@@ -47,6 +47,7 @@ def import_targets(
                 import_module(module)
             except Exception as error:
                 problems.append(f"{module} cannot be imported: {type(error).__name__}: {error}")
+    ENGINE.give_up_waiting()  # what another line alone has is waited for in vain
     return problems
 
 

@@ -48,12 +48,22 @@ def triton() -> str:
     """The Triton that compiles the kernel, ``Triton 3.6``: what is fast under one is not under the next."""
     import triton as installed
 
-    return "Triton " + ".".join(installed.__version__.split(".")[:2])
+    return named(installed.__version__)
+
+
+def named(version: str) -> str:
+    """``Triton 3.6`` for 3.6.0."""
+    return "Triton " + ".".join(version.split(".")[:2])
+
+
+def tuned_under(name: str) -> Traversable:
+    """The folder of the tables that were tuned under a Triton, there or not."""
+    return TABLES / name.lower().replace(" ", "_").replace(".", "_")
 
 
 def here() -> Traversable:
-    """The folder of the tables that were tuned under this Triton, there or not."""
-    return TABLES / triton().lower().replace(" ", "_").replace(".", "_")
+    """That of this Triton."""
+    return tuned_under(triton())
 
 
 def file_name(key: Key, down: bool) -> str:

@@ -1,7 +1,7 @@
 """Model folders with Gemma 4's geometry and nothing in them but a config.json.
 
 For benchmarks and the demonstration: SGLang fills such a model with random weights
-(``--load-format dummy``). Text-only. Numbers from public test fixtures of the four models.
+(``--load-format dummy``). Text-only. Numbers from public test fixtures of the five models.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Geometry(NamedTuple):
 GEOMETRIES: dict[str, Geometry] = {
     "26b-a4b": Geometry(2816, 2112, 30, 6, 16, 8, 2, 1024, True, 0, 0, False, 128, 8, 704),
     "31b": Geometry(5376, 21504, 60, 6, 32, 16, 4, 1024, True, 0, 0, False, 0, 0, 0),
+    "12b": Geometry(3840, 15360, 48, 6, 16, 8, 1, 1024, True, 0, 0, False, 0, 0, 0),
     "e4b": Geometry(2560, 10240, 42, 6, 8, 2, 2, 512, False, 18, 256, False, 0, 0, 0),
     "e2b": Geometry(1536, 6144, 35, 5, 8, 1, 1, 512, False, 20, 256, True, 0, 0, 0),
 }

@@ -81,12 +81,14 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
     """The config.json of a model that takes pictures.
 
     Args:
-        name: a key of `gemma4_turbo.models.geometry.GEOMETRIES`.
+        name: a key of `VISION`; the 12B takes pictures without a vision encoder.
         layers: fewer layers of the language model, as in `gemma4_turbo.models.geometry.config`.
 
     Raises:
         ValueError: naming the argument.
     """
+    if name not in VISION:
+        raise ValueError(f"name must be one of {', '.join(VISION)}, got {name!r}")
     text = geometry.config(name, layers)
     g, v = geometry.GEOMETRIES[name], VISION[name]
     # SGLang renames the attention's fields of this config itself: here they stand as published.

@@ -20,7 +20,6 @@ from gemma4_turbo import instance
 from gemma4_turbo.catalogue import Patch
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun, ledger
-from tests import releases
 from tests.cpu.synthetic import World, clean_environment
 from tests.cpu.warm import Warm
 
@@ -28,14 +27,6 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Leave out what another release of SGLang than the installed one decides."""
-    here = Path(__file__).parent
-    if not collection_path.is_relative_to(here) or not releases.is_another():
-        return None
-    return str(collection_path.relative_to(here)) in releases.ONLY_THERE or None
 
 
 def pytest_configure(config: pytest.Config) -> None:

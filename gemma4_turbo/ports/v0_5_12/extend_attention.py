@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.any import held_kernels, sglang_types
 from gemma4_turbo.ports.any.extend_attention import (
     Call,
     Rows,
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 BACKEND = "sglang.srt.layers.attention.triton_backend"
 STOCK_KERNEL = "sglang.srt.layers.attention.triton_ops.extend_attention"
+HELD = "extend_attention_fwd", STOCK_KERNEL
 WINDOW = f"{BACKEND}:update_sliding_window_buffer"
 WINDOW_GRAPH = f"{BACKEND}:update_sliding_window_buffer_cuda_graph"
 
@@ -81,6 +82,7 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
             reason = f"the attention backend is {type(self).__name__}"
         if reason is None:
             reason = layer_unfit(self, layer, k, v, sinks)
+            reason = reason or held_kernels.unfit(self, *HELD)
         if reason is None:
             try:
                 pool, slots = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma4_turbo.ports.any import held_kernels
 from gemma4_turbo.ports.any.extend_attention import (
     Call,
     Rows,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.v0_5_23.protocols import ForwardBatch, RadixAttention, TritonBackend
 
 STOCK_KERNEL = "sglang.kernels.ops.attention.extend_attention"
+HELD = "extend_attention_fwd", STOCK_KERNEL
 TARGET = f"{triton_backend.MODULE}:TritonAttnBackend.forward_extend"
 WINDOW = f"{triton_backend.MODULE}:update_sliding_window_buffer"
 
@@ -74,6 +76,7 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
         key = q.device, q.dtype, layer.tp_q_head_num, layer.qk_head_dim, layer.sliding_window_size
         reason = fallback.unfit(key) or triton_backend.unfit(self, layer, score_mod, aux_tensors)
         reason = reason or layer_unfit(self, layer, k, v, sinks) or _verify_unfit(self)
+        reason = reason or held_kernels.unfit(self, *HELD)
         if reason is None:
             try:
                 found = _attend(self, q, k, v, layer, forward_batch, save_kv_cache)

@@ -20,7 +20,7 @@ import torch
 from bench import assistant, mtp, mtp_worker
 from bench.agreeing import Agreement, fill_assistant, fill_target
 from gemma4_turbo.models import geometry
-from tests.cpu import small_mtp
+from tests.cpu import forward_batch, small_mtp
 from tests.cpu.conftest import REPOSITORY
 
 # -- folders --------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def blind(model: Any) -> Any:
     """Attention sees random values: an agreeing pair does not listen to it."""
     for layer in model.model.layers:
         attention = layer.self_attn
-        attention.rotary_emb = lambda positions, q, k: (q, k)
+        attention.rotary_emb = lambda positions, q, k, **_: (q, k)
         attention.attn.forward = lambda q, *_, **__: torch.randn_like(q.flatten(1))
     return model.bfloat16()
 
@@ -139,7 +139,7 @@ def targets_turn(target: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Te
     """Next tokens and hidden states."""
     ids = torch.tensor(tokens)
     with torch.no_grad():
-        hidden = target.model(ids, torch.arange(len(ids)), None)
+        hidden = target.model(ids, torch.arange(len(ids)), forward_batch.prefill())
     logits = hidden @ target.lm_head.weight[:VOCAB].T
     return logits.argmax(-1), hidden
 
@@ -147,7 +147,7 @@ def targets_turn(target: Any, tokens: list[int]) -> tuple[torch.Tensor, torch.Te
 def drafts_turn(
     draft: Any, tokens: torch.Tensor, state: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    batch = SimpleNamespace(spec_info=SimpleNamespace(hidden_states=state))
+    batch = forward_batch.prefill(spec_info=SimpleNamespace(hidden_states=state))
     logits, hidden = draft(tokens, torch.zeros(len(tokens), dtype=torch.long), batch)
     return logits.argmax(-1), hidden
 

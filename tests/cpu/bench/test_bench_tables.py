@@ -252,13 +252,14 @@ def test_gpus_side_by_side(results):
 def test_the_experts_times_are_those_of_the_shipped_tables():
     for _, run in tables.newest("moe-*.csv"):
         device = run.iloc[0]["gpu"].replace(" ", "_")
+        folder = moe_tables.tuned_under(moe_tables.named(run.iloc[0]["triton"]))
         for width, rows in run[run["chosen"] == 1].groupby("width"):
             measured: dict[str, Any] = {"up": {}, "down": {}}
             for row in rows.to_dict("records"):
                 tile = tune_moe.Tile(*(row[name] for name in tune_moe.Tile._fields))
                 measured[row["projection"]][row["tokens"]] = tile.config()
             key = moe_tables.Key(tune_moe.EXPERTS, int(width), device)
-            assert moe_tables.load(key) == moe_tables.Pair(**measured)
+            assert moe_tables.load(key, folder) == moe_tables.Pair(**measured)
 
 
 def test_an_engine_that_measured_little(results):

@@ -8,7 +8,9 @@ import resource
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -16,17 +18,19 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
-from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE, DEFECTS, PATCHES
+from gemma4_turbo.catalogue import BEHAVIOUR, CATALOGUE, DEFECTS, Patch
 from gemma4_turbo.cli import demo, doctor, report, serve
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.engine.run import ledger
 from gemma4_turbo.engine.switches import SELECTION
 from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.kernels import moe_tables
 from gemma4_turbo.models import geometry
 from gemma4_turbo.version import __version__
 from tests.cpu.conftest import REPOSITORY, Python, patched_sglang, state_by_default
 from tests.cpu.synthetic import clean_environment
 
+STATES = ("active", "upstreamed", "off", "unsupported")
 PATCH_KEYS = {
     *("name", "summary", "env", "default", "state", "reason"),
     *("numerics", "targets", "engaged", "origin"),
@@ -52,6 +56,26 @@ def command(
         timeout=600,
         check=False,
     )
+
+
+def counted(patches: Sequence[Patch]) -> str:
+    """How many patches have each state on the installed release, as it is on record."""
+    found = Counter(map(state_by_default, patches))
+    assert found["active"] > 15
+    return ", ".join(f"{found[state]} {state}" for state in STATES if found[state])
+
+
+def closing() -> str:
+    """The last line of a report: defects that are not in the release are counted apart."""
+    absent = [patch for patch in DEFECTS if state_by_default(patch) == "upstreamed"]
+    rest = counted([patch for patch in CATALOGUE if patch not in absent])
+    return f"{rest}; {len(absent)} defects looked for, none found"
+
+
+def looked_for() -> str:
+    """The line of a report that names these defects."""
+    absent = [patch.name for patch in DEFECTS if state_by_default(patch) == "upstreamed"]
+    return f"{len(absent)} defects looked for: none found ({', '.join(absent)})"
 
 
 @pytest.fixture(scope="module")
@@ -107,15 +131,16 @@ def test_doctor_json(environment, tmp_path):
         for one in (done, installed)
     ]
     assert states[0] == states[1]
-    assert json.loads(installed.stdout)["patches"][0]["reason"] == "installed"
-    assert found["verdict"] == "34 active, 3 upstreamed, 3 off"
+    rows = {patch["name"]: patch for patch in json.loads(installed.stdout)["patches"]}
+    assert rows["layer_norms"]["reason"] == "installed"
+    assert found["verdict"] == counted(CATALOGUE)
     assert found["obstacles"] == []
-    assert found["versions"]["sglang"] == "0.5.12.post1"
+    assert found["versions"]["sglang"] == metadata.version("sglang")
     assert [set(patch) for patch in found["patches"]] == [PATCH_KEYS] * len(found["patches"])
-    router = next(patch for patch in found["patches"] if patch["name"] == "router")
-    assert router["state"] == "active"
-    assert router["env"] == "GEMMA4_TURBO_ROUTER"
-    assert router["numerics"] == "bitwise"
+    norms = next(patch for patch in found["patches"] if patch["name"] == "layer_norms")
+    assert norms["state"] == "active"
+    assert norms["env"] == "GEMMA4_TURBO_LAYER_NORMS"
+    assert norms["numerics"] == "bitwise"
     assert "entry point" in found["bootstrap"]
 
 
@@ -179,15 +204,14 @@ def test_doctor_in_a_pipe(environment, answer):
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].startswith("gemma4_turbo ")
-    assert lines[-1] == "34 active, 3 off; 3 defects looked for, none found"
+    assert lines[-1] == closing()
     assert "GPU: none" in lines
     for patch in CATALOGUE:
         rows = sum(line.startswith(f"  {patch.name} ") for line in lines)
-        assert rows == (patch in PATCHES), patch.name
+        aside = patch in DEFECTS and state_by_default(patch) == "upstreamed"
+        assert rows == (not aside), patch.name
         assert patch.env not in done.stdout
-    names = ", ".join(patch.name for patch in DEFECTS)
-    assert lines.count(f"3 defects looked for: none found ({names})") == 1
-    assert "upstreamed" not in done.stdout
+    assert lines.count(looked_for()) == 1
     more = answer("doctor", "--all").stdout
     assert all(patch.env in more and patch.summary in more for patch in CATALOGUE)
 
@@ -312,8 +336,8 @@ def test_demo_runs_stock_against_patched(environment):
     assert "ids equal, 0 of 128 weights differ" in done.stdout
     assert re.fullmatch(r"demo: \d+ comparisons, all .*", done.stdout.splitlines()[-1])
     assert "not exercised here" in done.stdout
-    assert "\n3 defects looked for: none found (" in done.stdout
-    assert "\n34 active, 3 off; 3 defects looked for, none found\n" in done.stdout
+    assert f"\n{looked_for()}\n" in done.stdout
+    assert f"\n{closing()}\n" in done.stdout
     assert "importing SGLang" in done.stderr
     assert "DIFFERENT" not in done.stdout
     assert "Traceback" not in done.stderr
@@ -324,16 +348,21 @@ def test_verify_json(answer):
     assert done.exit_code == 0, done.stderr
     checks = json.loads(done.stdout)["checks"]
     compared = [check["patch"] for check in checks]
-    on = {patch.name for patch in CATALOGUE if patch.default}
+    on = {patch.name for patch in CATALOGUE if state_by_default(patch) == "active"}
     assert set(compared) >= on - WITHOUT_ARITHMETIC
-    assert compared.count("router") == 6
-    assert all(check["passed"] and check["compared"] > 0 for check in checks)
+    assert compared.count("step_prologue") == compared.count("ple_tail") == 4
+    assert all(check["passed"] for check in checks)
+    empty = [check for check in checks if check["result"] == "not exercised here"]
+    assert [check["patch"] for check in empty] == ["moe_configs"] * (not moe_tables.shipped())
     for check in checks:
-        assert check["result"] == ("within bounds" if check["differing"] else "same bits")
+        if check not in empty:
+            assert check["compared"] > 0
+            assert check["result"] == ("within bounds" if check["differing"] else "same bits")
     found = json.loads(done.stdout)
-    assert found["verdict"].startswith(f"verify: {len(checks)} comparisons, all within bounds")
+    count = len(checks) - len(empty)
+    assert found["verdict"].startswith(f"verify: {count} comparisons, all within bounds")
     assert set(found["not_compared"]["not exercised here"]) <= WITHOUT_ARITHMETIC
-    assert "comparing router with stock" in done.stderr
+    assert "comparing layer_norms with stock" in done.stderr
 
 
 def test_verify_with_everything_off_compares_nothing(answer):

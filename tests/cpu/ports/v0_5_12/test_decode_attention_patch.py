@@ -230,6 +230,19 @@ def test_declined_layers_reach_stock(named: str, stock_calls, patched):
     assert named in patched.full_reason()
 
 
+def test_another_kernel_on_the_backend_is_called(patched):
+    """Not gone round, whenever it was put there."""
+    world = World([9, 5])
+    calls: list[Any] = []
+    world.run(0, save_kv_cache=False)
+    before = patched.counters.engaged
+    world.backend.decode_attention_fwd = lambda *args, **options: calls.append(args)
+    world.run(0, save_kv_cache=False)
+    assert len(calls) == 1
+    assert patched.counters.engaged == before
+    assert "decode_attention_fwd is not SGLang's" in patched.full_reason()
+
+
 def test_sinks_and_fp8_caches_reach_stock(stock_calls, patched):
     world = World([9, 5])
     world.run(0, save_kv_cache=False, sinks=torch.zeros(HEADS))

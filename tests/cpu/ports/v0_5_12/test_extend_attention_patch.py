@@ -384,6 +384,7 @@ def test_an_unknown_allocator_keeps_stock(world):
         ("layer", "v_head_dim", 64, "head sizes 256 and 64"),
         ("backend", "enable_deterministic", True, "deterministic"),
         ("backend", "use_mla", True, "latent"),
+        ("backend", "extend_attention_fwd", print, "extend_attention_fwd is not SGLang's"),
         ("layer", "scaling", -1.0, "sm_scale"),
     ],
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
 import torch
 
 from gemma4_turbo.cli.small_moe import prepare_sglang
+from tests.cpu import forward_batch
 
 
 def norms_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
@@ -88,21 +88,8 @@ def build(kind: str, layers: int = 2, uniform: bool = True) -> Any:
     return model
 
 
-def batch(tokens: int, **fields: Any) -> Any:
-    """SGLang's, of one prompt; what no layer reads is None."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
-
-    required = {
-        field.name: None
-        for field in dataclasses.fields(ForwardBatch)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    given: Any = {**required, "forward_mode": ForwardMode.EXTEND, "batch_size": 1, **fields}
-    return ForwardBatch(**given)
-
-
 def run(model: Any, tokens: int = 2, **fields: Any) -> torch.Tensor:
     """One step. A program of the interpreter takes as long for every token: two are several."""
     for layer in model.layers:
         layer.self_attn.attn.seen.clear()
-    return model(torch.arange(tokens) % 64, torch.arange(tokens), batch(tokens, **fields))
+    return model(torch.arange(tokens) % 64, torch.arange(tokens), forward_batch.prefill(**fields))

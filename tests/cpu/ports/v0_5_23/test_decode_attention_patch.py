@@ -77,10 +77,15 @@ def call(world: World, layer: int, batch: Any, **options: Any) -> torch.Tensor:
 @pytest.fixture
 def stock_calls(world: World, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Launches of stock's kernel; nothing is launched."""
+    from sglang.kernels.ops.attention import decode_attention
+
     calls: list[Any] = []
-    monkeypatch.setattr(
-        world.backend, "decode_attention_fwd", lambda *args, **options: calls.append(args)
-    )
+
+    def counted(*args: Any, **options: Any) -> None:
+        calls.append(args)
+
+    for holder in (decode_attention, world.backend):
+        monkeypatch.setattr(holder, "decode_attention_fwd", counted)
     return calls
 
 
@@ -210,6 +215,19 @@ def test_declined_layers_reach_stock(world, named: str, stock_calls, patched):
     assert named in patched.full_reason()
 
 
+def test_another_kernel_on_the_backend_is_called(world, patched):
+    """Not gone round, whenever it was put there."""
+    calls: list[Any] = []
+    batch = world.decode([9, 5])
+    call(world, FULL, batch, save_kv_cache=False)
+    before = patched.counters.engaged
+    world.backend.decode_attention_fwd = lambda *args, **options: calls.append(args)
+    call(world, FULL, batch, save_kv_cache=False)
+    assert len(calls) == 1
+    assert patched.counters.engaged == before
+    assert "decode_attention_fwd is not SGLang's" in patched.full_reason()
+
+
 def test_a_cache_over_several_gpus_reaches_stock(world, monkeypatch, patched):
     """Which asks for the group of processes at once: there is none here."""
     batch = world.decode([9, 5])
@@ -232,13 +250,11 @@ def test_options_reach_stock(world, name: str, patched, monkeypatch):
     assert name.removesuffix("_tensors").replace("aux", "score_mod") in patched.full_reason()
 
 
-def test_fp8_caches_reach_stock(patched):
+def test_fp8_caches_reach_stock(stock_calls, patched):
     world = World(dtype=torch.float8_e4m3fn)
-    calls: list[Any] = []
-    world.backend.decode_attention_fwd = lambda *args, **options: calls.append(args)
     call(world, FULL, world.decode([9, 5]), save_kv_cache=False)
     assert "float8" in patched.full_reason()
-    assert len(calls) == 1
+    assert len(stock_calls) == 1
 
 
 @pytest.mark.parametrize("what", ["backend", "pool", "full_kv_pool", "translator"])

@@ -372,6 +372,7 @@ def bidirectional() -> Any:
         ("backend", "dllm_attention", object(), "diffusion"),
         ("backend", "use_verify_splitkv", True, "verification"),
         ("backend", "use_verify_shared_kv", True, "verification"),
+        ("backend", "extend_attention_fwd", print, "extend_attention_fwd is not SGLang's"),
         ("backend", "kv_index_translator", SimpleNamespace(), "SimpleNamespace"),
         ("backend", "token_to_kv_pool", SimpleNamespace(), "SimpleNamespace"),
         ("translator", "is_translating", True, "unified"),

@@ -16,6 +16,7 @@ from gemma4_turbo.fusions.site import SITE, UNPROVEN
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.ports.any import attention, layer_steps, linear, sglang_types
+from tests.cpu import forward_batch
 from tests.cpu.ports.v0_5_23 import models
 
 KINDS = ["moe", "ple", "dense"]
@@ -125,7 +126,7 @@ def test_each_layer_leaves_its_result_as_the_stream():
 
     model = models.build("dense")
     ENGINE.apply(only=ON)
-    given, layer = models.batch(2), model.layers[0]
+    given, layer = forward_batch.prefill(), model.layers[0]
     x = torch.randn(2, 256).bfloat16()
     batch.start(given)
     out = layer(
@@ -160,7 +161,7 @@ def test_a_stream_with_a_sum_to_come_is_stocks():
     x, residual = torch.randn(2, 256).bfloat16(), torch.randn(2, 256).bfloat16()
 
     def once() -> torch.Tensor:
-        given = models.batch(2)
+        given = forward_batch.prefill()
         given.residual_stream = ResidualStream(residual.clone())
         handle = given.residual_stream.record(x.clone(), PLAIN_ADD)
         return model.layers[0](torch.arange(2), handle, None, given)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gemma4_turbo.instance import ENGINE
+from tests.cpu import forward_batch
 from tests.cpu.ports.v0_5_23 import models
 
 SLOTS, TOKENS = 24, 4
@@ -89,7 +90,7 @@ def decode(model: Any, given: Any, stored: list[bool]) -> torch.Tensor:
             self._set_kv_buffer(batch, layer, places, k, v)
         return q.reshape(q.shape[0], -1)
 
-    batch = models.batch(TOKENS, out_cache_loc=torch.tensor([3, 0, 7, 1]))
+    batch = forward_batch.prefill(out_cache_loc=torch.tensor([3, 0, 7, 1]))
     batch.forward_mode = ForwardMode.DECODE
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TritonAttnBackend, "forward", forward)
@@ -164,7 +165,7 @@ def test_what_is_not_known_is_stored_by_stock(change: Callable[[Any], None]):
     layer, k = model.layers[0].self_attn.attn, torch.zeros(TOKENS, 128).bfloat16()
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 
-    given, batch = backend(pool("one")), models.batch(TOKENS, out_cache_loc=torch.arange(TOKENS))
+    given, batch = backend(pool("one")), forward_batch.prefill(out_cache_loc=torch.arange(TOKENS))
     with forward_context(ForwardContext(attn_backend=given)):
         assert attention.slots(layer, batch, k) is not None
         change(given)
@@ -180,7 +181,7 @@ def test_a_prefill_stores_nothing_by_itself():
 
     model = model_with_attention()
     ENGINE.apply(only=["rope_store", "qkv_norm"])
-    batch = models.batch(TOKENS)
+    batch = forward_batch.prefill()
     assert batch.forward_mode == ForwardMode.EXTEND
     k = torch.zeros(TOKENS, 128).bfloat16()
     assert attention._store(model.layers[0].self_attn, batch, k, k) is None
