@@ -135,6 +135,19 @@ _ATTENTION_READS = (
     ),
 )
 
+_EXECUTOR = "sglang.srt.model_executor"
+_SETUP = f"{_EXECUTOR}.model_runner_components"
+_RUNNER = f"{_EXECUTOR}.runner.prefill_cuda_graph_runner"
+_BREAKABLE = f"{_EXECUTOR}.runner_backend_utils.breakable_cuda_graph"
+# Attention of one layer between two breakable graphs.
+_BREAK = (
+    "sglang.srt.layers.radix_attention:RadixAttention.forward",
+    "sglang.srt.layers.radix_attention:RadixAttention._eager_attention",
+    "sglang.srt.layers.attention.graph_utils:attention_input_scope",
+    "sglang.srt.layers.attention.graph_utils:allocate_attention_outputs",
+    f"{_BREAKABLE}.breakable_cuda_graph:eager_on_graph",
+)
+
 
 PORTS: dict[str, Port] = {
     "step_prologue": Port(
@@ -188,6 +201,31 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.attention.vision:_get_cu_seqlens_for_shape",
         ),
         written_for=("0.5.22", "0.5.23"),
+    ),
+    "optional_kv": Port(
+        module=f"{HERE}.optional_kv",
+        targets=(
+            f"{_EXECUTOR}.model_runner:ModelRunner.get_cuda_graph_layers",
+            f"{_SETUP}.cuda_graph_setup:index_attention_layers_by_global_id",
+        ),
+        relies_on=(
+            # What the table is made of, and who reads it: nobody, of a Gemma 4.
+            f"{_SETUP}.layer_setup:compute_attention_and_moe_layers",
+            f"{_SETUP}.cuda_graph_setup:capture_prefill_graph",
+            f"{_SETUP}.cuda_graph_setup:has_standard_gqa_for_all_local_layers",
+            f"{_MODEL}:Gemma4Attention.__init__",
+            # Attention between two graphs, without key and value.
+            *_BREAK,
+            f"{_MODEL}:Gemma4Attention.forward",
+            f"{_BACKEND}:TritonAttnBackend.forward_extend",
+            # What a graph's model is given.
+            f"{_MODEL}:Gemma4ForCausalLM.forward",
+            f"{_RUNNER}:_build_layer_model_forward_kwargs",
+            f"{_RUNNER}:PrefillCudaGraphRunner._run_forward",
+            f"{_RUNNER}:PrefillCudaGraphRunner._execute_body_capture",
+            f"{_RUNNER}:PrefillCudaGraphRunner._prepare_forward_metadata_for_replay",
+        ),
+        written_for=RELEASES,
     ),
     # Stock runs a program for each head now, as the patch did.
     "qkv_norm": Port(
