@@ -25,7 +25,8 @@ def build(**options: Any) -> Any:
 class Memory(World):
     """KV pools, translator and attention backend of one engine, for the layers of `build`."""
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: bool = False) -> None:
+        """``kernels``: SGLang's own, through Triton's interpreter, which takes seconds a batch."""
         from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
         from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
         from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
@@ -73,6 +74,17 @@ class Memory(World):
             "max_context_len": LONGEST,
         }.items():
             setattr(self.backend, name, value)
+        if not kernels:
+            self.backend.extend_attention_fwd = _extend
+            self.backend.decode_attention_fwd = _decode
+
+    def fill(self) -> Memory:
+        """Random keys and values in all slots but nobody's, so that any prefix is there."""
+        generator = torch.Generator().manual_seed(1)
+        for buffer in self.buffers():
+            buffer.normal_(generator=generator)
+            buffer[0] = 0
+        return self
 
     def some_slots(self) -> torch.Tensor:
         count = REQUESTS * LONGEST
@@ -126,6 +138,68 @@ class Memory(World):
         with forward_context(context, forward_batch=batch):
             found: torch.Tensor = model(positions=batch.positions, forward_batch=batch, **inputs)
         return found
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
+    """Of ``[rows, heads, dim]`` over the one KV head of `build`'s layers."""
+    scores = torch.einsum("rhd,kgd->rhk", q.float(), k.float()) * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, None], float("-inf"))
+    return torch.einsum("rhk,kgd->rhd", scores.softmax(-1), v.float()).to(q.dtype)
+
+
+def _extend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    *given: Any,
+    sliding_window_size: int = -1,
+    **options: Any,
+) -> None:
+    """In the place of ``extend_attention_fwd``: causal attention, to the token what the kernel sees."""
+    scale = given[6]
+    for i in range(len(qo_indptr) - 1):
+        new = slice(int(qo_indptr[i]), int(qo_indptr[i + 1]))
+        slots = kv_indices[int(kv_indptr[i]) : int(kv_indptr[i + 1])]
+        keys = torch.cat([k_buffer[slots], k[new].view(-1, *k_buffer.shape[1:])])
+        values = torch.cat([v_buffer[slots], v[new].view(-1, *v_buffer.shape[1:])])
+        at = torch.arange(len(keys))
+        back = at[len(slots) :, None] - at
+        mask = back >= 0
+        if sliding_window_size > -1:
+            mask &= back <= sliding_window_size
+        o[new] = _attend(q[new], keys, values, mask, scale)
+
+
+def _decode(
+    q: torch.Tensor,
+    k_buffer: torch.Tensor,
+    v_buffer: torch.Tensor,
+    o: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    attn_logits: torch.Tensor,
+    attn_lse: torch.Tensor,
+    num_kv_splits: torch.Tensor,
+    max_kv_splits: int,
+    sm_scale: float,
+    *given: Any,
+    **options: Any,
+) -> None:
+    """In the place of ``decode_attention_fwd``, over the slots that the metadata name."""
+    assert len(num_kv_splits) >= len(q)
+    assert attn_logits.shape[-1] == v_buffer.shape[-1]
+    for i in range(len(q)):
+        slots = kv_indices[int(kv_indptr[i]) : int(kv_indptr[i + 1])]
+        o[i] = _attend(q[i : i + 1], k_buffer[slots], v_buffer[slots], None, sm_scale)[0]
 
 
 # -- prefill graphs -----------------------------------------------------------------------------------
