@@ -176,7 +176,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         name="optional_kv",
-        summary="Piecewise CUDA graphs for text-only E2B and E4B, with which stock fails to start",
+        summary="Prefill CUDA graphs for text-only E2B and E4B, with which stock fails to start",
         numerics=BEHAVIOUR,
         default=True,
         origin="pyc96/sglang#18; upstream sgl-project/sglang#26515",
@@ -206,7 +206,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         name="yoco_piecewise",
-        summary="The cut of `yoco` inside piecewise CUDA graphs of prefill",
+        summary="The cut of `yoco` inside CUDA graphs of prefill",
         numerics=TOLERANCE,
         default=True,
         requires=("yoco", "optional_kv"),

@@ -202,6 +202,11 @@ class _Place(NamedTuple):
     is_nested: bool  # and so indented
 
 
+_Names = tuple[frozenset[str], frozenset[str]]
+"""In a definition: names and attributes that it uses; parameters, functions and classes in it."""
+_NO_NAMES: _Names = (frozenset(), frozenset())
+
+
 class _Outline:
     """What is kept of a source once it was parsed: a tree takes a hundred times the room."""
 
@@ -209,6 +214,7 @@ class _Outline:
         self.places = dict(_places(tree))
         self.imports = tuple(_imports(tree))  # (name here, module, name there)
         self.fingerprints: dict[str, str] = {}  # of those that were asked for
+        self.names: dict[str, _Names] = {}  # likewise
 
 
 def _places(scope: ast.Module | _Definition, within: str = "") -> Iterator[tuple[str, _Place]]:
@@ -317,24 +323,38 @@ class Definitions:
 
     def mentions(self, target: str, name: str) -> bool:
         """As `uses`, or a parameter or something that it defines is called so."""
-        node = self.node(target)
-        if node is None:
-            return False
-        defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        return self.uses(target, name) or any(
-            (isinstance(child, ast.arg) and child.arg == name)
-            or (isinstance(child, defined) and child.name == name)
-            for child in ast.walk(node)
-        )
+        used, defined = self._names(target)
+        return name in used or name in defined
 
     def uses(self, target: str, name: str) -> bool:
         """Whether the definition of ``target`` mentions ``name``."""
-        node = self.node(target)
-        return node is not None and any(
-            (isinstance(child, ast.Name) and child.id == name)
-            or (isinstance(child, ast.Attribute) and child.attr == name)
-            for child in ast.walk(node)
-        )
+        return name in self._names(target)[0]
+
+    def _names(self, target: str) -> _Names:
+        """Those in the definition of ``target``, each definition walked once in a process."""
+        name, _, qualname = target.partition(":")
+        module = self._module(name)
+        if module is None:
+            return _NO_NAMES
+        known = module.outline.names
+        if qualname not in known:
+            node = module.node(qualname)
+            known[qualname] = _NO_NAMES if node is None else _names_in(node)
+        return known[qualname]
+
+
+def _names_in(node: ast.AST) -> _Names:
+    used, defined = set(), set()
+    for child in ast.walk(node):
+        if isinstance(child, ast.Name):
+            used.add(child.id)
+        elif isinstance(child, ast.Attribute):
+            used.add(child.attr)
+        elif isinstance(child, ast.arg):
+            defined.add(child.arg)
+        elif isinstance(child, _Definition):
+            defined.add(child.name)
+    return frozenset(used), frozenset(defined)
 
 
 def judge(ports: Sequence[Port], release: str | None, definitions: Definitions) -> Verdict:
@@ -392,7 +412,7 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
 
     if any(map(is_source_of, candidates)):
         for target, names in port.reads:
-            if definitions.node(target) is None:
+            if definitions.fingerprint(target) is None:
                 return Verdict(states.UNSUPPORTED, f"{label} has no {target}")
             gone = [name for name in names if not definitions.mentions(target, name)]
             if gone:

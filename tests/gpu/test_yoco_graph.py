@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import gc
-from importlib import import_module
 
 import pytest
 import torch
 
-from bench import lines
+from gemma4_turbo.ports.any import yoco_graph
 from tests.gpu.lines import need
 
 need("yoco_graph")
-yoco_graph = import_module(f"{lines.package()}.yoco.graph")
 
 
 def test_replays_read_the_buffers_and_share_memory():

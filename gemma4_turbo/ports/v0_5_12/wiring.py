@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.ports.any import attention as attention_steps
 from gemma4_turbo.ports.any import checks, layer_steps, linear
+from gemma4_turbo.ports.any import yoco_batch as batch
+from gemma4_turbo.ports.any import yoco_cut as cut
+from gemma4_turbo.ports.any import yoco_graph as graph
 from gemma4_turbo.ports.any.wired import (
     Fusions,
     Replacements,
@@ -19,7 +22,7 @@ from gemma4_turbo.ports.any.wired import (
     nothing,
 )
 from gemma4_turbo.ports.v0_5_12 import attention, decoder_layer, text_model
-from gemma4_turbo.ports.v0_5_12.yoco import batch, cut, graph, piecewise
+from gemma4_turbo.ports.v0_5_12.yoco import piecewise, tail
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -30,6 +33,7 @@ def _layer(fusions: Fusions, run: PatchRun, stock: dict[str, Any]) -> Replacemen
 
 
 def _model(fusions: Fusions, run: PatchRun, stock: dict[str, Any]) -> Replacements:
+    cut.made_for(tail.LINE)
     for fusion in fusions:
         fusion.enable(run)
     return {text_model.TARGET: text_model.forward}

@@ -146,3 +146,14 @@ class TritonBackend(any_line.TritonBackend, Protocol):
         v: torch.Tensor,
         /,
     ) -> None: ...
+
+
+# -- prefill graphs -----------------------------------------------------------------------------------
+
+
+class ModelRunner(Protocol):
+    """``sglang.srt.model_executor.model_runner.ModelRunner``."""
+
+    model: object
+    is_draft_worker: bool
+    attn_backend: object

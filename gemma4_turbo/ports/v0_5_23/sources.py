@@ -135,6 +135,99 @@ _ATTENTION_READS = (
     ),
 )
 
+# Of all layers, for what runs on fewer rows than stock's, or in a graph.
+_LAYER_CALLS = (
+    *_NORM_CALLS,
+    *_MLP_CALLS,
+    *_ROPE_CALLS,
+    *_EXPERTS_CALLS,
+    *_ATTENTION_CALLS,
+    f"{_MODEL}:Gemma4DecoderLayer.forward",
+    f"{_MODEL}:Gemma4Attention.forward",
+    f"{_MODEL}:Gemma4Router.forward",
+)
+_EXECUTOR = "sglang.srt.model_executor"
+# The loop over the layers, and a decode step of those that share KV.
+_CUT = (
+    *_LAYER,
+    f"{_RESIDUAL}.batch:final_norm",
+    f"{_RESIDUAL}.batch:take_output",
+    f"{_RESIDUAL}.batch:clear",
+    "sglang.srt.layers.aux_hidden_states:AuxHiddenStateList",
+    f"{_MODEL}:Gemma4DecoderLayer.forward",
+    f"{_MODEL}:Gemma4Attention.__init__",
+    f"{_MODEL}:Gemma4Attention.forward",
+    "sglang.srt.layers.radix_attention:RadixAttention.forward",
+    f"{_EXECUTOR}.forward_context:forward_context",
+    # A prefill's slots are read late: nobody may write over them before its end.
+    "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.resolve_prefill_shared_read_ends",
+    "sglang.srt.layers.attention.base_attn_backend:AttentionBackend._snapshot_prefill_shared_reads",
+    "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.shared_read_ends",
+    f"{_EXECUTOR}.runner_utils.shared_read_event:maybe_publish_prefill_shared_read_done",
+    f"{_BACKEND}:TritonAttnBackend.forward_decode",
+    f"{_BACKEND}:TritonAttnBackend._fill_kv_indptr_and_indices",
+    f"{_BACKEND}:TritonAttnBackend.get_num_kv_splits",
+    f"{_BACKEND}:update_sliding_window_buffer",
+    f"{_POOLS}.kv_index_translator:KVIndexTranslator.pack_read_stream",
+    f"{_POOLS}.kv_index_translator:KVIndexTranslator.read_source",
+    f"{_POOLS}.kv_index_translator:KVIndexTranslator._reads_translated",
+    f"{_POOLS}.kv_index_translator:KVIndexTranslator._passthrough_table",
+    f"{_KERNELS}.kv_indices:create_flashinfer_kv_indices_triton",
+)
+_CUT_READS = (
+    (
+        f"{_BACKEND}:ForwardMetadata",
+        (
+            *("attn_logits", "attn_lse", "max_extend_len", "num_kv_splits", "kv_indptr"),
+            *("kv_indices", "qo_indptr", "custom_mask", "mask_indptr", "window_kv_indptr"),
+            *("window_kv_indices", "window_num_kv_splits", "window_kv_offsets"),
+            *("swa_attn_logits", "swa_out_cache_loc"),
+        ),
+    ),
+    (
+        f"{_BACKEND}:TritonAttnBackend.__init__",
+        (
+            *("forward_metadata", "use_mla", "enable_deterministic", "sliding_window_size"),
+            *("req_to_token", "token_to_kv_pool", "kv_index_translator", "dcp_size"),
+            *("dllm_attention", "enable_lean_attention", "num_head", "v_head_dim"),
+            *("swa_v_head_dim", "max_kv_splits"),
+        ),
+    ),
+    (
+        f"{_EXECUTOR}.forward_batch_info:ForwardBatch",
+        (
+            *("forward_mode", "batch_size", "input_ids", "req_pool_indices", "seq_lens"),
+            *("seq_lens_cpu", "seq_lens_sum", "out_cache_loc", "positions", "kv_loc_plan"),
+            *("extend_num_tokens", "extend_seq_lens", "extend_prefix_lens", "mm_inputs"),
+            *("extend_seq_lens_cpu", "extend_prefix_lens_cpu", "extend_start_loc"),
+            *("extend_logprob_start_lens_cpu", "return_logprob", "capture_hidden_mode"),
+            *("return_hidden_states_before_norm", "return_pooled_hidden_states"),
+            *("is_prefill_only", "dimensions", "multi_item_delimiter_indices", "lora_ids"),
+            *("spec_info", "spec_algorithm", "global_num_tokens_cpu", "tbo_split_seq_index"),
+            *("tbo_children", "attn_cp_metadata", "attn_dcp_metadata", "residual_stream"),
+            *("attn_tp_sequence_sharded", "token_indices_to_pool", "decision_layouts"),
+            *("global_num_token_non_padded_cpu", "global_num_token_non_padded"),
+            *("num_token_non_padded", "input_embeds", "mm_input_embeds", "_attn_output"),
+        ),
+    ),
+    (f"{_POOLS}.swa_memory_pool:SWAKVPool", ("full_to_swa_index_mapping",)),
+    (
+        f"{_POOLS}.kv_index_translator:KVIndexTranslator.__init__",
+        ("is_translating", "req_to_token"),
+    ),
+)
+_SETUP = f"{_EXECUTOR}.model_runner_components"
+_RUNNER = f"{_EXECUTOR}.runner.prefill_cuda_graph_runner"
+_BREAKABLE = f"{_EXECUTOR}.runner_backend_utils.breakable_cuda_graph"
+# Attention of one layer between two breakable graphs.
+_BREAK = (
+    "sglang.srt.layers.radix_attention:RadixAttention.forward",
+    "sglang.srt.layers.radix_attention:RadixAttention._eager_attention",
+    "sglang.srt.layers.attention.graph_utils:attention_input_scope",
+    "sglang.srt.layers.attention.graph_utils:allocate_attention_outputs",
+    f"{_BREAKABLE}.breakable_cuda_graph:eager_on_graph",
+)
+
 
 PORTS: dict[str, Port] = {
     "step_prologue": Port(
@@ -188,6 +281,31 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.attention.vision:_get_cu_seqlens_for_shape",
         ),
         written_for=("0.5.22", "0.5.23"),
+    ),
+    "optional_kv": Port(
+        module=f"{HERE}.optional_kv",
+        targets=(
+            f"{_EXECUTOR}.model_runner:ModelRunner.get_cuda_graph_layers",
+            f"{_SETUP}.cuda_graph_setup:index_attention_layers_by_global_id",
+        ),
+        relies_on=(
+            # What the table is made of, and who reads it: nobody, of a Gemma 4.
+            f"{_SETUP}.layer_setup:compute_attention_and_moe_layers",
+            f"{_SETUP}.cuda_graph_setup:capture_prefill_graph",
+            f"{_SETUP}.cuda_graph_setup:has_standard_gqa_for_all_local_layers",
+            f"{_MODEL}:Gemma4Attention.__init__",
+            # Attention between two graphs, without key and value.
+            *_BREAK,
+            f"{_MODEL}:Gemma4Attention.forward",
+            f"{_BACKEND}:TritonAttnBackend.forward_extend",
+            # What a graph's model is given.
+            f"{_MODEL}:Gemma4ForCausalLM.forward",
+            f"{_RUNNER}:_build_layer_model_forward_kwargs",
+            f"{_RUNNER}:PrefillCudaGraphRunner._run_forward",
+            f"{_RUNNER}:PrefillCudaGraphRunner._execute_body_capture",
+            f"{_RUNNER}:PrefillCudaGraphRunner._prepare_forward_metadata_for_replay",
+        ),
+        written_for=RELEASES,
     ),
     # Stock runs a program for each head now, as the patch did.
     "qkv_norm": Port(
@@ -332,6 +450,56 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.23",),
         # It asks for the GPU's capability while it is imported: not before the device is chosen.
         lazy=(f"{_KERNELS}.extend_attention",),
+    ),
+    "yoco": Port(
+        module=f"{HERE}.wiring:yoco",
+        targets=(
+            f"{_MODEL}:Gemma4TextModel.forward",
+            f"{_EXECUTOR}.forward_batch_info:ForwardBatch.init_new",
+        ),
+        relies_on=(
+            *_CUT,
+            f"{_BACKEND}:TritonAttnBackend.init_forward_metadata",
+            f"{_BACKEND}:TritonAttnBackend.forward_extend",
+            "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
+        ),
+        reads=_CUT_READS,
+        written_for=RELEASES,
+        goes_round=(*_LAYER_CALLS, "sglang.srt.layers.logits_processor:LogitsProcessor.forward"),
+    ),
+    "yoco_graph": Port(
+        module=f"{HERE}.wiring:yoco_graph",
+        targets=(f"{_MODEL}:Gemma4TextModel.forward",),
+        relies_on=(
+            *_CUT,
+            f"{_EXECUTOR}.forward_batch_info:ForwardBatch.init_new",
+            f"{_BACKEND}:TritonAttnBackend._build_cuda_graph_forward_metadata",
+            f"{_KERNELS}.decode_attention:decode_attention_fwd",
+            *_BUFFERS,
+        ),
+        reads=_CUT_READS,
+        written_for=RELEASES,
+        lazy=(f"{_KERNELS}.decode_attention",),
+        goes_round=_LAYER_CALLS,
+    ),
+    "yoco_piecewise": Port(
+        module=f"{HERE}.wiring:yoco_piecewise",
+        targets=(f"{_MODEL}:Gemma4TextModel.forward",),
+        relies_on=(
+            *_CUT,
+            *_BREAK,
+            f"{_MODEL}:Gemma4ForCausalLM.forward",
+            f"{_BREAKABLE}.breakable_cuda_graph:BreakableCUDAGraph.replay",
+            f"{_EXECUTOR}.runner_utils.forward_batch:get_forward_batch",
+            f"{_EXECUTOR}.runner_utils.prefill_graph:get_prefill_raw_num_tokens",
+            f"{_EXECUTOR}.runner_utils.prefill_graph:is_in_prefill_graph_scope",
+            f"{_RUNNER}:PrefillCudaGraphRunner.load_batch",
+            f"{_RUNNER}:PrefillCudaGraphRunner._run_forward",
+            f"{_RUNNER}:PrefillCudaGraphRunner._execute_body_capture",
+        ),
+        reads=_CUT_READS,
+        written_for=RELEASES,
+        goes_round=_LAYER_CALLS,
     ),
     "moe_configs": Port(
         module=f"{HERE}.moe_configs",

@@ -1,14 +1,20 @@
-"""``Gemma4TextModel.forward`` of 0.5.22 and 0.5.23: the same loop, each layer handed the norm after it."""
+"""``Gemma4TextModel.forward`` of 0.5.22 and 0.5.23: the same loop, each layer handed the norm after it.
+
+Before the layers that share KV the rows may be cut (`gemma4_turbo.ports.any.yoco_cut`), and the tail may
+run in a CUDA graph (`gemma4_turbo.ports.any.yoco_graph`). In SGLang's own prefill graphs the cut is made
+between two of their segments (`gemma4_turbo.ports.v0_5_23.yoco_piecewise`).
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import handover, layer_steps
-from gemma4_turbo.ports.v0_5_23 import classes
+from gemma4_turbo.ports.any import layer_steps, yoco_cut, yoco_graph
+from gemma4_turbo.ports.v0_5_23 import classes, layer_loop, triton_backend, yoco, yoco_piecewise
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -24,6 +30,17 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     _stock[TARGET] = stock[TARGET]
     classes.load()
     layer_steps.enable(fusions, run)
+    return {TARGET: forward}
+
+
+def enable_cut(steps: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """Give the cut, or the tail's graphs, to a patch; returns the replacement."""
+    _stock[TARGET] = stock[TARGET]
+    classes.load()
+    triton_backend.load()
+    yoco_cut.made_for(yoco.LINE)
+    for step in steps:
+        step.enable(run)
     return {TARGET: forward}
 
 
@@ -61,27 +78,35 @@ def forward(
     batch.start(forward_batch)
 
     captured = AuxHiddenStateList()
-    hidden_states, normed = input_embeds, None
-    every = list(self.layers)  # an index into a ModuleList takes microseconds
-    for index, layer in enumerate(every):
-        told = handover.between(self, every, index, normed)
-        if index + 1 in self.layers_to_capture and index + 1 < len(every):
-            told.pop("following", None)  # the next layer is stock's: it norms by itself
-        outputs = layer(
-            positions=positions,
-            hidden_states=hidden_states,
-            per_layer_input=None if per_layer_inputs is None else per_layer_inputs[:, index, :],
-            forward_batch=forward_batch,
-            capture_output=captured.capture if index in self.layers_to_capture else None,
-            **told,
-            **kwargs,
+    layers = functools.partial(layer_loop.layers, self, captured, kwargs)
+    start = input_embeds, None, None
+    first = yoco_piecewise.first_layer(self, forward_batch, kwargs)
+    if first is not None:
+        state = layers(range(first), start, positions, per_layer_inputs, forward_batch)
+        batch.clear(forward_batch)  # what is behind starts a stream of its own
+        return yoco_piecewise.call(self, first, state, positions, per_layer_inputs)
+    cut = yoco_cut.cut(self, forward_batch, positions, kwargs)
+    if cut is not None:
+        state = layers(range(cut.first), start, positions, per_layer_inputs, forward_batch)
+        if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
+            batch.clear(forward_batch)
+            return torch.zeros_like(state[0])
+        try:
+            tail = yoco_cut.tail(cut, forward_batch, positions, *state, per_layer_inputs)
+            found = yoco_cut.restore(cut, tail, yoco_graph.run(self, cut, tail, forward_batch))
+        except Exception as error:  # the rows before the cut are as they were: all go on
+            failure = error.with_traceback(None)
+        else:
+            batch.clear(forward_batch)  # nothing holds the whole rows any longer
+            return found
+        found = layer_loop.run_layers(
+            self, cut.first, state, positions, per_layer_inputs, forward_batch
         )
-        hidden_states, normed = outputs if isinstance(outputs, tuple) else (outputs, None)
-    if len(every) in self.layers_to_capture:
-        captured.append(hidden_states)
-    if normed is None:
-        hidden_states = batch.final_norm(hidden_states, forward_batch, self.norm)
-    else:
-        batch.take_output(hidden_states, forward_batch)
-        hidden_states = normed
+        yoco_cut.cut_failed(failure)  # had stock's way failed too, it would not be ours
+        return found
+    count = len(self.layers)
+    state = layers(range(count), start, positions, per_layer_inputs, forward_batch)
+    if count in self.layers_to_capture:
+        captured.append(state[0])
+    hidden_states = layer_loop.last_norm(self, state, forward_batch)
     return (hidden_states, captured) if captured else hidden_states

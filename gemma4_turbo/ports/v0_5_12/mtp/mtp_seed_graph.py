@@ -59,7 +59,7 @@ class Seeds:
         size = runner.max_bs
         device = runner.buffers.seq_lens.device
         self.input_ids = torch.zeros(size, dtype=torch.int64, device=device)
-        from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
+        from gemma4_turbo.ports.any import yoco_graph
 
         model = runner.model_runner.model
         whole = [model] if isinstance(model, torch.nn.Module) else []

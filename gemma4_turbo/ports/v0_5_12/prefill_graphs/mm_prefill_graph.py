@@ -44,7 +44,7 @@ if TYPE_CHECKING:
         ServerArgs,
         TextModel,
     )
-    from gemma4_turbo.ports.v0_5_12.yoco.graph import Watched
+    from gemma4_turbo.ports.any.yoco_graph import Watched
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -257,7 +257,7 @@ def _record(run: PatchRun, runner: MultimodalRunner, stock: Function, enforced: 
 
 def missing(runner: MultimodalRunner) -> str | None:
     """What keeps this process from recording, though the arguments were fine, or None."""
-    from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
+    from gemma4_turbo.ports.any import yoco_graph
 
     reason = server_unfit(runner.server_args)
     if reason is not None:
@@ -286,7 +286,7 @@ def _watch(run: PatchRun, runner: MultimodalRunner) -> None:
     SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
     parameters in the place of all layers' old ones: the outermost layers tell.
     """
-    from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
+    from gemma4_turbo.ports.any import yoco_graph
 
     model = runner.model.language_model
     watched = yoco_graph.Watched([model.layers[0], model.layers[-1]])

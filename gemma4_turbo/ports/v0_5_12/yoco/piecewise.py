@@ -24,9 +24,8 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.fusions.fusion import Step
+from gemma4_turbo.ports.any import yoco_cut, yoco_graph
 from gemma4_turbo.ports.v0_5_12 import layer_loop, split_ops
-from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
-from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
 from gemma4_turbo.runtime import custom_ops, graphs
 from gemma4_turbo.runtime.fallback import Fallback
 

@@ -17,8 +17,7 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
-from gemma4_turbo.ports.v0_5_12.yoco import graph as yoco_graph
+from gemma4_turbo.ports.any import yoco_cut, yoco_graph
 from tests.cpu import shared_kv
 from tests.cpu.conftest import patched_sglang
 

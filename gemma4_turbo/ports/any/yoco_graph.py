@@ -24,9 +24,8 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.fusion import Step
-from gemma4_turbo.ports.v0_5_12 import layer_loop
-from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
-from gemma4_turbo.ports.v0_5_12.yoco.cut import Cut, Tail
+from gemma4_turbo.ports.any import yoco_cut
+from gemma4_turbo.ports.any.yoco_cut import Cut, Tail
 from gemma4_turbo.runtime import graphs, hooks
 from gemma4_turbo.runtime.attempts import told
 
@@ -66,7 +65,7 @@ def run(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> torch.Te
     so whatever was launched on it in between has read it by then: the caller puts the rows into a
     tensor of its own at once, and neither logits nor a next step that SGLang prepares ahead see this one.
     """
-    layers = functools.partial(layer_loop.run_tail, model, cut.first)
+    layers = functools.partial(yoco_cut.line().run, model, cut.first)
     patch = YOCO_GRAPH.run
     if patch is None:
         return layers(tail)
@@ -122,11 +121,12 @@ def _graphs(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> Grap
 
 def _made_for(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> tuple[object, ...]:
     """Objects that buffers are made for and memory that graphs point to, the weights apart."""
-    pool, hidden = batch.token_to_kv_pool, tail.hidden_states
+    pool, hidden = yoco_cut.line().pool(batch), tail.hidden_states
+    backend = yoco_cut.line().backend(batch)
     read = sorted({layer.self_attn.attn.layer_id for layer in model.layers[cut.first :]})
     ple = tail.per_layer_inputs
     return (
-        *(batch.attn_backend, batch.attn_backend.req_to_token.shape[1], pool),
+        *(backend, backend.req_to_token.shape[1], pool),
         *(
             buffer(i).data_ptr()
             for i in read
@@ -143,25 +143,22 @@ def _made_for(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> tu
 
 def unfit(tail: Tail, batch: ForwardBatch) -> str | None:
     """Why no graph runs for this tail in this server, or None."""
-    from sglang.srt.distributed import get_tensor_model_parallel_world_size
-    from sglang.srt.server_args import get_global_server_args
-
+    line = yoco_cut.line()
     if tail.hidden_states.device.type not in DEVICES:
         return "not on a GPU"
-    arguments = get_global_server_args()
-    reason = graphs.argument_unfit(arguments, OFF)
+    reason = graphs.argument_unfit(line.arguments(), OFF)
     if reason is not None:
         return reason
-    if get_tensor_model_parallel_world_size() > 1:
+    if line.gpus() > 1:
         return "tensor parallelism: the ranks' reductions are not recorded"
-    reason = yoco_cut.backend_unfit(batch.attn_backend)
+    reason = yoco_cut.backend_unfit(line.backend(batch))
     if reason is not None:
         return reason
     if tail.residual is not None:
         return "a layer hands on a residual"
     if len(tail.hidden_states) > SIZES[-1]:
         return f"more than {SIZES[-1]} rows"
-    pool = batch.token_to_kv_pool
+    pool = line.pool(batch)
     for part in (pool, getattr(pool, "full_kv_pool", None), getattr(pool, "swa_kv_pool", None)):
         if getattr(part, "layer_transfer_counter", None) is not None:
             return "the KV cache is filled layer by layer while the model runs"
@@ -207,7 +204,7 @@ KEYS = ("kv_indptr", "kv_indices", "num_kv_splits")
 
 def _room(batch: ForwardBatch) -> int:
     """Keys of full layers that a batch can have: 8 bytes each."""
-    context: int = batch.attn_backend.req_to_token.shape[1]
+    context: int = yoco_cut.line().backend(batch).req_to_token.shape[1]
     return min(SIZES[-1] * context, ROOM // 8)
 
 
@@ -217,8 +214,8 @@ class Buffers:
     def __init__(self, tail: Tail, batch: ForwardBatch, window: int | None) -> None:
         """For tails like this one; ``window``: the most keys of a row in a sliding layer."""
         rows, device = SIZES[-1], tail.hidden_states.device
-        backend = batch.attn_backend
-        theirs = tail.batch.attn_backend.forward_metadata
+        backend = yoco_cut.line().backend(batch)
+        theirs = tail.backend.forward_metadata
 
         def like(given: torch.Tensor | None, length: int = rows) -> Any:
             if given is None:
@@ -256,10 +253,12 @@ class Buffers:
 
         What no layer reads in a decode step is None there: to read it shall fail, not be stale.
         """
-        from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+        from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
         nothing: Any = None
-        made = ForwardBatch(
+        made = yoco_cut.line().made(
+            like.batch,
+            self.backend,
             forward_mode=ForwardMode.DECODE,
             batch_size=size,
             input_ids=nothing,
@@ -268,13 +267,10 @@ class Buffers:
             out_cache_loc=nothing,
             seq_lens_sum=nothing,
             positions=self.positions[:size],
-            num_token_non_padded_cpu=size,
-            req_to_token_pool=like.batch.req_to_token_pool,
-            token_to_kv_pool=like.batch.token_to_kv_pool,
-            attn_backend=self.backend,
         )
         return Tail(
             batch=made,
+            backend=self.backend,
             rows=nothing,
             positions=made.positions,
             hidden_states=self.hidden_states[:size],
@@ -298,7 +294,7 @@ class Buffers:
                 buffer[:count].copy_(given)
                 if count < size:
                     buffer[count:size].zero_()
-        theirs = tail.batch.attn_backend.forward_metadata
+        theirs = tail.backend.forward_metadata
         for prefix, _ in self.kinds:
             indptr, indices, splits = (getattr(self.metadata, prefix + name) for name in KEYS)
             given_indptr, given_indices, given_splits = (getattr(theirs, prefix + n) for n in KEYS)
@@ -370,7 +366,7 @@ class Graphs:
         if self.elsewhere:
             return "weights are on another device"
         key = _key(tail)
-        keys = len(tail.batch.attn_backend.forward_metadata.kv_indices)
+        keys = len(tail.backend.forward_metadata.kv_indices)
         if keys + key[0] - len(tail.hidden_states) > _room(batch):
             return f"{keys} keys, the graphs have room for {_room(batch)}"
         return self.failed.get(key)

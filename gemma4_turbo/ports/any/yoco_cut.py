@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -66,15 +67,48 @@ class Cut(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """The rows that the cut keeps, with the batch that decodes them."""
+    """The rows that the cut keeps, with the batch that decodes them and the backend that attends."""
 
     batch: ForwardBatch
+    backend: TritonBackend
     rows: torch.Tensor
     positions: torch.Tensor
     hidden_states: torch.Tensor
     residual: torch.Tensor | None
     normed: torch.Tensor | None
     per_layer_inputs: torch.Tensor | None
+
+
+class Line(NamedTuple):
+    """Where a release line keeps what the cut reads and makes."""
+
+    backend: Callable[[ForwardBatch], Any]  # that attends in this forward
+    pool: Callable[[ForwardBatch], KVPool]
+    arguments: Callable[[], Any]  # the server's, by the names of `graphs.argument_unfit`
+    gpus: Callable[[], int]  # of tensor parallelism
+    graph_unfit: Callable[[], str | None]  # whether a prefill graph runs the model, or records it
+    layout_unfit: Callable[[ForwardBatch], str | None]  # more than the lines have in common
+    slots_unfit: Callable[[ForwardBatch], str | None]  # of keys, which `slots` is to gather
+    sets_forward: Callable[[TextModel, Any], bool]  # SGLang itself, on the text model
+    decode: Callable[[ForwardBatch, torch.Tensor, TritonBackend], None]  # the batch's last fields
+    slots: Callable[..., torch.Tensor]  # see `_backend`
+    splits: Callable[[TritonBackend, torch.Tensor, torch.Tensor], None]
+    metadata: Callable[..., Any]  # the backend's, from the fields that the lines have in common
+    made: Callable[..., Any]  # a batch of so many rows to decode in a graph
+    run: Callable[[Any, int, Tail], torch.Tensor]  # the layers on a tail
+
+
+_line: list[Line] = []
+
+
+def made_for(line: Line) -> None:
+    """The process's release line."""
+    _line[:] = [line]
+
+
+def line() -> Line:
+    """It; IndexError before `made_for`."""
+    return _line[0]
 
 
 def cut(
@@ -146,11 +180,7 @@ def unfit(
     model: TextModel, batch: ForwardBatch, positions: torch.Tensor, kwargs: dict[str, object]
 ) -> str | None:
     """Why another row than the last ones is wanted, or the batch is none to cut; or None."""
-    from sglang.srt.compilation.piecewise_context_manager import get_forward_context
-
-    if get_forward_context() is not None:
-        return "the prefill runs in a piecewise CUDA graph"
-    return batch_unfit(model, batch, positions, kwargs)
+    return line().graph_unfit() or batch_unfit(model, batch, positions, kwargs)
 
 
 def batch_unfit(
@@ -166,8 +196,9 @@ def server_unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object
     """Those of the reasons that the lengths of the requests have no part in."""
     return (
         _rows_unfit(model, batch, kwargs)
-        or backend_unfit(batch.attn_backend)
-        or _cache_unfit(model, batch.token_to_kv_pool)
+        or backend_unfit(line().backend(batch))
+        or line().slots_unfit(batch)
+        or _cache_unfit(model, line().pool(batch))
         or _hooks_unfit(model, batch)
     )
 
@@ -175,10 +206,9 @@ def server_unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object
 def _hooks_unfit(model: TextModel, batch: ForwardBatch) -> str | None:
     """Whether somebody sees rows that the cut leaves out, or zeros in their place."""
     state = model.__dict__
-    set_by = getattr(state.get("forward"), "__module__", hooks.__name__)
     if state["_forward_hooks"] or state["_forward_pre_hooks"]:
         return hooks.HOOKED.format("the text model")
-    if "forward" in state and set_by != "sglang.srt.compilation.compile":  # of piecewise graphs
+    if "forward" in state and not line().sets_forward(model, state["forward"]):
         return "somebody has set the text model's forward"
     if behind_the_cut(model).hooked():
         return hooks.HOOKED.format("a layer that shares KV, or the last norm,")
@@ -215,9 +245,7 @@ def _mode_unfit(batch: ForwardBatch) -> str | None:
 
 
 def _rows_unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) -> str | None:
-    from sglang.srt.server_args import get_global_server_args
-
-    arguments = get_global_server_args()
+    arguments = line().arguments()
     if model.layers_to_capture:
         return "hidden states of layers are captured"
     if kwargs:
@@ -248,14 +276,13 @@ def _rows_unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]
 def _layout_unfit(batch: ForwardBatch, positions: torch.Tensor) -> str | None:
     if batch.global_num_tokens_cpu is not None:
         return "data-parallel attention pads the batch"
-    if batch.padded_static_len >= 0:
-        return "the batch is padded"
     if batch.tbo_split_seq_index is not None or batch.tbo_children:
         return "two-batch overlap"
     if batch.attn_cp_metadata is not None:
         return "context parallelism"
-    if batch.hisparse_coordinator is not None:
-        return "hierarchical sparse attention"
+    reason = line().layout_unfit(batch)
+    if reason is not None:
+        return reason
     lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
     if lengths is None or prefixes is None or batch.seq_lens_cpu is None:
         return "the lengths are not on the host"
@@ -303,7 +330,7 @@ def plan(model: TextModel, first: int, batch: Prefill) -> Cut:
         None,
     )
     layer_window = None if sliding is None else window(model.layers[sliding])
-    buffered = batch.attn_backend.sliding_window_size
+    buffered = line().backend(batch).sliding_window_size
     lengths, prefixes = batch.extend_seq_lens_cpu, batch.extend_prefix_lens_cpu
     unfinished = getattr(batch.seq_lens_cpu, UNFINISHED, None) or [False] * len(lengths)
     found = Cut(first, sum(lengths), [], [], [], [], sliding)
@@ -363,22 +390,22 @@ def tail(
 
     made = copy.copy(batch)
     made.forward_mode = ForwardMode.DECODE
-    made.batch_size = made.num_token_non_padded_cpu = count
+    made.batch_size = count
     made.input_ids = None
     made.req_pool_indices = batch.req_pool_indices[requests]
     made.seq_lens = batch.seq_lens[requests]
     made.seq_lens_cpu = cast("torch.Tensor", batch.seq_lens_cpu)[found.requests]
     made.seq_lens_sum = sum(found.lengths)
     made.out_cache_loc = batch.out_cache_loc[rows]
-    if batch.out_cache_loc_swa is not None:
-        made.out_cache_loc_swa = batch.out_cache_loc_swa[rows]
     made.positions = positions[rows]
     made.extend_num_tokens = made.extend_seq_lens = made.extend_prefix_lens = None
     made.extend_seq_lens_cpu = made.extend_prefix_lens_cpu = made.extend_start_loc = None
     made.mm_inputs = None
-    made.attn_backend = _backend(found, batch.attn_backend, made, indptr, window_indptr)
+    backend = _backend(found, line().backend(batch), made, rows, indptr, window_indptr)
+    line().decode(made, rows, backend)
     return Tail(
         made,
+        backend,
         rows,
         made.positions,
         hidden_states[rows],
@@ -399,39 +426,37 @@ def _backend(
     found: Cut,
     backend: TritonBackend,
     batch: ForwardBatch,
+    rows: torch.Tensor,
     indptr: torch.Tensor,
     window_indptr: torch.Tensor,
 ) -> TritonBackend:
     """A shallow copy of the attention backend with metadata of its own: stock's stays as it is."""
-    from sglang.srt.layers.attention.triton_backend import ForwardMetadata
-
+    of = line()
     count, heads, splits = len(found.rows), backend.num_head, backend.max_kv_splits
     device = indptr.device
 
     def logits(width: int) -> torch.Tensor:
         return torch.empty((count, heads, splits, width), dtype=torch.float32, device=device)
 
-    indices = _key_indices(backend, batch, batch.seq_lens, None, indptr, sum(found.lengths))
+    indices = of.slots(backend, batch, batch.seq_lens, None, indptr, sum(found.lengths), False)
     kv_splits = torch.empty((count,), dtype=torch.int32, device=device)
-    backend.get_num_kv_splits(kv_splits, batch.seq_lens)
+    of.splits(backend, kv_splits, batch.seq_lens)
     window_indices = window_splits = None
     if found.sliding is not None:
         keys = window_indptr[1:] - window_indptr[:-1]
-        window_indices = _key_indices(
-            backend, batch, keys, batch.seq_lens - keys, window_indptr, sum(found.windows)
+        first = batch.seq_lens - keys
+        window_indices = of.slots(
+            backend, batch, keys, first, window_indptr, sum(found.windows), True
         )
-        allocator = backend.token_to_kv_pool_allocator
-        if hasattr(allocator, "translate_loc_from_full_to_swa"):
-            window_indices = allocator.translate_loc_from_full_to_swa(window_indices).to(
-                torch.int64
-            )
         window_splits = torch.empty((count,), dtype=torch.int32, device=device)
-        backend.get_num_kv_splits(window_splits, keys)
+        of.splits(backend, window_splits, keys)
     made = copy.copy(backend)
     if found.sliding is not None:
         # A decode kernel may take this for the most keys of a row; stock's extend step has two more.
         made.sliding_window_size = max(found.windows)
-    made.forward_metadata = ForwardMetadata(
+    made.forward_metadata = of.metadata(
+        backend.forward_metadata,
+        rows,
         attn_logits=logits(backend.v_head_dim),
         attn_lse=torch.empty((count, heads, splits), dtype=torch.float32, device=device),
         max_extend_len=None,
@@ -448,30 +473,6 @@ def _backend(
         swa_attn_logits=None if backend.swa_v_head_dim is None else logits(backend.swa_v_head_dim),
     )
     return made
-
-
-def _key_indices(
-    backend: TritonBackend,
-    batch: ForwardBatch,
-    keys: torch.Tensor,
-    first: torch.Tensor | None,
-    indptr: torch.Tensor,
-    total: int,
-) -> torch.Tensor:
-    """Slots of each request's keys, one request after another."""
-    from sglang.srt.layers.attention import triton_backend
-
-    indices = torch.empty(total, dtype=torch.int64, device=indptr.device)
-    triton_backend.create_flashinfer_kv_indices_triton[(len(keys),)](
-        backend.req_to_token,
-        batch.req_pool_indices,
-        keys,
-        indptr,
-        first,
-        indices,
-        backend.req_to_token.stride(0),
-    )
-    return indices
 
 
 def restore(found: Cut, made: Tail, hidden_states: torch.Tensor) -> torch.Tensor:

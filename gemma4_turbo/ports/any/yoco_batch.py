@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.fusion import Step
-from gemma4_turbo.ports.v0_5_12.yoco import cut as yoco_cut
+from gemma4_turbo.ports.any import yoco_cut
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
@@ -25,9 +25,9 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     init = stock[BATCH]
 
     def init_new(
-        cls: type[ForwardBatch], batch: ScheduleBatch, model_runner: ModelRunner
+        cls: type[ForwardBatch], batch: ScheduleBatch, model_runner: ModelRunner, **more: Any
     ) -> ForwardBatch:
-        made: ForwardBatch = init(cls, batch, model_runner)
+        made: ForwardBatch = init(cls, batch, model_runner, **more)
         if made.seq_lens_cpu is not None:
             processor = getattr(getattr(model_runner, "model", None), "logits_processor", None)
             try:
