@@ -276,6 +276,17 @@ class _Module:
         return find_definition(ast.parse(self._source), qualname)  # as with "@(" on its own line
 
 
+def _name_of(node: ast.AST) -> str | None:
+    """What a name, an attribute, a parameter or a definition is called; None of anything else."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    if isinstance(node, ast.arg):
+        return node.arg
+    return node.name if isinstance(node, _Definition) else None
+
+
 class Definitions:
     """Definitions found through a `SourceOf`, each module read once."""
 
@@ -315,17 +326,19 @@ class Definitions:
         imports = () if read is None else read.outline.imports
         return [(origin, there) for here, origin, there in imports if here == name]
 
-    def mentions(self, target: str, name: str) -> bool:
-        """As `uses`, or a parameter or something that it defines is called so."""
+    def unmentioned(self, target: str, names: Iterable[str]) -> list[str] | None:
+        """Those of the names that a definition does not mention: as `uses`, nor are a parameter or
+        something that it defines called so. None: there is no such definition.
+        """
         node = self.node(target)
         if node is None:
-            return False
-        defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-        return self.uses(target, name) or any(
-            (isinstance(child, ast.arg) and child.arg == name)
-            or (isinstance(child, defined) and child.name == name)
-            for child in ast.walk(node)
-        )
+            return None
+        found = {_name_of(child) for child in ast.walk(node)}
+        return [name for name in names if name not in found]
+
+    def mentions(self, target: str, name: str) -> bool:
+        """Of one name, see `unmentioned`."""
+        return self.unmentioned(target, (name,)) == []
 
     def uses(self, target: str, name: str) -> bool:
         """Whether the definition of ``target`` mentions ``name``."""
@@ -392,9 +405,9 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
 
     if any(map(is_source_of, candidates)):
         for target, names in port.reads:
-            if definitions.node(target) is None:
+            gone = definitions.unmentioned(target, names)
+            if gone is None:
                 return Verdict(states.UNSUPPORTED, f"{label} has no {target}")
-            gone = [name for name in names if not definitions.mentions(target, name)]
             if gone:
                 return Verdict(states.DRIFTED, f"{label}: {target} has no {', '.join(gone)}")
         return Verdict(states.ACTIVE, f"written for the source that {label} has", port)

@@ -400,7 +400,29 @@ PORTS: dict[str, Port] = {
             f"{_POOLS}.kv_cache_dtype:configure_kv_cache_dtype",
             *_BUFFERS,
         ),
-        reads=_ATTENTION_READS,
+        reads=(
+            (
+                "sglang.srt.layers.radix_attention:RadixAttention.__init__",
+                ("layer_id", "k_scale", "v_scale", "k_scale_float", "v_scale_float"),
+            ),
+            (
+                f"{_BACKEND}:TritonAttnBackend.__init__",
+                ("forward_metadata", "token_to_kv_pool", "kv_index_translator", "dcp_size"),
+            ),
+            (f"{_BACKEND}:ForwardMetadata", ("swa_out_cache_loc",)),
+            (
+                f"{_POOLS}.memory_pool:MHATokenToKVPool",
+                ("kv_cache_layout", "is_quantized_kv_cache"),
+            ),
+            (
+                f"{_POOLS}.swa_memory_pool:SWAKVPool",
+                ("full_kv_pool", "swa_kv_pool", "layers_mapping", "get_kv_buffer"),
+            ),
+            (
+                f"{_POOLS}.kv_index_translator:KVIndexTranslator.__init__",
+                ("is_translating",),
+            ),
+        ),
         written_for=("0.5.23",),
     ),
     "mtp_chain": Port(
