@@ -52,7 +52,7 @@ from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
 PLAIN = "no speculation"
-PATCHES = "mtp_chain,mtp_seed_graph,mtp_metadata,mtp_merge_batch,frozen_kv_views,kv_scales"
+PATCHES = "mtp_sync,mtp_chain,mtp_seed_graph,mtp_metadata,mtp_merge_batch,frozen_kv_views,kv_scales"
 DRAFT_STEPS = 3
 AGREEMENT_SEED = 11
 Rows = list[dict[str, Any]]

@@ -45,7 +45,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "speculation": (
         "Speculation",
-        ("mtp_chain", "mtp_seed_graph", "mtp_metadata", "mtp_merge_batch"),
+        ("mtp_sync", "mtp_chain", "mtp_seed_graph", "mtp_metadata", "mtp_merge_batch"),
     ),
     "memory": ("Memory and defaults", ("shared_kv_pool", "swa_ratio")),
 }

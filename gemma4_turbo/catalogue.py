@@ -273,6 +273,12 @@ PATCHES: tuple[Patch, ...] = (
         requires=("mtp_seed_graph",),
     ),
     Patch(
+        name="mtp_sync",
+        summary="The MTP draft waits for no lengths from the GPU; the tree's mask is written where the target reads it",
+        numerics=BITWISE,
+        default=True,
+    ),
+    Patch(
         name="swa_window",
         summary="Sliding-window off-by-one fix: layers attend to exactly the trained window; changes the output",
         numerics=BEHAVIOUR,  # a fix, and the one that changes what stock computes

@@ -89,27 +89,46 @@ def _agree(model, fraction, seed, seen_width):
         agreeing.fill_target(model, agreement, int(seen_width))
 
 
-def _name_parts(module):
-    """Draft, verification and seed step as ranges in a profiler's trace."""
+def _named(method, name):
     import functools
 
     import torch
 
-    def named(method, name):
-        @functools.wraps(method)
-        def call(*args, **kwargs):
-            with torch.profiler.record_function(name):
-                return method(*args, **kwargs)
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        with torch.profiler.record_function(name):
+            return method(*args, **kwargs)
 
-        return call
+    return call
 
+
+def _name_parts(module):
+    """Draft, verification and seed step as ranges in a profiler's trace."""
     worker = module.FrozenKVMTPWorker
     for method, name in (
         ("draft", "mtp draft"),
         ("verify", "mtp verify"),
         ("forward_draft_extend_after_decode", "mtp seed"),
     ):
-        setattr(worker, method, named(getattr(worker, method), name))
+        setattr(worker, method, _named(getattr(worker, method), name))
+
+
+def _name_parts_ahead(module):
+    """The same where the worker runs ahead of the GPU; its draft is a function that a patch replaces."""
+    import contextlib
+
+    import torch
+
+    span, names = module.spec_stage_span, {"draft": "mtp draft", "draft_extend": "mtp seed"}
+
+    @contextlib.contextmanager
+    def spec_stage_span(name):
+        with span(name), torch.profiler.record_function(names.get(name, name)):
+            yield
+
+    module.spec_stage_span = spec_stage_span
+    worker = module.FrozenKVMTPWorkerV2
+    worker.verify = _named(worker.verify, "mtp verify")
 
 
 def _exact_attention(module):
@@ -127,7 +146,9 @@ if "BENCH_PATCHED" in os.environ:
         ):
             wrapt.register_post_import_hook(_size_pools, module)
     if os.environ.get("BENCH_RANGES") == "1":
-        wrapt.register_post_import_hook(_name_parts, "sglang.srt.speculative.frozen_kv_mtp_worker")
+        worker = "sglang.srt.speculative.frozen_kv_mtp_worker"
+        wrapt.register_post_import_hook(_name_parts, worker)
+        wrapt.register_post_import_hook(_name_parts_ahead, f"{worker}_v2")
     if os.environ.get("BENCH_EXACT_ATTENTION") == "1":
         for kernel in ("extend_attention", "decode_attention"):
             for package in ("sglang.srt.layers.attention.triton_ops", "sglang.kernels.ops.attention"):

@@ -1,149 +1,50 @@
 """`kv_scales`: attention that reads another layer's KV cache uses the scales it was written with.
 
-A layer with an 8-bit KV cache stores ``K / k_scale`` and ``V / v_scale``. The last layers of E2B and
-E4B and all layers of an MTP assistant read the cache of another layer, its owner, but stock leaves
-their own scales at 1. Here they take the owner's, as soon as the dtype of the cache is known and
-after every later loading of weights. Nothing is touched where the owner's scales are 1.
-
-In an extend step the Triton backend hands such a layer's new K and V to its kernel as they are in
-the cache, and the kernel takes them for unscaled ones: they are multiplied first. Inside a piecewise
-graph (`optional_kv`) the backend is handed the owner itself, without K and V: the same then.
+See `gemma4_turbo.ports.any.kv_scales`. Inside a piecewise graph (`optional_kv`) the Triton backend is
+handed the owner itself, without K and V: they are multiplied then too.
 """
 
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.engine import states
+from gemma4_turbo.ports.any import kv_scales
 from gemma4_turbo.ports.v0_5_12 import extend_wraps
 from gemma4_turbo.runtime import custom_ops
-from gemma4_turbo.runtime.attempts import told
 from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.ports.any.model_protocols import (
-        AssistantModel,
         ForwardBatch,
-        FrozenKVContext,
         KVPool,
         ModelRunner,
-        Module,
         RadixAttention,
         TritonBackend,
     )
 
-CONFIGURE = "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype"
-BIND = "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context"
-FINISH = "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.process_weights_after_loading"
-
-
-class Scales(NamedTuple):
-    """What a ``RadixAttention`` keeps of its two scales: tensors for writing, floats for reading."""
-
-    k_scale: torch.Tensor | float | None
-    v_scale: torch.Tensor | float | None
-    k_scale_float: float | None
-    v_scale_float: float | None
-
-    @staticmethod
-    def of(attention: RadixAttention) -> Scales:
-        """Copies of the tensors: a ``Parameter`` may be written to in place."""
-
-        def copied(value: torch.Tensor | float | None) -> torch.Tensor | float | None:
-            return value.detach().clone() if isinstance(value, torch.Tensor) else value
-
-        return Scales(
-            copied(attention.k_scale),
-            copied(attention.v_scale),
-            attention.k_scale_float,
-            attention.v_scale_float,
-        )
-
-    def write_to(self, attention: RadixAttention) -> None:
-        """Into parameters in place, where there are any: a later loading finds them there."""
-        for name in ("k_scale", "v_scale"):
-            present, value = getattr(attention, name), getattr(self, name)
-            if isinstance(present, torch.nn.Parameter):
-                present.data.copy_(value)
-            else:
-                setattr(attention, name, value)
-        attention.k_scale_float, attention.v_scale_float = self.k_scale_float, self.v_scale_float
-
-
-class Link(NamedTuple):
-    """Whose cache an attention reads."""
-
-    owner: weakref.ref[RadixAttention]
-    stock: Scales  # what stock left there
-
-
-def floats(attention: RadixAttention) -> tuple[float, float]:
-    """The scales as the kernels see them: without one, 1."""
-    k, v = attention.k_scale_float, attention.v_scale_float
-    return (1.0 if k is None else k, 1.0 if v is None else v)
-
-
-_links: weakref.WeakKeyDictionary[RadixAttention, Link] = weakref.WeakKeyDictionary()
-_scaled: weakref.WeakSet[RadixAttention] = weakref.WeakSet()  # given the owner's scales by us
-_owners: weakref.WeakSet[RadixAttention] = weakref.WeakSet()
 _fallback = Fallback("the multiplication of K and V")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
-    """Link readers and owners when the cache's dtype is known; keep them equal afterwards."""
+    """The scales, and the extend step of the Triton backend."""
     return {
-        CONFIGURE: _configure(run, stock[CONFIGURE]),
-        BIND: _bind(run, stock[BIND]),
-        FINISH: _finish(run, stock[FINISH]),
+        **kv_scales.build(run, stock, _of_model, _of_pool),
         **extend_wraps.enable(
             run.patch.name, functools.partial(_extend, run), stock[extend_wraps.TARGET]
         ),
     }
 
 
-def _configure(
-    run: PatchRun, configure: Callable[[ModelRunner], None]
-) -> Callable[[ModelRunner], None]:
-    @functools.wraps(configure)
-    def configure_kv_cache_dtype(self: ModelRunner) -> None:
-        configure(self)
-        if eight_bit(self.kv_cache_dtype):
-            _guarded(run, link_shared_layers, self.model)
-
-    return configure_kv_cache_dtype
+def _of_model(runner: ModelRunner) -> bool:
+    return kv_scales.eight_bit(runner.kv_cache_dtype)
 
 
-def _bind(
-    run: PatchRun, bind: Callable[[AssistantModel, Module, KVPool], FrozenKVContext]
-) -> Callable[[AssistantModel, Module, KVPool], FrozenKVContext]:
-    @functools.wraps(bind)
-    def build_frozen_kv_mtp_context(
-        self: AssistantModel, target_model: Module, target_token_to_kv_pool: KVPool
-    ) -> FrozenKVContext:
-        context = bind(self, target_model, target_token_to_kv_pool)
-        if eight_bit(getattr(target_token_to_kv_pool, "dtype", None)):
-            _guarded(run, link_draft, self, target_model, context)
-        return context
-
-    return build_frozen_kv_mtp_context
-
-
-def _finish(
-    run: PatchRun, finish: Callable[[object, RadixAttention], None]
-) -> Callable[[object, RadixAttention], None]:
-    @functools.wraps(finish)
-    def process_weights_after_loading(self: object, layer: RadixAttention) -> None:
-        finish(self, layer)
-        if _links:
-            _guarded(run, refresh, layer)
-
-    return process_weights_after_loading
+def _of_pool(pool: KVPool) -> bool:
+    return kv_scales.eight_bit(getattr(pool, "dtype", None))
 
 
 def _extend(run: PatchRun, forward: extend_wraps.Forward) -> extend_wraps.Forward:
@@ -160,7 +61,7 @@ def _extend(run: PatchRun, forward: extend_wraps.Forward) -> extend_wraps.Forwar
     ) -> torch.Tensor:
         if k is None and v is None and _fallback.unfit() is None:
             try:
-                if scaled(run, layer):
+                if kv_scales.scaled(run, layer):
                     k, v = new_keys_and_values(layer, forward_batch, q.dtype)
                     save_kv_cache = False
                     run.engaged(custom_ops.capturing())
@@ -171,106 +72,16 @@ def _extend(run: PatchRun, forward: extend_wraps.Forward) -> extend_wraps.Forwar
     return forward_extend
 
 
-def _guarded(run: PatchRun, function: Callable[..., None], *arguments: object) -> None:
-    try:
-        function(run, *arguments)
-    except Exception as error:  # never in the way of a model that stock can serve
-        run.set(states.FAILED, told(error))
-
-
-def eight_bit(dtype: object) -> bool:
-    """Whether a KV cache of ``dtype`` is written divided by the scales."""
-    return isinstance(dtype, torch.dtype) and dtype.itemsize == 1
-
-
-def link_shared_layers(run: PatchRun, model: Module) -> None:
-    """Every KV-shared layer of ``model`` follows the layer whose cache it reads."""
-    from sglang.srt.models.gemma4_causal import Gemma4TextModel
-    from sglang.srt.models.gemma4_mtp import Gemma4AssistantForCausalLM
-
-    if isinstance(model, Gemma4AssistantForCausalLM):
-        return  # its layers' indices are the target's
-    for module in model.modules():
-        if isinstance(module, Gemma4TextModel):
-            for layer in module.layers:
-                attention = layer.self_attn
-                if attention.is_kv_shared_layer and attention.kv_shared_layer_index is not None:
-                    owner = module.layers[attention.kv_shared_layer_index].self_attn
-                    link(run, attention.attn, owner.attn)
-
-
-def link_draft(
-    run: PatchRun, draft: AssistantModel, target_model: Module, context: FrozenKVContext
-) -> None:
-    """Every layer of an assistant follows the target's layer that ``context`` gives it."""
-    from sglang.srt.models.gemma4_mtp import _resolve_target_text_model
-
-    owners = _resolve_target_text_model(target_model).layers
-    for index, layer in enumerate(draft.model.layers):
-        owner = owners[context.get_physical_layer_id(index)]
-        link(run, layer.self_attn.attn, owner.self_attn.attn)
-
-
-def link(run: PatchRun, reader: RadixAttention, owner: RadixAttention) -> None:
-    """From now on ``reader`` has the scales of ``owner``."""
-    _links[reader] = Link(weakref.ref(owner), Scales.of(reader))
-    _owners.add(owner)
-    follow(run, reader)
-
-
-def follow(run: PatchRun, reader: RadixAttention) -> None:
-    """Take over the owner's scales where they differ."""
-    owner = _links[reader].owner()
-    if owner is None or floats(owner) == floats(reader):
-        return
-    Scales.of(owner).write_to(reader)
-    _scaled.add(reader)
-    run.engaged(False)
-
-
-def scaled(run: PatchRun, layer: RadixAttention) -> bool:
-    """Whether what the cache holds for ``layer``, a reader or an owner, was divided by scales.
-
-    A reader takes over here what somebody gave its owner without a loading of weights.
-    """
-    if layer in _links:
-        follow(run, layer)
-    elif layer not in _owners:
-        return False
-    return floats(layer) != (1.0, 1.0)
-
-
-def refresh(run: PatchRun, layer: RadixAttention) -> None:
-    """After the weights of ``layer`` were loaded again: itself, and all that read its cache."""
-    for reader, (owner, _) in list(_links.items()):
-        if reader is layer or owner() is layer:
-            follow(run, reader)
-
-
 def new_keys_and_values(
     layer: RadixAttention, forward_batch: ForwardBatch, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of an extend step's own tokens, out of the owner's cache, as they were computed.
-
-    Args:
-        layer: the ``RadixAttention`` that reads, whose ``layer_id`` is the owner's; or the owner.
-        forward_batch: the step; its ``out_cache_loc`` are slots of the full pool.
-        dtype: of the result.
-    """
+    """K and V of an extend step's own tokens, whose ``out_cache_loc`` are slots of the full pool."""
     slots = extend_wraps.new_slots(layer, forward_batch)
-    keys, values = forward_batch.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-    k, v = keys[slots].to(dtype), values[slots].to(dtype)
-    k_scale, v_scale = floats(layer)
-    return k.mul_(k_scale), v.mul_(v_scale)
+    return kv_scales.keys_and_values(layer, forward_batch.token_to_kv_pool, slots, dtype)
 
 
 def undo(run: PatchRun) -> None:
     """Give every live reader back what stock had left there."""
     extend_wraps.disable(run.patch.name)
-    for reader, (_, stock) in list(_links.items()):
-        if reader in _scaled:
-            stock.write_to(reader)
-    _links.clear()
-    _scaled.clear()
-    _owners.clear()
+    kv_scales.undo(run)
     _fallback.clear()

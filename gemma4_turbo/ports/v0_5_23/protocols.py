@@ -6,7 +6,8 @@ the same in every line is in `gemma4_turbo.ports.any.model_protocols`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -146,6 +147,105 @@ class TritonBackend(any_line.TritonBackend, Protocol):
         v: torch.Tensor,
         /,
     ) -> None: ...
+
+    @property
+    def verify_mask(self) -> VerifyMask | None: ...
+
+
+# -- speculation --------------------------------------------------------------------------------------
+
+
+class TargetRunner(protocols.ModelRunner, Protocol):
+    """``sglang.srt.model_executor.model_runner.ModelRunner``."""
+
+    attn_backend: TritonBackend
+
+
+class VerifyMask(Protocol):
+    """``sglang.srt.layers.attention.verify_mask.VerifyMask``."""
+
+    buffer: torch.Tensor
+    mode: object
+
+    def fits(self, bs: int, /) -> bool: ...
+
+
+class RequestKV(Protocol):
+    """``sglang.srt.managers.schedule_batch.ReqKvInfo``."""
+
+    kv_allocated_len: int
+
+
+class Request(Protocol):
+    """``sglang.srt.managers.schedule_batch.Req``."""
+
+    kv: RequestKV
+
+
+class ScheduleBatch(Protocol):
+    """``sglang.srt.managers.schedule_batch.ScheduleBatch``, in a decode step of a draft."""
+
+    reqs: Sequence[Request]
+    forward_mode: protocols.ForwardMode
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor | None
+    seq_lens_sum: int | None
+    return_hidden_states: bool
+    spec_info: protocols.DraftInput
+
+
+class DraftBatch(Protocol):
+    """A ``ForwardBatch`` of the draft's."""
+
+    input_ids: torch.Tensor
+    spec_info: protocols.DraftInput
+
+    def needs_forward_metadata_init(self) -> bool: ...
+
+
+class TargetWorker(Protocol):
+    """``sglang.srt.managers.tp_worker.TpModelWorker``."""
+
+    @property
+    def model_runner(self) -> TargetRunner: ...
+
+
+class DraftRunner(Protocol):
+    """``sglang.srt.model_executor.model_runner.ModelRunner`` of the draft."""
+
+    def forward(self, forward_batch: DraftBatch, /) -> protocols.ModelRunnerOutput: ...
+
+
+class DraftGraphRunner(Protocol):
+    """``sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner.FrozenKVMTPCudaGraphRunner``."""
+
+    def can_run_graph(self, forward_batch: DraftBatch, /) -> bool: ...
+    def execute(
+        self, forward_batch: DraftBatch, /
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+
+class DraftWorker(Protocol):
+    """``sglang.srt.speculative.frozen_kv_mtp_worker_v2.FrozenKVMTPDraftWorker``."""
+
+    topk: int
+    speculative_num_steps: int
+    speculative_num_draft_tokens: int
+    target_worker: TargetWorker
+    draft_attn_backend: TritonBackend
+    cuda_graph_runner: DraftGraphRunner | None
+
+    @property
+    def draft_model_runner(self) -> DraftRunner: ...
+    def draft_forward(
+        self, forward_batch: DraftBatch, /
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def _init_frozen_kv_metadata(self, forward_batch: DraftBatch, /) -> None: ...
+    def _position_for_batch(self, batch: ScheduleBatch, /) -> torch.Tensor: ...
+    def _set_positions(self, forward_batch: DraftBatch, /) -> None: ...
+    def _target_kv_pool_view(
+        self, forward_batch: DraftBatch, /
+    ) -> AbstractContextManager[None]: ...
 
 
 # -- prefill graphs -----------------------------------------------------------------------------------

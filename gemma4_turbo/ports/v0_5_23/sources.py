@@ -72,6 +72,10 @@ _ATTENTION_CALLS = (
     "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
 )
 
+_SPEC = "sglang.srt.speculative"
+_DRAFT = f"{_SPEC}.frozen_kv_mtp_worker_v2:FrozenKVMTPDraftWorker"
+_DRAFT_GRAPHS = f"{_SPEC}.frozen_kv_mtp_cuda_graph_runner"
+
 _BACKEND = "sglang.srt.layers.attention.triton_backend"
 _KERNELS = "sglang.kernels.ops.attention"
 _POOLS = "sglang.srt.mem_cache"
@@ -538,5 +542,159 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.23",),
         # SGLang imports it when it makes the backend.
         lazy=(f"{_KERNELS}.decode_attention",),
+    ),
+    # The draft reads its cache through the context that it is bound to; whose scales stay 1.
+    "kv_scales": Port(
+        module=f"{HERE}.kv_scales",
+        targets=(
+            "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context",
+            "sglang.srt.layers.quantization.kv_cache"
+            ":BaseKVCacheMethod.process_weights_after_loading",
+            f"{_BACKEND}:TritonAttnBackend.__init__",
+        ),
+        relies_on=(
+            f"{_MODEL}:Gemma4Attention.__init__",
+            f"{_MODEL}:Gemma4Attention.forward",
+            "sglang.srt.models.gemma4_mtp:_resolve_target_text_model",
+            "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.bind_frozen_kv_context",
+            f"{_BACKEND}:TritonAttnBackend.forward_decode",
+            f"{_BACKEND}:TritonAttnBackend.forward_extend",
+            "sglang.srt.layers.attention.base_attn_backend:AttentionBackend.forward",
+            "sglang.srt.layers.radix_attention:RadixAttention.forward",
+            "sglang.srt.layers.radix_attention:RadixAttention._eager_attention",
+            "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.create_weights",
+            f"{_POOLS}.memory_pool:MHATokenToKVPool.set_kv_buffer",
+            f"{_POOLS}.kv_cache_dtype:configure_kv_cache_dtype",
+            *_BUFFERS,
+        ),
+        reads=(
+            (
+                "sglang.srt.layers.radix_attention:RadixAttention.__init__",
+                ("layer_id", "k_scale", "v_scale", "k_scale_float", "v_scale_float"),
+            ),
+            (
+                f"{_BACKEND}:TritonAttnBackend.__init__",
+                ("forward_metadata", "token_to_kv_pool", "kv_index_translator", "dcp_size"),
+            ),
+            (f"{_BACKEND}:ForwardMetadata", ("swa_out_cache_loc",)),
+            (
+                f"{_POOLS}.memory_pool:MHATokenToKVPool",
+                ("kv_cache_layout", "is_quantized_kv_cache"),
+            ),
+            (
+                f"{_POOLS}.swa_memory_pool:SWAKVPool",
+                ("full_kv_pool", "swa_kv_pool", "layers_mapping", "get_kv_buffer"),
+            ),
+            (
+                f"{_POOLS}.kv_index_translator:KVIndexTranslator.__init__",
+                ("is_translating",),
+            ),
+        ),
+        written_for=("0.5.23",),
+    ),
+    "mtp_chain": Port(
+        module=f"{HERE}.mtp.mtp_chain",
+        targets=(f"{_DRAFT}.draft_forward",),
+        relies_on=(
+            f"{_DRAFT}.draft",
+            f"{_DRAFT}._init_frozen_kv_metadata",
+            f"{_DRAFT_GRAPHS}:FrozenKVMTPCudaGraphRunner.capture_one_shape",
+            f"{_DRAFT_GRAPHS}:FrozenKVMTPCudaGraphRunner.execute",
+            f"{_SPEC}.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            f"{_SPEC}.frozen_kv_mtp_utils:position_for_batch",
+            f"{_SPEC}.frozen_kv_mtp_utils:target_kv_pool_view",
+            f"{_SPEC}.spec_utils:_select_top_k_tokens_first",
+            f"{_SPEC}.spec_utils:_select_top_k_tokens_later",
+            "sglang.srt.utils.common:fast_topk",
+            f"{_SPEC}.eagle_utils:organize_draft_results",
+        ),
+        written_for=("0.5.23",),
+        lazy=(_DRAFT_GRAPHS,),  # imported to capture graphs, which may be off
+    ),
+    "mtp_sync": Port(
+        module=f"{HERE}.mtp.mtp_sync",
+        targets=(f"{_DRAFT}.draft",),
+        relies_on=(
+            f"{_DRAFT}._init_frozen_kv_metadata",
+            f"{_DRAFT}._init_frozen_kv_metadata_replay_cuda_graph",
+            f"{_DRAFT}._position_for_batch",
+            f"{_DRAFT}._set_positions",
+            f"{_DRAFT_GRAPHS}:FrozenKVMTPCudaGraphRunner.execute",
+            f"{_SPEC}.frozen_kv_mtp_utils:set_frozen_kv_positions",
+            f"{_SPEC}.frozen_kv_mtp_utils:position_for_batch",
+            f"{_SPEC}.frozen_kv_mtp_info:FrozenKVMTPVerifyInput",
+            f"{_SPEC}.eagle_info:EagleVerifyInput.__post_init__",
+            f"{_SPEC}.eagle_utils:build_tree_kernel_efficient",
+            # How many slots a request has at least.
+            f"{_SPEC}.eagle_utils:eagle_prepare_for_decode",
+            f"{_SPEC}.eagle_utils:eagle_prepare_for_verify",
+            f"{_POOLS}.allocation:alloc_for_spec_decode",
+            f"{_POOLS}.allocation_sizing:page_aligned_decode_alloc_lens",
+            f"{_POOLS}.allocation_sizing:get_alloc_reserve_per_decode",
+            # Who reads the mask and the sum of the lengths, and which buffer is whose.
+            "sglang.srt.layers.attention.verify_mask:VerifyMask",
+            "sglang.srt.layers.attention.verify_mask:tree_mask_numel",
+            "sglang.srt.layers.attention.verify_mask:maybe_create_verify_mask",
+            f"{_BACKEND}:TritonAttnBackend.verify_mask",
+            f"{_BACKEND}:TritonAttnBackend.init_cuda_graph_state",
+            f"{_BACKEND}:TritonAttnBackend.init_forward_metadata",
+            f"{_BACKEND}:TritonAttnBackend._init_forward_metadata_out_graph",
+            f"{_BACKEND}:TritonAttnBackend._apply_cuda_graph_metadata",
+            f"{_BACKEND}:TritonAttnBackend._update_target_verify_buffers",
+            f"{_BACKEND}:TritonAttnBackend._build_cuda_graph_forward_metadata",
+        ),
+        reads=(
+            ("sglang.srt.managers.schedule_batch:ReqKvInfo", ("kv_allocated_len",)),
+            (
+                "sglang.srt.managers.schedule_batch:ScheduleBatch",
+                ("reqs", "seq_lens", "seq_lens_cpu", "seq_lens_sum", "spec_info"),
+            ),
+            (
+                "sglang.srt.model_executor.forward_batch_info:ForwardBatch.init_new",
+                ("batch", "model_runner", "return_hidden_states_before_norm", "seq_lens_sum"),
+            ),
+        ),
+        written_for=("0.5.23",),
+        lazy=(_DRAFT_GRAPHS,),
+    ),
+    # The draft's input is in the place of the verification's after every step, whoever has finished.
+    "mtp_merge_batch": Port(
+        module=f"{HERE}.mtp",
+        targets=(f"{_SPEC}.frozen_kv_mtp_worker_v2:FrozenKVMTPWorkerV2.forward_batch_generation",),
+        superseded_when=(
+            f"{_SPEC}.frozen_kv_mtp_worker_v2:FrozenKVMTPWorkerV2.forward_batch_generation",
+            "_draft_extend_for_decode",
+        ),
+        superseded_since="0.5.14",
+        tells_only=True,
+    ),
+    # The seed step is the first one of the draft's own graph.
+    "mtp_seed_graph": Port(
+        module=f"{HERE}.mtp",
+        targets=(f"{_DRAFT}.draft_forward",),
+        superseded_when=(f"{_DRAFT}.draft_forward", "bonus_tokens"),
+        superseded_since="0.5.14",
+        tells_only=True,
+    ),
+    # And both run on metadata that are made once.
+    "mtp_metadata": Port(
+        module=f"{HERE}.mtp",
+        targets=(f"{_DRAFT}.draft_forward",),
+        superseded_when=(f"{_DRAFT}.draft_forward", "needs_forward_metadata_init"),
+        superseded_since="0.5.14",
+        tells_only=True,
+    ),
+    # FlashInfer's runner is for one kind of quantised weights, which is asked for.
+    "mtp_moe_runner": Port(
+        module=f"{HERE}.mtp",
+        targets=("sglang.srt.arg_groups.model_overrides.gemma4:_gemma4_overrides",),
+        superseded_when=(
+            "sglang.srt.arg_groups.model_overrides.gemma4:_gemma4_overrides",
+            "quantization",
+        ),
+        superseded_since="0.5.19",
+        tells_only=True,
+        finds_defect=True,
     ),
 }

@@ -85,7 +85,7 @@ def unfit(
         return f"the kind of attention is {layer.attn_type}"
     if layer.logit_capping_method != "tanh":
         return f"the logit cap's method is {layer.logit_capping_method}"
-    return translator_unfit(backend.kv_index_translator) or _pool_unfit(backend.token_to_kv_pool)
+    return translator_unfit(backend.kv_index_translator) or pool_unfit(backend.token_to_kv_pool)
 
 
 def translator_unfit(translator: KVIndexTranslator) -> str | None:
@@ -97,7 +97,7 @@ def translator_unfit(translator: KVIndexTranslator) -> str | None:
     return None
 
 
-def _pool_unfit(pool: Any) -> str | None:
+def pool_unfit(pool: Any) -> str | None:
     """Why a layer's buffers are not a row a slot in the pool's dtype, or None.
 
     They are read before K and V are stored, so that no pool may make them anew for each reader.

@@ -1,17 +1,10 @@
 """`mtp_chain`: drafts of the MTP assistant with one candidate per step, without what a tree needs.
 
-With ``speculative_eagle_topk`` 1 every draft is a chain: stock's softmax over the vocabulary, its
-scores and its search among them choose nothing. Here the draft's token is the arg-max of the
-logits, the tree is written down, and the positions, which are the same in every step, are not set
+See `gemma4_turbo.ports.any.mtp_chain`. The positions, which are the same in every step, are not set
 again: who calls the draft has set them.
 
-Nothing reads the probabilities then: they order the candidates of a tree with more of them than
-draft tokens, and the verification looks at tokens only. They are 1 where stock keeps them.
-
-The largest logit has the largest probability, and ``torch.max``, which stock uses too, takes the
-first of equal ones. So the token is stock's unless the softmax rounds two different logits to one
-probability, or the logits are infinite or NaN. Then another token may be proposed, and the target
-decides about it as about any other.
+Nothing reads the probabilities: they order the candidates of a tree with more of them than draft
+tokens, and the verification looks at tokens only. They are 1 where stock keeps them.
 
 Only a worker whose draft runs in CUDA graphs is changed: the one that captures them shows it.
 """
@@ -24,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.ports.any import mtp_chain
+from gemma4_turbo.ports.any.mtp_chain import best, chain, verify
 from gemma4_turbo.runtime.attempts import attempt
 from gemma4_turbo.runtime.fallback import Fallback
 
@@ -37,6 +31,8 @@ if TYPE_CHECKING:
         DraftWorker,
         LogitsProcessorOutput,
     )
+
+__all__ = ("build", "undo", "verify")
 
 CONSTRUCT = (
     "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPCudaGraphRunner.__init__"
@@ -72,18 +68,10 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def unfit(worker: DraftWorker) -> str | None:
     """Why a ``FrozenKVMTPWorker`` keeps stock's methods, or None."""
-    if worker.topk != 1:
-        return f"{worker.topk} candidates per step"
-    if worker.speculative_num_draft_tokens != worker.speculative_num_steps + 1:
-        return f"{worker.speculative_num_draft_tokens} of the draft's tokens are chosen by score"
-    if any(name in vars(worker) for name in METHODS):
+    reason = mtp_chain.unfit(worker)
+    if reason is None and any(name in vars(worker) for name in METHODS):
         return "the worker has methods of its own"
-    return None
-
-
-def best(logits: torch.Tensor) -> torch.Tensor:
-    """Index of each row's largest: ``[rows, 1]``."""
-    return logits.max(dim=-1, keepdim=True).indices
+    return reason
 
 
 def capture_for_decode(
@@ -153,12 +141,6 @@ def _draft(
     return (*chain(len(token), steps, token.device), torch.cat(tokens, dim=1))
 
 
-def chain(rows: int, steps: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parents and places of a tree that has one node per step, a row for each request."""
-    places = torch.arange(steps, device=device)
-    return (places - 1).repeat(rows, 1), places.repeat(rows, 1)
-
-
 def undo(run: PatchRun) -> None:
     """Give live workers stock's methods back; graphs that were captured stay as they are."""
     for worker in list(_workers):
@@ -166,26 +148,3 @@ def undo(run: PatchRun) -> None:
             vars(worker).pop(name, None)
     _workers.clear()
     _fallback.clear()
-
-
-def verify(run: PatchRun, device: str) -> list[Check]:
-    """The token against the one that stock's softmax gives."""
-    checks = []
-    generator = torch.Generator(device).manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        drawn = torch.randn((64, 4096), generator=generator, device=device) * 8
-        logits = drawn.to(dtype)
-        stock = torch.softmax(logits, dim=-1).max(dim=-1, keepdim=True).indices
-        differing = int((best(logits) != stock).sum())
-        checks.append(
-            Check(
-                "mtp_chain",
-                f"{dtype} logits".replace("torch.", ""),
-                "arg-max of the softmax",
-                stock.numel(),
-                differing,
-                "none of these rows is rounded to a tie",
-                differing == 0,
-            )
-        )
-    return checks

@@ -11,6 +11,7 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.any import kv_scales as common
 from gemma4_turbo.ports.v0_5_12 import kv_scales as patch
 from tests.cpu import small_mtp
 from tests.cpu.conftest import turn_on
@@ -139,7 +140,7 @@ def test_scales_of_one_are_left_alone() -> None:
     draft = draft_of(model, False)
     assert [a.k_scale for a in small_mtp.attentions(draft)] == [None, None]
     assert engaged() == before
-    assert not patch._scaled
+    assert not common._scaled
 
 
 def test_revert_gives_live_models_stocks_scales_back() -> None:
@@ -157,16 +158,16 @@ def test_revert_gives_live_models_stocks_scales_back() -> None:
 def test_a_model_that_is_gone_is_forgotten() -> None:
     turn_on(NAME)
     model = loaded()
-    assert len(patch._links) == 2
+    assert len(common._links) == 2
     del model
     gc.collect()
-    assert len(patch._links) == 0
+    assert len(common._links) == 0
 
 
 def test_a_model_of_another_kind_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception of ours: stock's path, and the report says so."""
     turn_on(NAME)
-    monkeypatch.setattr(patch, "link", lambda *args: 1 / 0)
+    monkeypatch.setattr(common, "link", lambda *args: 1 / 0)
     model = loaded()
     assert scales_of(model)[FULL_READER] == (1.0, 1.0)
     run = ENGINE.runs[NAME]
