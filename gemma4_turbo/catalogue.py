@@ -183,7 +183,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         name="mm_prefill_graph",
-        summary="Piecewise CUDA graphs for the language model of multimodal checkpoints",
+        summary="CUDA graphs of prefill for the language model of multimodal checkpoints",
         numerics=BEHAVIOUR,
         default=True,
         origin="pyc96/sglang#18",

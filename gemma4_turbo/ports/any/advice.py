@@ -18,6 +18,15 @@ _BACKENDS = (
     "speculative_draft_attention_backend",
 )
 
+# How SGLang records prefill outside the parts that it traces, and of which models it cannot.
+RECORDED = ("breakable", "full")
+TAKE_PICTURES = ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration")
+ONLY_ONE = "You must specify exactly one of input_ids or inputs_embeds"
+ENDS = (
+    "--cuda-graph-backend-prefill {} with a Gemma 4 that takes pictures ends the server as it starts "
+    f"({ONLY_ONE}): leave the option out; mm_prefill_graph, switched on, records breakable graphs"
+)
+
 
 def installed(package: str) -> str | None:
     """Version of an installed package, None without it. Imports nothing."""
@@ -35,6 +44,10 @@ def release(version: str) -> tuple[int, ...]:
 
 def on_launch(server_args: object) -> list[str]:
     """One sentence for each thing in stock's ``ServerArgs`` that is known to go wrong."""
+    return [*_long_drafts(server_args), *_graphs_that_end(server_args)]
+
+
+def _long_drafts(server_args: object) -> list[str]:
     drafted = getattr(server_args, "speculative_num_draft_tokens", None) or 0
     backends = {getattr(server_args, name, None) for name in _BACKENDS}
     flashinfer = installed("flashinfer-python")
@@ -53,8 +66,78 @@ def on_launch(server_args: object) -> list[str]:
     ]
 
 
+def _graphs_that_end(server_args: object) -> list[str]:
+    """Graphs of prefill that the user chose, of a model for which recording them ends the server."""
+    chosen = chosen_for_prefill(server_args)
+    if chosen not in RECORDED or not hands_over_both():
+        return []
+    try:
+        if not _takes_pictures(server_args):
+            return []
+        served = chosen == "breakable" and _lent_a_hand(server_args)
+    except Exception:  # SGLang itself will say what is wrong with them
+        return []
+    return [] if served else [ENDS.format(chosen)]
+
+
+def chosen_for_prefill(server_args: object) -> str | None:
+    """How the user wants prefill to be recorded, None if that is left to SGLang."""
+    config = getattr(server_args, "cuda_graph_config", None)
+    phase = config.get("prefill") if isinstance(config, dict) else None
+    explicit = phase.get("backend") if isinstance(phase, dict) else None
+    return explicit or getattr(server_args, "cuda_graph_backend_prefill", None)
+
+
+def hands_over_both() -> bool:
+    """Whether this SGLang records a language model with token ids and embeddings, and Gemma 4's refuses.
+
+    So do 0.5.22 and 0.5.23; by the sources, nothing is imported.
+    """
+    from gemma4_turbo.engine.fingerprints import installed_source
+
+    recorder = installed_source("sglang.srt.model_executor.runner.prefill_cuda_graph_runner") or ""
+    model = installed_source("sglang.srt.models.gemma4_causal") or ""
+    return "_build_layer_model_forward_kwargs(" in recorder and ONLY_ONE in model
+
+
+def _takes_pictures(server_args: object) -> bool:
+    from sglang.srt.arg_groups import overrides
+
+    before = getattr(server_args, "_model_config", None)
+    config = overrides.model_config_of(server_args)
+    if before is None:  # SGLang makes its own when it has completed the arguments
+        del server_args._model_config, server_args._model_config_built_from  # type: ignore[attr-defined]
+    architectures = getattr(config.hf_config, "architectures", None) or []
+    return bool(config.is_multimodal and set(architectures) & set(TAKE_PICTURES))
+
+
+def _lent_a_hand(server_args: object) -> bool:
+    """Whether `mm_prefill_graph` makes them run."""
+    from sglang.srt.environ import envs
+
+    from gemma4_turbo.engine.run import peer
+
+    return (
+        peer("mm_prefill_graph").will_run()
+        and not envs.SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION.get()
+        and getattr(server_args, "pp_size", 1) == 1
+    )
+
+
 def on_installation() -> list[str]:
     """One sentence for each part of the installation that keeps SGLang from what it could do."""
+    return [*_no_assistants(), *_no_graphs()]
+
+
+def _no_graphs() -> list[str]:
+    from gemma4_turbo.engine.run import peer
+
+    if not hands_over_both() or peer("mm_prefill_graph").will_run():
+        return []
+    return [ENDS.format("breakable")]
+
+
+def _no_assistants() -> list[str]:
     from gemma4_turbo.engine.fingerprints import installed_source
 
     transformers = installed("transformers")

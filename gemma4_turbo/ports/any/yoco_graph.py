@@ -17,7 +17,7 @@ import copy
 import functools
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +30,7 @@ from gemma4_turbo.runtime import graphs, hooks
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, Module, TextModel
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, TextModel
 
 YOCO_GRAPH = Step()
 
@@ -163,37 +163,6 @@ def unfit(tail: Tail, batch: ForwardBatch) -> str | None:
         if getattr(part, "layer_transfer_counter", None) is not None:
             return "the KV cache is filled layer by layer while the model runs"
     return None
-
-
-class Watched:
-    """Parameters, buffers and hooks of modules that a graph runs: cheap to look at again."""
-
-    def __init__(self, modules: Iterable[Module]) -> None:
-        roots = list(modules)
-        every = list(dict.fromkeys(inner for module in roots for inner in module.modules()))
-        self._tensors: list[tuple[Mapping[str, Any], str, int]] = [
-            (store, name, tensor.data_ptr())
-            for module in every
-            for store in (module._parameters, module._buffers)
-            for name, tensor in store.items()
-            if tensor is not None
-        ]
-        self._hooks = hooks.Watched(roots)
-
-    def moved(self) -> bool:
-        """Whether a module or a tensor is not the one that was. One written over in place is."""
-        return self._hooks.changed() or any(
-            store.get(name) is None or store[name].data_ptr() != at
-            for store, name, at in self._tensors
-        )
-
-    def hooked(self) -> bool:
-        """Whether somebody wants to see, or change, what the modules compute."""
-        return self._hooks.hooked()
-
-    def elsewhere(self, device: torch.device) -> bool:
-        """Whether a tensor lies on another device."""
-        return any(store[name].device != device for store, name, _ in self._tensors)
 
 
 # -- what the graphs read ------------------------------------------------------------------------------
@@ -350,7 +319,7 @@ class Graphs:
         self, model: TextModel, cut: Cut, made_for: tuple[object, ...], failed: dict[Key, str]
     ) -> None:
         self.made_for = made_for
-        self.watched = Watched([*model.layers[cut.first :], model.norm])
+        self.watched = graphs.Watched([*model.layers[cut.first :], model.norm])
         self.elsewhere = self.watched.elsewhere(model.norm.weight.device)
         before = None if cut.sliding is None else yoco_cut.window(model.layers[cut.sliding])
         self.window = None if before is None else before + 1  # the token's own key as well

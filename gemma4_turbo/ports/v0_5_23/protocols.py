@@ -6,7 +6,7 @@ the same in every line is in `gemma4_turbo.ports.any.model_protocols`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -257,3 +257,136 @@ class ModelRunner(Protocol):
     model: object
     is_draft_worker: bool
     attn_backend: object
+
+
+# -- CUDA graphs of prefill ---------------------------------------------------------------------------
+
+
+class GraphedBatch(Protocol):
+    """``sglang.srt.model_executor.forward_batch_info.ForwardBatch``, on its way to a runner."""
+
+
+class GraphedTextModel(protocols.TextModel, Protocol):
+    """``sglang.srt.models.gemma4_causal.Gemma4TextModel``, which is recorded."""
+
+    pp_group: GroupCoordinator
+
+    def children(self) -> Iterator[protocols.Module]: ...
+
+
+class GraphedModel(Protocol):
+    """``sglang.srt.models.gemma4_mm.Gemma4ForConditionalGeneration``, whose language model is recorded."""
+
+    language_model: GraphedTextModel
+
+
+class EagerRunner(Protocol):
+    """``sglang.srt.model_executor.runner.eager_runner.EagerRunner``."""
+
+
+class GraphBackend(Protocol):
+    """``...runner_backend.breakable_cuda_graph_backend.BreakableCudaGraphBackend``."""
+
+    def cleanup(self) -> None: ...
+
+
+class PrefillCudaGraphRunner(Protocol):
+    """``sglang.srt.model_executor.runner.prefill_cuda_graph_runner.PrefillCudaGraphRunner``."""
+
+    backend: GraphBackend
+
+    def can_run_graph(self, forward_batch: GraphedBatch, /) -> bool: ...
+    def _fill_input_embeds_slot(
+        self, args: Any, layer_kwargs: dict[str, Any], static_num_tokens: int, /
+    ) -> None: ...
+
+
+class GraphCapture(Protocol):
+    """``...model_runner_components.cuda_graph_setup.GraphCapture``."""
+
+    runner: PrefillCudaGraphRunner
+
+
+class GraphedRunner(Protocol):
+    """``sglang.srt.model_executor.model_runner.ModelRunner``, as it records."""
+
+    server_args: object
+    model_config: protocols.ModelConfig
+    model: GraphedModel
+    is_draft_worker: bool
+    attn_backend: object
+    device: str
+    gpu_id: int
+    eager_runner: EagerRunner
+    prefill_cuda_graph_runner: PrefillCudaGraphRunner | EagerRunner | None
+
+
+class PhaseConfig(Protocol):
+    """``sglang.srt.model_executor.cuda_graph_config.PhaseConfig``."""
+
+    backend: str
+    max_bs: int | None
+    bs: list[int] | None
+
+
+class CudaGraphConfig(Protocol):
+    """``sglang.srt.model_executor.cuda_graph_config.CudaGraphConfig``."""
+
+    prefill: PhaseConfig
+
+
+class ResolvingArguments(Protocol):
+    """``sglang.srt.arg_groups.model_override_base.ResolvingConfig``: the arguments as far as decided."""
+
+    cuda_graph_config: CudaGraphConfig
+    model_impl: str
+    chunked_prefill_size: int | None
+    attention_backend: str | None
+    prefill_attention_backend: str | None
+    disaggregation_mode: str
+    enable_hierarchical_cache: bool
+    swa_full_tokens_ratio: float | None
+    tp_size: int
+    pp_size: int
+
+
+# -- memory -------------------------------------------------------------------------------------------
+
+
+class ModelLayerInfo(Protocol):
+    """``...model_runner_components.layer_setup.ModelLayerInfo``."""
+
+    swa_attention_layer_ids: list[int] | None
+    full_attention_layer_ids: list[int] | None
+
+
+class SpeculativeAlgorithm(Protocol):
+    """``sglang.srt.speculative.spec_info.SpeculativeAlgorithm``."""
+
+    def is_none(self) -> bool: ...
+
+
+class KVCacheConfigurator(Protocol):
+    """``sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator``."""
+
+    model_config: protocols.ModelConfig
+    layer_info: ModelLayerInfo
+    spec_algorithm: SpeculativeAlgorithm
+    is_draft_worker: bool
+    is_hybrid_swa: bool
+    post_capture_kv_active: bool
+    pp_size: int
+
+    def resolve_max_num_reqs(self, token_capacity: int, /) -> int: ...
+
+
+class MemoryPoolConfig(Protocol):
+    """``sglang.srt.model_executor.pool_configurator.MemoryPoolConfig``."""
+
+    max_total_num_tokens: int
+
+
+class PoolConfigurator(Protocol):
+    """``sglang.srt.model_executor.pool_configurator.HybridSWAPoolConfigurator``."""
+
+    _cell_size: float

@@ -231,6 +231,57 @@ _BREAK = (
     "sglang.srt.layers.attention.graph_utils:allocate_attention_outputs",
     f"{_BREAKABLE}.breakable_cuda_graph:eager_on_graph",
 )
+_GRAPH_SETUP = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
+_RECORDER = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
+_RECORDED = "sglang.srt.model_executor.runner_backend.breakable_cuda_graph_backend"
+_MULTIMODAL = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration"
+
+# What breakable graphs of a model that takes pictures are recorded from, and what feeds them.
+_MM_GRAPH = (
+    f"{_GRAPH_SETUP}:capture_prefill_graph",
+    f"{_GRAPH_SETUP}:GraphCapture",
+    f"{_RECORDER}:_build_layer_model_forward_kwargs",
+    f"{_RECORDER}:_resolve_transformer_layer_model",
+    f"{_RECORDER}:PrefillCudaGraphRunner._get_layer_model_positions",
+    f"{_RECORDER}:PrefillCudaGraphRunner._run_forward",
+    f"{_RECORDER}:PrefillCudaGraphRunner._capture_one_stream",
+    f"{_RECORDER}:PrefillCudaGraphRunner.capture_prepare",
+    f"{_RECORDER}:PrefillCudaGraphRunner.capture_one_shape",
+    f"{_RECORDER}:PrefillCudaGraphRunner.load_batch",
+    f"{_RECORDER}:PrefillCudaGraphRunner.can_run_graph",
+    f"{_RECORDER}:PrefillCudaGraphRunner.can_replay_locally",
+    f"{_RECORDER}:PrefillCudaGraphRunner._fill_input_embeds_slot",
+    f"{_RECORDER}:PrefillCudaGraphRunner._execute_body_capture",
+    f"{_RECORDED}:BreakableCudaGraphBackend.capture_one",
+    f"{_RECORDED}:BreakableCudaGraphBackend.cleanup",
+    "sglang.srt.model_executor.cuda_graph_buffer_registry:build_prefill_registry",
+    "sglang.srt.managers.mm_utils:general_mm_embed_routine",
+    "sglang.srt.managers.mm_utils:prepare_mm_inputs",
+    f"{_MULTIMODAL}.forward",
+    f"{_MULTIMODAL}.prepare_attn_masks",
+    "sglang.srt.models.gemma4_unified:Gemma4UnifiedForConditionalGeneration.forward",
+    f"{_MODEL}:Gemma4TextModel.forward",
+    f"{_MODEL}:Gemma4TextModel.get_per_layer_inputs",
+    "sglang.srt.layers.radix_attention:RadixAttention.forward",
+    "sglang.srt.layers.radix_attention:RadixAttention._eager_attention",
+)
+
+_KV = f"{_POOLS}.kv_cache_configurator:KVCacheConfigurator"
+_SIZES = "sglang.srt.model_executor.pool_configurator"
+
+# What layers call at each prefill, and graphs do not.
+_PREFILL_CALLS = tuple(
+    dict.fromkeys(
+        (
+            *_NORM_CALLS,
+            *_MLP_CALLS,
+            *calls.QKV,
+            *_ROPE_CALLS,
+            *_EXPERTS_CALLS,
+            f"{_MODEL}:Gemma4Router.forward",
+        )
+    )
+)
 
 
 PORTS: dict[str, Port] = {
@@ -696,5 +747,45 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.19",
         tells_only=True,
         finds_defect=True,
+    ),
+    "mm_prefill_graph": Port(
+        module=f"{HERE}.mm_prefill_graph",
+        targets=(
+            "sglang.srt.arg_groups.cuda_graph_hook:disable_breakable_cudagraph_if_incompatible",
+        ),
+        relies_on=_MM_GRAPH,
+        written_for=RELEASES,
+        # The server's arguments are read before any of it is imported.
+        lazy=tuple(source.partition(":")[0] for source in _MM_GRAPH),
+        goes_round=_PREFILL_CALLS,
+    ),
+    "shared_kv_pool": Port(
+        module=f"{HERE}.shared_kv_pool",
+        targets=(f"{_KV}.__post_init__", f"{_KV}.config_from_budget"),
+        relies_on=(
+            f"{_MODEL}:Gemma4Attention.__init__",
+            # Who reads the lists of layers, and for what.
+            f"{_KV}._build_hybrid_swa_kv_pool",
+            f"{_KV}._build_default_req_pool",
+            f"{_KV}.resolve_max_num_reqs",
+            f"{_SIZES}:create_memory_pool_configurator",
+            f"{_SIZES}:HybridSWAPoolConfigurator",
+            f"{_SIZES}:SWARequestCapPoolConfigurator",
+            "sglang.srt.model_executor.model_runner:ModelRunner.init_kv_cache_configurator",
+            "sglang.srt.model_executor.model_runner_components.layer_setup:ModelLayerInfo",
+            f"{_POOLS}.allocation_sizing:get_req_to_token_extra_context_len",
+            f"{_POOLS}.memory_pool:ReqToTokenPool.__init__",
+            f"{_POOLS}.swa_memory_pool:SWAKVPool.__init__",
+        ),
+        written_for=RELEASES,
+    ),
+    "swa_ratio": Port(
+        module=f"{HERE}.swa_ratio",
+        targets=("sglang.srt.arg_groups.overrides:collect_model_override_declarations",),
+        relies_on=("sglang.srt.arg_groups.model_overrides.gemma4:_gemma4_overrides",),
+        reads=((f"{_SIZES}:HybridSWAPoolConfigurator.__init__", ("swa_full_tokens_ratio",)),),
+        written_for=("0.5.22", "0.5.23"),
+        # The server's arguments are read before it is imported.
+        lazy=(_SIZES,),
     ),
 }

@@ -17,11 +17,13 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
+from gemma4_turbo.ports.any import shared_kv
+from gemma4_turbo.ports.any.shared_kv import owners
 from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import ModelConfig, ModelRunner, PoolConfigurator
+    from gemma4_turbo.ports.any.model_protocols import ModelRunner, PoolConfigurator
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -88,12 +90,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def bytes_for_pools(mr: ModelRunner, before: float, after: float, available_bytes: int) -> int:
     """What stock's table of requests leaves of the bytes, at ``before`` and ``after`` bytes a token."""
-    stock, ours = int(available_bytes // before), int(available_bytes // after)
-    rows: int = mr._resolve_max_num_reqs(ours) - mr._resolve_max_num_reqs(stock)
     # `ReqToTokenPool`, without speculation: int32, four more than the context.
-    growth: int = max(rows, 0) * (mr.model_config.context_len + 4) * 4
-    fewest = min(available_bytes, int((stock + 1) * after))  # room for as many tokens as stock's
-    return max(available_bytes - growth, fewest)
+    row = (mr.model_config.context_len + 4) * 4
+    return shared_kv.bytes_for_pools(mr._resolve_max_num_reqs, row, before, after, available_bytes)
 
 
 def unfit(mr: ModelRunner) -> str | None:
@@ -102,7 +101,7 @@ def unfit(mr: ModelRunner) -> str | None:
     architectures = getattr(config.hf_config, "architectures", None) or []
     if not set(architectures) & set(ARCHITECTURES):
         return f"the model is {', '.join(architectures) or 'unknown'}"
-    if not _shared(config):
+    if not shared_kv.layers(config):
         return "the model has no layers that share KV"
     if arguments.enable_hierarchical_cache or getattr(arguments, "enable_lmcache", False):
         return "a hierarchical cache goes through all layers"
@@ -118,15 +117,3 @@ def unfit(mr: ModelRunner) -> str | None:
     if not full or not sliding:
         return "no layer of one kind has KV of its own"
     return None
-
-
-def _shared(config: ModelConfig) -> int:
-    return int(getattr(config.hf_text_config, "num_kv_shared_layers", 0) or 0)
-
-
-def owners(config: ModelConfig) -> tuple[list[int], list[int]]:
-    """Full and sliding layers that write KV."""
-    first = config.hf_text_config.num_hidden_layers - _shared(config)
-    full = [layer for layer in config.full_attention_layer_ids if layer < first]
-    sliding = [layer for layer in config.swa_attention_layer_ids if layer < first]
-    return full, sliding

@@ -59,13 +59,12 @@ class Seeds:
         size = runner.max_bs
         device = runner.buffers.seq_lens.device
         self.input_ids = torch.zeros(size, dtype=torch.int64, device=device)
-        from gemma4_turbo.ports.any import yoco_graph
 
         model = runner.model_runner.model
         whole = [model] if isinstance(model, torch.nn.Module) else []
         self.hooks = hooks.Watched(whole)
         layers = list(getattr(getattr(model, "model", None), "layers", ()))
-        self.weights = yoco_graph.Watched([*layers[:1], *layers[-1:]])  # they tell of all
+        self.weights = graphs.Watched([*layers[:1], *layers[-1:]])  # they tell of all
 
 
 _fallback = Fallback("the seed step")

@@ -25,33 +25,29 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
+from gemma4_turbo.ports.any.late_targets import LateTargets
 from gemma4_turbo.runtime import custom_ops, graphs, hooks
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.engine.swap import Swap
     from gemma4_turbo.ports.any.model_protocols import (
         ForwardBatch,
         MultimodalRunner,
         ServerArgs,
         TextModel,
     )
-    from gemma4_turbo.ports.any.yoco_graph import Watched
 
 logger = logging.getLogger("gemma4_turbo")
 
 TARGET = "sglang.srt.server_args:ServerArgs._handle_piecewise_cuda_graph"
-# Both are replaced when their modules have been imported, long after the server's arguments were
-# read: at the first of the occasions that finds them whole. Of the occasions, those that are half
-# imported as we come are missed: never all of them.
+# Both are replaced when their modules have been imported, long after the server's arguments were read.
 ROUTINE = "sglang.srt.managers.mm_utils:general_mm_embed_routine"
 START = "sglang.srt.model_executor.model_runner:ModelRunner.init_piecewise_cuda_graphs"
 OCCASIONS = (
@@ -83,21 +79,11 @@ OFF = {
 takes pictures has these graphs."""
 
 
-class _Late:
-    """For whom the replacements of `LATE` go in."""
-
-    run: PatchRun | None = None
-
-
-_swaps: dict[str, Swap] = {}
-"""Those that are in."""
-
-
 class Recorded(NamedTuple):
     """The graphs of a language model."""
 
     runner: weakref.ref[MultimodalRunner]  # SGLang's ModelRunner
-    watched: Watched  # weights that they read
+    watched: graphs.Watched  # weights that they read
     inner: hooks.Watched  # every module inside the language model
 
 
@@ -106,13 +92,8 @@ _recorded: weakref.WeakKeyDictionary[TextModel, Recorded] = weakref.WeakKeyDicti
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The decision on the server's arguments; what the graphs need comes with its modules."""
-    import wrapt
-
     decide = stock[TARGET]
-    _replace_late(run)
-    for name in OCCASIONS:  # at once for those that are there, also by half: nothing to do then
-        wrapt.register_post_import_hook(_on_import, name)
-    _Late.run = run
+    LATE.put_in(run)
 
     def _handle_piecewise_cuda_graph(self: ServerArgs) -> None:
         if self.enforce_piecewise_cuda_graph or self.disable_piecewise_cuda_graph:
@@ -142,12 +123,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def undo(run: PatchRun) -> None:
     """Stock's functions again, and its eager prefill: a graph would read positions of before."""
-    _Late.run = None
     for graphs_of in list(_recorded.values()):
         _forget_graphs(graphs_of.runner())
-    for swap in _swaps.values():
-        swap.restore()
-    _swaps.clear()
+    LATE.take_out()
 
 
 # -- which servers get them ------------------------------------------------------------------------
@@ -257,16 +235,13 @@ def _record(run: PatchRun, runner: MultimodalRunner, stock: Function, enforced: 
 
 def missing(runner: MultimodalRunner) -> str | None:
     """What keeps this process from recording, though the arguments were fine, or None."""
-    from gemma4_turbo.ports.any import yoco_graph
-
     reason = server_unfit(runner.server_args)
     if reason is not None:
         return reason
-    routine = _swaps.get(ROUTINE)
-    if routine is None or not routine.in_place:
+    if not LATE.in_place(ROUTINE):
         return f"{ROUTINE} is not ours in the process that records"
     model = runner.model
-    if yoco_graph.Watched([model.language_model]).hooked():
+    if graphs.Watched([model.language_model]).hooked():
         return hooks.HOOKED.format("a layer")
     shares = getattr(model.config.text_config, "num_kv_shared_layers", 0)
     if shares and peer("optional_kv").state != states.ACTIVE:
@@ -286,10 +261,8 @@ def _watch(run: PatchRun, runner: MultimodalRunner) -> None:
     SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
     parameters in the place of all layers' old ones: the outermost layers tell.
     """
-    from gemma4_turbo.ports.any import yoco_graph
-
     model = runner.model.language_model
-    watched = yoco_graph.Watched([model.layers[0], model.layers[-1]])
+    watched = graphs.Watched([model.layers[0], model.layers[-1]])
     _recorded[model] = Recorded(weakref.ref(runner), watched, hooks.Watched(list(model.children())))
     made = runner.piecewise_cuda_graph_runner
     if hasattr(made, "can_run"):  # asked before SGLang pads the batch
@@ -432,37 +405,4 @@ def routine(run: PatchRun, stock: Function) -> Function:
     return general_mm_embed_routine
 
 
-# -- the late replacements -------------------------------------------------------------------------
-
-LATE: dict[str, Callable[[PatchRun, Function], Function]] = {ROUTINE: routine, START: start}
-
-
-def _replace_late(run: PatchRun, just_imported: str = "") -> None:
-    """Put in what is missing of `LATE` and can be. `NotStockError` if somebody else's is there.
-
-    Python calls a module half imported until the hooks for it have run as well.
-    """
-    from gemma4_turbo.engine import fingerprints
-    from gemma4_turbo.engine.imports import being_imported
-    from gemma4_turbo.engine.swap import Swap
-
-    for target, make in LATE.items():
-        module = target.partition(":")[0]
-        half = module != just_imported and being_imported(module)
-        if module not in sys.modules or half or target in _swaps:
-            continue
-        swap = Swap(target)
-        node: Any = fingerprints.Definitions(fingerprints.installed_source).node(target)
-        swap.require_stock(node.lineno)
-        swap.install(make(run, swap.function))
-        _swaps[target] = swap
-
-
-def _on_import(module: ModuleType) -> None:
-    """Called by wrapt for each of `OCCASIONS`, and again for every `build`."""
-    if _Late.run is None:
-        return
-    try:
-        _replace_late(_Late.run, module.__name__)
-    except Exception as error:  # never into SGLang's import
-        _Late.run.set(states.CONFLICT, str(error))
+LATE = LateTargets({ROUTINE: routine, START: start}, OCCASIONS)

@@ -1,0 +1,532 @@
+"""`mm_prefill_graph`: breakable CUDA graphs of prefill for the language model of models that take pictures.
+
+Stock records prefill in graphs that end at each attention, and switches them off for the multimodal
+models that it has not tried. This lifts that one rule for Gemma 4; all of SGLang's other rules stand.
+Vision encoder, embeddings and image masks run before the graphs, as without them.
+
+What stock would record of Gemma 4 does not run: it gives the language model token ids and embeddings
+both, which that refuses, and no per-layer inputs (E2B, E4B), which its graphs would not see. So while
+stock records, the language model takes the embeddings, and per-layer inputs out of a buffer that
+stays; where stock copies a prefill's embeddings to the graph's, its per-layer inputs are copied too.
+
+The positions lie in a buffer of stock's. The model adds one to them in place, where the graph reads
+them; told to make new ones (``SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION``), it would be read by none.
+
+The server's arguments are read in another process than the one that records. There it is looked again
+whether all that the graphs need is in place, and a server whose graphs cannot be recorded, or leave too
+little memory, runs without them, as stock does.
+
+Stock calls every module of the language model at every prefill. As soon as one of them has a hook,
+also one that was registered when the graphs were there, the graphs are dropped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from gemma4_turbo.engine import states
+from gemma4_turbo.engine.run import peer
+from gemma4_turbo.ports.any.late_targets import LateTargets
+from gemma4_turbo.runtime import graphs, hooks
+from gemma4_turbo.runtime.attempts import told
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.v0_5_23.protocols import (
+        EagerRunner,
+        GraphCapture,
+        GraphedBatch,
+        GraphedRunner,
+        GraphedTextModel,
+        PrefillCudaGraphRunner,
+        ResolvingArguments,
+    )
+
+logger = logging.getLogger("gemma4_turbo")
+
+_HOOK = "sglang.srt.arg_groups.cuda_graph_hook"
+_SETUP = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
+TARGET = f"{_HOOK}:disable_breakable_cudagraph_if_incompatible"
+RECORD = f"{_SETUP}:capture_prefill_graph"
+OCCASIONS = (_SETUP, "sglang.srt.model_executor.model_runner")
+MODELS = {
+    "Gemma4ForConditionalGeneration": "sglang.srt.models.gemma4_mm",
+    "Gemma4UnifiedForConditionalGeneration": "sglang.srt.models.gemma4_unified",
+}
+LANGUAGE_MODEL = ("sglang.srt.models.gemma4_causal", "Gemma4TextModel")
+BACKEND = ("sglang.srt.layers.attention.triton_backend", "TritonAttnBackend")
+# GB of memory beside the graphs: for decode's, which come after, pictures, and eager prefills.
+LEFT_GB = 3.0
+LIVE = "per_layer_inputs"
+Function = Callable[..., Any]
+
+OFF = {
+    "enable_mixed_chunk": "mixed chunks: a graph would take them for prefill alone and mask their "
+    "images",
+    "speculative_algorithm": "speculative decoding: its tokens were not compared with stock's",
+    "enable_lora": "LoRA: its tokens were not compared with stock's",
+    "lora_paths": "LoRA: its tokens were not compared with stock's",
+    "enable_return_hidden_states": "hidden states are returned: they were not compared with stock's",
+    "enable_deterministic_inference": "deterministic inference",
+    "rl_on_policy_target": "deterministic inference, for reinforcement learning",
+    "enable_dp_attention": "DP attention: its ranks agree on a graph for each step",
+    "enable_two_batch_overlap": "two batches that overlap",
+    "enable_pdmux": "prefill and decode run on two streams",
+    "enable_memory_saver": "the memory saver takes memory away from graphs",
+    "enable_torch_compile": "torch.compile",
+    "debug_cuda_graph": "SGLang debugs its CUDA graphs",
+    "language_only": "the encoders are in another process",
+    "encoder_only": "the language model is in another process",
+    "forward_hooks": "hooks see what the layers compute",
+    "debug_tensor_dump_output_folder": "tensors are dumped, which is for eager steps",
+    "msprobe_dump_config": "tensors are dumped, which is for eager steps",
+    "enable_layerwise_nvtx_marker": "markers of every layer, which graphs do not show",
+}
+"""Arguments of the server, and what each of them means. Stock needs no rule for most of them: no Gemma 4
+that takes pictures has these graphs."""
+
+
+class Recorded(NamedTuple):
+    """The graphs of a language model."""
+
+    runner: weakref.ref[GraphedRunner]  # SGLang's ModelRunner
+    watched: graphs.Watched  # weights that they read
+    inner: hooks.Watched  # every module inside the language model
+
+
+_recorded: weakref.WeakKeyDictionary[GraphedTextModel, Recorded] = weakref.WeakKeyDictionary()
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The decision on the server's arguments; what records comes with its module."""
+    decide = stock[TARGET]
+    LATE.put_in(run)
+
+    def disable_breakable_cudagraph_if_incompatible(server_args: Any) -> None:
+        from sglang.srt.arg_groups import overrides
+
+        try:
+            reason = unfit(server_args)
+        except Exception as error:  # stock's decision is always there
+            reason = told(error)
+        if reason is not None:
+            run.declined(reason)
+            decide(server_args)
+            return
+        config = overrides.model_config_of(server_args)
+        config.is_multimodal_breakable_cuda_graph_supported = True  # the one rule that is lifted
+        try:
+            decide(server_args)
+        finally:
+            config.is_multimodal_breakable_cuda_graph_supported = False
+        phase = overrides.resolving_view(server_args).cuda_graph_config.prefill
+        if phase.backend != overrides.Backend.BREAKABLE:
+            run.declined("another of SGLang's rules switches CUDA graphs of prefill off")
+        else:
+            logger.info(
+                "gemma4_turbo: breakable CUDA graphs of prefill for a model that takes pictures"
+            )
+
+    return {TARGET: disable_breakable_cudagraph_if_incompatible}
+
+
+def undo(run: PatchRun) -> None:
+    """Stock's functions again, and its eager prefill."""
+    for graphs_of in list(_recorded.values()):
+        _forget_graphs(graphs_of.runner())
+    LATE.take_out()
+
+
+# -- which servers get them ------------------------------------------------------------------------
+
+
+def unfit(server_args: Any) -> str | None:
+    """Why stock's rule stays, or None. Asked while SGLang makes up its mind about the arguments."""
+    from sglang.srt.arg_groups import overrides
+
+    arguments: ResolvingArguments = overrides.resolving_view(server_args)
+    config = overrides.model_config_of(server_args)
+    architectures = getattr(config.hf_config, "architectures", None) or []
+    if len(architectures) != 1 or architectures[0] not in MODELS:
+        return f"the model is {', '.join(architectures) or 'unknown'}"
+    if not config.is_multimodal:
+        return "the model is served without its encoders"
+    if config.is_multimodal_breakable_cuda_graph_supported:
+        return "SGLang has these graphs for the model by itself"
+    if arguments.model_impl not in ("auto", "sglang"):
+        return f"another implementation of the model: {arguments.model_impl}"
+    prefill = arguments.cuda_graph_config.prefill
+    if arguments.chunked_prefill_size == -1 and not (prefill.max_bs or prefill.bs):
+        return "prompts are not cut into chunks, whose size would be that of the largest graph"
+    reason = server_unfit(arguments)
+    if reason is not None:
+        return reason
+    for given in (arguments.attention_backend, arguments.prefill_attention_backend):
+        if given not in (None, "triton"):
+            return f"attention backend {given}"
+    if getattr(config.hf_text_config, "num_kv_shared_layers", 0):
+        return shared_kv_unfit()
+    return None
+
+
+def server_unfit(arguments: ResolvingArguments) -> str | None:
+    """Those of the reasons that SGLang may still bring about after the decision."""
+    if moved_positions():
+        return (
+            "SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION: a graph would read positions one too low"
+        )
+    reason = graphs.argument_unfit(arguments, OFF)
+    if reason is not None:
+        return reason
+    if arguments.disaggregation_mode != "null":
+        return "disaggregation: prefill and decode are in two processes"
+    if arguments.tp_size > 1 or arguments.pp_size > 1:
+        return "several GPUs: their tokens were not compared with stock's"
+    return None
+
+
+def moved_positions() -> bool:
+    """Whether the model makes new positions instead of changing those that it is given."""
+    from sglang.srt.environ import envs
+
+    return bool(envs.SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION.get())
+
+
+def shared_kv_unfit() -> str | None:
+    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
+    # Without the cut a long prompt would lose more than a short one gains.
+    if peer("yoco").will_run() and not peer("yoco_piecewise").will_run():
+        return "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
+    return None
+
+
+# -- where they are recorded -----------------------------------------------------------------------
+
+
+def record(run: PatchRun, stock: Function) -> Function:
+    """What replaces ``capture_prefill_graph``."""
+
+    def capture_prefill_graph(
+        *,
+        model_runner: GraphedRunner,
+        eager_runner: EagerRunner,
+        force_for_draft_worker: bool = False,
+    ) -> GraphCapture:
+        theirs = functools.partial(
+            stock,
+            model_runner=model_runner,
+            eager_runner=eager_runner,
+            force_for_draft_worker=force_for_draft_worker,
+        )
+        if not concerns(model_runner):
+            return theirs()  # type: ignore[no-any-return]
+        asked_for = forced(model_runner.server_args)
+        try:
+            reason = never(model_runner) or (None if asked_for else missing(model_runner))
+        except Exception as error:
+            reason = told(error)
+            run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+        if reason is not None and asked_for:  # as stock, which ends here
+            run.declined(reason)
+            return theirs()  # type: ignore[no-any-return]
+        if reason is None:
+            made, reason = _record(run, model_runner, theirs, asked_for)
+            if made is not None:
+                return made
+        run.declined(reason or "")
+        return _without(eager_runner)
+
+    return capture_prefill_graph
+
+
+def concerns(model_runner: GraphedRunner) -> bool:
+    """Whether graphs of a Gemma 4 that takes pictures are about to be recorded."""
+    from sglang.srt.model_executor import cuda_graph_config
+
+    return (
+        not model_runner.is_draft_worker
+        and bool(model_runner.model_config.is_multimodal)
+        and _takes_pictures(model_runner.model)
+        and cuda_graph_config.check_cuda_graph_backend(
+            cuda_graph_config.Phase.PREFILL, cuda_graph_config.Backend.BREAKABLE
+        )
+    )
+
+
+def forced(server_args: object) -> bool:
+    """Whether the user chose how prefill is recorded: then stock asks none of its rules."""
+    return ("prefill", "backend") in (getattr(server_args, "_cuda_graph_config_locked", None) or ())
+
+
+def never(model_runner: GraphedRunner) -> str | None:
+    """What a graph would compute wrongly, whoever asked for it, or None."""
+    if moved_positions():
+        return (
+            "SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION: a graph would read positions one too low"
+        )
+    if not _is(model_runner.model.language_model, LANGUAGE_MODEL):
+        return f"the language model is a {type(model_runner.model.language_model).__name__}"
+    if model_runner.model.language_model.pp_group.world_size > 1:
+        return "the model is split over pipeline ranks"
+    return None
+
+
+def missing(model_runner: GraphedRunner) -> str | None:
+    """What keeps this process from recording, though the arguments were fine, or None."""
+    from sglang.srt.arg_groups import overrides
+
+    reason = server_unfit(overrides.resolving_view(model_runner.server_args))
+    if reason is not None:
+        return reason
+    model = model_runner.model.language_model
+    if not _is(model_runner.attn_backend, BACKEND):
+        return f"attention backend {type(model_runner.attn_backend).__name__}"
+    if hooks.Watched(list(model.children())).hooked():
+        return hooks.HOOKED.format("a layer")
+    if "forward" in vars(model) and not _left_behind(model):
+        return "the language model has a forward of its own"
+    if model.layers_to_capture:
+        return "hidden states of layers are captured"
+    return shared_kv_unfit() if getattr(model.config, "num_kv_shared_layers", 0) else None
+
+
+def _record(
+    run: PatchRun, model_runner: GraphedRunner, theirs: Callable[[], GraphCapture], asked_for: bool
+) -> tuple[GraphCapture | None, str | None]:
+    """What stock made of it, or None and why there are to be no graphs."""
+    inputs = Inputs(model_runner.model.language_model)
+    try:
+        with inputs.as_recorded():
+            made = theirs()
+    except Exception as error:
+        if asked_for or run.is_strict():  # a server without them is not wanted
+            raise
+        reason = told(error)
+        run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+    else:
+        runner = made.runner
+        if not hasattr(runner, "_fill_input_embeds_slot"):  # the eager one, or none
+            run.declined("SGLang records no graphs of prefill here")
+            return made, None
+        reason = "" if asked_for else crowded(model_runner) or ""
+        if not reason:
+            _watch(run, model_runner, runner, inputs)
+            run.engaged(True)
+            return made, None
+        runner.backend.cleanup()
+        del made, runner
+    _settle()
+    return None, reason
+
+
+def _without(eager_runner: EagerRunner) -> GraphCapture:
+    """What stock returns where it records none."""
+    setup: Any = sys.modules[_SETUP]
+    made: GraphCapture = setup.GraphCapture(
+        runner=eager_runner, memory_phase="prefill", memory_usage_gb=0, capture_time=0
+    )
+    return made
+
+
+def _is(thing: object, known: tuple[str, str]) -> bool:
+    """Whether it is of this very class of SGLang's, by module and name; nothing is imported."""
+    module, name = known
+    return type(thing) is getattr(sys.modules.get(module), name, None)
+
+
+def _takes_pictures(model: object) -> bool:
+    name = type(model).__name__
+    return name in MODELS and _is(model, (MODELS[name], name))
+
+
+def crowded(model_runner: GraphedRunner) -> str | None:
+    """Why the graphs that were recorded take too much, or None."""
+    from sglang.srt.utils import common
+
+    left = common.get_available_gpu_memory(model_runner.device, model_runner.gpu_id)
+    if left >= LEFT_GB:
+        return None
+    return f"{left:.1f} GB of memory would be left beside the graphs, less than {LEFT_GB:.0f}"
+
+
+# -- what a graph reads ----------------------------------------------------------------------------
+
+
+class Inputs:
+    """What a language model is given while it is recorded, and by whom it is filled afterwards."""
+
+    def __init__(self, model: GraphedTextModel) -> None:
+        self._model = weakref.ref(model)
+        self.per_layer: torch.Tensor | None = None  # for as many tokens as the largest graph has
+
+    @contextlib.contextmanager
+    def as_recorded(self) -> Iterator[None]:
+        """In here the model takes embeddings where it is given token ids too, as stock's runner does."""
+        model = self._model()
+        assert model is not None  # its runner holds it
+        theirs = model.forward
+
+        @functools.wraps(theirs)  # its parameters are asked for by name
+        def forward(
+            input_ids: torch.Tensor | None,
+            positions: torch.Tensor,
+            forward_batch: GraphedBatch,
+            input_embeds: torch.Tensor | None = None,
+            **others: Any,
+        ) -> Any:
+            if input_ids is not None and input_embeds is not None:
+                rows = self.rows(input_ids)
+                if rows is not None:
+                    others[LIVE] = rows
+                input_ids = None
+            return theirs(input_ids, positions, forward_batch, input_embeds=input_embeds, **others)
+
+        before = vars(model).get("forward")
+        vars(model)["forward"] = forward
+        try:
+            yield
+        finally:
+            if before is None:
+                vars(model).pop("forward", None)
+            else:
+                vars(model)["forward"] = before
+
+    def rows(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """The buffer's front for these tokens, None for a model without per-layer inputs.
+
+        The largest graph is recorded first, after two eager runs: no capture makes the buffer.
+        """
+        tokens = len(input_ids)
+        if self.per_layer is None:
+            model = self._model()
+            like = None if model is None else model.get_per_layer_inputs(input_ids[:1])
+            if like is None:
+                return None
+            with torch.inference_mode(False):  # so that it is filled in and out of it
+                self.per_layer = torch.zeros(
+                    (tokens, *like.shape[1:]), dtype=like.dtype, device=like.device
+                )
+        if tokens > len(self.per_layer):
+            raise ValueError(f"{tokens} tokens do not fit into a graph of {len(self.per_layer)}")
+        return self.per_layer[:tokens]
+
+    def fill(self, given: dict[str, Any]) -> None:
+        """Copy a prefill's per-layer inputs, out of the language model's arguments, to the graph's."""
+        if self.per_layer is None:
+            return
+        live: torch.Tensor = given[LIVE]
+        self.per_layer[: len(live)].copy_(live)
+
+
+# -- while they serve ------------------------------------------------------------------------------
+
+
+def _watch(
+    run: PatchRun, model_runner: GraphedRunner, runner: PrefillCudaGraphRunner, inputs: Inputs
+) -> None:
+    """From here on graphs get what they read, and none runs that would read old weights or pass hooks by.
+
+    SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
+    parameters in the place of all layers' old ones: the outermost layers tell.
+    """
+    model = model_runner.model.language_model
+    _recorded[model] = Recorded(
+        weakref.ref(model_runner),
+        graphs.Watched([model.layers[0], model.layers[-1]]),
+        hooks.Watched(list(model.children())),
+    )
+    # On this runner alone: whatever else SGLang records goes by stock's.
+    runner.can_run_graph = functools.partial(  # type: ignore[method-assign]
+        _can_run, run, weakref.ref(model), runner.can_run_graph
+    )
+    runner._fill_input_embeds_slot = functools.partial(  # type: ignore[method-assign]
+        _fill, inputs, runner._fill_input_embeds_slot
+    )
+
+
+def _can_run(
+    run: PatchRun,
+    model: weakref.ref[GraphedTextModel],
+    can_run: Callable[[GraphedBatch], bool],
+    forward_batch: GraphedBatch,
+) -> bool:
+    """Stock's answer, unless the graphs have just been dropped. Asked before the batch is padded."""
+    if not can_run(forward_batch):
+        run.declined("SGLang runs this prefill without a graph")
+        return False
+    found = model()
+    if found is None or _dropped(run, found):
+        return False
+    run.engaged(False)
+    return True
+
+
+def _fill(
+    inputs: Inputs, theirs: Function, args: Any, layer_kwargs: dict[str, Any], tokens: int
+) -> None:
+    theirs(args, layer_kwargs, tokens)
+    inputs.fill(layer_kwargs)
+
+
+def _dropped(run: PatchRun, model: GraphedTextModel) -> bool:
+    """Whether the graphs of a language model are gone: this prefill is to run eagerly as well."""
+    graphs_of = _recorded.get(model)
+    if graphs_of is None:
+        return True
+    if graphs_of.watched.moved():
+        reason = "a weight update put other parameters in the place of those in the graphs"
+    # Hooks of its own run as ever: stock's replay calls it.
+    elif graphs_of.inner.hooked():
+        reason = hooks.HOOKED.format("the language model")
+    elif moved_positions():
+        reason = "SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION was set"
+    else:
+        return False
+    run.declined(reason)
+    _forget_graphs(graphs_of.runner())
+    return True
+
+
+def _forget_graphs(model_runner: GraphedRunner | None) -> None:
+    """No graph, and the memory free again."""
+    if model_runner is None:
+        return
+    runner: Any = model_runner.prefill_cuda_graph_runner
+    model_runner.prefill_cuda_graph_runner = model_runner.eager_runner
+    model = model_runner.model.language_model
+    _recorded.pop(model, None)
+    if _left_behind(model):
+        vars(model).pop("forward")
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a graph may be running
+    if runner is not None and hasattr(runner, "_fill_input_embeds_slot"):
+        runner.backend.cleanup()
+    del runner
+    _settle()
+
+
+def _left_behind(model: GraphedTextModel) -> bool:
+    """Whether the model's forward is what stock's replays leave there: the class's, bound."""
+    method = vars(model).get("forward")
+    return isinstance(method, types.MethodType) and method.__self__ is model
+
+
+def _settle() -> None:
+    """After graphs are gone, or a capture broke off."""
+    graphs.settle()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+LATE = LateTargets({RECORD: record}, OCCASIONS)
