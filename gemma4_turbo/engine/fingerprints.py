@@ -295,6 +295,12 @@ class Definitions:
             self._modules[name] = None if source is None else _Module(source)
         return self._modules[name]
 
+    def has(self, target: str) -> bool:
+        """Whether there is a definition of ``module:qualname``."""
+        name, _, qualname = target.partition(":")
+        module = self._module(name)
+        return module is not None and qualname in module.outline.places
+
     def node(self, target: str) -> ast.AST | None:
         """The definition of ``module:qualname``, None if there is none."""
         name, _, qualname = target.partition(":")
@@ -397,8 +403,16 @@ _NEAREST = (states.ACTIVE, states.UPSTREAMED, states.FAILED, states.DRIFTED, sta
 
 
 def any_there(ports: Iterable[Port], source_of: SourceOf) -> bool:
-    """Whether SGLang has every module of one of the ports."""
-    return any(all(source_of(module) is not None for module in port.modules) for port in ports)
+    """Whether SGLang has every module and every target of one of the ports.
+
+    A module of that name may be another one: what it is waited for is not in it then.
+    """
+    definitions = Definitions(source_of)
+    return any(
+        all(source_of(module) is not None for module in port.modules)
+        and all(map(definitions.has, port.targets))
+        for port in ports
+    )
 
 
 def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict:

@@ -771,6 +771,24 @@ def test_the_selection_travels_to_spawned_processes(world: World) -> None:
     assert spawned(world) == ["one two", "active active"]
 
 
+def test_what_waits_for_a_module_without_its_target_is_told_when_the_model_stands(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of that name this SGLang has another module, which nobody may ever import."""
+    other = world.target("absent", "later")
+    world.table["0.9"] = {other: "0" * 16}
+    world.write("later", "def answer():\n    return 1\n")
+    engine = world.engine((record("one", other), returning("ours")))
+    monkeypatch.setattr(fingerprints, "installed_source", fingerprints.folder_source(world.root))
+    engine.apply()
+    world.imported()
+    assert engine.status()[0].state == states.WAITING
+    engine.give_up_waiting()
+    (row,) = engine.status()
+    assert row.state == states.UNSUPPORTED
+    assert row.reason.endswith(f"has no {other}")
+
+
 def test_what_waits_for_a_module_that_is_nowhere_is_told_when_the_model_stands(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
