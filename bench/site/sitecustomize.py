@@ -13,6 +13,9 @@ too, upper and lower the same number, and norms near zero damp what comes from t
 
 ``BENCH_UNIT_NORMS=1`` gives every model such norms, so that what attention reads decides about tokens.
 
+``BENCH_CHECKPOINT=FOLDER`` keeps some weights of the first layer there as a checkpoint's file, for
+`soak.py` to load again.
+
 ``BENCH_EXACT_ATTENTION=1``: attention in fp32, see `bench.exact_attention`.
 
 For ``mtp.py``: ``BENCH_AGREEING=FRACTION:SEED:WIDTH`` makes target and assistant agree as
@@ -39,6 +42,8 @@ def _widen(loader):
             _agree(model, *os.environ["BENCH_AGREEING"].split(":"))
         for module in model.modules():
             _tie_values_to_keys(module)
+        if os.environ.get("BENCH_CHECKPOINT"):
+            _keep(model, os.environ["BENCH_CHECKPOINT"])
 
     loader.initialize_dummy_weights = initialize_dummy_weights
 
@@ -61,6 +66,23 @@ def _tie_values_to_keys(module):
     if one and full and not module.is_kv_shared_layer:
         weight, first = module.qkv_proj.weight.data, module.q_size
         weight[first + module.kv_size :] = weight[first : first + module.kv_size]
+
+
+KEPT = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "layer_scalar")
+
+
+def _keep(model, folder):
+    """Small weights that norms, scales and graphs of patches follow, by a checkpoint's names."""
+    from safetensors.torch import save_file
+
+    ends = tuple(f"layers.0.{name}{end}" for name in KEPT for end in (".weight", ""))
+    kept = {
+        name if name.startswith("model.") else f"model.{name}": tensor.cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name.endswith(ends) and "vision" not in name
+    }
+    os.makedirs(folder, exist_ok=True)
+    save_file(kept, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
 def _size_pools(module):
