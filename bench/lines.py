@@ -11,7 +11,7 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gemma4_turbo.engine import fingerprints
+from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.imports import installed_release
 from gemma4_turbo.instance import LINES, PORTS
 
@@ -45,13 +45,13 @@ def verdict(patch: str) -> fingerprints.Verdict:
 def absent(patch: str) -> str | None:
     """Why this SGLang takes no port of the patch, or None."""
     found = verdict(patch)
-    return None if found.port is not None else f"{patch}: {found.reason}"
+    return None if found.state == states.ACTIVE else f"{patch}: {found.reason}"
 
 
 def patch(name: str) -> ModuleType:
     """The module with the patch's port that fits; LookupError where none does."""
     port = verdict(name).port
-    if port is None:
+    if port is None or absent(name) is not None:
         raise LookupError(absent(name))
     return import_module(port.module.partition(":")[0])
 

@@ -28,7 +28,7 @@ SAME, UPSTREAMED, MOVED, CHANGED, GONE, MISTAKE = (
 ORDER = (SAME, UPSTREAMED, MOVED, CHANGED, GONE, MISTAKE)
 MEANS = {
     SAME: "fits as it is",
-    UPSTREAMED: "not needed any more",
+    UPSTREAMED: "not needed",
     MOVED: "the same source in another module: a port with the new names",
     CHANGED: "another source: a port to read again (--diff PATCH)",
     GONE: "nothing of this name: a port to write anew",
@@ -161,6 +161,9 @@ def needs(wheel: Wheel, progress: report.Progress | None = None) -> list[Need]:
             what = {states.ACTIVE: SAME, states.UPSTREAMED: UPSTREAMED}.get(verdict.state, MISTAKE)
             reason = "" if what == SAME else verdict.reason
             found.append(Need(patch.name, what, reason, {}, [], [], verdict.port))
+            continue
+        if verdict.port is not None:  # that says why the line has no use for the patch
+            found.append(Need(patch.name, UPSTREAMED, verdict.reason, {}, [], [], verdict.port))
             continue
         compared = [
             _compare(patch.name, port, definitions, elsewhere) for port in PORTS[patch.name]

@@ -44,7 +44,9 @@ class Verdict(NamedTuple):
 
     state: str
     reason: str
-    port: Port | None = None  # that fits, where the state is ``active``
+    port: Port | None = (
+        None  # that fits, where the state is ``active``, or says that it is needless
+    )
 
 
 @cache
@@ -375,6 +377,10 @@ def judge(ports: Sequence[Port], release: str | None, definitions: Definitions) 
         return Verdict(states.FAILED, problem)
     verdicts = [_judge(port, release, definitions) for port in ports]
     found = min(verdicts, key=lambda verdict: _NEAREST.index(verdict.state))
+    if found.state in (states.DRIFTED, states.UNSUPPORTED):
+        needless = next((verdict for verdict in verdicts if verdict.port is not None), None)
+        if needless is not None:
+            return needless
     if found.state in (states.DRIFTED, states.UNSUPPORTED) and len(ports) > 1:
         return found._replace(reason="; ".join([found.reason, *_nearness(ports, definitions)]))
     return found
@@ -384,7 +390,7 @@ def _nearness(ports: Sequence[Port], definitions: Definitions) -> list[str]:
     """Which of the lines' ports a port for this source could come from."""
     table, told = known_releases(), []
     for port in ports:
-        if port.tells_only or not port.written_for:
+        if port.tells_only or port.needless or not port.written_for:
             continue
         known = table.get(port.written_for[-1], {})
         prints = [(target, definitions.fingerprint(target)) for target in port.sources]
@@ -418,6 +424,8 @@ def any_there(ports: Iterable[Port], source_of: SourceOf) -> bool:
 def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict:
     label = f"SGLang {release}" if release else "this SGLang"
     prints = {target: definitions.fingerprint(target) for target in port.sources}
+    if port.needless and None not in prints.values():
+        return Verdict(states.UNSUPPORTED, f"{label}: {port.needless}", port)
     table = known_releases()
     candidates = [table[r] for r in port.written_for if r in table]
 
@@ -491,6 +499,8 @@ def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
             return f"lazy names a module that holds none of the patch's sources: {module}"
     if port.finds_defect:
         return None  # fingerprints do not decide
+    if port.needless:
+        return None
     if port.tells_only:
         return None if port.superseded_when else "tells_only without superseded_when tells nothing"
     if not port.written_for:

@@ -19,6 +19,8 @@ class Port(NamedTuple):
     superseded_when: tuple[str, str] | None = None
     superseded_since: str = ""  # first release for which that holds, "" if none
     tells_only: bool = False  # there is no code: it tells by superseded_when that SGLang has it
+    # Why this line, told by its targets, has no use for the patch; there is no code then.
+    needless: str = ""
     # It mends a defect and looks for it by itself, whatever the release; no fingerprint decides.
     finds_defect: bool = False
     # Modules of relies_on that SGLang imports only when it builds the model: not waited for, their

@@ -588,6 +588,12 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.12", "0.5.12.post1"),
         lazy=(_MTP_WORKER.partition(":")[0], "sglang.srt.layers.attention.triton_backend"),
     ),
+    # It reads what was accepted, and with it the lengths, before it goes on.
+    "mtp_sync": Port(
+        module=f"{HERE}.mtp",
+        targets=("sglang.srt.speculative.frozen_kv_mtp_utils:capture_for_decode",),
+        needless="the draft's worker waits for every verification, it does not run ahead of the GPU",
+    ),
     "swa_window": Port(
         module=f"{HERE}.memory.swa_window",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",),

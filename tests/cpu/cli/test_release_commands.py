@@ -87,7 +87,7 @@ def test_a_release_with_the_same_source_needs_nothing(tmp_path: Path) -> None:
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
     assert lines[0] == "SGLang 9.0, not recorded yet"
-    assert lines[-1] == "release 9.0: 39 same, 1 upstreamed"
+    assert lines[-1] == "release 9.0: 39 same, 2 upstreamed"
     assert len(lines) < 10
 
 

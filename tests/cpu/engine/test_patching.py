@@ -789,6 +789,22 @@ def test_what_waits_for_a_module_without_its_target_is_told_when_the_model_stand
     assert row.reason.endswith(f"has no {other}")
 
 
+def test_a_line_that_has_no_use_for_a_patch_says_so(world: World) -> None:
+    """Not that it lacks what another line's code is for; and where its own targets are gone, nothing."""
+    why = "nothing is asked twice"
+    world.table["0.9"] = {world.target("absent"): "0" * 16}
+    engine = world.engine(
+        (record("one", world.target("answer"), needless=why), returning("ours")),
+        (record("two", world.target("absent"), needless=why), returning("ours")),
+    )
+    engine.apply()
+    world.imported()
+    one, two = engine.status()
+    assert (one.state, two.state) == (states.UNSUPPORTED, states.UNSUPPORTED)
+    assert one.reason.endswith(f": {why}")
+    assert why not in two.reason
+
+
 def test_what_waits_for_a_module_that_is_nowhere_is_told_when_the_model_stands(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
