@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,7 +324,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils import common
 
-    monkeypatch.setattr(patch.gc, "collect", lambda: 0)  # of all that SGLang is takes seconds
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # of all that SGLang is takes seconds
     monkeypatch.setattr(cuda_graph_setup, "get_available_gpu_memory", lambda *args: 1.0)
     monkeypatch.setattr(
         LogitsProcessor, "forward", lambda self, ids, hidden, *others: hidden.clone()
@@ -529,10 +531,10 @@ def test_hooks_on_layers_are_no_part_of_graphs(served: Any):
 def test_what_comes_later_ends_the_graphs(served: Any, where: str, monkeypatch: pytest.MonkeyPatch):
     runner = served()
     graphs, model = runner.prefill_cuda_graph_runner, runner.model.language_model
-    fitting = patch.functools.partial(
+    fitting = functools.partial(
         patch._can_run,
         ENGINE.runs[NAME],
-        patch.weakref.ref(model),
+        weakref.ref(model),
         lambda batch: batch == "short",
     )
     assert fitting("short")
