@@ -472,10 +472,3 @@ def _backend(
         swa_attn_logits=None if backend.swa_v_head_dim is None else logits(backend.swa_v_head_dim),
     )
     return made
-
-
-def restore(found: Cut, made: Tail, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The tail's rows in their places among zeros: ``[tokens, hidden]``."""
-    whole = hidden_states.new_zeros((found.tokens, hidden_states.shape[-1]))
-    whole[made.rows] = hidden_states
-    return whole
