@@ -20,7 +20,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry, geometry_mm
 from gemma4_turbo.ports.any import advice
 from gemma4_turbo.ports.v0_5_23 import mm_prefill_graph as patch
-from tests.cpu import vision
+from tests.cpu import forward_batch, vision
 from tests.cpu.conftest import patched_sglang, turn_on
 from tests.cpu.ports.v0_5_23 import models
 
@@ -310,7 +310,7 @@ def slots(runner: Any, size: int, **fields: Any) -> Any:
         name: runner.buffer_registry.get_slot(name).slice_for(1, size)
         for name in ("input_ids", "positions", "out_cache_loc", "input_embeds", "mrope_positions")
     }
-    return models.batch(size, dp_padding_mode=DpPaddingMode.SUM_LEN, **given | fields)
+    return forward_batch.prefill(dp_padding_mode=DpPaddingMode.SUM_LEN, **given | fields)
 
 
 @pytest.fixture
@@ -404,7 +404,7 @@ def replayed(runner: Any, ids: torch.Tensor, size: int, first: int, **fields: An
     from sglang.srt.model_executor.runner.shape_key import ShapeKey
 
     graphs = runner.prefill_cuda_graph_runner
-    live = models.batch(len(ids), input_ids=ids, positions=torch.arange(len(ids)) + first, **fields)
+    live = forward_batch.prefill(input_ids=ids, positions=torch.arange(len(ids)) + first, **fields)
     live.out_cache_loc = torch.zeros(len(ids), dtype=torch.int64)
     graphs.buffer_registry.fill_from(
         live, raw_bs=1, padded_bs=1, raw_num_tokens=len(ids), padded_num_tokens=size
@@ -422,7 +422,7 @@ def eager(runner: Any, ids: torch.Tensor, size: int, first: int, **fields: Any) 
 
     padded = torch.cat([ids, torch.zeros(size - len(ids), dtype=torch.int64)])
     positions = torch.cat([torch.arange(len(ids)) + first, padded[len(ids) :]])
-    batch = models.batch(size, input_ids=padded, positions=positions, **fields)
+    batch = forward_batch.prefill(input_ids=padded, positions=positions, **fields)
     with forward_context(ForwardContext(attn_backend=runner.attn_backend)):
         found: torch.Tensor = runner.model(padded, positions, batch)
     return found[: len(ids)]
