@@ -1,12 +1,39 @@
-"""Which layers own KV in a model whose last layers share it, and what the memory they free may hold."""
+"""`shared_kv_pool`: which layers own KV where the last ones share it, and what the memory they free may hold."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
+
+from gemma4_turbo.ports.any import architectures
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import ModelConfig
+
+logger = logging.getLogger("gemma4_turbo")
+
+ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
+
+# Why the pools stay as stock makes them.
+HIERARCHICAL = "a hierarchical cache goes through all layers"
+SPARSE = "hierarchical sparse attention goes through all layers"
+DISAGGREGATED = "disaggregation sends the KV of all layers"
+DRAFT = "a draft model may read the target's pools"
+PIPELINE = "pipeline stages have their own layers"
+
+
+def model_unfit(config: ModelConfig) -> str | None:
+    """Why a model's pools have no layers to leave out, or None."""
+    reason = architectures.unfit(config, ARCHITECTURES)
+    if reason is None and not layers(config):
+        return "the model has no layers that share KV"
+    return reason
+
+
+def owners_unfit(config: ModelConfig) -> str | None:
+    """Why there would be no pools of both kinds, or None."""
+    return None if all(owners(config)) else "no layer of one kind has KV of its own"
 
 
 def layers(config: ModelConfig) -> int:
@@ -20,6 +47,30 @@ def owners(config: ModelConfig) -> tuple[list[int], list[int]]:
     full = [layer for layer in config.full_attention_layer_ids if layer < first]
     sliding = [layer for layer in config.swa_attention_layer_ids if layer < first]
     return full, sliding
+
+
+def log_gain(
+    own: tuple[Sequence[int], Sequence[int]],
+    whole: tuple[Sequence[int], Sequence[int]],
+    after: float,
+    before: float,
+    gain: float,
+) -> None:
+    """The log's line: full and sliding layers of ours and of stock's pools, bytes of a token in them."""
+    logger.info(
+        "gemma4_turbo: shared_kv_pool: KV memory for %d full and %d sliding layers instead of "
+        "%d and %d; %.0f bytes a token instead of %.0f: up to %.2f times the tokens",
+        *map(len, own),
+        *map(len, whole),
+        after,
+        before,
+        gain,
+    )
+
+
+def table_failed(error: Exception) -> None:
+    """The log's line where the table of requests then takes from what is to stay free."""
+    logger.warning("gemma4_turbo: shared_kv_pool: the table of requests: %r", error)
 
 
 def bytes_for_pools(

@@ -92,7 +92,6 @@ class Line(NamedTuple):
     sets_forward: Callable[[TextModel, Any], bool]  # SGLang itself, on the text model
     decode: Callable[[ForwardBatch, torch.Tensor, TritonBackend], None]  # the batch's last fields
     slots: Callable[..., torch.Tensor]  # see `_backend`
-    splits: Callable[[TritonBackend, torch.Tensor, torch.Tensor], None]
     metadata: Callable[..., Any]  # the backend's, from the fields that the lines have in common
     made: Callable[..., Any]  # a batch of so many rows to decode in a graph
     run: Callable[[Any, int, Tail], torch.Tensor]  # the layers on a tail
@@ -440,7 +439,7 @@ def _backend(
 
     indices = of.slots(backend, batch, batch.seq_lens, None, indptr, sum(found.lengths), False)
     kv_splits = torch.empty((count,), dtype=torch.int32, device=device)
-    of.splits(backend, kv_splits, batch.seq_lens)
+    backend.get_num_kv_splits(kv_splits, batch.seq_lens)
     window_indices = window_splits = None
     if found.sliding is not None:
         keys = window_indptr[1:] - window_indptr[:-1]
@@ -449,7 +448,7 @@ def _backend(
             backend, batch, keys, first, window_indptr, sum(found.windows), True
         )
         window_splits = torch.empty((count,), dtype=torch.int32, device=device)
-        of.splits(backend, window_splits, keys)
+        backend.get_num_kv_splits(window_splits, keys)
     made = copy.copy(backend)
     if found.sliding is not None:
         # A decode kernel may take this for the most keys of a row; stock's extend step has two more.
@@ -473,10 +472,3 @@ def _backend(
         swa_attn_logits=None if backend.swa_v_head_dim is None else logits(backend.swa_v_head_dim),
     )
     return made
-
-
-def restore(found: Cut, made: Tail, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The tail's rows in their places among zeros: ``[tokens, hidden]``."""
-    whole = hidden_states.new_zeros((found.tokens, hidden_states.shape[-1]))
-    whole[made.rows] = hidden_states
-    return whole

@@ -91,6 +91,22 @@ def run(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> torch.Te
     return layers(tail)
 
 
+def whole(
+    model: TextModel,
+    cut: Cut,
+    batch: ForwardBatch,
+    positions: torch.Tensor,
+    state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
+    per_layer_inputs: torch.Tensor | None,
+) -> torch.Tensor:
+    """What the last norm gives, ``[tokens, hidden]``: the tail's rows in their places among zeros."""
+    tail = yoco_cut.tail(cut, batch, positions, *state, per_layer_inputs)
+    found = run(model, cut, tail, batch)
+    made = found.new_zeros((cut.tokens, found.shape[-1]))
+    made[tail.rows] = found
+    return made
+
+
 def drop_all() -> None:
     """Every graph and buffer."""
     for model in list(_models):

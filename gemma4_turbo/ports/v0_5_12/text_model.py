@@ -53,8 +53,7 @@ def forward(
         if not cut.rows:  # every prompt goes on in a later chunk: nobody reads a row
             return torch.zeros_like(state[0])
         try:
-            tail = yoco_cut.tail(cut, forward_batch, positions, *state, per_layer_inputs)
-            return yoco_cut.restore(cut, tail, yoco_graph.run(self, cut, tail, forward_batch))
+            return yoco_graph.whole(self, cut, forward_batch, positions, state, per_layer_inputs)
         except Exception as error:  # the rows before the cut are as they were: all go on
             failure = error.with_traceback(None)
         found = layer_loop.run_layers(

@@ -13,6 +13,7 @@ from gemma4_turbo.ports.any import checks, layer_steps, linear
 from gemma4_turbo.ports.any import yoco_batch as batch
 from gemma4_turbo.ports.any import yoco_cut as cut
 from gemma4_turbo.ports.any import yoco_graph as graph
+from gemma4_turbo.ports.any import yoco_piecewise as in_graphs
 from gemma4_turbo.ports.any.wired import (
     Fusions,
     Replacements,
@@ -41,7 +42,7 @@ def _model(fusions: Fusions, run: PatchRun, stock: dict[str, Any]) -> Replacemen
 
 def _cut_no_more() -> None:
     piecewise.unregister()
-    piecewise.forget()
+    in_graphs.forget()
 
 
 layer_norms = Wired((layer_steps.LAYER_NORMS,), (_layer,), checks.layer_norms)
@@ -58,5 +59,5 @@ skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, _layer), checks.sk
 yoco = Wired((cut.YOCO,), (_model, batch.enable), None, nothing, cut.forget)
 yoco_graph = Wired((graph.YOCO_GRAPH,), (_model,), None, nothing, graph.drop_all)
 yoco_piecewise = Wired(
-    (piecewise.YOCO_PIECEWISE,), (_model,), None, piecewise.register, _cut_no_more
+    (in_graphs.YOCO_PIECEWISE,), (_model,), None, piecewise.register, _cut_no_more
 )

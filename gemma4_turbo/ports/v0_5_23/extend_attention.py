@@ -112,11 +112,9 @@ def _attend(
     save_kv_cache: bool,
 ) -> torch.Tensor | str:
     """The attention's result, K and V stored before, or why the kernel does not take it."""
-    slots = triton_backend.new_slots(backend, layer, forward_batch)
+    slots = triton_backend.new_slots(backend, layer, forward_batch, q)
     if slots is None:
-        return "the backend has no slots for sliding layers"
-    # Those of sliding layers are as many as the graph's batch has rows, q may hold its tokens alone.
-    slots = slots[: q.shape[0]]
+        return triton_backend.NO_SLOTS
     call = Call(backend, backend.token_to_kv_pool, q, k, v, layer, slots)
     out = getattr(forward_batch, "_attn_output", None)
     reason = call.reason() or _output_unfit(out, q)

@@ -140,11 +140,10 @@ def new_keys_and_values(
     backend: TritonBackend, layer: RadixAttention, forward_batch: ForwardBatch, q: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """K and V of an extend step's own tokens; LookupError if the backend has no slots for them."""
-    slots = triton_backend.new_slots(backend, layer, forward_batch)
+    slots = triton_backend.new_slots(backend, layer, forward_batch, q)
     if slots is None:
-        raise LookupError("the backend has no slots for sliding layers")
-    # Those of sliding layers are as many as the graph's batch has rows, q may hold its tokens alone.
-    return kv_scales.keys_and_values(layer, backend.token_to_kv_pool, slots[: q.shape[0]], q.dtype)
+        raise LookupError(triton_backend.NO_SLOTS)
+    return kv_scales.keys_and_values(layer, backend.token_to_kv_pool, slots, q.dtype)
 
 
 def undo(run: PatchRun) -> None:

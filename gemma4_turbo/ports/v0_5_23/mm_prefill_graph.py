@@ -24,19 +24,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import logging
 import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
+from gemma4_turbo.ports.any import architectures
+from gemma4_turbo.ports.any import mm_prefill_graph as common
 from gemma4_turbo.ports.any.late_targets import LateTargets
+from gemma4_turbo.ports.any.mm_prefill_graph import LANGUAGE_MODEL, is_a, recorded
 from gemma4_turbo.runtime import graphs, hooks
 from gemma4_turbo.runtime.attempts import told
 
@@ -63,7 +64,6 @@ MODELS = {
     "Gemma4ForConditionalGeneration": "sglang.srt.models.gemma4_mm",
     "Gemma4UnifiedForConditionalGeneration": "sglang.srt.models.gemma4_unified",
 }
-LANGUAGE_MODEL = ("sglang.srt.models.gemma4_causal", "Gemma4TextModel")
 BACKEND = ("sglang.srt.layers.attention.triton_backend", "TritonAttnBackend")
 # GB of memory beside the graphs: for decode's, which come after, pictures, and eager prefills.
 LEFT_GB = 3.0
@@ -94,17 +94,6 @@ OFF = {
 }
 """Arguments of the server, and what each of them means. Stock needs no rule for most of them: no Gemma 4
 that takes pictures has these graphs."""
-
-
-class Recorded(NamedTuple):
-    """The graphs of a language model."""
-
-    runner: weakref.ref[GraphedRunner]  # SGLang's ModelRunner
-    watched: graphs.Watched  # weights that they read
-    inner: hooks.Watched  # every module inside the language model
-
-
-_recorded: weakref.WeakKeyDictionary[GraphedTextModel, Recorded] = weakref.WeakKeyDictionary()
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -142,8 +131,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def undo(run: PatchRun) -> None:
     """Stock's functions again, and its eager prefill."""
-    for graphs_of in list(_recorded.values()):
-        _forget_graphs(graphs_of.runner())
+    common.forget_all(_forget_graphs)
     LATE.take_out()
 
 
@@ -156,27 +144,16 @@ def unfit(server_args: Any) -> str | None:
 
     arguments: ResolvingArguments = overrides.resolving_view(server_args)
     config = overrides.model_config_of(server_args)
-    architectures = getattr(config.hf_config, "architectures", None) or []
-    if len(architectures) != 1 or architectures[0] not in MODELS:
-        return f"the model is {', '.join(architectures) or 'unknown'}"
-    if not config.is_multimodal:
-        return "the model is served without its encoders"
-    if config.is_multimodal_breakable_cuda_graph_supported:
-        return "SGLang has these graphs for the model by itself"
-    if arguments.model_impl not in ("auto", "sglang"):
-        return f"another implementation of the model: {arguments.model_impl}"
-    prefill = arguments.cuda_graph_config.prefill
-    if arguments.chunked_prefill_size == -1 and not (prefill.max_bs or prefill.bs):
-        return "prompts are not cut into chunks, whose size would be that of the largest graph"
-    reason = server_unfit(arguments)
+    reason = architectures.unfit(config, MODELS, alone=True)
     if reason is not None:
         return reason
-    for given in (arguments.attention_backend, arguments.prefill_attention_backend):
-        if given not in (None, "triton"):
-            return f"attention backend {given}"
-    if getattr(config.hf_text_config, "num_kv_shared_layers", 0):
-        return shared_kv_unfit()
-    return None
+    if config.is_multimodal and config.is_multimodal_breakable_cuda_graph_supported:
+        return "SGLang has these graphs for the model by itself"
+    prefill = arguments.cuda_graph_config.prefill
+    sized = bool(prefill.max_bs or prefill.bs)
+    return common.unfit(
+        arguments, config, sized, functools.partial(server_unfit, arguments), shared_kv_unfit
+    )
 
 
 def server_unfit(arguments: ResolvingArguments) -> str | None:
@@ -204,9 +181,8 @@ def moved_positions() -> bool:
 
 def shared_kv_unfit() -> str | None:
     """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
-    # Without the cut a long prompt would lose more than a short one gains.
     if peer("yoco").will_run() and not peer("yoco_piecewise").will_run():
-        return "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
+        return common.NO_CUT
     return None
 
 
@@ -234,8 +210,7 @@ def record(run: PatchRun, stock: Function) -> Function:
         try:
             reason = never(model_runner) or (None if asked_for else missing(model_runner))
         except Exception as error:
-            reason = told(error)
-            run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+            reason = common.failed(run, error)
         if reason is not None and asked_for:  # as stock, which ends here
             run.declined(reason)
             return theirs()  # type: ignore[no-any-return]
@@ -274,7 +249,7 @@ def never(model_runner: GraphedRunner) -> str | None:
         return (
             "SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION: a graph would read positions one too low"
         )
-    if not _is(model_runner.model.language_model, LANGUAGE_MODEL):
+    if not is_a(model_runner.model.language_model, LANGUAGE_MODEL):
         return f"the language model is a {type(model_runner.model.language_model).__name__}"
     if model_runner.model.language_model.pp_group.world_size > 1:
         return "the model is split over pipeline ranks"
@@ -289,7 +264,7 @@ def missing(model_runner: GraphedRunner) -> str | None:
     if reason is not None:
         return reason
     model = model_runner.model.language_model
-    if not _is(model_runner.attn_backend, BACKEND):
+    if not is_a(model_runner.attn_backend, BACKEND):
         return f"attention backend {type(model_runner.attn_backend).__name__}"
     if hooks.Watched(list(model.children())).hooked():
         return hooks.HOOKED.format("a layer")
@@ -311,14 +286,13 @@ def _record(
     except Exception as error:
         if asked_for or run.is_strict():  # a server without them is not wanted
             raise
-        reason = told(error)
-        run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+        reason = common.failed(run, error)
     else:
         runner = made.runner
         if not hasattr(runner, "_fill_input_embeds_slot"):  # the eager one, or none
             run.declined("SGLang records no graphs of prefill here")
             return made, None
-        reason = "" if asked_for else crowded(model_runner) or ""
+        reason = "" if asked_for else common.crowded(model_runner, LEFT_GB) or ""
         if not reason:
             _watch(run, model_runner, runner, inputs)
             run.engaged(True)
@@ -338,25 +312,9 @@ def _without(eager_runner: EagerRunner) -> GraphCapture:
     return made
 
 
-def _is(thing: object, known: tuple[str, str]) -> bool:
-    """Whether it is of this very class of SGLang's, by module and name; nothing is imported."""
-    module, name = known
-    return type(thing) is getattr(sys.modules.get(module), name, None)
-
-
 def _takes_pictures(model: object) -> bool:
     name = type(model).__name__
-    return name in MODELS and _is(model, (MODELS[name], name))
-
-
-def crowded(model_runner: GraphedRunner) -> str | None:
-    """Why the graphs that were recorded take too much, or None."""
-    from sglang.srt.utils import common
-
-    left = common.get_available_gpu_memory(model_runner.device, model_runner.gpu_id)
-    if left >= LEFT_GB:
-        return None
-    return f"{left:.1f} GB of memory would be left beside the graphs, less than {LEFT_GB:.0f}"
+    return name in MODELS and is_a(model, (MODELS[name], name))
 
 
 # -- what a graph reads ----------------------------------------------------------------------------
@@ -434,17 +392,9 @@ class Inputs:
 def _watch(
     run: PatchRun, model_runner: GraphedRunner, runner: PrefillCudaGraphRunner, inputs: Inputs
 ) -> None:
-    """From here on graphs get what they read, and none runs that would read old weights or pass hooks by.
-
-    SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
-    parameters in the place of all layers' old ones: the outermost layers tell.
-    """
+    """From here on graphs get what they read, and none runs that would read old weights or pass hooks by."""
+    common.watch(model_runner)
     model = model_runner.model.language_model
-    _recorded[model] = Recorded(
-        weakref.ref(model_runner),
-        graphs.Watched([model.layers[0], model.layers[-1]]),
-        hooks.Watched(list(model.children())),
-    )
     # On this runner alone: whatever else SGLang records goes by stock's.
     runner.can_run_graph = functools.partial(  # type: ignore[method-assign]
         _can_run, run, weakref.ref(model), runner.can_run_graph
@@ -480,11 +430,11 @@ def _fill(
 
 def _dropped(run: PatchRun, model: GraphedTextModel) -> bool:
     """Whether the graphs of a language model are gone: this prefill is to run eagerly as well."""
-    graphs_of = _recorded.get(model)
+    graphs_of = recorded.get(model)
     if graphs_of is None:
         return True
     if graphs_of.watched.moved():
-        reason = "a weight update put other parameters in the place of those in the graphs"
+        reason = common.MOVED
     # Hooks of its own run as ever: stock's replay calls it.
     elif graphs_of.inner.hooked():
         reason = hooks.HOOKED.format("the language model")
@@ -504,7 +454,7 @@ def _forget_graphs(model_runner: GraphedRunner | None) -> None:
     runner: Any = model_runner.prefill_cuda_graph_runner
     model_runner.prefill_cuda_graph_runner = model_runner.eager_runner
     model = model_runner.model.language_model
-    _recorded.pop(model, None)
+    recorded.pop(model, None)
     if _left_behind(model):
         vars(model).pop("forward")
     if torch.cuda.is_available():
@@ -524,9 +474,7 @@ def _left_behind(model: GraphedTextModel) -> bool:
 def _settle() -> None:
     """After graphs are gone, or a capture broke off."""
     graphs.settle()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    common.free_memory()
 
 
 LATE = LateTargets({RECORD: record}, OCCASIONS)

@@ -12,7 +12,6 @@ taken off the pools, down to stock's number of tokens.
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
@@ -29,19 +28,16 @@ if TYPE_CHECKING:
         PoolConfigurator,
     )
 
-logger = logging.getLogger("gemma4_turbo")
-
 _CLASS = "sglang.srt.mem_cache.kv_cache_configurator:KVCacheConfigurator"
 TARGET = f"{_CLASS}.__post_init__"
 SIZES = f"{_CLASS}.config_from_budget"
-ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
 
 MEMORY = {
     "enable_unified_memory": "one buffer for all layers' KV is cut otherwise",
     "enable_page_major_kv_layout": "a page holds the KV of all layers",
-    "enable_hierarchical_cache": "a hierarchical cache goes through all layers",
-    "enable_lmcache": "a hierarchical cache goes through all layers",
-    "enable_hisparse": "hierarchical sparse attention goes through all layers",
+    "enable_hierarchical_cache": shared_kv.HIERARCHICAL,
+    "enable_lmcache": shared_kv.HIERARCHICAL,
+    "enable_hisparse": shared_kv.SPARSE,
 }
 """What a server may have its KV memory do, and what that means."""
 
@@ -71,17 +67,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.set(states.FAILED, told(error))
             run.declined(told(error))
             return
-        logger.info(
-            "gemma4_turbo: shared_kv_pool: KV memory for %d full and %d sliding layers instead of "
-            "%d and %d; %.0f bytes a token instead of %.0f: up to %.2f times the tokens",
-            len(full),
-            len(sliding),
-            len(whole.full_attention_layer_ids or ()),
-            len(whole.swa_attention_layer_ids or ()),
-            after,
-            before,
-            gain,
-        )
+        listed = whole.full_attention_layer_ids or (), whole.swa_attention_layer_ids or ()
+        shared_kv.log_gain((full, sliding), listed, after, before, gain)
         run.engaged(False)
 
     def config_from_budget(
@@ -89,8 +76,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     ) -> MemoryPoolConfig:
         try:
             budget_bytes = for_pools(self, budget_bytes)
-        except Exception as error:  # the table then takes from what is to stay free
-            logger.warning("gemma4_turbo: shared_kv_pool: the table of requests: %r", error)
+        except Exception as error:
+            shared_kv.table_failed(error)
         made: MemoryPoolConfig = from_budget(self, budget_bytes, cap_tokens=cap_tokens)
         return made
 
@@ -126,11 +113,9 @@ def unfit(kvc: KVCacheConfigurator) -> str | None:
     from gemma4_turbo.runtime import graphs
 
     config, info = kvc.model_config, kvc.layer_info
-    architectures = getattr(config.hf_config, "architectures", None) or []
-    if not set(architectures) & set(ARCHITECTURES):
-        return f"the model is {', '.join(architectures) or 'unknown'}"
-    if not shared_kv.layers(config):
-        return "the model has no layers that share KV"
+    reason = shared_kv.model_unfit(config)
+    if reason is not None:
+        return reason
     every = config.full_attention_layer_ids, config.swa_attention_layer_ids
     if not kvc.is_hybrid_swa or every != (
         info.full_attention_layer_ids,
@@ -143,18 +128,15 @@ def unfit(kvc: KVCacheConfigurator) -> str | None:
     if kvc.post_capture_kv_active:
         return "the pools are sized again after CUDA graphs were captured"
     if get_disagg().disaggregation_mode != "null":
-        return "disaggregation sends the KV of all layers"
+        return shared_kv.DISAGGREGATED
     if not kvc.spec_algorithm.is_none():
-        return "a draft model may read the target's pools"
+        return shared_kv.DRAFT
     if kvc.pp_size != 1:
-        return "pipeline stages have their own layers"
+        return shared_kv.PIPELINE
     parallel = get_parallel()
     if parallel.attn_dcp_size > 1 or parallel.enable_kv_cache_sharding:
         return "a sequence's KV lies on several GPUs"
-    full, sliding = owners(config)
-    if not full or not sliding:
-        return "no layer of one kind has KV of its own"
-    return None
+    return shared_kv.owners_unfit(config)
 
 
 def _with(info: Any, full: list[int], sliding: list[int]) -> ModelLayerInfo:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from gemma4_turbo.ports.any import swa_ratio
+from gemma4_turbo.ports.any.swa_ratio import FIELD, RATIO
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gemma4_turbo")
 
 TARGET = "sglang.srt.arg_groups.overrides:collect_model_override_declarations"
-FIELD = "swa_full_tokens_ratio"
-RATIO = 0.15
 ARCHITECTURES = (
     "Gemma4ForCausalLM",
     "Gemma4ForConditionalGeneration",
@@ -63,14 +63,7 @@ def unfit(architecture: str, server_args: Any, found: Declarations) -> str | Non
     arguments: ResolvingArguments = overrides.resolving_view(server_args)
     given = arguments.swa_full_tokens_ratio
     if given is not None:
-        return f"--{FIELD.replace('_', '-')} {given} was given"
+        return swa_ratio.given(given)
     if any(FIELD in fields for _, fields in found):
         return "SGLang has a ratio for the model"
-    config = overrides.model_config_of(server_args)
-    if not (getattr(config.hf_text_config, "num_experts", 0) or 0) > 0:
-        return "the model is dense"
-    if arguments.enable_hierarchical_cache:
-        return "hierarchical cache"
-    if arguments.disaggregation_mode != "null":
-        return "disaggregation"
-    return None
+    return swa_ratio.unfit(arguments, overrides.model_config_of(server_args))

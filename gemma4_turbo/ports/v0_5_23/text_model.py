@@ -92,8 +92,7 @@ def forward(
             batch.clear(forward_batch)
             return torch.zeros_like(state[0])
         try:
-            tail = yoco_cut.tail(cut, forward_batch, positions, *state, per_layer_inputs)
-            found = yoco_cut.restore(cut, tail, yoco_graph.run(self, cut, tail, forward_batch))
+            found = yoco_graph.whole(self, cut, forward_batch, positions, state, per_layer_inputs)
         except Exception as error:  # the rows before the cut are as they were: all go on
             failure = error.with_traceback(None)
         else:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
 
 MODULE = "sglang.srt.layers.attention.triton_backend"
+NO_SLOTS = "the backend has no slots for sliding layers"
 
 
 class Types(NamedTuple):
@@ -115,13 +116,17 @@ def pool_unfit(pool: Any) -> str | None:
 
 
 def new_slots(
-    backend: TritonBackend, layer: RadixAttention, forward_batch: ForwardBatch
+    backend: TritonBackend, layer: RadixAttention, forward_batch: ForwardBatch, q: torch.Tensor
 ) -> torch.Tensor | None:
-    """Where the step's own tokens lie in the buffers of this layer, None if the backend cannot tell."""
+    """Where the tokens of ``q`` lie in the buffers of this layer, None if the backend cannot tell.
+
+    Slots of sliding layers are as many as a graph's batch has rows, q may hold its tokens alone.
+    """
     pool: Any = backend.token_to_kv_pool
+    slots: torch.Tensor | None = forward_batch.out_cache_loc
     if type(pool) is _types[0].swa_pool and pool.layers_mapping[layer.layer_id][1]:
-        return backend.forward_metadata.swa_out_cache_loc  # a sliding layer has a pool of its own
-    return forward_batch.out_cache_loc
+        slots = backend.forward_metadata.swa_out_cache_loc  # a sliding layer has a pool of its own
+    return None if slots is None else slots[: q.shape[0]]
 
 
 def store(

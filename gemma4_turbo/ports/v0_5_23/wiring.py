@@ -11,6 +11,7 @@ from gemma4_turbo.ports.any import checks, layer_steps, linear
 from gemma4_turbo.ports.any import yoco_batch as batch
 from gemma4_turbo.ports.any import yoco_cut as cut
 from gemma4_turbo.ports.any import yoco_graph as graph
+from gemma4_turbo.ports.any import yoco_piecewise as in_graphs
 from gemma4_turbo.ports.any.wired import Wired, launch_as_usual, launch_early, nothing
 from gemma4_turbo.ports.v0_5_23 import attention, decoder_layer, text_model
 from gemma4_turbo.ports.v0_5_23 import yoco_piecewise as piecewise
@@ -32,5 +33,5 @@ skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, layer), checks.ski
 yoco = Wired((cut.YOCO,), (text_model.enable_cut, batch.enable), None, nothing, cut.forget)
 yoco_graph = Wired((graph.YOCO_GRAPH,), (text_model.enable_cut,), None, nothing, graph.drop_all)
 yoco_piecewise = Wired(
-    (piecewise.YOCO_PIECEWISE,), (text_model.enable_cut,), None, piecewise.load, piecewise.forget
+    (in_graphs.YOCO_PIECEWISE,), (text_model.enable_cut,), None, piecewise.load, in_graphs.forget
 )

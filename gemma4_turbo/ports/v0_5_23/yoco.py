@@ -155,10 +155,6 @@ def _slots(
     return indices
 
 
-def _splits(backend: Any, splits: torch.Tensor, lengths: torch.Tensor) -> None:
-    backend.get_num_kv_splits(splits, lengths)
-
-
 def _metadata(theirs: Any, rows: torch.Tensor, **fields: Any) -> Any:
     """``uneven_batch``, which is left out, is read on AMD's GPUs alone."""
     from sglang.srt.layers.attention.triton_backend import ForwardMetadata
@@ -185,7 +181,6 @@ LINE = yoco_cut.Line(
     sets_forward=_sets_forward,
     decode=_decode,
     slots=_slots,
-    splits=_splits,
     metadata=_metadata,
     made=_made,
     run=lambda model, first, tail: layer_loop.run_tail(model, first, tail),

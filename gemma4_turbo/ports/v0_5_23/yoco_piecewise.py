@@ -3,10 +3,7 @@
 Such a graph is recorded in segments, and between two of them a function runs eagerly, on the batch at
 hand: each layer's attention. Here the model that is recorded ends before the first layer that shares
 KV. One more such function stands for all that is behind: it cuts the rows and runs the layers on the
-tail, so that neither the graphs nor the tokens pay for them.
-
-It must run whatever batch comes later: a batch that is not to be cut goes through the layers with all
-its rows.
+tail, so that neither the graphs nor the tokens pay for them (`gemma4_turbo.ports.any.yoco_piecewise`).
 """
 
 from __future__ import annotations
@@ -19,16 +16,13 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
-from gemma4_turbo.fusions.fusion import Step
-from gemma4_turbo.ports.any import yoco_cut, yoco_graph
+from gemma4_turbo.ports.any import yoco_cut
+from gemma4_turbo.ports.any.yoco_piecewise import YOCO_PIECEWISE, first_behind, rows_only
 from gemma4_turbo.ports.v0_5_23 import layer_loop
 from gemma4_turbo.runtime import graphs
-from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import TextModel
-
-YOCO_PIECEWISE = Step()
 
 OFF = {
     "enable_return_hidden_states": "hidden states are returned",
@@ -40,7 +34,6 @@ OFF = {
 }
 """Arguments of the server, and what each of them means."""
 
-_fallback = Fallback("the cut")
 _between: list[Callable[..., None]] = []
 
 
@@ -49,11 +42,6 @@ def load() -> None:
     from sglang.srt.model_executor.runner_backend_utils.breakable_cuda_graph import eager_on_graph
 
     _between[:] = [eager_on_graph(shared_layers, capture_stub=_while_recorded)]
-
-
-def forget() -> None:
-    """What has failed is tried again."""
-    _fallback.clear()
 
 
 # -- while a graph is made ----------------------------------------------------------------------------
@@ -66,16 +54,7 @@ def first_layer(model: TextModel, batch: Any, kwargs: dict[str, object]) -> int 
     run = YOCO_PIECEWISE.run
     if run is None or not prefill_graph.is_in_prefill_graph_scope():
         return None
-    try:
-        first = yoco_cut.first_shared(model)
-        none = yoco_cut.NOTHING_SHARED
-        reason = _fallback.unfit() or (none if first is None else unfit(model, batch, kwargs))
-    except Exception as error:
-        reason = _fallback.failed(run, None, error)
-    if reason is not None:
-        run.declined(reason)
-        return None
-    return first
+    return first_behind(run, model, batch, kwargs, unfit)
 
 
 def unfit(model: TextModel, batch: Any, kwargs: dict[str, object]) -> str | None:
@@ -143,49 +122,21 @@ def shared_layers(
 
     batch: Any = get_forward_batch()
     state = hidden_states, None, normed
-    if not _rows_only(model, first, batch, state, positions, per_layer_inputs, output):
+    if not rows_only(
+        model, first, batch, state, positions, per_layer_inputs, output, _without_padding
+    ):
         residual.set_written(hidden_states, batch)  # the stream, as the layer before left it
         rows = layer_loop.run_layers(model, first, state, positions, per_layer_inputs, batch)
         output.copy_(rows)
 
 
-def _rows_only(
-    model: TextModel,
-    first: int,
-    batch: Any,
-    state: layer_loop.State,
-    positions: torch.Tensor,
-    per_layer_inputs: torch.Tensor | None,
-    output: torch.Tensor,
-) -> bool:
-    """Whether the rows that are wanted are in ``output``; otherwise all must go through the layers."""
+def _without_padding(batch: Any, positions: torch.Tensor) -> Any:
+    """The batch as it was before SGLang padded it to the size of a graph; None before one is recorded."""
     from sglang.srt.model_executor.runner_utils.prefill_graph import get_prefill_raw_num_tokens
 
-    run, tokens = YOCO_PIECEWISE.run, get_prefill_raw_num_tokens()
-    if run is None or yoco_cut.YOCO.run is None:
-        return False  # reverted since: the graphs stay
+    tokens = get_prefill_raw_num_tokens()
     if tokens is None:
-        return False  # a made-up batch, before the graph is recorded
-    try:
-        real = _without_padding(batch, positions, tokens)
-        reason = _fallback.unfit()
-        if reason is None:
-            reason = yoco_cut.batch_unfit(model, real, real.positions, {})
-        cut = yoco_cut.counted(run, model, first, real, reason)
-        if cut is None:
-            return False
-        output.zero_()
-        if cut.rows:  # else every prompt goes on in a later chunk
-            tail = yoco_cut.tail(cut, real, real.positions, *state, per_layer_inputs)
-            output[tail.rows] = yoco_graph.run(model, cut, tail, real)
-        return True
-    except Exception as error:
-        run.declined(_fallback.failed(run, None, error))
-        return False
-
-
-def _without_padding(batch: Any, positions: torch.Tensor, tokens: int) -> Any:
-    """The batch as it was before SGLang padded it to the size of a graph."""
+        return None
     real = copy.copy(batch)
     real.positions = positions[:tokens]
     real.out_cache_loc = batch.out_cache_loc[:tokens]

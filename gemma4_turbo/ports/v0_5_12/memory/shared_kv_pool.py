@@ -13,7 +13,6 @@ taken off the pools, down to stock's number of tokens.
 from __future__ import annotations
 
 import functools
-import logging
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
@@ -25,13 +24,10 @@ if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.ports.any.model_protocols import ModelRunner, PoolConfigurator
 
-logger = logging.getLogger("gemma4_turbo")
-
 CONFIGURATOR = "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator"
 TARGET = f"{CONFIGURATOR}.__init__"
 SIZES = f"{CONFIGURATOR}.calculate_pool_sizes"
 FOR_POOLS = "_gemma4_turbo_bytes_for_pools"  # on a configurator
-ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -61,16 +57,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.declined(told(error))
             init(self, mr)
             return
-        logger.info(
-            "gemma4_turbo: shared_kv_pool: KV memory for %d full and %d sliding layers instead of "
-            "%d and %d; %.0f bytes a token instead of %.0f: up to %.2f times the tokens",
-            len(full),
-            len(sliding),
-            *map(len, whole),
-            after,
-            before,
-            gain,
-        )
+        shared_kv.log_gain((full, sliding), whole, after, before, gain)
         setattr(self, FOR_POOLS, functools.partial(bytes_for_pools, mr, before, after))
         run.engaged(False)
 
@@ -81,8 +68,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         if for_pools is not None:
             try:
                 available_bytes = for_pools(available_bytes)
-            except Exception as error:  # the table then takes from what is to stay free
-                logger.warning("gemma4_turbo: shared_kv_pool: the table of requests: %r", error)
+            except Exception as error:
+                shared_kv.table_failed(error)
         return calculate(self, available_bytes, page_size)
 
     return {TARGET: __init__, SIZES: calculate_pool_sizes}
@@ -98,22 +85,17 @@ def bytes_for_pools(mr: ModelRunner, before: float, after: float, available_byte
 def unfit(mr: ModelRunner) -> str | None:
     """Why the pools stay as stock makes them, or None."""
     arguments, config = mr.server_args, mr.model_config
-    architectures = getattr(config.hf_config, "architectures", None) or []
-    if not set(architectures) & set(ARCHITECTURES):
-        return f"the model is {', '.join(architectures) or 'unknown'}"
-    if not shared_kv.layers(config):
-        return "the model has no layers that share KV"
+    reason = shared_kv.model_unfit(config)
+    if reason is not None:
+        return reason
     if arguments.enable_hierarchical_cache or getattr(arguments, "enable_lmcache", False):
-        return "a hierarchical cache goes through all layers"
+        return shared_kv.HIERARCHICAL
     if arguments.disaggregation_mode != "null":
-        return "disaggregation sends the KV of all layers"
+        return shared_kv.DISAGGREGATED
     if getattr(mr, "enable_hisparse", False):
-        return "hierarchical sparse attention goes through all layers"
+        return shared_kv.SPARSE
     if arguments.speculative_algorithm is not None:
-        return "a draft model may read the target's pools"
+        return shared_kv.DRAFT
     if arguments.pp_size != 1:
-        return "pipeline stages have their own layers"
-    full, sliding = owners(config)
-    if not full or not sliding:
-        return "no layer of one kind has KV of its own"
-    return None
+        return shared_kv.PIPELINE
+    return shared_kv.owners_unfit(config)

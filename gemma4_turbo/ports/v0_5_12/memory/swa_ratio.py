@@ -12,6 +12,8 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
+from gemma4_turbo.ports.any import architectures, swa_ratio
+from gemma4_turbo.ports.any.swa_ratio import FIELD, RATIO
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
@@ -21,8 +23,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("gemma4_turbo")
 
 TARGET = "sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments"
-FIELD = "swa_full_tokens_ratio"
-RATIO = 0.15
 ARCHITECTURES = ("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration")
 
 
@@ -45,7 +45,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         adjust(self)
         given = getattr(self, FIELD)
         if not isinstance(given, Unset):
-            run.declined(f"--{FIELD.replace('_', '-')} {given} was given")
+            run.declined(swa_ratio.given(given))
             return
         try:
             reason = unfit(self)
@@ -70,16 +70,7 @@ def unfit(arguments: Arguments) -> str | None:
     if parse_connector_type(arguments.model_path) == ConnectorType.INSTANCE:
         return "the model comes from another instance"
     config = arguments.get_model_config()
-    architectures = getattr(config.hf_config, "architectures", None) or []
-    if not set(architectures) & set(ARCHITECTURES):
-        return f"the model is {', '.join(architectures) or 'unknown'}"
-    if not (getattr(config.hf_text_config, "num_experts", 0) or 0) > 0:
-        return "the model is dense"
-    if arguments.enable_hierarchical_cache:
-        return "hierarchical cache"
-    if arguments.disaggregation_mode != "null":
-        return "disaggregation"
-    return None
+    return architectures.unfit(config, ARCHITECTURES) or swa_ratio.unfit(arguments, config)
 
 
 def _set_default(arguments: Any, value: float) -> None:

@@ -20,18 +20,19 @@ also one that was registered when the graphs were there, the graphs are dropped.
 from __future__ import annotations
 
 import functools
-import gc
 import logging
-import sys
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
+from gemma4_turbo.ports.any import architectures
+from gemma4_turbo.ports.any import mm_prefill_graph as common
 from gemma4_turbo.ports.any.late_targets import LateTargets
+from gemma4_turbo.ports.any.mm_prefill_graph import LANGUAGE_MODEL, is_a, recorded
 from gemma4_turbo.runtime import custom_ops, graphs, hooks
 from gemma4_turbo.runtime.attempts import told
 
@@ -57,7 +58,6 @@ OCCASIONS = (
 )
 ARCHITECTURE = "Gemma4ForConditionalGeneration"
 MODEL = ("sglang.srt.models.gemma4_mm", ARCHITECTURE)
-LANGUAGE_MODEL = ("sglang.srt.models.gemma4_causal", "Gemma4TextModel")
 LEFT_GB = 2.0  # of memory, beside the graphs: for pictures, and prefills that run without one
 Function = Callable[..., Any]
 
@@ -77,17 +77,6 @@ OFF = {
 }
 """Arguments of the server, and what each of them means. Stock needs no rule for them: no model that
 takes pictures has these graphs."""
-
-
-class Recorded(NamedTuple):
-    """The graphs of a language model."""
-
-    runner: weakref.ref[MultimodalRunner]  # SGLang's ModelRunner
-    watched: graphs.Watched  # weights that they read
-    inner: hooks.Watched  # every module inside the language model
-
-
-_recorded: weakref.WeakKeyDictionary[TextModel, Recorded] = weakref.WeakKeyDictionary()
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -123,8 +112,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 def undo(run: PatchRun) -> None:
     """Stock's functions again, and its eager prefill: a graph would read positions of before."""
-    for graphs_of in list(_recorded.values()):
-        _forget_graphs(graphs_of.runner())
+    common.forget_all(_forget_graphs)
     LATE.take_out()
 
 
@@ -134,34 +122,24 @@ def undo(run: PatchRun) -> None:
 def unfit(arguments: ServerArgs) -> str | None:
     """Why stock's rule stays, or None."""
     config = arguments.get_model_config()
-    architectures = getattr(config.hf_config, "architectures", None) or []
-    if ARCHITECTURE not in architectures:
-        return f"the model is {', '.join(architectures) or 'unknown'}"
-    if not config.is_multimodal:
-        return "the model is served without its encoders"
-    if arguments.model_impl not in ("auto", "sglang"):
-        return f"another implementation of the model: {arguments.model_impl}"
     sizes = arguments.piecewise_cuda_graph_max_tokens, arguments.piecewise_cuda_graph_tokens
-    if arguments.chunked_prefill_size == -1 and sizes == (None, None):
-        return "prompts are not cut into chunks, whose size would be that of the largest graph"
-    reason = server_unfit(arguments)
-    if reason is not None:
+
+    def own_unfit() -> str | None:
+        reason = server_unfit(arguments)
+        if reason is None and arguments.tp_size > 1:
+            return "tensor parallelism: its tokens were not compared with stock's"
         return reason
-    if arguments.tp_size > 1:
-        return "tensor parallelism: its tokens were not compared with stock's"
-    for given in (arguments.attention_backend, arguments.prefill_attention_backend):
-        if given not in (None, "triton"):
-            return f"attention backend {given}"
-    if getattr(config.hf_text_config, "num_kv_shared_layers", 0):
-        return shared_kv_unfit()
-    return None
+
+    return architectures.unfit(config, (ARCHITECTURE,)) or common.unfit(
+        arguments, config, sizes != (None, None), own_unfit, shared_kv_unfit
+    )
 
 
 def server_unfit(arguments: ServerArgs) -> str | None:
     """Those of the reasons that SGLang may still bring about after the decision."""
-    from sglang.srt.utils import common
+    from sglang.srt.utils.common import _ENABLE_TORCH_INFERENCE_MODE
 
-    if common._ENABLE_TORCH_INFERENCE_MODE:
+    if _ENABLE_TORCH_INFERENCE_MODE:
         return "torch.inference_mode: SGLang traces without it, and would have to trace again"
     return graphs.argument_unfit(arguments, OFF)
 
@@ -172,10 +150,7 @@ def shared_kv_unfit() -> str | None:
         return "layers that share KV run in these graphs with `optional_kv` only"
     if not _on("yoco"):
         return None
-    # Without the cut a long prompt would lose more than a short one gains.
-    if not _on("yoco_piecewise"):
-        return "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
-    return None
+    return None if _on("yoco_piecewise") else common.NO_CUT
 
 
 def _on(name: str) -> bool:
@@ -192,7 +167,7 @@ def start(run: PatchRun, stock: Function) -> Function:
     def init_piecewise_cuda_graphs(self: MultimodalRunner) -> None:
         arguments = self.server_args
         if (
-            not _is(self.model, MODEL)
+            not is_a(self.model, MODEL)
             or not self.is_multimodal
             or arguments.disable_piecewise_cuda_graph
             or self.is_draft_worker
@@ -202,8 +177,7 @@ def start(run: PatchRun, stock: Function) -> Function:
         try:
             reason = None if enforced else missing(self)
         except Exception as error:
-            reason = told(error)
-            run.set(states.FAILED, f"prefill runs without graphs: {reason}")
+            reason = common.failed(run, error)
         if reason is None:
             reason = _record(run, self, stock, enforced)
             if reason is None:
@@ -227,9 +201,7 @@ def _record(run: PatchRun, runner: MultimodalRunner, stock: Function, enforced: 
     except Exception as error:
         if enforced or run.is_strict():  # a server without them is not wanted
             raise
-        reason = told(error)
-        run.set(states.FAILED, f"prefill runs without graphs: {reason}")
-        return reason
+        return common.failed(run, error)
     return None if enforced else crowded(runner)
 
 
@@ -249,21 +221,10 @@ def missing(runner: MultimodalRunner) -> str | None:
     return None
 
 
-def _is(thing: object, known: tuple[str, str]) -> bool:
-    """Whether it is of this very class of SGLang's, by module and name; nothing is imported."""
-    module, name = known
-    return type(thing) is getattr(sys.modules.get(module), name, None)
-
-
 def _watch(run: PatchRun, runner: MultimodalRunner) -> None:
-    """From here on a graph that would read old weights, or pass hooks by, does not run.
-
-    SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
-    parameters in the place of all layers' old ones: the outermost layers tell.
-    """
+    """From here on a graph that would read old weights, or pass hooks by, does not run."""
+    common.watch(runner)
     model = runner.model.language_model
-    watched = graphs.Watched([model.layers[0], model.layers[-1]])
-    _recorded[model] = Recorded(weakref.ref(runner), watched, hooks.Watched(list(model.children())))
     made = runner.piecewise_cuda_graph_runner
     if hasattr(made, "can_run"):  # asked before SGLang pads the batch
         made.can_run = functools.partial(_can_run, run, weakref.ref(model), made.can_run)
@@ -282,12 +243,12 @@ def _can_run(
 
 def _dropped(run: PatchRun, model: TextModel) -> bool:
     """Whether the graphs of a language model had to go: this prefill is to run eagerly as well."""
-    graphs_of = _recorded.get(model)
+    graphs_of = recorded.get(model)
     if graphs_of is None:
         return False
     reason = None
     if graphs_of.watched.moved():
-        reason = "a weight update put other parameters in the place of those in the graphs"
+        reason = common.MOVED
     # Its own forward is SGLang's switch to what was compiled.
     elif model._forward_hooks or model._forward_pre_hooks or graphs_of.inner.hooked():
         reason = hooks.HOOKED.format("the language model")
@@ -300,12 +261,9 @@ def _dropped(run: PatchRun, model: TextModel) -> bool:
 
 def crowded(runner: MultimodalRunner) -> str | None:
     """Why the graphs that were recorded take too much, or None."""
-    from sglang.srt.utils import common
-
-    left = common.get_available_gpu_memory(runner.device, runner.gpu_id)
-    if runner.piecewise_cuda_graph_runner is None or left >= LEFT_GB:
+    if runner.piecewise_cuda_graph_runner is None:
         return None
-    return f"{left:.1f} GB of memory would be left beside the graphs, less than {LEFT_GB:.0f}"
+    return common.crowded(runner, LEFT_GB)
 
 
 def _forget_graphs(runner: MultimodalRunner | None) -> None:
@@ -324,10 +282,8 @@ def _forget_graphs(runner: MultimodalRunner | None) -> None:
     vars(model).pop("forward", None)  # SGLang's switch to what was compiled, which holds the graphs
     torch._dynamo.eval_frame.remove_from_cache(type(model).forward.__code__)
     _inputs.pop(model, None)
-    _recorded.pop(model, None)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    recorded.pop(model, None)
+    common.free_memory()
 
 
 # -- what a graph reads ----------------------------------------------------------------------------
@@ -379,7 +335,7 @@ def routine(run: PatchRun, stock: Function) -> Function:
             positions is None
             or torch.compiler.is_compiling()
             or not is_in_piecewise_cuda_graph()
-            or not _is(language_model, LANGUAGE_MODEL)
+            or not is_a(language_model, LANGUAGE_MODEL)
             or _dropped(run, language_model)
         ):
             return stock(input_ids, forward_batch, language_model, *others, **kwargs)
@@ -391,10 +347,10 @@ def routine(run: PatchRun, stock: Function) -> Function:
             if theirs is not None:
                 ours["per_layer_inputs"] = kept.keep("per_layer_inputs", theirs)
         except Exception as error:
-            graphs_of = _recorded.get(language_model)
+            graphs_of = recorded.get(language_model)
             if graphs_of is None:  # while they are recorded: there are to be none
                 raise
-            run.set(states.FAILED, f"prefill runs without graphs: {told(error)}")
+            common.failed(run, error)
             _forget_graphs(graphs_of.runner())
             return stock(input_ids, forward_batch, language_model, *others, **kwargs)
         positions.sub_(1)  # the model has just added one

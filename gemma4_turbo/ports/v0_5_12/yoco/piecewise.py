@@ -4,11 +4,9 @@ torch.compile traces the model's forward once, and SGLang splits what it traced 
 attention: what lies between two of them becomes one CUDA graph per number of tokens. Here the traced
 forward ends before the first layer that shares KV: one operator more stands for all that is behind,
 and runs between the graphs, as attention does. It cuts the rows and runs the layers on the tail,
-so that neither the graphs nor the tokens pay for them.
+so that neither the graphs nor the tokens pay for them (`gemma4_turbo.ports.any.yoco_piecewise`).
 
 Whether the operator is traced is decided once, in the eager step that SGLang runs before it compiles.
-It must run whatever batch comes later: a batch that is not to be cut goes through the layers with all
-its rows.
 """
 
 from __future__ import annotations
@@ -23,16 +21,14 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
-from gemma4_turbo.fusions.fusion import Step
-from gemma4_turbo.ports.any import yoco_cut, yoco_graph
+from gemma4_turbo.ports.any import yoco_cut
+from gemma4_turbo.ports.any.yoco_piecewise import YOCO_PIECEWISE, first_behind, rows_only
 from gemma4_turbo.ports.v0_5_12 import layer_loop, split_ops
 from gemma4_turbo.runtime import custom_ops, graphs
-from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import ForwardBatch, ForwardContext, TextModel
 
-YOCO_PIECEWISE = Step()
 NAME = "yoco_piecewise"
 
 SCHEMA = (
@@ -46,8 +42,6 @@ _CUT = "_gemma4_turbo_traced_cut"
 _numbers = itertools.count()
 _models: weakref.WeakValueDictionary[int, TextModel] = weakref.WeakValueDictionary()
 _ops: dict[str, Callable[..., None]] = {}
-
-_fallback = Fallback("the cut")
 
 OFF = {
     "enable_return_hidden_states": "hidden states are returned",
@@ -84,14 +78,8 @@ def prepare(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) ->
         return False
     if not _about_to_compile():
         return False
-    try:
-        first = yoco_cut.first_shared(model)
-        none = yoco_cut.NOTHING_SHARED
-        reason = _fallback.unfit() or (none if first is None else unfit(model, batch, kwargs))
-    except Exception as error:
-        reason = _fallback.failed(run, None, error)
-    if reason is not None:
-        run.declined(reason)
+    first = first_behind(run, model, batch, kwargs, unfit)
+    if first is None:
         return False
     if not hasattr(model, _CUT):
         number = next(_numbers)
@@ -122,11 +110,6 @@ def unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) -> s
     if get_tensor_model_parallel_world_size() > 1:
         return "tensor parallelism: the ranks' reductions are not those of a graph"
     return yoco_cut.server_unfit(model, batch, kwargs)
-
-
-def forget() -> None:
-    """What has failed is tried again."""
-    _fallback.clear()
 
 
 # -- in the trace -------------------------------------------------------------------------------
@@ -177,40 +160,11 @@ def shared_layers(
     first = first_layer(whole)
     assert first is not None
     state = hidden_states, residual, normed
-    if not _rows_only(whole, first, batch, state, positions, per_layer_inputs, output):
+    if not rows_only(
+        whole, first, batch, state, positions, per_layer_inputs, output, _without_padding
+    ):
         rows = layer_loop.run_layers(whole, first, state, positions, per_layer_inputs, batch)
         output.copy_(rows)
-
-
-def _rows_only(
-    model: TextModel,
-    first: int,
-    batch: ForwardBatch,
-    state: tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None],
-    positions: torch.Tensor,
-    per_layer_inputs: torch.Tensor | None,
-    output: torch.Tensor,
-) -> bool:
-    """Whether the rows that are wanted are in ``output``; otherwise all must go through the layers."""
-    run = YOCO_PIECEWISE.run
-    if run is None or yoco_cut.YOCO.run is None:
-        return False  # reverted since: the graphs stay
-    try:
-        real = _without_padding(batch, positions)
-        reason = _fallback.unfit()
-        if reason is None:
-            reason = yoco_cut.batch_unfit(model, real, real.positions, {})
-        cut = yoco_cut.counted(run, model, first, real, reason)
-        if cut is None:
-            return False
-        output.zero_()
-        if cut.rows:  # else every prompt goes on in a later chunk
-            tail = yoco_cut.tail(cut, real, real.positions, *state, per_layer_inputs)
-            output[tail.rows] = yoco_graph.run(model, cut, tail, real)
-        return True
-    except Exception as error:
-        run.declined(_fallback.failed(run, None, error))
-        return False
 
 
 def _without_padding(batch: ForwardBatch, positions: torch.Tensor) -> ForwardBatch:

@@ -81,10 +81,6 @@ def _slots(
     return indices
 
 
-def _splits(backend: TritonBackend, splits: torch.Tensor, lengths: torch.Tensor) -> None:
-    backend.get_num_kv_splits(splits, lengths)
-
-
 def _metadata(theirs: object, rows: torch.Tensor, **fields: Any) -> Any:
     from sglang.srt.layers.attention.triton_backend import ForwardMetadata
 
@@ -114,7 +110,6 @@ LINE = yoco_cut.Line(
     sets_forward=_sets_forward,
     decode=_decode,
     slots=_slots,
-    splits=_splits,
     metadata=_metadata,
     made=_made,
     run=lambda model, first, tail: layer_loop.run_tail(model, first, tail),

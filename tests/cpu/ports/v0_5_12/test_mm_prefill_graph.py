@@ -15,6 +15,7 @@ from gemma4_turbo import catalogue
 from gemma4_turbo.engine import states, switches
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry_mm
+from gemma4_turbo.ports.any import mm_prefill_graph as common
 from gemma4_turbo.ports.v0_5_12.prefill_graphs import mm_prefill_graph as patch
 from tests.cpu import vision
 from tests.cpu.conftest import REPOSITORY, only_patch, patched_sglang
@@ -396,7 +397,7 @@ def test_a_model_of_the_same_name_is_stocks(recorder: Any, monkeypatch: pytest.M
     monkeypatch.setattr(recorder.model, "__class__", type(kind.__name__, (kind,), {}))
     before = ENGINE.runs[NAME].counters.engaged
     recorder.record()
-    assert recorder.model.language_model not in patch._recorded
+    assert recorder.model.language_model not in common.recorded
     assert ENGINE.runs[NAME].counters.engaged == before
 
 

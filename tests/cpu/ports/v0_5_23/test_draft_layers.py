@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma4_turbo.instance import ENGINE
-from tests.cpu import small_mtp
+from tests.cpu import forward_batch, small_mtp
 from tests.cpu.ports.v0_5_23 import models
 from tests.cpu.ports.v0_5_23.test_forwards import ON, counted, engaged_since, near
 
@@ -49,7 +49,7 @@ def step(model: Any) -> torch.Tensor:
         layer.self_attn.attn.seen.clear()
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(2, 256, generator=generator).bfloat16()
-    batch = models.batch(2, forward_mode=ForwardMode.DECODE, batch_size=2)
+    batch = forward_batch.prefill(forward_mode=ForwardMode.DECODE, batch_size=2)
     found: torch.Tensor = model(
         input_ids=None,
         positions=torch.tensor([3, 9]),

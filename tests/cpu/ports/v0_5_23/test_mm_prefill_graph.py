@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +20,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry, geometry_mm
 from gemma4_turbo.ports.any import advice
 from gemma4_turbo.ports.v0_5_23 import mm_prefill_graph as patch
-from tests.cpu import vision
+from tests.cpu import forward_batch, vision
 from tests.cpu.conftest import patched_sglang, turn_on
 from tests.cpu.ports.v0_5_23 import models
 
@@ -308,7 +310,7 @@ def slots(runner: Any, size: int, **fields: Any) -> Any:
         name: runner.buffer_registry.get_slot(name).slice_for(1, size)
         for name in ("input_ids", "positions", "out_cache_loc", "input_embeds", "mrope_positions")
     }
-    return models.batch(size, dp_padding_mode=DpPaddingMode.SUM_LEN, **given | fields)
+    return forward_batch.prefill(dp_padding_mode=DpPaddingMode.SUM_LEN, **given | fields)
 
 
 @pytest.fixture
@@ -322,7 +324,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.utils import common
 
-    monkeypatch.setattr(patch.gc, "collect", lambda: 0)  # of all that SGLang is takes seconds
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # of all that SGLang is takes seconds
     monkeypatch.setattr(cuda_graph_setup, "get_available_gpu_memory", lambda *args: 1.0)
     monkeypatch.setattr(
         LogitsProcessor, "forward", lambda self, ids, hidden, *others: hidden.clone()
@@ -402,7 +404,7 @@ def replayed(runner: Any, ids: torch.Tensor, size: int, first: int, **fields: An
     from sglang.srt.model_executor.runner.shape_key import ShapeKey
 
     graphs = runner.prefill_cuda_graph_runner
-    live = models.batch(len(ids), input_ids=ids, positions=torch.arange(len(ids)) + first, **fields)
+    live = forward_batch.prefill(input_ids=ids, positions=torch.arange(len(ids)) + first, **fields)
     live.out_cache_loc = torch.zeros(len(ids), dtype=torch.int64)
     graphs.buffer_registry.fill_from(
         live, raw_bs=1, padded_bs=1, raw_num_tokens=len(ids), padded_num_tokens=size
@@ -420,7 +422,7 @@ def eager(runner: Any, ids: torch.Tensor, size: int, first: int, **fields: Any) 
 
     padded = torch.cat([ids, torch.zeros(size - len(ids), dtype=torch.int64)])
     positions = torch.cat([torch.arange(len(ids)) + first, padded[len(ids) :]])
-    batch = models.batch(size, input_ids=padded, positions=positions, **fields)
+    batch = forward_batch.prefill(input_ids=padded, positions=positions, **fields)
     with forward_context(ForwardContext(attn_backend=runner.attn_backend)):
         found: torch.Tensor = runner.model(padded, positions, batch)
     return found[: len(ids)]
@@ -529,10 +531,10 @@ def test_hooks_on_layers_are_no_part_of_graphs(served: Any):
 def test_what_comes_later_ends_the_graphs(served: Any, where: str, monkeypatch: pytest.MonkeyPatch):
     runner = served()
     graphs, model = runner.prefill_cuda_graph_runner, runner.model.language_model
-    fitting = patch.functools.partial(
+    fitting = functools.partial(
         patch._can_run,
         ENGINE.runs[NAME],
-        patch.weakref.ref(model),
+        weakref.ref(model),
         lambda batch: batch == "short",
     )
     assert fitting("short")
