@@ -34,12 +34,9 @@ from tests.cpu.conftest import REPOSITORY, state_by_default
 
 pytestmark = pytest.mark.server
 
-# 0.5.12 captures prefill graphs unless told; the newest takes no backend but a GPU's for Gemma 4.
-OPTIONS = (
-    ["--attention-backend", "torch_native", "--disable-piecewise-cuda-graph"]
-    if not releases.is_another()
-    else ["--attention-backend", "triton"]
-)
+# The newest release takes no backend for Gemma 4 but a GPU's; 0.5.12 captures graphs unless told.
+GEMMAS_BACKEND = "triton" if releases.is_another() else "torch_native"
+OPTIONS = [] if releases.is_another() else ["--disable-piecewise-cuda-graph"]
 START_LIMIT = 400.0  # seconds; it takes a fraction of that
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
@@ -168,7 +165,8 @@ def launch(environment: dict[str, str], driver: dict[str, str], tmp_path: Path) 
         arguments = ["--model-path", str(model), "--port", str(port or free_port())]
         arguments += ["--device", "cpu"]
         arguments += ["--load-format", "dummy", "--skip-tokenizer-init"]
-        arguments += OPTIONS
+        backend = GEMMAS_BACKEND if config is GEMMA4 else "torch_native"
+        arguments += ["--attention-backend", backend, *OPTIONS]
         arguments += ["--max-total-tokens", "4096"]  # else it takes all of the memory
         variables["PYTHONPATH"] = ":".join(filter(None, (site, str(rotary))))
         state = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"}
@@ -250,7 +248,8 @@ def test_another_model_is_served_by_stock(launch: Launch) -> None:
     assert "installed: none; standing aside: " in aside
     assert f"layer_norms off ({BAD_VALUE}); " in aside
     assert aside.count("unsupported (the model is a GPT2LMHeadModel)") == 1
-    server.until(lambda: healthy(port), "healthy")
+    server.until(lambda: healthy(port) or server.process.poll() is not None, "healthy")
+    assert server.process.poll() is None, server.output[-4000:]
     assert "StrictModeError" not in server.output
     assert "Traceback" not in server.output
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+import weakref
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.protocols import TritonBackend
 
-_SEEN = "_gemma4_turbo_held"
+_seen: weakref.WeakKeyDictionary[TritonBackend, dict[str, Any]] = weakref.WeakKeyDictionary()
+"""By backend: the functions that were looked at and are SGLang's."""
 
 
 def unfit(backend: TritonBackend, name: str, module: str) -> str | None:
@@ -17,12 +19,12 @@ def unfit(backend: TritonBackend, name: str, module: str) -> str | None:
     The backend holds what ``torch.compiler.disable`` made of the function of that name in ``module``.
     Looked at once for each function that it holds.
     """
-    fields = backend.__dict__
-    held = fields.get(name)
-    if held is not None and fields.get(_SEEN, {}).get(name) is held:
+    held, seen = backend.__dict__.get(name), _seen.get(backend)
+    if held is not None and seen is not None and seen.get(name) is held:
         return None
     stock = getattr(sys.modules.get(module), name, None)
-    if held is None or getattr(held, "_torchdynamo_orig_callable", held) is not stock:
+    own = getattr(stock, "__module__", None) == module and not hasattr(stock, "__wrapped__")
+    if held is None or not own or getattr(held, "_torchdynamo_orig_callable", held) is not stock:
         return f"the attention backend's {name} is not SGLang's"
-    fields.setdefault(_SEEN, {})[name] = held
+    _seen.setdefault(backend, {})[name] = held
     return None

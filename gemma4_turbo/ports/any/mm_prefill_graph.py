@@ -88,10 +88,10 @@ def watch(runner: Any) -> None:
     """Note that a model runner's language model has graphs, and what they read.
 
     SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
-    parameters in the place of all layers' old ones: the outermost layers tell.
+    parameters in their place: any of the layers, as a checkpoint may have quantised only some.
     """
     model = runner.model.language_model
-    watched = graphs.Watched([model.layers[0], model.layers[-1]])
+    watched = graphs.Watched(list(model.layers))
     recorded[model] = Recorded(weakref.ref(runner), watched, hooks.Watched(list(model.children())))
 
 

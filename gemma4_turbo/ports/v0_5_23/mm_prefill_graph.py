@@ -180,10 +180,10 @@ def moved_positions() -> bool:
 
 
 def shared_kv_unfit() -> str | None:
-    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
-    if peer("yoco").will_run() and not peer("yoco_piecewise").will_run():
+    """Why layers that share KV (E2B, E4B) keep a server out of these graphs."""
+    if peer("yoco").will_run():
         return common.NO_CUT
-    return None
+    return "SGLang makes no prefill graphs of layers that share KV"
 
 
 # -- where they are recorded -----------------------------------------------------------------------
@@ -283,15 +283,11 @@ def _record(
     try:
         with inputs.as_recorded():
             made = theirs()
-    except Exception as error:
-        if asked_for or run.is_strict():  # a server without them is not wanted
-            raise
-        reason = common.failed(run, error)
-    else:
-        runner = made.runner
-        if not hasattr(runner, "_fill_input_embeds_slot"):  # the eager one, or none
-            run.declined("SGLang records no graphs of prefill here")
-            return made, None
+        runner: Any = getattr(
+            made, "runner", None
+        )  # where no size fits SGLang returns the eager one
+        if not hasattr(runner, "_fill_input_embeds_slot"):
+            return None, "SGLang records no graphs of prefill here"
         reason = "" if asked_for else common.crowded(model_runner, LEFT_GB) or ""
         if not reason:
             _watch(run, model_runner, runner, inputs)
@@ -299,6 +295,10 @@ def _record(
             return made, None
         runner.backend.cleanup()
         del made, runner
+    except Exception as error:
+        if asked_for or run.is_strict():  # a server without them is not wanted
+            raise
+        reason = common.failed(run, error)
     _settle()
     return None, reason
 

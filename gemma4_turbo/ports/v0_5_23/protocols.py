@@ -346,6 +346,8 @@ class ResolvingArguments(Protocol):
     disaggregation_mode: str
     enable_hierarchical_cache: bool
     swa_full_tokens_ratio: float | None
+    disable_radix_cache: bool
+    max_total_tokens: int | None
     tp_size: int
     pp_size: int
 
@@ -369,6 +371,7 @@ class SpeculativeAlgorithm(Protocol):
 class KVCacheConfigurator(Protocol):
     """``sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator``."""
 
+    model: Any
     model_config: protocols.ModelConfig
     layer_info: ModelLayerInfo
     spec_algorithm: SpeculativeAlgorithm

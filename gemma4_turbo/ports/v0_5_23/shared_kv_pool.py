@@ -113,7 +113,7 @@ def unfit(kvc: KVCacheConfigurator) -> str | None:
     from gemma4_turbo.runtime import graphs
 
     config, info = kvc.model_config, kvc.layer_info
-    reason = shared_kv.model_unfit(config)
+    reason = shared_kv.model_unfit(config) or _layers_unfit(kvc)
     if reason is not None:
         return reason
     every = config.full_attention_layer_ids, config.swa_attention_layer_ids
@@ -137,6 +137,23 @@ def unfit(kvc: KVCacheConfigurator) -> str | None:
     if parallel.attn_dcp_size > 1 or parallel.enable_kv_cache_sharding:
         return "a sequence's KV lies on several GPUs"
     return shared_kv.owners_unfit(config)
+
+
+def _layers_unfit(kvc: KVCacheConfigurator) -> str | None:
+    """Why the model's layers may not be SGLang's own, each on the KV that the configuration says; or None.
+
+    A class of the same name may stand in SGLang's registry, with KV for every layer.
+    """
+    from sglang.srt.models import gemma4_causal
+
+    model: Any = getattr(kvc.model, "language_model", None) or getattr(kvc.model, "model", None)
+    if type(model) is not gemma4_causal.Gemma4TextModel:
+        return f"the model's layers are a {type(model).__name__}'s"
+    full, sliding = owners(kvc.model_config)
+    own = {*full, *sliding}
+    if any(layer.self_attn.attn.layer_id not in own for layer in model.layers):
+        return "a layer reads KV that no layer of its kind owns"
+    return None
 
 
 def _with(info: Any, full: list[int], sliding: list[int]) -> ModelLayerInfo:

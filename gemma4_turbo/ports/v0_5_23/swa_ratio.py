@@ -18,6 +18,7 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.any.model_protocols import ModelConfig
     from gemma4_turbo.ports.v0_5_23.protocols import ResolvingArguments
 
 logger = logging.getLogger("gemma4_turbo")
@@ -66,4 +67,21 @@ def unfit(architecture: str, server_args: Any, found: Declarations) -> str | Non
         return swa_ratio.given(given)
     if any(FIELD in fields for _, fields in found):
         return "SGLang has a ratio for the model"
-    return swa_ratio.unfit(arguments, overrides.model_config_of(server_args))
+    config = overrides.model_config_of(server_args)
+    return swa_ratio.unfit(arguments, config) or _room_unfit(arguments, config)
+
+
+def _room_unfit(arguments: ResolvingArguments, config: ModelConfig) -> str | None:
+    """Why a prompt could wait for ever for sliding layers' memory, or SGLang refuse the pool; or None."""
+    chunk = arguments.chunked_prefill_size
+    if chunk is not None and chunk <= 0:
+        return (
+            "prompts are not cut into chunks: all of one is to fit into the sliding layers' memory"
+        )
+    if arguments.disable_radix_cache:
+        return "without a prefix cache SGLang makes no chunk smaller than what is free"
+    window = int(getattr(config.hf_text_config, "sliding_window", 0) or 0)
+    tokens = arguments.max_total_tokens
+    if tokens is not None and tokens * RATIO <= window + (chunk or 0):
+        return f"of --max-total-tokens {tokens} too little would be left for a window and a chunk"
+    return None

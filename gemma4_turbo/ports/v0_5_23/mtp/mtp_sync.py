@@ -64,8 +64,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         if room is None:
             run.declined(str(reason))
             return stocks(self, batch)
+        made = _draft(self, batch, room)
         run.engaged(False)
-        return _draft(self, batch, room)
+        return made
 
     return {TARGET: draft}
 

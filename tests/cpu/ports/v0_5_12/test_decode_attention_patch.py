@@ -143,9 +143,12 @@ def stock_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     from sglang.srt.layers.attention.triton_ops import decode_attention
 
     calls: list[Any] = []
-    monkeypatch.setattr(
-        decode_attention, "decode_attention_fwd", lambda *args, **options: calls.append(args)
-    )
+
+    def counted(*args: Any, **options: Any) -> None:
+        calls.append(args)
+
+    counted.__module__ = decode_attention.__name__  # it stands for SGLang's
+    monkeypatch.setattr(decode_attention, "decode_attention_fwd", counted)
     return calls
 
 
@@ -238,6 +241,21 @@ def test_another_kernel_on_the_backend_is_called(patched):
     before = patched.counters.engaged
     world.backend.decode_attention_fwd = lambda *args, **options: calls.append(args)
     world.run(0, save_kv_cache=False)
+    assert len(calls) == 1
+    assert patched.counters.engaged == before
+    assert "decode_attention_fwd is not SGLang's" in patched.full_reason()
+
+
+def test_another_kernel_in_sglangs_place_is_called(monkeypatch, patched):
+    """Put there before the backend was made, which then holds it."""
+    from sglang.srt.layers.attention.triton_ops import decode_attention
+
+    calls: list[Any] = []
+    monkeypatch.setattr(
+        decode_attention, "decode_attention_fwd", lambda *args, **options: calls.append(args)
+    )
+    before = patched.counters.engaged
+    World([9, 5]).run(0, save_kv_cache=False)
     assert len(calls) == 1
     assert patched.counters.engaged == before
     assert "decode_attention_fwd is not SGLang's" in patched.full_reason()

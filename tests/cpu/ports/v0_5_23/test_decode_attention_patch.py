@@ -84,6 +84,7 @@ def stock_calls(world: World, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def counted(*args: Any, **options: Any) -> None:
         calls.append(args)
 
+    counted.__module__ = decode_attention.__name__  # it stands for SGLang's
     for holder in (decode_attention, world.backend):
         monkeypatch.setattr(holder, "decode_attention_fwd", counted)
     return calls

@@ -95,6 +95,7 @@ def configurator(folder: Path, model: str = "e4b", **changes: Any) -> Any:
         "gpu_id": 0,
         "attn_dp_size": 1,
         "pp_size": 1,
+        "model": changes.pop("built", None) or text_model(config),
         "model_config": config,
         "kv_cache_dtype": torch.bfloat16,
         "kv_cache_dtype_str": "auto",
@@ -115,6 +116,25 @@ def configurator(folder: Path, model: str = "e4b", **changes: Any) -> Any:
     }
     kept = {n: f for n, f in KVCacheConfigurator.__dataclass_fields__.items() if f.init}
     return KVCacheConfigurator(**{n: v for n, v in (given | changes).items() if n in kept})
+
+
+def text_model(config: Any) -> Any:
+    """SGLang's, as far as its layers tell whose KV they read."""
+    from sglang.srt.models.gemma4_causal import Gemma4TextModel
+
+    model: Any = Gemma4TextModel.__new__(Gemma4TextModel)
+    torch.nn.Module.__init__(model)
+    kinds = config.hf_text_config.layer_types
+    first = len(kinds) - int(config.hf_text_config.num_kv_shared_layers or 0)
+    reads = [
+        index if index < first else max(i for i in range(first) if kinds[i] == kind)
+        for index, kind in enumerate(kinds)
+    ]
+    vars(model)["layers"] = [
+        SimpleNamespace(self_attn=SimpleNamespace(attn=SimpleNamespace(layer_id=layer)))
+        for layer in reads
+    ]
+    return SimpleNamespace(language_model=model)
 
 
 def sizes(kvc: Any, available: int = 20 << 30) -> tuple[int, int]:
@@ -284,3 +304,15 @@ def test_a_look_that_fails_leaves_stocks_pools(
     assert "no such field" in run.reason
     config = kvc.model_config
     assert owned(kvc) == (config.full_attention_layer_ids, config.swa_attention_layer_ids)
+
+
+def test_a_class_of_the_same_name_has_kv_for_every_layer(tmp_path: Path):
+    """Put into SGLang's registry by its user."""
+    for model, told in (
+        (SimpleNamespace(language_model=torch.nn.Linear(1, 1)), "a Linear's"),
+        (None, "no layer of its kind owns"),
+    ):
+        kvc = configurator(tmp_path, built=model)
+        if model is None:
+            kvc.model.language_model.layers[-1].self_attn.attn.layer_id = 41
+        assert told in str(patch.unfit(kvc))

@@ -76,6 +76,9 @@ def test_moe_models_get_the_other_default(tmp_path: Path):
         ({"architecture": "DiffusionGemmaForBlockDiffusion"}, 0.8, "DiffusionGemma"),
         ({"enable_hierarchical_cache": True}, 0.8, "hierarchical cache"),
         ({"disaggregation_mode": "decode"}, 0.8, "disaggregation"),
+        ({"chunked_prefill_size": -1}, 0.8, "not cut into chunks"),
+        ({"disable_radix_cache": True}, 0.8, "prefix cache"),
+        ({"max_total_tokens": 4096}, 0.8, "--max-total-tokens 4096"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
