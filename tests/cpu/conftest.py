@@ -110,6 +110,21 @@ def turn_on(name: str) -> None:
     assert run.state == states.ACTIVE, run.reason
 
 
+@contextlib.contextmanager
+def standing(name: str, ours: Callable[..., Any]) -> Iterator[PatchRun]:
+    """This patch on and no other, none of its calls declined so far; it stays for the next test.
+
+    Judging the sources takes its time. ``ours``: one of its replacements, or what is in its place.
+    """
+    run = instance.ENGINE.runs[name]
+    if run.state != states.ACTIVE or run.port is None or ours.__module__ != run.port.module:
+        instance.ENGINE.revert()
+        turn_on(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "_decline_reason", "")
+        yield run
+
+
 @pytest.fixture(scope="module")
 def patch_imported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -198,3 +200,74 @@ class Memory:
         self.kv.set_swa_loc(batch.out_cache_loc_swa)
         self.backend.init_forward_metadata(batch)
         return batch
+
+
+# -- what tests of the cut look at --------------------------------------------------------------------
+
+
+def last_rows(batch: Any) -> torch.Tensor:
+    """The rows that SGLang's logits processor picks."""
+    return torch.cumsum(batch.extend_seq_lens, dim=0) - 1
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """A few roundings: the attention kernels add in another order, through three layers."""
+    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
+    assert difference < 0.02, float(difference)
+
+
+def rows_per_layer(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled at each forward: how many rows every layer was given."""
+    seen: list[int] = []
+    layer = type(model.layers[0])
+    stock = layer.forward
+
+    def counted(self: Any, positions: Any, hidden_states: torch.Tensor, **rest: Any) -> Any:
+        seen.append(hidden_states.shape[0])
+        return stock(self, positions=positions, hidden_states=hidden_states, **rest)
+
+    monkeypatch.setattr(layer, "forward", counted)
+    return seen
+
+
+# -- SGLang's configuration of models in their sizes ----------------------------------------------------
+
+GEOMETRY = {  # layers, sliding layers to a full one, shared, KV heads
+    "e4b": (42, 5, 18, 2),
+    "e2b": (35, 4, 20, 1),
+    "26b-a4b": (30, 5, 0, 8),
+}
+
+
+def model_config(folder: Path, model: str, **changed: Any) -> Any:
+    """SGLang's ModelConfig with a model's layers and KV heads; the rest is small."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    layers, period, shared, heads = GEOMETRY[model]
+    types = [
+        "full_attention" if i % (period + 1) == period else "sliding_attention"
+        for i in range(layers)
+    ]
+    fields = {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": layers,
+        "layer_types": types,
+        "num_attention_heads": 8,
+        "num_key_value_heads": heads,
+        "head_dim": 512,
+        "v_head_dim": 512,
+        "global_head_dim": 512,
+        "swa_head_dim": 256,
+        "swa_v_head_dim": 256,
+        "swa_num_key_value_heads": heads,
+        "num_kv_shared_layers": shared,
+        "vocab_size": 64,
+        "vocab_size_per_layer_input": 64,
+        "max_position_embeddings": 131072,
+        **changed,
+    }
+    (folder / "config.json").write_text(json.dumps(fields))
+    return ModelConfig(str(folder))

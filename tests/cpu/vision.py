@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from gemma4_turbo.cli import small_moe
+from gemma4_turbo.models import geometry, geometry_mm
 
 PATCH, POOL, POSITIONS, WIDTH = 4, 2, 32, 96  # WIDTH: of the language model
 
@@ -96,3 +99,13 @@ def given(tokens: int, seed: int = 0) -> Any:
     """An item that is embedded already."""
     generator = torch.Generator().manual_seed(seed)
     return SimpleNamespace(feature=torch.randn(tokens, WIDTH, generator=generator).bfloat16())
+
+
+def folders(root: Path) -> dict[str, Path]:
+    """The four models as multimodal folders of a config alone, and a text-only one."""
+    made = {name: root / name for name in geometry_mm.VISION}
+    for name, folder in made.items():
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(geometry_mm.config(name)))
+    made["text"] = geometry.write_model(root / "text", "26b-a4b")
+    return made

@@ -10,12 +10,9 @@ import torch
 from bench import decode_attention as bench
 from bench.decode_attention import Arena, Point, Shape
 from gemma4_turbo.kernels.attention import decode as kernel
+from tests.cpu import interpreted
 
-pytestmark = [
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
-]
+pytestmark = interpreted.MARKS
 
 SMALL = Shape("small", 4, 2, 256, 40)
 

@@ -16,13 +16,10 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.ports.any import decode_attention as patch
+from tests.cpu import interpreted
 from tests.cpu.conftest import patched_sglang
 
-pytestmark = [
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
-]
+pytestmark = interpreted.MARKS
 
 WINDOW, ROWS, WIDTH, SLOTS = 40, 4, 128, 512
 HEADS, KV_HEADS, DIM = 4, 2, 256

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,19 +12,23 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import kv_scales as common
 from gemma4_turbo.ports.v0_5_12 import kv_scales as patch
-from tests.cpu import small_mtp
+from tests.cpu import scaled_kv, small_mtp
 from tests.cpu.conftest import turn_on
+from tests.cpu.scaled_kv import (
+    FP8,
+    FULL_OWNER,
+    FULL_READER,
+    NAME,
+    READERS,
+    SCALES,
+    SLIDING_OWNER,
+    SLIDING_READER,
+    TRUE,
+    draft_of,
+    engaged,
+)
 
 pytestmark = pytest.mark.usefixtures("stock_first")
-
-NAME = "kv_scales"
-FP8 = torch.float8_e4m3fn
-SLIDING_OWNER, FULL_OWNER, SLIDING_READER, FULL_READER = 2, 3, 4, 5
-SCALES = {SLIDING_OWNER: (0.5, 0.25), FULL_OWNER: (2.0, 1.0), SLIDING_READER: (8.0, 8.0)}
-
-
-def engaged() -> int:
-    return ENGINE.runs[NAME].counters.engaged
 
 
 def configured(model: Any, cache: str = "fp8_e4m3") -> Any:
@@ -64,49 +67,6 @@ def scales_of(model: Any) -> list[tuple[float, float]]:
         batch = SimpleNamespace(token_to_kv_pool=pool)
         backend.forward_decode(q, None, None, attention, batch, save_kv_cache=False)
     return found
-
-
-def draft_of(model: Any, quantised: bool, dtype: torch.dtype = FP8) -> Any:
-    """An assistant bound to ``model`` as the worker does it."""
-    draft = small_mtp.assistant(small_mtp.quantised_kv() if quantised else None)
-    if quantised:
-        small_mtp.load_scales(draft, {})
-    pool = SimpleNamespace(dtype=dtype)
-    draft.bind_frozen_kv_context(draft.build_frozen_kv_mtp_context(model, pool))
-    return draft
-
-
-def test_shared_layers_of_stock_have_scales_of_their_own() -> None:
-    """1, or what a checkpoint gives them, though they read what others wrote; patched: theirs."""
-    stock = scales_of(loaded())
-    assert stock[SLIDING_OWNER] == (0.5, 0.25)
-    assert stock[SLIDING_READER] == (8.0, 8.0)
-    assert stock[FULL_READER] == (1.0, 1.0)
-    turn_on(NAME)
-    before = engaged()
-    model = loaded()
-    patched = scales_of(model)
-    assert patched[:4] == stock[:4]
-    assert patched[SLIDING_READER] == patched[SLIDING_OWNER] == (0.5, 0.25)
-    assert patched[FULL_READER] == patched[FULL_OWNER] == (2.0, 1.0)
-    assert engaged() == before + 2
-    for attention in small_mtp.attentions(model)[4:]:  # the tensors agree with the floats
-        assert (float(attention.k_scale), float(attention.v_scale)) == (
-            attention.k_scale_float,
-            attention.v_scale_float,
-        )
-        assert isinstance(attention.k_scale, torch.nn.Parameter)
-
-
-@pytest.mark.parametrize("quantised", [False, True], ids=["plain draft", "quantised draft"])
-def test_the_draft_has_the_scales_of_the_layers_that_it_reads(quantised: bool) -> None:
-    """Also a draft without any quantisation, whose attention has no scales at all."""
-    assert scales_of(draft_of(loaded(), quantised)) == [(1.0, 1.0), (1.0, 1.0)]
-    turn_on(NAME)
-    draft = draft_of(loaded(), quantised)
-    assert scales_of(draft) == [(0.5, 0.25), (2.0, 1.0)]
-    names = {name for name, _ in draft.named_parameters()}
-    assert any("k_scale" in name for name in names) == quantised  # nothing new to load
 
 
 def test_a_later_loading_of_weights_is_followed() -> None:
@@ -153,26 +113,6 @@ def test_revert_gives_live_models_stocks_scales_back() -> None:
     assert [a.k_scale for a in small_mtp.attentions(draft)] == [None, None]
     small_mtp.load_scales(model, SCALES)
     assert scales_of(model)[4:] == [(8.0, 8.0), (1.0, 1.0)]
-
-
-def test_a_model_that_is_gone_is_forgotten() -> None:
-    turn_on(NAME)
-    model = loaded()
-    assert len(common._links) == 2
-    del model
-    gc.collect()
-    assert len(common._links) == 0
-
-
-def test_a_model_of_another_kind_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception of ours: stock's path, and the report says so."""
-    turn_on(NAME)
-    monkeypatch.setattr(common, "link", lambda *args: 1 / 0)
-    model = loaded()
-    assert scales_of(model)[FULL_READER] == (1.0, 1.0)
-    run = ENGINE.runs[NAME]
-    assert run.state == states.FAILED
-    assert "ZeroDivisionError" in run.reason
 
 
 def extend_step(model: Any, index: int, piecewise: bool = False) -> torch.Tensor:
@@ -236,15 +176,14 @@ def extend_step(model: Any, index: int, piecewise: bool = False) -> torch.Tensor
     return torch.stack([k.float()[:, 0, 0], v.float()[:, 0, 0]])
 
 
-@pytest.mark.parametrize("reader", [SLIDING_READER, FULL_READER], ids=["sliding", "full"])
+@READERS
 def test_an_extend_step_sees_unscaled_keys_and_values(reader: int) -> None:
     """Stock hands the 8-bit numbers over as they are; patched, they are what the owner computed."""
-    true = torch.tensor([[1.0, 2, 3, 4]] * 2)
     k_scale, v_scale = SCALES[reader - 2]
     stock = extend_step(loaded(), reader)
-    assert torch.equal(stock, true / torch.tensor([[k_scale], [v_scale]]))
+    assert torch.equal(stock, TRUE / torch.tensor([[k_scale], [v_scale]]))
     turn_on(NAME)
-    assert torch.equal(extend_step(loaded(), reader), true)
+    assert torch.equal(extend_step(loaded(), reader), TRUE)
 
 
 def test_extend_steps_of_other_layers_are_stocks() -> None:
@@ -267,9 +206,7 @@ def test_a_reader_whose_own_scales_are_its_owners() -> None:
     turn_on(NAME)
     same = {**SCALES, SLIDING_READER: SCALES[SLIDING_OWNER]}
     before = engaged()
-    assert torch.equal(
-        extend_step(loaded(same), SLIDING_READER), torch.tensor([[1.0, 2, 3, 4]] * 2)
-    )
+    assert torch.equal(extend_step(loaded(same), SLIDING_READER), TRUE)
     assert engaged() == before + 2  # the other reader's scales, and the multiplication
 
 
@@ -280,28 +217,10 @@ def test_what_somebody_gave_the_owner_since_is_taken_over() -> None:
     owner = small_mtp.attentions(model)[FULL_OWNER]
     owner.k_scale.data.fill_(4.0)
     owner.k_scale_float = 4.0
-    assert torch.equal(extend_step(model, FULL_READER), torch.tensor([[1.0, 2, 3, 4]] * 2))
+    assert torch.equal(extend_step(model, FULL_READER), TRUE)
 
 
-def test_a_multiplication_that_raises_is_stocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    turn_on(NAME)
-    tries = []
-
-    def fails(*given: Any) -> Any:
-        tries.append(given)
-        raise RuntimeError("no memory")
-
-    monkeypatch.setattr(patch, "new_keys_and_values", fails)
-    k_scale, v_scale = SCALES[SLIDING_OWNER]
-    stock = torch.tensor([[1.0, 2, 3, 4]] * 2) / torch.tensor([[k_scale], [v_scale]])
-    model = loaded()
-    for _ in range(2):
-        assert torch.equal(extend_step(model, SLIDING_READER), stock)
-    assert len(tries) == 1
-    assert ENGINE.runs[NAME].state == states.FAILED
-
-
-@pytest.mark.parametrize("reader", [SLIDING_READER, FULL_READER], ids=["sliding", "full"])
+@READERS
 @pytest.mark.parametrize("equal", [False, True], ids=["other scales", "the owner's scales"])
 def test_an_extend_step_in_a_piecewise_graph(reader: int, equal: bool) -> None:
     """There the backend is handed the owner, whose number the reader has, and no K and V."""
@@ -311,5 +230,14 @@ def test_an_extend_step_in_a_piecewise_graph(reader: int, equal: bool) -> None:
     scales = {**SCALES, reader: SCALES[reader - 2]} if equal else SCALES
     before = engaged()
     found = extend_step(loaded(scales), reader, piecewise=True)
-    assert torch.equal(found, torch.tensor([[1.0, 2, 3, 4]] * 2))
+    assert torch.equal(found, TRUE)
     assert engaged() > before
+
+
+class TestInEveryLine(scaled_kv.Scales):
+    """`scaled_kv`'s tests, here."""
+
+    patch = patch
+    loaded = staticmethod(loaded)
+    scales_of = staticmethod(scales_of)
+    extend_step = staticmethod(extend_step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,6 @@ import torch
 from gemma4_turbo import catalogue
 from gemma4_turbo.engine import states, switches
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.models import geometry_mm
 from gemma4_turbo.ports.any import mm_prefill_graph as common
 from gemma4_turbo.ports.v0_5_12.prefill_graphs import mm_prefill_graph as patch
 from tests.cpu import vision
@@ -45,16 +43,7 @@ def patched() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The four models as multimodal folders of a config alone, and a text-only one."""
-    root = tmp_path_factory.mktemp("models")
-    made = {name: root / name for name in geometry_mm.VISION}
-    for name, folder in made.items():
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(geometry_mm.config(name)))
-    from gemma4_turbo.models import geometry
-
-    made["text"] = geometry.write_model(root / "text", "26b-a4b")
-    return made
+    return vision.folders(tmp_path_factory.mktemp("models"))
 
 
 def disabled(model: Path, **given: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -15,21 +14,14 @@ import torch
 from gemma4_turbo.cli import small_moe
 from gemma4_turbo.instance import ENGINE
 from tests.cpu import shared_kv
-from tests.cpu.conftest import only_patch, patched_sglang
+from tests.cpu.conftest import only_patch
 
 NAME = "shared_kv_pool"
-GEOMETRY = {  # layers, sliding layers to a full one, shared, KV heads
-    "e4b": (42, 5, 18, 2),
-    "e2b": (35, 4, 20, 1),
-    "26b-a4b": (30, 5, 0, 8),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with patched_sglang(tmp_path_factory, only=[NAME]):
-        small_moe.prepare_sglang()
-        yield
+def applied(patch_imported: None) -> None:
+    small_moe.prepare_sglang()
 
 
 @pytest.fixture(autouse=True)
@@ -40,36 +32,9 @@ def patched() -> Iterator[None]:
 
 def runner(folder: Path, model: str = "e4b", **changes: Any) -> Any:
     """What the configurator reads of a model runner, with SGLang's own ModelConfig."""
-    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.model_runner_kv_cache_mixin import ModelRunnerKVCacheMixin
 
-    layers, period, shared, heads = GEOMETRY[model]
-    types = [
-        "full_attention" if i % (period + 1) == period else "sliding_attention"
-        for i in range(layers)
-    ]
-    fields = {
-        "architectures": ["Gemma4ForCausalLM"],
-        "model_type": "gemma4_text",
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "layer_types": types,
-        "num_attention_heads": 8,
-        "num_key_value_heads": heads,
-        "head_dim": 512,
-        "v_head_dim": 512,
-        "global_head_dim": 512,
-        "swa_head_dim": 256,
-        "swa_v_head_dim": 256,
-        "swa_num_key_value_heads": heads,
-        "num_kv_shared_layers": shared,
-        "vocab_size": 64,
-        "vocab_size_per_layer_input": 64,
-        "max_position_embeddings": 131072,
-    }
-    (folder / "config.json").write_text(json.dumps(fields))
-    config = ModelConfig(str(folder))
+    config = shared_kv.model_config(folder, model)
     arguments = {
         "swa_full_tokens_ratio": 0.8,
         "enable_hierarchical_cache": False,
@@ -104,7 +69,7 @@ def test_more_tokens_fit(model: str, owning: tuple[int, int], tmp_path: Path):
     found = sizes(mr)
     assert ENGINE.runs[NAME].counters.engaged == before + 1
     lists = mr.model_config.full_attention_layer_ids, mr.model_config.swa_attention_layer_ids
-    layers, _, shared, heads = GEOMETRY[model]
+    layers, _, shared, heads = shared_kv.GEOMETRY[model]
     assert tuple(map(len, lists)) == owning
     assert sorted([*lists[0], *lists[1]]) == list(range(layers - shared))
     ENGINE.revert()

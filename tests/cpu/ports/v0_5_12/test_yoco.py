@@ -45,31 +45,6 @@ def engaged() -> int:
     return ENGINE.runs[NAME].counters.engaged
 
 
-def last_rows(batch: Any) -> torch.Tensor:
-    """The rows that SGLang's logits processor picks."""
-    return torch.cumsum(batch.extend_seq_lens, dim=0) - 1
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """A few roundings: the attention kernels add in another order, through three layers."""
-    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
-    assert difference < 0.02, float(difference)
-
-
-def rows_per_layer(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Filled at each forward: how many rows every layer was given."""
-    seen: list[int] = []
-    layer = type(model.layers[0])
-    stock = layer.forward
-
-    def counted(self, positions, hidden_states, **rest):
-        seen.append(hidden_states.shape[0])
-        return stock(self, positions=positions, hidden_states=hidden_states, **rest)
-
-    monkeypatch.setattr(layer, "forward", counted)
-    return seen
-
-
 BATCHES = [
     ({3: 20}, {}),
     ({5: 12, 1: 30, 2: 2}, {}),  # two tokens: less than a window
@@ -96,7 +71,7 @@ def test_the_rows_whose_logits_are_wanted_are_stocks(
             ENGINE.apply(only=[NAME])
             before = engaged()
             with monkeypatch.context() as counting:
-                seen = rows_per_layer(model, counting)
+                seen = shared_kv.rows_per_layer(model, counting)
                 hidden.append(forward(model, batch))
             assert engaged() == before + 1
             tokens, requests = sum(lengths.values()), len(lengths)
@@ -108,10 +83,10 @@ def test_the_rows_whose_logits_are_wanted_are_stocks(
             hidden.append(forward(model, batch))
         caches.append([*memory.kv.full_kv_pool.k_buffer, *memory.kv.swa_kv_pool.v_buffer])
     expected, found = hidden
-    rows = last_rows(batch)
+    rows = shared_kv.last_rows(batch)
     assert found.shape == expected.shape
     assert found.dtype == expected.dtype
-    assert_near(found[rows], expected[rows])
+    shared_kv.assert_near(found[rows], expected[rows])
     others = torch.ones(len(found), dtype=torch.bool)
     others[rows] = False
     assert not found[others].any()
@@ -133,8 +108,8 @@ def test_as_the_multimodal_class_calls_it(model: Any):
             before = engaged()
         found.append(model(input_ids=None, forward_batch=batch, positions=batch.positions, **given))
     assert engaged() == before + 1
-    rows = last_rows(batch)
-    assert_near(found[1][rows], found[0][rows])
+    rows = shared_kv.last_rows(batch)
+    shared_kv.assert_near(found[1][rows], found[0][rows])
     assert not found[1][0].any()
 
 
@@ -155,9 +130,9 @@ def test_a_picture_that_sees_itself_both_ways(model: Any):
         if patched:
             ENGINE.apply(only=[NAME])
             before = engaged()
-        found.append(forward(model, batch)[last_rows(batch)])
+        found.append(forward(model, batch)[shared_kv.last_rows(batch)])
     assert engaged() == before + 1
-    assert_near(found[1], found[0])
+    shared_kv.assert_near(found[1], found[0])
 
 
 @pytest.mark.parametrize("edge", [0, 1])
@@ -190,7 +165,7 @@ def test_the_window_ends_at_stocks_very_token(model: Any, edge: int):
     stock, stock_huge, ours, ours_huge = found
     assert torch.equal(stock, stock_huge) == (edge == 1)
     assert torch.equal(ours, ours_huge) == (edge == 1)
-    assert_near(ours_huge, stock_huge)
+    shared_kv.assert_near(ours_huge, stock_huge)
 
 
 def test_the_rest_of_the_decode_steps_continue(model: Any):
@@ -203,8 +178,8 @@ def test_the_rest_of_the_decode_steps_continue(model: Any):
         memory = shared_kv.Memory()
         forward(model, memory.prefill({1: 16, 2: 9}, {}))
         batch = memory.prefill({1: 10, 4: 5}, {1: 16})
-        found.append(forward(model, batch)[last_rows(batch)])
-    assert_near(found[1], found[0])
+        found.append(forward(model, batch)[shared_kv.last_rows(batch)])
+    shared_kv.assert_near(found[1], found[0])
 
 
 # -- chunks ----------------------------------------------------------------------------------------------
@@ -216,13 +191,13 @@ def test_an_unfinished_prompt_costs_nothing_in_the_shared_layers(
     memory = shared_kv.Memory()
     batch = memory.prefill({1: 10, 2: 6, 3: 8}, {})
     setattr(batch.seq_lens_cpu, yoco_cut.UNFINISHED, [False, True, False])
-    seen = rows_per_layer(model, monkeypatch)
+    seen = shared_kv.rows_per_layer(model, monkeypatch)
     found = forward(model, batch)
     assert seen == [24] * 3 + [2] * 3
     ENGINE.revert()
     expected = forward(model, shared_kv.Memory().prefill({1: 10, 2: 6, 3: 8}, {}))
     rows = torch.tensor([9, 23])
-    assert_near(found[rows], expected[rows])
+    shared_kv.assert_near(found[rows], expected[rows])
     assert not found[15].any()
 
 
@@ -234,14 +209,14 @@ def test_a_batch_of_unfinished_prompts_skips_the_shared_layers(
     batch = memory.prefill({1: 12}, {})
     setattr(batch.seq_lens_cpu, yoco_cut.UNFINISHED, [True])
     with monkeypatch.context() as counting:
-        seen = rows_per_layer(model, counting)
+        seen = shared_kv.rows_per_layer(model, counting)
         assert not forward(model, batch).any()
     assert seen == [12] * 3
     found = forward(model, memory.prefill({1: 7}, {1: 12}))
     ENGINE.revert()
     memory = shared_kv.Memory()
     forward(model, memory.prefill({1: 12}, {}))
-    assert_near(found[-1], forward(model, memory.prefill({1: 7}, {1: 12}))[-1])
+    shared_kv.assert_near(found[-1], forward(model, memory.prefill({1: 7}, {1: 12}))[-1])
 
 
 def worker_batch(**changes: Any) -> Any:
@@ -300,13 +275,13 @@ def test_the_decode_kernel_is_given_every_key_of_the_window(
     wide = shared_kv.build()
     ENGINE.revert()
     batch = shared_kv.Memory().prefill(lengths, {})
-    expected = forward(wide, batch)[last_rows(batch)]
+    expected = forward(wide, batch)[shared_kv.last_rows(batch)]
     ENGINE.apply(only=[NAME, "decode_attention"])
     before = ENGINE.runs["decode_attention"].counters.engaged
     memory = shared_kv.Memory()
-    found = forward(wide, memory.prefill(lengths, {}))[last_rows(batch)]
+    found = forward(wide, memory.prefill(lengths, {}))[shared_kv.last_rows(batch)]
     assert ENGINE.runs["decode_attention"].counters.engaged == before + 3
-    assert_near(found, expected)
+    shared_kv.assert_near(found, expected)
     assert memory.backend.sliding_window_size == 63
 
 
@@ -481,8 +456,8 @@ def test_together_with_the_patches_of_the_layers(model: Any):
     assert all(ENGINE.runs[n].counters.engaged > count for n, count in before.items())
     ENGINE.revert()
     expected = forward(model, shared_kv.Memory().prefill({1: 10, 2: 6}, {}))
-    rows = last_rows(batch)
-    assert_near(found[rows], expected[rows])
+    rows = shared_kv.last_rows(batch)
+    shared_kv.assert_near(found[rows], expected[rows])
 
 
 def test_traced_code_sees_no_cut(model: Any):

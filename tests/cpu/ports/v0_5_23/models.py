@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from gemma4_turbo.cli.small_moe import prepare_sglang
+from gemma4_turbo.instance import ENGINE
 from tests.cpu import forward_batch
 
 
@@ -33,6 +38,20 @@ class Uniform(torch.nn.Module):
     ) -> Any:
         self.seen.append((k, v, save_kv_cache))
         return q.flatten(1)
+
+
+@contextlib.contextmanager
+def stock(state: Path) -> Iterator[None]:
+    """Stock at first, on layers as a GPU has them; reverted at the end. ``state``: our folder."""
+    for module in ("attention.triton_backend", "moe.moe_runner.triton_utils.fused_moe"):
+        importlib.import_module(f"sglang.srt.layers.{module}")  # as a server has them
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setenv("GEMMA4_TURBO_STATE_DIR", str(state))
+        norms_as_on_a_gpu(patch)
+        for run in ENGINE.runs.values():
+            patch.setattr(run, "_decline_reason", "")
+        yield
+        ENGINE.revert()
 
 
 def build(kind: str, layers: int = 2, uniform: bool = True) -> Any:

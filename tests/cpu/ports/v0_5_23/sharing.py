@@ -27,8 +27,6 @@ class Memory(World):
 
     def __init__(self, kernels: bool = False) -> None:
         """``kernels``: SGLang's own, through Triton's interpreter, which takes seconds a batch."""
-        from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
-        from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
         from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
         self.generator = torch.Generator().manual_seed(0)
@@ -52,19 +50,7 @@ class Memory(World):
         )
         for buffer in self.buffers():
             buffer.zero_()
-        self.allocator = SWATokenToKVPoolAllocator(
-            size, size, 1, shared_kv.DTYPE, "cpu", kvcache=self.pool, need_sort=False
-        )
-        slots = self.some_slots()
-        self.allocator.full_to_swa_index_mapping[slots] = self.some_slots()
-        self.table = slots.view(REQUESTS, LONGEST).int()
-        self.translator = KVIndexTranslator(
-            req_to_token=self.table,
-            token_to_kv_pool_allocator=self.allocator,
-            token_to_kv_pool=self.pool,
-            page_size=1,
-            device="cpu",
-        )
+        self.map_slots(size, size, shared_kv.DTYPE, REQUESTS)
         self.backend = self.make_backend(shared_kv.WINDOW - 1)
         for name, value in {
             "num_head": 2,

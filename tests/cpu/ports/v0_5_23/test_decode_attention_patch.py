@@ -17,6 +17,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.ports.any import decode_attention as common
 from gemma4_turbo.ports.v0_5_23 import decode_attention as patch
+from tests.cpu import interpreted
 from tests.cpu.conftest import patched_sglang
 from tests.cpu.ports.v0_5_23.triton_world import (
     FULL,
@@ -27,11 +28,7 @@ from tests.cpu.ports.v0_5_23.triton_world import (
     World,
 )
 
-pytestmark = [
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
-]
+pytestmark = interpreted.MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)

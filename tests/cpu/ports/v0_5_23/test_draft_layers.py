@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,15 +18,8 @@ from tests.cpu.ports.v0_5_23.test_forwards import ON, counted, engaged_since, ne
 @pytest.fixture(autouse=True)
 def stock(tmp_path: Any) -> Iterator[None]:
     """Stock at first; reverted at the end."""
-    for module in ("attention.triton_backend", "moe.moe_runner.triton_utils.fused_moe"):
-        importlib.import_module(f"sglang.srt.layers.{module}")  # as a server has them
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path))
-        models.norms_as_on_a_gpu(patch)
-        for run in ENGINE.runs.values():
-            patch.setattr(run, "_decline_reason", "")
+    with models.stock(tmp_path):
         yield
-        ENGINE.revert()
 
 
 def bound() -> Any:

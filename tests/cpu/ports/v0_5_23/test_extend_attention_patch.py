@@ -22,15 +22,12 @@ from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.kernels.attention import window as window_indices
 from gemma4_turbo.ports.v0_5_23 import extend_attention as patch
 from gemma4_turbo.ports.v0_5_23.triton_backend import MODULE
+from tests.cpu import interpreted
 from tests.cpu.conftest import patched_sglang
 from tests.cpu.ports.v0_5_23.triton_world import FULL, HEADS, SLIDING, WINDOW, World
 from tests.extend_inputs import relative_error
 
-pytestmark = [
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
-]
+pytestmark = interpreted.MARKS
 BOTH = pytest.mark.parametrize("layer", [SLIDING, FULL], ids=["sliding", "full"])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import types
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -33,15 +32,8 @@ ON = [*BOTH, "qkv_norm"]  # upstreamed here, and what rope_store stands on
 @pytest.fixture(autouse=True)
 def stock(tmp_path: Any) -> Iterator[None]:
     """Stock at first; reverted at the end, after a test's own `monkeypatch` has put back."""
-    for module in ("attention.triton_backend", "moe.moe_runner.triton_utils.fused_moe"):
-        importlib.import_module(f"sglang.srt.layers.{module}")  # as a server has them
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path))
-        models.norms_as_on_a_gpu(patch)
-        for run in ENGINE.runs.values():
-            patch.setattr(run, "_decline_reason", "")
+    with models.stock(tmp_path):
         yield
-        ENGINE.revert()
 
 
 def counted(names: Any = BOTH) -> dict[str, int]:

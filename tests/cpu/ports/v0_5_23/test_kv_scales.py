@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.ports.any import kv_scales as common
 from gemma4_turbo.ports.v0_5_23 import kv_scales as patch
-from tests.cpu import small_mtp
+from tests.cpu import interpreted, scaled_kv, small_mtp
 from tests.cpu.conftest import turn_on
 from tests.cpu.ports.v0_5_23.triton_world import World
+from tests.cpu.scaled_kv import (
+    FP8,
+    FULL_OWNER,
+    FULL_READER,
+    NAME,
+    READERS,
+    SCALES,
+    SLIDING_OWNER,
+    SLIDING_READER,
+    TRUE,
+    draft_of,
+    engaged,
+)
 
 pytestmark = [
     pytest.mark.usefixtures("stock_first"),
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
+    *interpreted.MARKS,
 ]
-
-NAME = "kv_scales"
-FP8 = torch.float8_e4m3fn
-SLIDING_OWNER, FULL_OWNER, SLIDING_READER, FULL_READER = 2, 3, 4, 5
-SCALES = {SLIDING_OWNER: (0.5, 0.25), FULL_OWNER: (2.0, 1.0), SLIDING_READER: (8.0, 8.0)}
-TRUE = torch.tensor([[1.0, 2, 3, 4]] * 2)  # K and V of the new tokens, as an owner computed them
-READERS = pytest.mark.parametrize("reader", [SLIDING_READER, FULL_READER], ids=["sliding", "full"])
-
-
-def engaged() -> int:
-    return ENGINE.runs[NAME].counters.engaged
 
 
 def configured(model: Any, cache: str = "fp8_e4m3") -> Any:
@@ -58,17 +55,6 @@ def loaded(scales: dict[int, tuple[float, float]] | None = None, cache: str = "f
     with torch.no_grad():  # as SGLang's loader
         small_mtp.load_scales(model, SCALES if scales is None else scales)
     return configured(model, cache)
-
-
-def draft_of(model: Any, quantised: bool = False, dtype: torch.dtype = FP8) -> Any:
-    """An assistant bound to ``model`` as the worker does it."""
-    draft = small_mtp.assistant(small_mtp.quantised_kv() if quantised else None)
-    if quantised:
-        with torch.no_grad():
-            small_mtp.load_scales(draft, {})
-    pool = SimpleNamespace(dtype=dtype)
-    draft.bind_frozen_kv_context(draft.build_frozen_kv_mtp_context(model, pool))
-    return draft
 
 
 def scales_of(model: Any) -> list[tuple[float, float]]:
@@ -189,32 +175,13 @@ def through_a_graph(reader: Any, q: torch.Tensor, batch: Any, backend: Any) -> N
             reader(torch.cat([q, q[:2]]), None, None, batch, save_kv_cache=False)
 
 
-def test_shared_layers_of_stock_have_scales_of_their_own() -> None:
-    """1, or what a checkpoint gives them, though they read what others wrote; patched: theirs."""
-    stock = scales_of(loaded())
-    assert stock[SLIDING_OWNER] == (0.5, 0.25)
-    assert stock[SLIDING_READER] == (8.0, 8.0)
-    assert stock[FULL_READER] == (1.0, 1.0)
-    turn_on(NAME)
-    assert ENGINE.runs[NAME].port.module == patch.__name__  # type: ignore[union-attr]
-    before = engaged()
-    model = loaded()
-    patched = scales_of(model)
-    assert patched[:4] == stock[:4]
-    assert patched[SLIDING_READER] == patched[SLIDING_OWNER] == (0.5, 0.25)
-    assert patched[FULL_READER] == patched[FULL_OWNER] == (2.0, 1.0)
-    assert engaged() == before + 2
+class TestInEveryLine(scaled_kv.Scales):
+    """`scaled_kv`'s tests, here."""
 
-
-@pytest.mark.parametrize("quantised", [False, True], ids=["plain draft", "quantised draft"])
-def test_the_draft_has_the_scales_of_the_layers_that_it_reads(quantised: bool) -> None:
-    """Also a draft without any quantisation, whose attention has no scales at all."""
-    assert scales_of(draft_of(loaded(), quantised)) == [(1.0, 1.0), (1.0, 1.0)]
-    turn_on(NAME)
-    draft = draft_of(loaded(), quantised)
-    assert scales_of(draft) == [(0.5, 0.25), (2.0, 1.0)]
-    names = {name for name, _ in draft.named_parameters()}
-    assert any("k_scale" in name for name in names) == quantised  # nothing new to load
+    patch = patch
+    loaded = staticmethod(loaded)
+    scales_of = staticmethod(scales_of)
+    extend_step = staticmethod(extend_step)
 
 
 def test_a_later_loading_of_weights_is_followed_and_a_revert_gives_all_back() -> None:
@@ -239,27 +206,6 @@ def test_a_cache_that_is_not_divided_by_scales_is_left_alone(cache: str) -> None
     assert scales_of(draft_of(model, dtype=torch.bfloat16)) == [(1.0, 1.0)] * 2
     assert engaged() == before
     assert patch.METHOD not in vars(world_of()[1])
-
-
-def test_a_model_that_is_gone_is_forgotten() -> None:
-    turn_on(NAME)
-    model = loaded()
-    assert len(common._links) == 2
-    del model
-    gc.collect()
-    assert len(common._links) == 0
-
-
-def test_a_model_of_another_kind_is_served_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception of ours: stock's path, and the report says so."""
-    turn_on(NAME)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(common, "link", lambda *args: 1 / 0)
-        model = loaded()
-    assert scales_of(model)[FULL_READER] == (1.0, 1.0)
-    run = ENGINE.runs[NAME]
-    assert run.state == states.FAILED
-    assert "ZeroDivisionError" in run.reason
 
 
 @READERS
@@ -296,25 +242,6 @@ def test_a_reader_whose_own_scales_are_its_owners() -> None:
     turn_on(NAME)
     same = {**SCALES, SLIDING_READER: SCALES[SLIDING_OWNER]}
     assert torch.equal(extend_step(loaded(same), SLIDING_READER), TRUE)
-
-
-def test_a_multiplication_that_raises_is_stocks() -> None:
-    turn_on(NAME)
-    tries = []
-
-    def fails(*given: Any) -> Any:
-        tries.append(given)
-        raise RuntimeError("no memory")
-
-    k_scale, v_scale = SCALES[SLIDING_OWNER]
-    stock = TRUE / torch.tensor([[k_scale], [v_scale]])
-    model = loaded()
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(patch, "new_keys_and_values", fails)
-        for _ in range(2):
-            assert torch.equal(extend_step(model, SLIDING_READER), stock)
-    assert len(tries) == 1
-    assert ENGINE.runs[NAME].state == states.FAILED
 
 
 def test_pools_that_are_not_known_are_stocks() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +16,10 @@ import torch
 from gemma4_turbo.cli import small_moe
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.models import geometry, geometry_mm
 from gemma4_turbo.ports.any import advice
 from gemma4_turbo.ports.v0_5_23 import mm_prefill_graph as patch
 from tests.cpu import forward_batch, vision
-from tests.cpu.conftest import patched_sglang, turn_on
+from tests.cpu.conftest import standing
 from tests.cpu.ports.v0_5_23 import models
 
 NAME = "mm_prefill_graph"
@@ -30,27 +28,19 @@ IMAGE, PAD = 60, 0  # ids
 
 
 @pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with patched_sglang(tmp_path_factory, only=[NAME]):
-        small_moe.prepare_sglang()
-        import sglang.srt.arg_groups.cuda_graph_hook
-        import sglang.srt.model_executor.model_runner
-        import sglang.srt.models.gemma4_unified  # noqa: F401
-
-        yield
+def applied(patch_imported: None) -> None:
+    small_moe.prepare_sglang()
+    import sglang.srt.arg_groups.cuda_graph_hook
+    import sglang.srt.model_executor.model_runner
+    import sglang.srt.models.gemma4_unified  # noqa: F401
 
 
 @pytest.fixture(autouse=True)
 def patched() -> Iterator[None]:
-    """In; it stays for the next test, as judging the sources takes its time."""
     from sglang.srt.arg_groups import cuda_graph_hook
 
     decide = cuda_graph_hook.disable_breakable_cudagraph_if_incompatible
-    if ENGINE.runs[NAME].state != states.ACTIVE or decide.__module__ != patch.__name__:
-        ENGINE.revert()
-        turn_on(NAME)
-    with pytest.MonkeyPatch.context() as monkeypatch, torch.no_grad():
-        monkeypatch.setattr(ENGINE.runs[NAME], "_decline_reason", "")
+    with standing(NAME, decide), torch.no_grad():
         yield
 
 
@@ -59,14 +49,7 @@ def patched() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Multimodal folders of a config alone, and a text-only one."""
-    root = tmp_path_factory.mktemp("models")
-    made = {name: root / name for name in geometry_mm.VISION}
-    for name, folder in made.items():
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(geometry_mm.config(name)))
-    made["text"] = geometry.write_model(root / "text", "26b-a4b")
-    return made
+    return vision.folders(tmp_path_factory.mktemp("models"))
 
 
 def arguments(model: Path, **given: Any) -> Any:

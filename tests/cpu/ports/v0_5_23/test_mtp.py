@@ -12,8 +12,8 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.ports.v0_5_23.mtp import mtp_chain, mtp_sync
+from tests.cpu import interpreted
 from tests.cpu.conftest import only_patch, patched_sglang
 from tests.cpu.ports.v0_5_23.mtp_world import (
     DRAFT_TOKENS,
@@ -23,11 +23,7 @@ from tests.cpu.ports.v0_5_23.mtp_world import (
     waits,
 )
 
-pytestmark = [
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
-]
+pytestmark = interpreted.MARKS
 PATCHES = ("mtp_sync", "mtp_chain")
 LENGTHS = [30, 7, 55]  # three rows: a graph of four is padded
 FIELDS = ("draft_token", "positions", "retrieve_index", "retrieve_next_token")

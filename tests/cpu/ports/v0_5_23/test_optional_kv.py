@@ -12,18 +12,13 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.ports.v0_5_23 import optional_kv as patch
-from tests.cpu import shared_kv
+from tests.cpu import interpreted, shared_kv
 from tests.cpu.conftest import patched_sglang
 from tests.cpu.ports.v0_5_23 import sharing
 
 NAME = "optional_kv"
-pytestmark = [
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
-]
+pytestmark = interpreted.MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,76 +14,35 @@ from gemma4_turbo.cli import small_moe
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.v0_5_23 import shared_kv_pool as patch
-from tests.cpu.conftest import patched_sglang, turn_on
+from tests.cpu import shared_kv
+from tests.cpu.conftest import standing
 
 NAME = "shared_kv_pool"
-GEOMETRY = {  # layers, sliding layers to a full one, shared, KV heads
-    "e4b": (42, 5, 18, 2),
-    "e2b": (35, 4, 20, 1),
-    "26b-a4b": (30, 5, 0, 8),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with patched_sglang(tmp_path_factory, only=[NAME]):
-        small_moe.prepare_sglang()
-        yield
+def applied(patch_imported: None) -> None:
+    small_moe.prepare_sglang()
 
 
 @pytest.fixture(autouse=True)
 def patched() -> Iterator[None]:
-    """In; it stays for the next test, as judging the sources takes its time."""
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 
-    if (
-        ENGINE.runs[NAME].state != states.ACTIVE
-        or KVCacheConfigurator.config_from_budget.__module__ != patch.__name__
-    ):
-        ENGINE.revert()
-        turn_on(NAME)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(ENGINE.runs[NAME], "_decline_reason", "")
+    with standing(NAME, KVCacheConfigurator.config_from_budget):
         yield
 
 
 def configurator(folder: Path, model: str = "e4b", **changes: Any) -> Any:
     """SGLang's, with its own ModelConfig and layers."""
-    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
     from sglang.srt.model_executor.model_runner_components.layer_setup import (
         resolve_layer_indices,
     )
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    layers, period, shared, heads = GEOMETRY[model]
-    types = [
-        "full_attention" if i % (period + 1) == period else "sliding_attention"
-        for i in range(layers)
-    ]
-    fields = {
-        "architectures": ["Gemma4ForCausalLM"],
-        "model_type": "gemma4_text",
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": layers,
-        "layer_types": types,
-        "num_attention_heads": 8,
-        "num_key_value_heads": heads,
-        "head_dim": 512,
-        "v_head_dim": 512,
-        "global_head_dim": 512,
-        "swa_head_dim": 256,
-        "swa_v_head_dim": 256,
-        "swa_num_key_value_heads": heads,
-        "num_kv_shared_layers": changes.pop("shared", shared),
-        "sliding_window": 512,
-        "vocab_size": 64,
-        "vocab_size_per_layer_input": 64,
-        "max_position_embeddings": 131072,
-    }
-    (folder / "config.json").write_text(json.dumps(fields))
-    config = ModelConfig(str(folder))
+    fields = {"num_kv_shared_layers": changes.pop("shared")} if "shared" in changes else {}
+    config = shared_kv.model_config(folder, model, sliding_window=512, **fields)
     if "architecture" in changes:
         config.hf_config.architectures = [changes.pop("architecture")]
     if "algorithm" in changes:
@@ -159,7 +117,7 @@ def test_more_tokens_fit(model: str, owning: tuple[int, int], tmp_path: Path):
         kvc = configurator(tmp_path, model)
         found = sizes(kvc)
     assert ENGINE.runs[NAME].counters.engaged == before + 1
-    layers, _, shared, heads = GEOMETRY[model]
+    layers, _, shared, heads = shared_kv.GEOMETRY[model]
     lists = owned(kvc)
     assert tuple(map(len, lists)) == owning
     assert sorted([*lists[0], *lists[1]]) == list(range(layers - shared))

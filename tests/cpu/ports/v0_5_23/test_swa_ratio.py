@@ -9,36 +9,19 @@ from typing import Any
 
 import pytest
 
-from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry_mm
 from gemma4_turbo.ports.v0_5_23 import swa_ratio as patch
-from tests.cpu.conftest import patched_sglang, turn_on
+from tests.cpu.conftest import standing
 
 NAME = "swa_ratio"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with patched_sglang(tmp_path_factory, only=[NAME]):
-        import sglang.srt.arg_groups.model_hook  # noqa: F401
-
-        yield
-
-
 @pytest.fixture(autouse=True)
-def patched() -> Iterator[None]:
-    """In; it stays for the next test, as judging the sources takes its time."""
+def patched(patch_imported: None) -> Iterator[None]:
     from sglang.srt.arg_groups import overrides
 
-    if (
-        ENGINE.runs[NAME].state != states.ACTIVE
-        or overrides.collect_model_override_declarations.__module__ != patch.__name__
-    ):
-        ENGINE.revert()
-        turn_on(NAME)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(ENGINE.runs[NAME], "_decline_reason", "")
+    with standing(NAME, overrides.collect_model_override_declarations):
         yield
 
 

@@ -15,19 +15,14 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.ports.any import yoco_batch, yoco_cut, yoco_graph
 from gemma4_turbo.ports.v0_5_23 import yoco
-from tests.cpu import shared_kv
+from tests.cpu import interpreted, shared_kv
 from tests.cpu.conftest import only_patch, patched_sglang
 from tests.cpu.ports.v0_5_23 import sharing
 
 NAME = "yoco"
-pytestmark = [
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
-]
+pytestmark = interpreted.MARKS
 LENGTHS, PREFIXES = {2: 3, 4: 9, 1: 1}, {2: 9, 4: 3, 1: 13}  # windows that reach into a prefix
 
 
@@ -60,31 +55,6 @@ def reason() -> str:
     return ENGINE.runs[NAME].full_reason()
 
 
-def last_rows(batch: Any) -> torch.Tensor:
-    """The rows that SGLang's logits processor picks."""
-    return torch.cumsum(batch.extend_seq_lens, dim=0) - 1
-
-
-def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
-    """A few roundings: the attention kernels add in another order, through three layers."""
-    difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
-    assert difference < 0.02, float(difference)
-
-
-def rows_per_layer(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Filled at each forward: how many rows every layer was given."""
-    seen: list[int] = []
-    layer = type(model.layers[0])
-    stock = layer.forward
-
-    def counted(self: Any, positions: Any, hidden_states: torch.Tensor, **rest: Any) -> Any:
-        seen.append(hidden_states.shape[0])
-        return stock(self, positions=positions, hidden_states=hidden_states, **rest)
-
-    monkeypatch.setattr(layer, "forward", counted)
-    return seen
-
-
 def test_the_rows_whose_logits_are_wanted_are_stocks(model: Any, monkeypatch: pytest.MonkeyPatch):
     """The cache is stock's bit for bit, and batch, metadata and backend are as they were."""
     found, caches = [], []
@@ -99,7 +69,7 @@ def test_the_rows_whose_logits_are_wanted_are_stocks(model: Any, monkeypatch: py
         kept = {n: v.clone() for n, v in vars(metadata).items() if isinstance(v, torch.Tensor)}
         before = engaged()
         with monkeypatch.context() as counting:
-            seen = rows_per_layer(model, counting)
+            seen = shared_kv.rows_per_layer(model, counting)
             found.append(memory.run(model, batch))
         caches.append(memory.buffers())
         if patched:
@@ -114,8 +84,8 @@ def test_the_rows_whose_logits_are_wanted_are_stocks(model: Any, monkeypatch: py
                 assert same, name
             assert batch.forward_mode == given["forward_mode"]
     expected, ours = found
-    rows = last_rows(batch)
-    assert_near(ours[rows], expected[rows])
+    rows = shared_kv.last_rows(batch)
+    shared_kv.assert_near(ours[rows], expected[rows])
     assert (ours.shape, ours.dtype) == (expected.shape, expected.dtype)
     others = torch.ones(len(ours), dtype=torch.bool)
     others[rows] = False
@@ -146,8 +116,8 @@ def test_as_the_multimodal_class_calls_it(model: Any):
             before = engaged()
         found.append(memory.run(model, batch, **given))
     assert engaged() == before + 1
-    rows = last_rows(batch)
-    assert_near(found[1][rows], found[0][rows])
+    rows = shared_kv.last_rows(batch)
+    shared_kv.assert_near(found[1][rows], found[0][rows])
     assert not found[1][0].any()
 
 
@@ -183,14 +153,14 @@ def test_the_window_ends_at_stocks_very_token(model: Any):
     for patched in (False, True):
         assert torch.equal(found[patched, None], found[patched, oldest - 1])
         assert not torch.equal(found[patched, None], found[patched, oldest])
-    assert_near(found[True, oldest], found[False, oldest])
+    shared_kv.assert_near(found[True, oldest], found[False, oldest])
 
 
 def test_prompts_that_go_on_in_a_later_chunk(model: Any, monkeypatch: pytest.MonkeyPatch):
     memory = filled()
     batch = memory.prefill({1: 4, 2: 3}, {})
     setattr(batch.seq_lens_cpu, yoco_cut.UNFINISHED, [False, True])
-    seen = rows_per_layer(model, monkeypatch)
+    seen = shared_kv.rows_per_layer(model, monkeypatch)
     found = memory.run(model, batch)
     assert seen == [7] * 3 + [1] * 3
     assert found[3].any()
@@ -394,7 +364,7 @@ def test_an_error_behind_the_cut_sends_all_rows_on(model: Any, where: tuple[Any,
     memory = filled()
     with pytest.MonkeyPatch.context() as context:
         context.setattr(*where, fails)
-        seen = rows_per_layer(model, context)
+        seen = shared_kv.rows_per_layer(model, context)
         found = memory.run(model, memory.prefill({1: 3}, {}))
     assert seen == [3] * 6
     assert ENGINE.runs[NAME].state == states.FAILED
@@ -418,5 +388,5 @@ def test_together_with_the_patches_of_the_layers(model: Any, monkeypatch: pytest
     ENGINE.revert()
     memory = filled()
     batch = memory.prefill({1: 3, 2: 2}, {})
-    rows = last_rows(batch)
-    assert_near(found[rows], memory.run(model, batch)[rows])
+    rows = shared_kv.last_rows(batch)
+    shared_kv.assert_near(found[rows], memory.run(model, batch)[rows])

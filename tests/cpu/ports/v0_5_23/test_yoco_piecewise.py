@@ -10,22 +10,17 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.ports.any import yoco_cut
 from gemma4_turbo.ports.v0_5_23 import yoco
 from gemma4_turbo.ports.v0_5_23 import yoco_piecewise as patch
-from tests.cpu import shared_kv
+from tests.cpu import interpreted, shared_kv
 from tests.cpu.conftest import patched_sglang
 from tests.cpu.ports.v0_5_23 import sharing
 
 NAME = "yoco_piecewise"
 ALL = ("yoco", "optional_kv", NAME)
 SIZE = 8  # of the graph
-pytestmark = [
-    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
-]
+pytestmark = interpreted.MARKS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -85,24 +80,10 @@ def expected(model: Any) -> torch.Tensor:
     return found
 
 
-def assert_near(found: torch.Tensor, stocks: torch.Tensor) -> None:
-    """A few roundings: the attention kernels add in another order, through three layers."""
-    difference = (found.float() - stocks.float()).abs().max() / stocks.float().abs().max()
-    assert difference < 0.02, float(difference)
-
-
 def replay(model: Any, graph: Any, batch: Any, memory: Any) -> tuple[torch.Tensor, list[int]]:
     """Hidden states, and how many rows each layer was given that ran between the graphs."""
-    seen: list[int] = []
-    layer = type(model.layers[0])
-    stock = layer.forward
-
-    def counted(self: Any, positions: Any, hidden_states: torch.Tensor, **rest: Any) -> Any:
-        seen.append(hidden_states.shape[0])
-        return stock(self, positions=positions, hidden_states=hidden_states, **rest)
-
     with pytest.MonkeyPatch.context() as context:
-        context.setattr(layer, "forward", counted)
+        seen = shared_kv.rows_per_layer(model, context)
         found = graph.replay(memory, batch).clone()
     return found, seen
 
@@ -117,7 +98,7 @@ def test_the_graph_ends_before_the_layers_that_share_kv(model: Any, graph: Any):
     assert ENGINE.runs[NAME].counters.engaged == before + 1
     assert seen == [2] * 3
     assert found.shape == (SIZE, model.config.hidden_size)
-    assert_near(found[LAST], stocks[LAST])
+    shared_kv.assert_near(found[LAST], stocks[LAST])
     others = torch.ones(SIZE, dtype=torch.bool)
     others[LAST] = False
     assert not found[others].any()
@@ -140,7 +121,7 @@ def test_a_batch_that_is_not_cut_goes_through_the_layers(
     memory = filled()
     found, seen = replay(model, graph, prefill(memory, **changes), memory)
     assert seen == [SIZE] * 3
-    assert_near(found[:6], stocks)
+    shared_kv.assert_near(found[:6], stocks)
     assert word in ENGINE.runs[NAME].full_reason()
     assert ENGINE.runs[NAME].counters.engaged == before
 
@@ -166,7 +147,7 @@ def test_an_error_of_ours_leaves_all_rows(model: Any, graph: Any, where: tuple[A
         found, seen = replay(model, graph, prefill(memory), memory)
     assert seen == [SIZE] * 3
     assert ENGINE.runs[NAME].state == states.FAILED
-    assert_near(found[:6], stocks)
+    shared_kv.assert_near(found[:6], stocks)
 
 
 def first(model: Any, breakable: bool = True, full: bool = False) -> int | None:

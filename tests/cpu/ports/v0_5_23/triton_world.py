@@ -21,8 +21,6 @@ class World:
 
     def __init__(self, window: int | None = WINDOW, dtype: torch.dtype = torch.float16) -> None:
         from sglang.srt.layers.radix_attention import RadixAttention
-        from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
-        from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
         from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
         self.generator = torch.Generator().manual_seed(0)
@@ -43,19 +41,7 @@ class World:
         )
         for buffer in self.buffers():
             buffer.copy_(self.randn(*buffer.shape).to(buffer.dtype))
-        self.allocator = SWATokenToKVPoolAllocator(
-            400, 350, 1, dtype, "cpu", kvcache=self.pool, need_sort=False
-        )
-        slots = self.some_slots()
-        self.allocator.full_to_swa_index_mapping[slots] = self.some_slots()
-        self.table = slots.view(REQUESTS, LONGEST).int()
-        self.translator = KVIndexTranslator(
-            req_to_token=self.table,
-            token_to_kv_pool_allocator=self.allocator,
-            token_to_kv_pool=self.pool,
-            page_size=1,
-            device="cpu",
-        )
+        self.map_slots(400, 350, dtype, REQUESTS)
         self.backend = self.make_backend(window)
         self.layers = [
             RadixAttention(
@@ -74,6 +60,25 @@ class World:
     def buffers(self) -> list[torch.Tensor]:
         parts = (self.pool.full_kv_pool, self.pool.swa_kv_pool)
         return [buffer for part in parts for buffer in (*part.k_buffer, *part.v_buffer)]
+
+    def map_slots(self, size: int, sliding: int, dtype: torch.dtype, requests: int) -> None:
+        """The pool's allocator, the table of the requests' slots, and the translator that reads it."""
+        from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
+        from sglang.srt.mem_cache.kv_index_translator import KVIndexTranslator
+
+        self.allocator = SWATokenToKVPoolAllocator(
+            size, sliding, 1, dtype, "cpu", kvcache=self.pool, need_sort=False
+        )
+        slots = self.some_slots()
+        self.allocator.full_to_swa_index_mapping[slots] = self.some_slots()
+        self.table = slots.view(requests, -1).int()
+        self.translator = KVIndexTranslator(
+            req_to_token=self.table,
+            token_to_kv_pool_allocator=self.allocator,
+            token_to_kv_pool=self.pool,
+            page_size=1,
+            device="cpu",
+        )
 
     def make_backend(self, window: int | None) -> Any:
         """The fields that `TritonAttnBackend.__init__` sets, with their values on such a server."""
