@@ -413,6 +413,18 @@ class Engine:
             for run in self._in_turn:
                 self._install(run)
 
+    def import_what_decides(self) -> None:
+        """Where a model is to be loaded: import what only the process of the arguments has imported."""
+        from gemma4_turbo.engine import fingerprints
+
+        for run in self.runs.values():
+            if run.state != states.WAITING or not self.decision(run.patch)[0]:
+                continue
+            for port in run.ports:
+                for name in port.decides:
+                    if fingerprints.installed_source(name) is not None:
+                        importlib.import_module(name)  # the hook for it puts the patch in
+
     def give_up_waiting(self) -> None:
         """Judge what waits for a module that this SGLang does not have at all: it will never come."""
         from gemma4_turbo.engine import fingerprints
@@ -420,7 +432,7 @@ class Engine:
         source_of = functools.cache(fingerprints.installed_source)  # patches share modules
         definitions = fingerprints.Definitions(source_of)
         for run in self.runs.values():
-            if run.state != states.WAITING or not run.ports:
+            if run.state != states.WAITING or not run.ports or not self.decision(run.patch)[0]:
                 continue
             if not fingerprints.any_there(run.ports, source_of):
                 state, reason = self.outlook(run.patch, definitions)

@@ -26,6 +26,9 @@ class Port(NamedTuple):
     # Modules of relies_on that SGLang imports only when it builds the model: not waited for, their
     # source is read from disk.
     lazy: tuple[str, ...] = ()
+    # Modules of targets that SGLang imports only where it reads the server's arguments, while the
+    # patch has work to do where a model is loaded, too: imported there before it is.
+    decides: tuple[str, ...] = ()
     # Functions that it does not call, or calls on something else than stock does: whoever has wrapped
     # one of them would be bypassed. Those of relies_on are looked at as well.
     goes_round: tuple[str, ...] = ()

@@ -215,6 +215,7 @@ def installed_by_default() -> list[str]:
     """The patches that a server on a CPU has; those of MTP's worker and of Triton's backend wait."""
     later = (
         "sglang.srt.speculative.frozen_kv_mtp_worker",
+        "sglang.srt.speculative.frozen_kv_mtp_worker_v2",
         "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner",
         "sglang.srt.layers.attention.triton_ops.decode_attention",
     )

@@ -114,12 +114,17 @@ def _half_imported_modules(call: Call) -> list[str]:
     return []
 
 
+def _what_decided_elsewhere(call: Call) -> list[str]:
+    call.engine.import_what_decides()
+    return []
+
+
 def _what_never_comes(call: Call) -> list[str]:
     call.engine.give_up_waiting()
     return []
 
 
-BEFORE_LOADING: list[Check] = [gates.hold, _half_imported_modules]
+BEFORE_LOADING: list[Check] = [gates.hold, _half_imported_modules, _what_decided_elsewhere]
 AFTER_LOADING: list[Check] = [_what_never_comes, gates.mistakes, gates.states_when_the_model_stands]
 
 

@@ -757,6 +757,7 @@ PORTS: dict[str, Port] = {
         written_for=RELEASES,
         # The server's arguments are read before any of it is imported.
         lazy=tuple(source.partition(":")[0] for source in _MM_GRAPH),
+        decides=("sglang.srt.arg_groups.cuda_graph_hook",),
         goes_round=_PREFILL_CALLS,
     ),
     "shared_kv_pool": Port(

@@ -40,7 +40,7 @@ def test_the_models_shapes():
     assert found["26b-a4b/sliding"] == ("26b-a4b/sliding", 16, 8, 256, 1024)
     assert found["26b-a4b/full"] == ("26b-a4b/full", 16, 2, 512, None)
     groups = {shape.heads // shape.kv_heads for shape in found.values()}
-    assert groups == {2, 4, 8}
+    assert groups == {2, 4, 8, 16}
 
 
 @pytest.mark.parametrize("dim", kernel.HEAD_DIMS)

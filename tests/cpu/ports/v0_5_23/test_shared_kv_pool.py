@@ -85,7 +85,7 @@ def text_model(config: Any) -> Any:
     kinds = config.hf_text_config.layer_types
     first = len(kinds) - int(config.hf_text_config.num_kv_shared_layers or 0)
     reads = [
-        index if index < first else max(i for i in range(first) if kinds[i] == kind)
+        index if index < first else max((i for i in range(first) if kinds[i] == kind), default=0)
         for index, kind in enumerate(kinds)
     ]
     vars(model)["layers"] = [
