@@ -233,7 +233,9 @@ def test_installed_in_the_scheduler(launch: Launch) -> None:
     assert told is not None
     assert told[1].split(", ") == installed_by_default()
     assert SPAWNED in server.output
-    server.line("Using KV cache dtype")  # load_model came back and its caller went on
+    server.line("Load weight end")
+    # load_model came back and its caller went on
+    server.line("Using KV cache dtype|KV cache|KV Cache|Memory pool end|max_total_num_tokens")
     assert server.output.count("installed: ") == 1
     assert "Traceback" not in server.output
 

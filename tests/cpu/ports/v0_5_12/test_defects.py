@@ -48,8 +48,9 @@ def found(row: Defect, *what: str) -> Defect:
 def test_every_defect_has_a_row() -> None:
     """Of its name, and its port says that it looks by itself."""
     for name in NAMES:
-        (port,) = ENGINE.runs[name].ports
-        assert port.finds_defect
+        ports = [port for port in ENGINE.runs[name].ports if not port.tells_only]
+        assert all(port.finds_defect for port in ENGINE.runs[name].ports)
+        (port,) = ports  # another line's tells that the defect is gone
         assert code_of(port) is getattr(defects, name)
 
 
