@@ -153,6 +153,7 @@ def test_every_patch_of_server_args_is_known_here() -> None:
     found = {
         run.patch.name
         for run in ENGINE.runs.values()
-        if any(target.startswith(late_arguments._CLASS) for target in run.targets)
+        for port in run.ports
+        if any(target.startswith(late_arguments._CLASS) for target in port.targets)
     }
     assert found == set(late_arguments._ACTS)
