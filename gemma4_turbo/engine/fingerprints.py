@@ -44,9 +44,8 @@ class Verdict(NamedTuple):
 
     state: str
     reason: str
-    port: Port | None = (
-        None  # that fits, where the state is ``active``, or says that it is needless
-    )
+    # That fits, where the state is ``active``, or says that the line has no use for the patch.
+    port: Port | None = None
 
 
 @cache

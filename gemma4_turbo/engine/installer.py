@@ -418,12 +418,12 @@ class Engine:
         from gemma4_turbo.engine import fingerprints
 
         for run in self.runs.values():
-            if run.state != states.WAITING or not self.decision(run.patch)[0]:
+            names = [name for port in run.ports for name in port.decides]
+            if not names or run.state != states.WAITING or not self.decision(run.patch)[0]:
                 continue
-            for port in run.ports:
-                for name in port.decides:
-                    if fingerprints.installed_source(name) is not None:
-                        importlib.import_module(name)  # the hook for it puts the patch in
+            for name in names:
+                if fingerprints.installed_source(name) is not None:
+                    importlib.import_module(name)  # the hook for it puts the patch in
 
     def give_up_waiting(self) -> None:
         """Judge what waits for a module that this SGLang does not have at all: it will never come."""

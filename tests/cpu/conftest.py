@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import itertools
 import json
 import os
@@ -52,13 +53,18 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     ledger.cache_clear()
 
 
+@functools.cache
+def recorded_states() -> dict[tuple[str, str], str]:
+    """By release and patch."""
+    with (REPOSITORY / "bench" / "results" / "releases.csv").open() as file:
+        return {(row["release"], row["patch"]): row["state"] for row in csv.DictReader(file)}
+
+
 def state_by_default(patch: Patch) -> str:
     """What the installed release's status says of a patch when no switch is set: as it is on record."""
     if not patch.default:
         return states.OFF
-    with (REPOSITORY / "bench" / "results" / "releases.csv").open() as file:
-        recorded = {(row["release"], row["patch"]): row["state"] for row in csv.DictReader(file)}
-    state = recorded[metadata.version("sglang"), patch.name]
+    state = recorded_states()[metadata.version("sglang"), patch.name]
     # None of the defects that patches look for by themselves is in a release.
     return states.UPSTREAMED if state == "looks" else state
 

@@ -23,10 +23,8 @@ RELEASE = metadata.version("sglang")
 ALONE = "decode_attention"
 """A patch that is active on every line and shares its target with no other."""
 
-SWITCH, TARGET = (
-    "GEMMA4_TURBO_DECODE_ATTENTION",
-    ("sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode"),
-)
+SWITCH = "GEMMA4_TURBO_DECODE_ATTENTION"
+TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode"
 OPTIONAL = {patch.env: "1" for patch in CATALOGUE if not patch.default}
 SWITCHED_ON = {patch.name: state_by_default(patch._replace(default=True)) for patch in CATALOGUE}
 REPLACED = {  # by the patches that are active when every one is switched on

@@ -41,9 +41,8 @@ class LateTargets:
         import wrapt
 
         self._replace(run)
-        for (
-            name
-        ) in self._occasions:  # at once for those that are there, also by half: nothing to do
+        # At once for those that are there, also by half: nothing to do then.
+        for name in self._occasions:
             wrapt.register_post_import_hook(self._on_import, name)
         self._run = run
 
