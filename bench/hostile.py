@@ -68,7 +68,9 @@ EXACT, HOSTILE, SQUATTED = "exact", "hostile folder", "taken folder"
 NEW_TOKENS = 32
 LENGTHS = (5, 17, 40, 130, 300, 700)  # of the prompts sent one at a time; longer than a chunk: 700
 BATCH = 6  # prompts sent together
-CROWDS = (0, 1, 2)  # prompts beside these, in the batches that show what stock's own batches change
+# Batch sizes that show what stock's own batches change. 2, 4 and 8 are graphs of three sizes, the others
+# run eagerly: batches that are padded to one size give the same bits and are one draw.
+CROWDS = (2, 4, 8, 12, 24)
 HEALTH, DOCTOR_LIMIT_S = 20, 120
 MEAN_DISTANCE = 0.02  # nats between logprobs on average that need no floor
 OTHER_USER = 1000
@@ -560,10 +562,13 @@ class TestedServer(ImageServer):
         little of the farthest: there are as many as `CROWDS`, one after another in the answer.
         """
         found = []
-        for fillers in CROWDS:
-            prompts = [short(20 + 30 * i, vocabulary, 2000 + i) for i in range(fillers)]
-            prompts += [short(length, vocabulary, length) for length in LENGTHS]
-            found += self.at_once(prompts)[fillers:]
+        for size in CROWDS:
+            for start in range(0, len(LENGTHS), size):
+                lengths = LENGTHS[start : start + size]
+                fillers = size - len(lengths)
+                prompts = [short(20 + 30 * i, vocabulary, 2000 + i) for i in range(fillers)]
+                prompts += [short(length, vocabulary, length) for length in lengths]
+                found += self.at_once(prompts)[fillers:]
         return found
 
     def at_once(self, prompts: list[list[int]]) -> list[dict[str, Any]]:

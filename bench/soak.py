@@ -151,28 +151,43 @@ class SoakedServer(ImageServer):
             raise RuntimeError(f"/update_weights_from_disk: {found}")
 
     def memory(self) -> dict[str, float]:
-        """MiB: of the GPU, all that is used on it; of all processes of the server, resident."""
+        """MiB: of the GPU, by each process of the server; resident, by all of them.
+
+        Where the driver names no process: all that is used on the GPU.
+        """
         family = [psutil.Process(self.process.pid)]
         family += family[0].children(recursive=True)
-        resident = 0
+        on_gpu, resident = gpu_memory_by_process(), 0
+        found: Counter[str] = Counter()
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 resident += process.memory_info().rss
-        return {"GPU": gpu_memory(), "resident": resident / 2**20}
+                if process.pid in on_gpu:
+                    found[f"GPU, {process.name()}"] += on_gpu[process.pid]
+        return {**(found or {"GPU": gpu_memory()}), "resident": resident / 2**20}
 
 
 def gpu_memory() -> float:
     """MiB in use on the first GPU that this process sees, by its driver."""
+    return asked_driver("--query-gpu=memory.used")[0][0]
+
+
+def gpu_memory_by_process() -> dict[int, float]:
+    """MiB that each process has on that GPU; empty where the driver does not tell."""
+    found = asked_driver("--query-compute-apps=pid,used_memory")
+    return {int(pid): mib for pid, mib in found}
+
+
+def asked_driver(question: str) -> list[list[float]]:
+    """Lines of numbers; one with anything else, as ``[N/A]``, is left out."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
-    command = [
-        "nvidia-smi",
-        "--query-gpu=memory.used",
-        "--format=csv,noheader,nounits",
-        "-i",
-        visible,
-    ]
+    command = ["nvidia-smi", question, "--format=csv,noheader,nounits", "-i", visible]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    return float(done.stdout.split()[0])
+    found = []
+    for line in done.stdout.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append([float(part) for part in line.split(",")])
+    return found
 
 
 # -- the soak -----------------------------------------------------------------------------------

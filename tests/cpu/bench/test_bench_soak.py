@@ -162,6 +162,33 @@ def test_the_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert "the KV pool was never full" in result.output
 
 
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("{0}, 1500\n1, 7\n", {"GPU, NAME": 1500.0}),
+        ("{0}, [N/A]\n", {"GPU": 2000.0}),
+        ("", {"GPU": 2000.0}),
+    ],
+)
+def test_memory_of_the_gpu_is_the_servers_own_where_the_driver_tells(
+    listed: str, expected: dict[str, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    driver = tmp_path / "nvidia-smi"
+    listed = listed.format(os.getpid())
+    (tmp_path / "listed").write_text(listed)
+    driver.write_text(
+        f"#!/bin/sh\ncase $1 in *apps*) cat {tmp_path}/listed;; *) echo 2000;; esac\n"
+    )
+    driver.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    server = soak.SoakedServer.__new__(soak.SoakedServer)
+    server.process = SimpleNamespace(pid=os.getpid())
+    found = server.memory()
+    assert found.pop("resident") > 0
+    own = soak.psutil.Process().name()
+    assert found == {name.replace("NAME", own): mib for name, mib in expected.items()}
+
+
 def test_requests_are_those_of_their_seed():
     for kind in soak.KINDS:
         one, other = (soak.request(kind, random.Random(3)) for _ in range(2))
