@@ -167,6 +167,34 @@ def test_missing_answers_tokens_and_numbers_are_wrong():
     assert hostile.compare([answer([1])], [answer([1], shift=float("nan"))], 0.1)[0].wrong == 1
 
 
+def test_the_floor_is_the_farthest_batch():
+    alone = [answer([1, 2]), answer([3, 4])]
+    near, far = (
+        [answer([1, 2]), answer([3, 4], shift=0.125)],
+        [answer([1, 2], shift=0.5), answer([3, 9])],
+    )
+    found = hostile.farthest(alone, [*alone, *near, *far], 0.1)
+    assert (found.distance, found.equal, found.bits) == (0.5, 3, False)
+    assert found.mean == hostile.compare(alone, far, 0.1)[0].mean > 0.125
+    assert found.wrong == hostile.compare(alone, far, 0.1)[0].wrong
+    assert hostile.farthest(alone, alone, 0.1).bits
+
+
+def test_the_batches_of_the_floor_are_those_of_other_graphs(monkeypatch):
+    sent = []
+
+    class Asked(hostile.TestedServer):
+        def __init__(self):
+            pass
+
+        def at_once(self, prompts):
+            sent.append(len(prompts))
+            return [len(prompt) for prompt in prompts]
+
+    assert Asked().crowds(1000) == list(hostile.LENGTHS) * len(hostile.CROWDS)
+    assert sent == [2, 2, 2, 4, 4, 8, 12, 24]
+
+
 def test_a_snapshot_sees_what_changed_and_opens_no_pipe(tmp_path: Path) -> None:
     folder, victim = tmp_path / "state", tmp_path / "victim"
     victim.write_text("mine")
