@@ -21,7 +21,7 @@ from bench.table_text import (
     short,
 )
 
-KEYS = ["model", "layers", "patches"]
+KEYS = ["sglang", "model", "layers", "patches"]
 SERVED = (
     "output throughput",
     "time to first token, median",
@@ -37,16 +37,17 @@ def read(path: Path) -> pd.DataFrame | None:
 
 
 def runs(frame: pd.DataFrame, *more: str) -> Iterator[tuple[list[str], pd.DataFrame]]:
-    """Model, patches and rows of each run, the newest one of a kind."""
+    """SGLang, model, patches and rows of each run, the newest one of a kind."""
     for _, run in frame.groupby([*KEYS, *more], sort=False):
         newest = newest_rows(run)
         yield named(newest), newest
 
 
 def named(run: pd.DataFrame) -> list[str]:
-    """Model and patches of a run."""
+    """SGLang, model and patches of a run."""
     first = run.iloc[0]
-    return [f"{first['model']}, {first['layers']} layers", chosen(first["patches"])]
+    model = f"{first['model']}, {first['layers']} layers"
+    return [str(first["sglang"]), model, chosen(first["patches"])]
 
 
 def yoco(results: Path) -> str | None:
@@ -70,7 +71,7 @@ def yoco(results: Path) -> str | None:
                 f"{far['stock vs patched']:.1e} ({own.iloc[0]:.1e})" if len(own) else "-",
             ]
         )
-    header = ["model", "patches", "ms", "tokens differing", "KL divergence, nats"]
+    header = ["SGLang", "model", "patches", "ms", "tokens differing", "KL divergence, nats"]
     return (
         f"{markdown(header, rows)}\n\nStock -> patched (ratio), random weights: `python bench/engine.py "
         "--prefill 30x7000+10 --unit-norms --no-prompt-logprobs`, with the KL divergence of the first token "
@@ -104,7 +105,7 @@ def short_prompts(results: Path) -> str | None:
         ]
         first = run.iloc[0]
         rows.append([*names, PIECEWISE[first["piecewise"]], short(first["gpu"]), *cells])
-    header = ["model", "patches", "piecewise graphs", "GPU"]
+    header = ["SGLang", "model", "patches", "piecewise graphs", "GPU"]
     header += [f"{count} x {length}, ms" for length, count in shapes]
     return (
         f"{markdown(header, rows)}\n\nStock -> patched (ratio), random weights, from the request to the "
@@ -162,7 +163,14 @@ def images(results: Path) -> str | None:
             for key in (("first token, alone", 1), ("first token, median", 16), ("all prompts", 16))
         ]
         rows.append([*names, *times, differing(counts, "logprob")])
-    header = ["model", "patches", "first token alone, ms", "median of 16, ms", "all 16, ms"]
+    header = [
+        "SGLang",
+        "model",
+        "patches",
+        "first token alone, ms",
+        "median of 16, ms",
+        "all 16, ms",
+    ]
     return (
         f"{markdown([*header, 'logprobs differing'], rows)}\n\n16 prompts with 6 images of 480 pixels "
         "each, over HTTP: `python bench/images.py`. Stock -> patched (ratio), the processor's time on "
@@ -186,7 +194,15 @@ def serving(results: Path) -> str | None:
             *names, short(run.iloc[0]["gpu"]), " / ".join(map(str, rounds)),
             *cells, change(*table.loc[SERVED[-1]], 1),
         ])  # fmt: skip
-    header = ["model", "patches", "GPU", "rounds", "output, tokens/s", "first token, median, ms"]
+    header = [
+        "SGLang",
+        "model",
+        "patches",
+        "GPU",
+        "rounds",
+        "output, tokens/s",
+        "first token, median, ms",
+    ]
     header += ["99th percentile, ms", "whole request, median, ms", "time per token, median, ms"]
     return (
         f"{markdown(header, rows)}\n\nThe real server, 80 prompts of 1024 tokens and 256 new ones, 8 "
@@ -203,7 +219,7 @@ DIVERGENCES = ("KL divergence", "KL divergence, decode")
 
 
 def distances(results: Path) -> list[tuple[list[str], pd.Series]]:
-    """Model and patches of each run, and its distances by pair and quantity."""
+    """SGLang, model and patches of each run, and its distances by pair and quantity."""
     frame = read(results / "divergence.csv")
     if frame is None:
         return []
@@ -242,7 +258,7 @@ def divergence(results: Path) -> str | None:
             *names, far(PATCHED), far(ALONE),
             ", ".join(cut) or "-", far(f"{exact} vs stock"), far(f"{exact} vs patched"),
         ])  # fmt: skip
-    header = ["model", "patches", "patched", "stock, one prompt at a time"]
+    header = ["SGLang", "model", "patches", "patched", "stock, one prompt at a time"]
     header += ["stock, chunks of so many tokens", "attention in fp32 from stock", "from patched"]
     frame = pd.read_csv(results / "divergence.csv")
     return (
@@ -270,7 +286,7 @@ def divergence_ratios(results: Path) -> str | None:
             for name in DIVERGENCES
         ]
         rows.append([*names, *cells[:2], (smallest or "-").removeprefix(CHUNKS), *cells[2:]])
-    header = ["model", "patches", "over stock one at a time, prompt", "decoding"]
+    header = ["SGLang", "model", "patches", "over stock one at a time, prompt", "decoding"]
     header += ["smallest chunks", "over stock in such chunks, prompt", "decoding"]
     frame = pd.read_csv(results / "divergence.csv")
     return (
@@ -308,6 +324,7 @@ def pools(results: Path) -> str | None:
         cells.append(f"{sums('common')} of {total['value'].sum():,.0f}")
         rows.append([*names, *cells])
     header = [
+        "SGLang",
         "model",
         "patch",
         "tokens, full layers",
@@ -334,7 +351,7 @@ def mtp(results: Path) -> str | None:
         table = medians(run)
         cells = []
         for size in (1, 8):
-            times = table.loc[("step", size), ["stock", "patched"]]
+            times = table.reindex([("step", size)])[["stock", "patched"]].iloc[0]
             cells.append(change(*times, 2) if times.notna().all() else "-")
         for how in ("alone", "in batches of 8"):
             pair = run[run["variant"] == f"stock {how} vs patched {how}"]
@@ -350,8 +367,8 @@ def mtp(results: Path) -> str | None:
         died = run[run["quantity"] == "stress: died"].set_index("variant")["value"]
         fates = [f"{v}: {'died' if died[v] else 'all answered'}" for v in died.index]
         cells += [", ".join(known), ", ".join(fates) or "-", parts]
-        rows.append([names[0], names[1], run.iloc[0]["weights"], *cells])
-    header = ["target", "patches", "weights", "a step, batch 1, ms", "batch 8, ms"]
+        rows.append([*names, run.iloc[0]["weights"], *cells])
+    header = ["SGLang", "target", "patches", "weights", "a step, batch 1, ms", "batch 8, ms"]
     header += [
         "tokens differing, alone",
         "in batches of 8",

@@ -49,6 +49,7 @@ def test_long_prompts_newest_run(tmp_path: Path):
     write(tmp_path / "yoco-engine.csv", timed(what, 30, 400, 100) + far + counts)
     assert cells(tables.yoco(tmp_path) or "") == [
         [
+            "1.0",
             "e2b, 35 layers",
             "`yoco`",
             "30 x 7000 and 10 tokens: 400 -> 100 (0.250)",
@@ -95,7 +96,7 @@ def test_divergence(tmp_path: Path):
                 rows.append((pair, f"{name}, standard error", 32, error * scale, "nats"))
     write(tmp_path / "divergence.csv", rows)
     (line,) = cells(tables.divergence(tmp_path) or "")
-    assert line[2:] == [
+    assert line[3:] == [
         "4.00 ± 0.10; 8.00 ± 0.20", "2.00; 4.00", "-", "-", "5.00 ± 0.20; 10.00 ± 0.40",
     ]  # fmt: skip
 
@@ -106,7 +107,7 @@ def test_divergence(tmp_path: Path):
             later.append((f"stock vs stock, chunks of {size}", name, 32, value, "nats"))
     write(tmp_path / "divergence.csv", later, "2026-03-04T00:00:00+00:00")
     (line,) = cells(tables.divergence(tmp_path) or "")
-    assert line[2:6] == [
+    assert line[3:7] == [
         "3.00 ± 0.10; 8.00 ± 0.20", "2.00; 4.00", "128: 6.00; 6.00, 256: 7.00; 7.00", "-",
     ]  # fmt: skip
 
@@ -124,8 +125,8 @@ def test_divergence_over_stocks_own(tmp_path: Path):
     write(tmp_path / "divergence.csv", rows)
     write(tmp_path / "divergence.csv", rows[:3], patches="router")
     first, other = cells(tables.divergence_ratios(tmp_path) or "")
-    assert first[1:] == ["`yoco`", "2.00", "-", "256", "0.80", "1.80"]
-    assert other[1:] == ["`router`", "2.00", "-", "-", "-", "-"]
+    assert first[2:] == ["`yoco`", "2.00", "-", "256", "0.80", "1.80"]
+    assert other[2:] == ["`router`", "2.00", "-", "-", "-", "-"]
 
 
 def test_short_prompts(tmp_path: Path):
@@ -134,7 +135,7 @@ def test_short_prompts(tmp_path: Path):
     write(tmp_path / "short-engine.csv", rows, piecewise="patched")
     write(tmp_path / "short-engine.csv", timed("prefill of 64", 1, 50, 45), piecewise="neither")
     text = tables.short_prompts(tmp_path) or ""
-    named = ["e2b, 35 layers", "`yoco`"]
+    named = ["1.0", "e2b, 35 layers", "`yoco`"]
     assert cells(text) == [
         [*named, "in the patched engine", "H9", "50.0 -> 10.0 (0.200)", "80.0 -> 60.0 (0.750)"],
         [*named, "none", "H9", "50.0 -> 45.0 (0.900)", "-"],
@@ -155,7 +156,7 @@ def test_the_server(tmp_path: Path):
     write(tmp_path / "serving.csv", again[:1], patches="all+yoco", round=2)
     (line,) = cells(tables.serving(tmp_path) or "")
     assert line == [
-        "e2b, 35 layers", "all, `yoco`", "H9", "3 / 2", "1000 -> 1500 (1.500)", "300 -> 110 (0.367)",
+        "1.0", "e2b, 35 layers", "all, `yoco`", "H9", "3 / 2", "1000 -> 1500 (1.500)", "300 -> 110 (0.367)",
         "400 -> 300 (0.750)", "8000 -> 6000 (0.750)", "20.0 -> 15.0 (0.750)",
     ]  # fmt: skip
 
@@ -172,7 +173,7 @@ def test_full_pools(tmp_path: Path):
     write(tmp_path / "pools.csv", rows, patches="swa_ratio")
     (line,) = cells(tables.pools(tmp_path) or "")
     assert line == [
-        "e2b, 35 layers", "`swa_ratio`", "100 -> 200 (2.000)", "80 -> 40 (0.500)", "0.50 -> 1.00",
+        "1.0", "e2b, 35 layers", "`swa_ratio`", "100 -> 200 (2.000)", "80 -> 40 (0.500)", "0.50 -> 1.00",
         "0.50 -> 1.00", "0 -> 7", "1000 -> 900 (0.900)", "60 -> 55 of 100",
     ]  # fmt: skip
 
@@ -194,9 +195,25 @@ def test_speculation(tmp_path: Path):
     write(tmp_path / "mtp-engine.csv", short, weights="agreeing 0.7", patches="mtp_chain")
     line, other = cells(tables.mtp(tmp_path) or "")
     assert line == [
-        "e2b, 35 layers", "`mtp_chain`", "random", "10.00 -> 5.00 (0.500)",
+        "1.0", "e2b, 35 layers", "`mtp_chain`", "random", "10.00 -> 5.00 (0.500)",
         "20.00 -> 15.00 (0.750)", "4 of 1,024", "-", "2.500, 2.500",
         "stock: died, patched: all answered", "0.25 + 0.25 + 0.25; 2.00 + 2.00 + 2.00",
     ]  # fmt: skip
-    assert other[3:6] == ["-", "20.00 -> 5.00 (0.250)", "4 of 1,024"]
+    assert other[4:7] == ["-", "20.00 -> 5.00 (0.250)", "4 of 1,024"]
     assert other[-2:] == ["-", "-"]
+
+
+def test_releases_stand_side_by_side_and_tokens_alone_are_a_row(tmp_path: Path):
+    name = "stock alone vs patched alone"
+    counts: list[Row] = [(name, "token_diffs", 16, 0, "count"), (name, "tokens", 16, 64, "count")]
+    rows = counts + timed("accept length, alone", 16, 2.5, 2.5, "tokens")
+    base = {"weights": "random", "patches": "mtp_chain"}
+    write(tmp_path / "mtp-engine.csv", rows + timed("step", 1, 10, 5), OLD, **base)
+    frame = pd.read_csv(tmp_path / "mtp-engine.csv")
+    later = frame[frame["quantity"] != "step"].assign(sglang="2.0", timestamp=NEW)
+    later.to_csv(tmp_path / "mtp-engine.csv", mode="a", header=False, index=False)
+    found = [[*line[:1], *line[4:7]] for line in cells(tables.mtp(tmp_path) or "")]
+    assert found == [
+        ["1.0", "10.00 -> 5.00 (0.500)", "-", "0 of 64"],
+        ["2.0", "-", "-", "0 of 64"],
+    ]
