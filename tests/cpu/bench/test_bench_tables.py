@@ -120,6 +120,20 @@ def test_the_headline_of_a_run_without_prefills(results):
     assert [line[-1] for line in cells(table)] == ["-"]
 
 
+def test_the_headline_has_the_prefill_that_all_have(results):
+    path = results / "decode-a-engine.csv"
+    engine_csv(path, patches="all")
+    frame = pd.read_csv(path)
+    longer = frame[frame["quantity"].str.startswith("prefill")].assign(quantity="prefill of 7000")
+    pd.concat([frame, longer.assign(x=30)]).to_csv(path, index=False)
+    table = tables.headline()
+    assert table is not None
+    assert [line[-1].split(":")[0] for line in cells(table)] == ["8 x 4096"]
+    longer.to_csv(path, index=False)
+    pd.concat([pd.read_csv(path), frame[frame["quantity"] == "decode step"]]).to_csv(path)
+    assert [line[-1].split(":")[0] for line in cells(tables.headline() or "")] == ["8 x 7000"]
+
+
 def test_engines_of_several_files(results):
     engine_csv(results / "decode-a-engine.csv")
     changed: dict[str, Any] = {"patches": "router+moe_align", "tp": 2, "norms": "cute", "layers": 6}
