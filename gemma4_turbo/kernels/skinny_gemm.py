@@ -207,7 +207,11 @@ FEW_ROWS = 16
 
 
 def choose(
-    shape: tuple[int, ...], epilogue: Epilogue, processors: int, rows: int = FEW_ROWS
+    shape: tuple[int, ...],
+    epilogue: Epilogue,
+    processors: int,
+    rows: int = FEW_ROWS,
+    shared_memory: int = 227 * 1024,
 ) -> Config:
     """A cut for a weight of this shape ``(N, K)``: what was best over the models' layers, as a rule.
 
@@ -216,6 +220,7 @@ def choose(
         epilogue: what happens to the sums.
         processors: of the GPU.
         rows: M. The number of `tiles` does not depend on it.
+        shared_memory: bytes that a CTA may have; what is not there are stages.
     """
     width = shape[0] // (2 if epilogue == Epilogue.GELU_AND_MUL else 1)
     depth = shape[1]
@@ -227,6 +232,10 @@ def choose(
         stages = 3
         if rows > FEW_ROWS:  # more rows of x need shared memory, of which the weight has two tiles
             block_k, stages = 64, 4
+    halves = 2 if epilogue == Epilogue.GELU_AND_MUL else 1
+    tile = FEW_ROWS if rows <= FEW_ROWS else MAX_ROWS
+    stage = 2 * block_k * (halves * block_n + tile)  # of the weight and of x, two bytes each
+    stages = max(2, min(stages, shared_memory // stage))
     return Config(block_n, block_k, max(1, min(split, depth // block_k)), stages)
 
 

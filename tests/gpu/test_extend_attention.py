@@ -265,6 +265,27 @@ def test_other_tiles_give_the_same(head_dim, tiles):
         assert relative_error(out[: batch.rows], exact[: batch.rows]) < 5e-3
 
 
+# What GPUs with less shared memory than this one get, in what they are for.
+@pytest.mark.parametrize("mask", ["", "image"])
+@pytest.mark.parametrize("head_dim", [128, 256, 512])
+@pytest.mark.parametrize("table", [config.DENSE_163K, config.DENSE_99K], ids=["163K", "99K"])
+def test_tiles_for_less_memory(table, head_dim, mask, monkeypatch):
+    monkeypatch.setattr(config, "dense_of", lambda gpu: table)
+    monkeypatch.setattr(config, "split_of", lambda gpu: config.SPLIT_ELSEWHERE)
+    generator = torch.Generator("cuda").manual_seed(17)
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": head_dim, "dtype": torch.bfloat16}
+    for lengths, prefixes in (([300, 1, 70], [0, 200, 33]), ([4, 3], [900, 0])):
+        batch = make(generator, lengths, prefixes, mask=mask, **shape)
+        got = kernel.extend_attention(
+            *batch.positional,
+            max(lengths),
+            **batch.keywords,
+            out=torch.empty_like(batch.positional[0]),
+        )
+        exact = kernel.reference_extend_attention(*batch.positional, **batch.keywords)
+        assert relative_error(got[: batch.rows], exact[: batch.rows]) < 5e-3
+
+
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize(("head_dim", "window"), [(256, 300), (512, -1)])
 def test_a_captured_call_follows_its_lengths(head_dim, window, few):

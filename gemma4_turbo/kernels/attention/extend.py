@@ -44,6 +44,7 @@ from gemma4_turbo.kernels.attention.extend_triton import (
     _intervals_kernel,
     _split_kernel,
 )
+from gemma4_turbo.kernels.gpu import gpu
 
 HEAD_DIMS = (128, 256, 512)
 INTERPRETED = not isinstance(_dense_kernel, triton.JITFunction)
@@ -285,16 +286,18 @@ def launch_extend(
         "CUSTOM_PREFIX": custom and not skip_prefix_custom_mask,
         "CUT": mask_query_block if custom and is_causal else 0,
     }
+    here = gpu(q.device)
+    table, splits = config.dense_of(here), config.split_of(here)
     prefix = kv_indices.shape[0] > 0
     few = prefix and max_extend_len <= config.SPLIT_TOKENS
     if split is not None or (few and dense is None):
         _launch_split(
-            split or config.SPLIT[head_dim], q, k, v, out, pointers, shared, batch, max_extend_len
+            split or splits[head_dim], q, k, v, out, pointers, shared, batch, max_extend_len
         )
         return out
     unused = qo_indptr, qo_indptr
     if not custom or shared["CUSTOM_PREFIX"]:
-        tile = dense or config.DENSE[head_dim, custom]
+        tile = dense or table[head_dim, custom]
         _launch_dense(tile, q, k, v, out, (*pointers, *unused), shared, batch, prefix, 0)
         return out
     # Each query of a prompt with pictures sees the keys up to itself or to its picture's end. Whether
@@ -317,9 +320,9 @@ def launch_extend(
     )
     pointers = *pointers, high, others
     intervals = shared | {"CUSTOM": False}
-    tile = dense or config.DENSE[head_dim, False]
+    tile = dense or table[head_dim, False]
     _launch_dense(tile, q, k, v, out, pointers, intervals, batch, prefix, 1)
-    tile = dense or config.DENSE[head_dim, True]
+    tile = dense or table[head_dim, True]
     _launch_dense(tile, q, k, v, out, pointers, shared, batch, prefix, 2)
     return out
 

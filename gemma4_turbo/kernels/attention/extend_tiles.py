@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from gemma4_turbo.kernels.gpu import Gpu
+
 
 class Dense(NamedTuple):
     """Many queries per sequence: `extend_triton._dense_kernel`."""
@@ -33,7 +35,7 @@ class Split(NamedTuple):
 
 MAX_SPLITS = 64
 
-# By head size and whether there is a custom mask, whose loads need registers.
+# By head size and whether there is a custom mask, whose loads need registers. Measured on Hopper.
 DENSE: dict[tuple[int, bool], Dense] = {
     (128, False): Dense(128, 64, 8, 1, 1, 8, 3, 3),
     (128, True): Dense(128, 32, 8, 1, 1, 8, 2, 3),
@@ -42,10 +44,51 @@ DENSE: dict[tuple[int, bool], Dense] = {
     (512, False): Dense(128, 32, 16, 2, 2, 8, 3, 3, True),
     (512, True): Dense(64, 32, 16, 1, 1, 8, 2, 3),
 }
+# For less memory, compiled and not measured: they fit, and no thread spills more than 16 bytes.
+DENSE_163K: dict[tuple[int, bool], Dense] = {
+    (128, False): Dense(128, 64, 8, 1, 1, 8, 2, 2),
+    (128, True): Dense(64, 32, 8, 1, 1, 8, 2, 2),
+    (256, False): Dense(64, 64, 8, 1, 1, 8, 2, 2),
+    (256, True): Dense(64, 32, 8, 1, 1, 8, 2, 2),
+    (512, False): Dense(64, 32, 16, 2, 2, 8, 2, 2),
+    (512, True): Dense(64, 32, 16, 2, 2, 8, 2, 2),
+}
+DENSE_99K: dict[tuple[int, bool], Dense] = {
+    (128, False): Dense(64, 32, 8, 1, 1, 4, 2, 2),
+    (128, True): Dense(64, 32, 8, 1, 1, 8, 2, 2),
+    (256, False): Dense(64, 32, 8, 1, 1, 8, 2, 2),
+    (256, True): Dense(64, 32, 8, 1, 1, 8, 2, 2),
+    (512, False): Dense(64, 16, 16, 1, 1, 8, 2, 2),
+    (512, True): Dense(32, 16, 16, 1, 1, 4, 2, 2),
+}
+
+
+def dense_of(gpu: Gpu) -> dict[tuple[int, bool], Dense]:
+    """The tiles for a GPU.
+
+    One with tensor memory (compute capability 10.0) has Hopper's shared memory, and a tile takes more of
+    it there: 279 KB for heads of 512.
+    """
+    if gpu.capability[0] == 9:
+        return DENSE
+    return DENSE_163K if gpu.shared_memory >= 163 * 1024 else DENSE_99K
+
+
 SPLIT: dict[int, Split] = {
     128: Split(64, 32, 16, 4, 3, 4, 3),
     256: Split(32, 32, 16, 4, 3, 4, 1),
     512: Split(32, 16, 16, 4, 3, 8, 1),
 }
+SPLIT_ELSEWHERE: dict[int, Split] = {
+    **SPLIT,
+    512: Split(32, 16, 16, 8, 3, 8, 1),  # four warps would spill 150 bytes of a thread
+}
+
+
+def split_of(gpu: Gpu) -> dict[int, Split]:
+    """As `dense_of`."""
+    return SPLIT if gpu.capability[0] == 9 else SPLIT_ELSEWHERE
+
+
 # Extends of at most so many tokens per sequence are split over their keys.
 SPLIT_TOKENS = 16

@@ -5,6 +5,7 @@ Without the patch every function here makes stock's calls.
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from gemma4_turbo.fusions import skinny_gemm
 from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
 from gemma4_turbo.kernels import skinny_gemm as kernel
+from gemma4_turbo.kernels.gpu import gpu
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
 from gemma4_turbo.ports.any import sglang_types
 from gemma4_turbo.runtime.custom_ops import capturing
@@ -36,9 +38,15 @@ class LinearSite(Site):
         if self.skinny_gemm is UNPROVEN:  # a quantised layer may have no weight at all
             weight = module.weight
             key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
-            cut = weight.shape, epilogue, _processors(weight.device)
-            self.few = kernel.choose(*cut)
-            self.many = kernel.choose(*cut, rows=kernel.MAX_ROWS)
+            here = gpu(weight.device)
+            choose = functools.partial(
+                kernel.choose,
+                weight.shape,
+                epilogue,
+                here.processors,
+                shared_memory=here.shared_memory,
+            )
+            self.few, self.many = choose(), choose(rows=kernel.MAX_ROWS)
         super().__init__(key, None)
         self.cover(NAME, module)
         parts = [(module, name) for name in ("quant_method", "weight", "bias")]
@@ -46,12 +54,6 @@ class LinearSite(Site):
         # Zeros that a launch leaves as zeros; one of its own for each layer, as layers of two
         # streams may run at the same time. Never made while a CUDA graph is captured.
         self.arrived: torch.Tensor | None = None
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _module_unfit(module: Linear) -> str | None:

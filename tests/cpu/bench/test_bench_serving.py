@@ -90,9 +90,10 @@ class Answers(BaseHTTPRequestHandler):
         self.send("text/event-stream", "".join(f"data: {json.dumps(x)}\n\n" for x in told))
 
 
-@pytest.fixture
-def client(tmp_path: Path):
-    found = load_client.LoadClient(serving.environment(tmp_path))
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """One process: it imports SGLang's load generator once."""
+    found = load_client.LoadClient(serving.environment(tmp_path_factory.mktemp("client")))
     yield found
     found.stop()
 
@@ -131,11 +132,13 @@ def test_a_server_that_is_not_there_is_told(client, tmp_path: Path):
         client.run([*arguments, "--ready-check-timeout-sec", "1"])
 
 
-def test_a_process_that_ended_is_told(client):
+def test_a_process_that_ended_is_told(tmp_path: Path):
+    client = load_client.LoadClient(serving.environment(tmp_path))
     client.process.kill()
     client.process.wait()
     with pytest.raises(RuntimeError, match="the load's process ended with status -9"):
         client.run([])
+    client.stop()
 
 
 @pytest.fixture

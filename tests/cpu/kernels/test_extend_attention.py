@@ -9,6 +9,7 @@ import torch
 
 from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.kernels.attention import extend_tiles as config
+from gemma4_turbo.kernels.gpu import Gpu
 from tests.extend_inputs import POISON, Batch, make, relative_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")
@@ -17,6 +18,7 @@ SMALL = config.Dense(32, 16, 4, 1, 1, 4, 2, 3)
 HALVES = config.Dense(16, 32, 2, 2, 2, 4, 2, 3)
 REGISTERS = HALVES._replace(q_in_registers=True)
 FEW = config.Split(16, 16, 16, 4, 2, 1, 3)
+TABLES = (config.DENSE, config.DENSE_163K, config.DENSE_99K)
 
 
 def check(
@@ -232,12 +234,38 @@ def test_the_wrapper_allocates_its_output():
 
 def test_tables_fit_the_kernels():
     """Tile sizes that the kernels can work with, for every head size."""
-    for (head_dim, _), tile in config.DENSE.items():
-        assert head_dim in kernel.HEAD_DIMS
-        assert tile.block_m % tile.pack == 0
-        assert head_dim % (tile.value_blocks * tile.chunks) == 0
-        assert tile.chunks == 2 or not tile.q_in_registers
-    assert set(config.SPLIT) == set(kernel.HEAD_DIMS)
+    for table in TABLES:
+        assert set(table) == set(config.DENSE)
+        for (head_dim, _), tile in table.items():
+            assert head_dim in kernel.HEAD_DIMS
+            assert tile.block_m % tile.pack == 0
+            assert head_dim % (tile.value_blocks * tile.chunks) == 0
+            assert tile.chunks == 2 or not tile.q_in_registers
+    assert set(config.SPLIT) == set(config.SPLIT_ELSEWHERE) == set(kernel.HEAD_DIMS)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "table"),
+    [
+        (Gpu((9, 0), 132, 232448), config.DENSE),
+        (Gpu((10, 0), 148, 232448), config.DENSE_163K),
+        (Gpu((8, 0), 108, 166912), config.DENSE_163K),
+        (Gpu((8, 9), 142, 101376), config.DENSE_99K),
+        (Gpu((12, 0), 170, 101376), config.DENSE_99K),
+    ],
+)
+def test_the_table_of_a_gpu(gpu, table):
+    assert config.dense_of(gpu) is table
+    assert (config.split_of(gpu) is config.SPLIT) == (table is config.DENSE)
+
+
+# Heads of 512 with a mask have the smallest tiles, heads of 256 without one are the most common.
+@pytest.mark.parametrize(("head_dim", "mask"), [(256, ""), (512, "image")])
+@pytest.mark.parametrize("table", [config.DENSE_163K, config.DENSE_99K], ids=["163K", "99K"])
+def test_tiles_for_less_memory(head_dim, mask, table, monkeypatch):
+    monkeypatch.setattr(config, "dense_of", lambda gpu: table)
+    generator = torch.Generator().manual_seed(head_dim)
+    check(make(generator, [70, 1], [33, 0], head_dim=head_dim, mask=mask))
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,17 @@ def test_every_layer_gets_a_cut_that_the_kernel_takes(processors):
             assert tiles * config.split <= 1.5 * processors, case
 
 
+@pytest.mark.parametrize("kib", [99, 163])
+def test_stages_fit_less_shared_memory(kib):
+    for (n, k), epilogue, rows in itertools.product(LAYERS, Epilogue, (16, 64)):
+        config = kernel.choose((n, k), epilogue, 108, rows, kib * 1024)
+        halves = 2 if epilogue == Epilogue.GELU_AND_MUL else 1
+        held = config.stages * (config.block_n * halves + rows) * config.block_k * 2
+        assert held <= kib * 1024, (n, k, epilogue.name, rows)
+        most = kernel.choose((n, k), epilogue, 108, rows)
+        assert config == most._replace(stages=config.stages), (n, k, epilogue.name, rows)
+
+
 DECLINED: list[tuple[str, dict[str, Any]]] = [
     ("weight", {"weight": torch.ones(64, 256)}),
     ("weight", {"weight": torch.ones(64, 200, dtype=torch.bfloat16)}),
