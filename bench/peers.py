@@ -187,14 +187,15 @@ class Run:
         except (ValueError, TypeError, KeyError) as error:
             raise PeerError(f"no figures: {error}") from None
         patches = worker({"do": "report"}, limit)
+        broken = patches.get("failed", [])
         where = place | {
             "workload": workload.name,
             "requests": len(asked),
-            "patches": "+".join(patches.get("engaged", [])),
+            "patches": "+".join(n for n in patches.get("engaged", []) if n not in broken),
         }
         self.rows.add(worker.peer, about, where, found)
-        if patches.get("failed"):
-            console.print(f"{worker.peer.name}: failed patches: {patches['failed']}", style="red")
+        if broken:
+            console.print(f"{worker.peer.name}: failed patches: {', '.join(broken)}", style="red")
         text = ", ".join(f"{name} {value:.1f} {unit}" for name, value, unit in found)
         console.print(f"{worker.peer.name}, {workload.name}: {text}", markup=False)
 

@@ -133,15 +133,16 @@ class Worker:
         self.peer, self.log = peer, log
         log.unlink(missing_ok=True)
         given = {"kind": peer.kind, "arguments": arguments, "renamed": RENAMED}
-        self.process = subprocess.Popen(
-            [peer.python, str(self.script), str(log), json.dumps(given)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log.open("ab"),
-            text=True,
-            env=environment(peer),
-            start_new_session=True,
-        )
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [peer.python, str(self.script), str(log), json.dumps(given)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+                env=environment(peer),
+                start_new_session=True,
+            )
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 

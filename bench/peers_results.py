@@ -197,7 +197,7 @@ def lines(found: pd.DataFrame) -> list[list[str]]:
     for _, line in found.iterrows():
         names = [line["setting"], line["workload"], line["engine"]]
         if DURATION not in line or pd.isna(line[DURATION]):
-            told.append([*names, str(line["reason"]), *[""] * (len(HEADER) - 4)])
+            told.append([*names, str(line["reason"]).replace("|", "/"), *[""] * (len(HEADER) - 4)])
             continue
         times = ratio(found, line, DURATION)
         cells = [f"{line[DURATION]:.2f}", "-" if times is None else f"{times:.3f}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -25,6 +26,7 @@ from bench import (  # noqa: E402
     peers_serving,
     peers_worker,
     peers_workloads,
+    tables_peers,
 )
 from tests.cpu.conftest import REPOSITORY  # noqa: E402
 
@@ -256,6 +258,18 @@ def test_a_run(stand_ins: Path, small: None, tmp_path: Path, capsys: pytest.Capt
     assert given["stock"]["model_path"] == "26b-a4b-text-sglang"
     assert out.with_suffix(".png").stat().st_size > 5000
     assert "to the best other" in capsys.readouterr().out
+    # The page and README have it.
+    assert tables_peers.peers(tmp_path) is tables_peers.plot(tmp_path) is None
+    shutil.copy(out, tmp_path / tables_peers.CSV)
+    assert tables_peers.plot(tmp_path) is None
+    shutil.copy(out.with_suffix(".png"), tmp_path / tables_peers.PLOT)
+    assert "(bench/results/peers.png)" in str(tables_peers.plot(tmp_path))
+    page = str(tables_peers.peers(tmp_path))
+    assert page.count("\n| own defaults | A | ") == page.count("\n| same chunk | B | ") == 2
+    assert "| stock | SGLang 9.9.9 | " in page
+    assert "`attention_backend=fa4`, `chunked_prefill_size=77`" in page
+    assert "Medians of 2 rounds" in page
+    assert page.endswith("NVIDIA H9, 2026-01-01.")
     # Nothing is measured twice.
     assert len(run(out, engines, "A,B", settings="defaults,chunk", resume=True)) == len(frame)
 
