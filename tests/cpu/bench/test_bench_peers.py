@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -32,7 +32,7 @@ from tests.cpu.conftest import REPOSITORY  # noqa: E402
 
 FILES = {
     "sglang/__init__.py": """
-        import asyncio, os, time
+        import asyncio, os, subprocess, time
         __version__ = "9.9.9"
         class Engine:
             def __init__(self, **given):
@@ -42,6 +42,7 @@ FILES = {
                 if mode == "no graphs" and not given.get("disable_prefill_cuda_graph"):
                     print("Exception: duplicate attention layer_id", flush=True); os._exit(9)
                 if mode == "silent":
+                    subprocess.Popen(["sleep", "600"])
                     time.sleep(600)
                 self.given, self.mode, self.calls = given, mode, 0
                 self.loop = asyncio.new_event_loop()
@@ -205,11 +206,13 @@ def run(out: Path, engines: list[str], workloads: str, **more: Any) -> pd.DataFr
 
 
 def alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    """Whether a process of the group runs; one that ended may wait for its parent."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, of_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(of_group) == group and state != "Z":
+                return True
+    return False
 
 
 # -- a run ----------------------------------------------------------------------------------------
@@ -355,12 +358,25 @@ def test_engines_that_fail_are_rows_that_say_why(stand_ins: Path, small: None, t
     assert ["own defaults", "A", "none", why["none"][0]] in [line[:4] for line in told]
 
 
-def test_an_engine_that_never_answers(stand_ins: Path, small: None, tmp_path: Path):
+def test_an_engine_that_never_answers(
+    stand_ins: Path, small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It is ended, with what it started."""
+    groups: list[int] = []
+
+    class Recorded(peers_engine.Worker):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            groups.append(self.process.pid)
+
+    monkeypatch.setattr(peers, "Worker", Recorded)
     begun = time.monotonic()
     engines = [of(stand_ins, "silent", "sglang", "STAND_IN=silent")]
     frame = run(tmp_path / "out.csv", engines, "A", rounds=2, start_limit=1.0)
     assert frame["reason"].tolist() == ["did not start: no answer in 1 s"]
-    assert time.monotonic() - begun < 15
+    assert time.monotonic() - begun < 30
+    assert len(groups) == 1
+    assert not alive(groups[0])
 
 
 def test_stock_that_cannot_record_graphs_starts_without(
