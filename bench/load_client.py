@@ -20,11 +20,11 @@ MODULE = "sglang.bench_serving"
 
 
 class LoadClient:
-    """The other end: a process of this file, for as many runs as asked."""
+    """The other end: a process of this file, for as many runs as asked, in an environment with SGLang."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    def __init__(self, environment: dict[str, str], python: str = sys.executable) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [python, __file__],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

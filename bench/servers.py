@@ -38,6 +38,9 @@ class Server:
         gpu: the one that it sees; empty: those that this process sees.
     """
 
+    health = "/health_generate"
+    start_limit_s: float = START_LIMIT_S
+
     def __init__(
         self,
         variant: str,
@@ -68,9 +71,12 @@ class Server:
         command = [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port)]
         # Of servers that start at the same time two can find the same port free, long before they take it.
         command += ["--nccl-port", str(free_port())]
-        with log.open("ab") as output:
+        self._start([*command, *arguments], environment)
+
+    def _start(self, command: list[str], environment: dict[str, str]) -> None:
+        with self.log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*command, *arguments],
+                command,
                 env=environment,
                 stdout=output,
                 stderr=output,
@@ -80,11 +86,11 @@ class Server:
 
     def wait_ready(self) -> float:
         """Seconds until the server, warmed up by SGLang itself, answered."""
-        while time.perf_counter() - self.started < START_LIMIT_S:
+        while time.perf_counter() - self.started < self.start_limit_s:
             if self.process.poll() is not None:
                 break
             with contextlib.suppress(urllib.error.URLError, OSError):
-                address = f"http://127.0.0.1:{self.port}/health_generate"
+                address = f"http://127.0.0.1:{self.port}{self.health}"
                 with urllib.request.urlopen(address, timeout=10) as answer:
                     if answer.status == 200:
                         return time.perf_counter() - self.started

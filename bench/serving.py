@@ -46,8 +46,10 @@ MEASURED = (
 )
 
 
-def load_arguments(port: int, tokenizer: Path, requests: dict[str, Any], out: Path) -> list[str]:
-    """Of one run of ``sglang.bench_serving``; ``requests`` are its options."""
+def load_arguments(
+    port: int, tokenizer: Path, requests: dict[str, Any], out: Path, text: bool = False
+) -> list[str]:
+    """Of one run of ``sglang.bench_serving``; ``requests`` are its options, ``text`` are its prompts."""
     options = {
         "backend": "sglang",
         "host": "127.0.0.1",
@@ -59,7 +61,7 @@ def load_arguments(port: int, tokenizer: Path, requests: dict[str, Any], out: Pa
         "output-file": out,
         **requests,
     }
-    flags = ["--tokenize-prompt", "--disable-tqdm"]
+    flags = ["--disable-tqdm"] if text else ["--tokenize-prompt", "--disable-tqdm"]
     pairs = [text for name, value in options.items() for text in (f"--{name}", str(value))]
     return [*pairs, *flags]
 
@@ -67,15 +69,21 @@ def load_arguments(port: int, tokenizer: Path, requests: dict[str, Any], out: Pa
 def environment(scratch: Path) -> dict[str, str]:
     """For bench_serving, which imports the package of data sets that this workload does not use."""
     found = dict(os.environ)
-    if importlib.util.find_spec("datasets") is None:
-        stand_in = scratch / "stand_in"
-        stand_in.mkdir(exist_ok=True)
-        (stand_in / "datasets.py").write_text("load_dataset = None\n")
-        found["PYTHONPATH"] = os.pathsep.join([str(stand_in), found.get("PYTHONPATH", "")])
-    return found
+    return with_stand_in(found, scratch) if importlib.util.find_spec("datasets") is None else found
 
 
-def measured(line: str, prompts: int) -> list[tuple[str, float, str]]:
+def with_stand_in(environment: dict[str, str], scratch: Path) -> dict[str, str]:
+    """Variables with which that package is found."""
+    stand_in = scratch / "stand_in"
+    stand_in.mkdir(exist_ok=True)
+    (stand_in / "datasets.py").write_text("load_dataset = None\n")
+    path = os.pathsep.join([str(stand_in), environment.get("PYTHONPATH", "")])
+    return environment | {"PYTHONPATH": path}
+
+
+def measured(
+    line: str, prompts: int, wanted: tuple[tuple[str, str, str], ...] = MEASURED
+) -> list[tuple[str, float, str]]:
     """Name, value and unit of what one line of bench_serving's output file says.
 
     Raises:
@@ -84,10 +92,10 @@ def measured(line: str, prompts: int) -> list[tuple[str, float, str]]:
     found = json.loads(line)
     if found.get("completed") != prompts:
         raise ValueError(f"{found.get('completed')} of {prompts} requests were completed")
-    missing = [name for name, _, _ in MEASURED if name not in found]
+    missing = [name for name, _, _ in wanted if name not in found]
     if missing:
         raise ValueError(f"bench_serving does not tell {', '.join(missing)}")
-    return [(label, float(found[name]), unit) for name, label, unit in MEASURED]
+    return [(label, float(found[name]), unit) for name, label, unit in wanted]
 
 
 def placed(gpus: str) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """For benchmark engines: a wider range of random weights, the same in stock and patched processes.
 
-SGLang's ``load_format="dummy"`` draws from +-1e-3, which sends nearly all tokens to few experts and
+SGLang's and vLLM's ``load_format="dummy"`` draw from +-1e-3, which sends nearly all tokens to few experts and
 flatters decoding. ``BENCH_WEIGHT_RANGE`` is used instead. ``BENCH_PATCHED=1`` also registers the
-patches; without it nothing of gemma4_turbo is imported here.
+patches; without it nothing of gemma4_turbo is imported here, nor wrapt where there is none.
 
 ``BENCH_POOL_GIB`` is the memory for KV, whatever else lies on the GPU: pools of one size, run after run.
 
@@ -24,7 +24,10 @@ For ``mtp.py``: ``BENCH_AGREEING=FRACTION:SEED:WIDTH`` makes target and assistan
 
 import os
 
-import wrapt
+try:
+    from wrapt import register_post_import_hook
+except ImportError:  # another engine's environment
+    from after_import import register_post_import_hook
 
 
 def _widen(loader):
@@ -46,6 +49,36 @@ def _widen(loader):
             _keep(model, os.environ["BENCH_CHECKPOINT"])
 
     loader.initialize_dummy_weights = initialize_dummy_weights
+
+
+NARROW = 1.1e-3  # what vLLM draws by itself lies below
+
+
+def _widen_vllm(utils):
+    """Of each function that draws; the older one has bounds, in others they are fixed."""
+    import inspect
+
+    bound = float(os.environ.get("BENCH_WEIGHT_RANGE", "3e-2"))
+
+    def widened(draw):
+        signature = inspect.signature(draw)
+        bounds = {"low", "high"} <= set(signature.parameters)
+
+        def drawn(what, *args, **kwargs):
+            given = signature.bind(what, *args, **kwargs)
+            if bounds:
+                given.arguments |= {"low": -bound, "high": bound}
+                return draw(*given.args, **given.kwargs)
+            draw(*given.args, **given.kwargs)
+            for tensor in what.state_dict().values() if hasattr(what, "state_dict") else [what]:
+                if tensor.is_floating_point() and tensor.numel() and tensor.abs().max() < NARROW:
+                    tensor.data.mul_(bound / 1e-3)
+
+        return drawn
+
+    for name in ("initialize_dummy_weights", "initialize_single_dummy_weight"):
+        if hasattr(utils, name):
+            setattr(utils, name, widened(getattr(utils, name)))
 
 
 def _let_images_through(name, tensor):
@@ -160,21 +193,22 @@ def _exact_attention(module):
 
 
 if "BENCH_PATCHED" in os.environ:
-    wrapt.register_post_import_hook(_widen, "sglang.srt.model_loader.loader")
+    register_post_import_hook(_widen, "sglang.srt.model_loader.loader")
+    register_post_import_hook(_widen_vllm, "vllm.model_executor.model_loader.weight_utils")
     if os.environ.get("BENCH_POOL_GIB"):
         for module in (
             "sglang.srt.model_executor.model_runner_kv_cache_mixin",
             "sglang.srt.mem_cache.kv_cache_configurator",
         ):
-            wrapt.register_post_import_hook(_size_pools, module)
+            register_post_import_hook(_size_pools, module)
     if os.environ.get("BENCH_RANGES") == "1":
         worker = "sglang.srt.speculative.frozen_kv_mtp_worker"
-        wrapt.register_post_import_hook(_name_parts, worker)
-        wrapt.register_post_import_hook(_name_parts_ahead, f"{worker}_v2")
+        register_post_import_hook(_name_parts, worker)
+        register_post_import_hook(_name_parts_ahead, f"{worker}_v2")
     if os.environ.get("BENCH_EXACT_ATTENTION") == "1":
         for kernel in ("extend_attention", "decode_attention"):
             for package in ("sglang.srt.layers.attention.triton_ops", "sglang.kernels.ops.attention"):
-                wrapt.register_post_import_hook(_exact_attention, f"{package}.{kernel}")
+                register_post_import_hook(_exact_attention, f"{package}.{kernel}")
     if os.environ["BENCH_PATCHED"] == "1":
         import gemma4_turbo
 
