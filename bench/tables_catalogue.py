@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Vision",
         (
             *("vision_batch", "vision_positions", "vision_clamps", "vision_masks"),
-            *("vision_syncs", "vision_rope"),
+            *("vision_syncs", "vision_rope", "picture_memory"),
         ),
     ),
     "speculation": (

@@ -175,6 +175,12 @@ PATCHES: tuple[Patch, ...] = (
         default=True,
     ),
     Patch(
+        name="picture_memory",
+        summary="Memory fix: nothing of a request's pictures stays in a CUDA memory pool that was given up",
+        numerics=BITWISE,
+        default=True,
+    ),
+    Patch(
         name="optional_kv",
         summary="Prefill CUDA graphs for text-only E2B and E4B, with which stock fails to start",
         numerics=BEHAVIOUR,

@@ -26,6 +26,11 @@ ENDS = (
     "--cuda-graph-backend-prefill {} with a Gemma 4 that takes pictures ends the server as it starts "
     f"({ONLY_ONE}): leave the option out; mm_prefill_graph, switched on, records breakable graphs"
 )
+TOKENIZERS = (
+    "--tokenizer-worker-num {}: the workers would be stock, and each keeps 2 MiB of GPU memory for every "
+    "request with pictures: SGLang starts them without its plugins; a sitecustomize on PYTHONPATH would "
+    "reach them, for picture_memory"
+)
 
 
 def installed(package: str) -> str | None:
@@ -44,7 +49,11 @@ def release(version: str) -> tuple[int, ...]:
 
 def on_launch(server_args: object) -> list[str]:
     """One sentence for each thing in stock's ``ServerArgs`` that is known to go wrong."""
-    return [*_long_drafts(server_args), *_graphs_that_end(server_args)]
+    return [
+        *_long_drafts(server_args),
+        *_graphs_that_end(server_args),
+        *_tokenizers_without_us(server_args),
+    ]
 
 
 def _long_drafts(server_args: object) -> list[str]:
@@ -78,6 +87,23 @@ def _graphs_that_end(server_args: object) -> list[str]:
     except Exception:  # SGLang itself will say what is wrong with them
         return []
     return [] if served else [ENDS.format(chosen)]
+
+
+def _tokenizers_without_us(server_args: object) -> list[str]:
+    """Tokenizer workers that run the image processor and that no way leads into."""
+    from gemma4_turbo.engine.run import peer
+    from gemma4_turbo.ports.any import routes
+
+    workers = getattr(server_args, "tokenizer_worker_num", None)
+    if not isinstance(workers, int) or workers < 2 or not peer("picture_memory").will_run():
+        return []
+    if routes.SITECUSTOMIZE in routes.bootstrap_routes():
+        return []
+    try:
+        pictures = _takes_pictures(server_args)
+    except Exception:  # SGLang itself will say what is wrong with them
+        return []
+    return [TOKENIZERS.format(workers)] if pictures else []
 
 
 def chosen_for_prefill(server_args: object) -> str | None:

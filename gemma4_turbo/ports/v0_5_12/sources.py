@@ -594,6 +594,16 @@ PORTS: dict[str, Port] = {
         targets=("sglang.srt.speculative.frozen_kv_mtp_utils:capture_for_decode",),
         needless="the draft's worker waits for every verification, it does not run ahead of the GPU",
     ),
+    # Up to 0.5.17, which the second of the targets tells, all of a process allocates from one pool.
+    "picture_memory": Port(
+        module=f"{HERE}.picture_memory",
+        targets=(
+            "sglang.srt.multimodal.processors.base_processor"
+            ":BaseMultimodalProcessor.process_mm_data",
+            "sglang.srt.managers.mm_utils:_move_items_to_device",
+        ),
+        needless="the image processor has no CUDA memory pool of its own that could stay behind",
+    ),
     "swa_window": Port(
         module=f"{HERE}.memory.swa_window",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",),

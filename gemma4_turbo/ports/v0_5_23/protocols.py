@@ -352,6 +352,17 @@ class ResolvingArguments(Protocol):
     pp_size: int
 
 
+# -- pictures -----------------------------------------------------------------------------------------
+
+
+class MultimodalProcessor(Protocol):
+    """``sglang.srt.multimodal.processors.base_processor.BaseMultimodalProcessor``."""
+
+    FEATURE_NAMES: list[str]
+    keep_mm_features_on_device: bool
+    precompute_hash_before_cpu_transfer: bool
+
+
 # -- memory -------------------------------------------------------------------------------------------
 
 

@@ -266,6 +266,10 @@ _MM_GRAPH = (
     "sglang.srt.layers.radix_attention:RadixAttention._eager_attention",
 )
 
+_PROCESSOR = "sglang.srt.multimodal.processors.base_processor:BaseMultimodalProcessor"
+_PICTURES = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration"
+_UNIFIED = "sglang.srt.models.gemma4_unified:Gemma4UnifiedForConditionalGeneration"
+
 _KV = f"{_POOLS}.kv_cache_configurator:KVCacheConfigurator"
 _SIZES = "sglang.srt.model_executor.pool_configurator"
 
@@ -747,6 +751,27 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.19",
         tells_only=True,
         finds_defect=True,
+    ),
+    "picture_memory": Port(
+        module=f"{HERE}.picture_memory",
+        targets=(f"{_PROCESSOR}._call_processor",),
+        relies_on=(
+            f"{_PROCESSOR}._temporary_fast_processor_cuda_pool",
+            f"{_PROCESSOR}.keep_mm_features_on_device",
+        ),
+        # Who reads what is moved copies it to the model's device first.
+        reads=(
+            (f"{_PICTURES}.get_image_feature", ("all_position_ids", "to")),
+            (f"{_PICTURES}.get_video_feature", ("all_position_ids", "to")),
+            (f"{_PICTURES}.get_audio_feature", ("input_features_mask", "to")),
+            (f"{_UNIFIED}.get_image_feature", ("_embed_patches", "items")),
+            (f"{_UNIFIED}.get_video_feature", ("_embed_patches", "items")),
+            (f"{_UNIFIED}._embed_patches", ("position_attr", "to")),
+            (f"{_UNIFIED}.get_audio_feature", ("input_features_mask", "to")),
+        ),
+        written_for=("0.5.23",),
+        # Imported by the processors of the models, after what is patched.
+        lazy=(_PICTURES.partition(":")[0], _UNIFIED.partition(":")[0]),
     ),
     "mm_prefill_graph": Port(
         module=f"{HERE}.mm_prefill_graph",

@@ -40,7 +40,7 @@ PATCH_KEYS = {
 # Of their own: they call SGLang's layers on other rows, in another order, or not at all.
 WITHOUT_ARITHMETIC = {
     *("mlp_stream", "pdl", "yoco", "yoco_piecewise", "mtp_sync"),
-    *("vision_batch", "vision_clamps", "vision_masks", "vision_syncs"),
+    *("vision_batch", "vision_clamps", "vision_masks", "vision_syncs", "picture_memory"),
 } | {patch.name for patch in CATALOGUE if patch.numerics == BEHAVIOUR or not patch.default}
 
 

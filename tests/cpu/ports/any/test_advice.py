@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.cli import doctor
-from gemma4_turbo.engine import fingerprints
-from gemma4_turbo.ports.any import advice, ways_in
+from gemma4_turbo.engine import fingerprints, run
+from gemma4_turbo.ports.any import advice, routes, ways_in
 
 
 def arguments(drafted: int | None, **backends: str) -> SimpleNamespace:
@@ -49,6 +49,31 @@ def test_too_many_draft_tokens_for_flashinfer(monkeypatch, flashinfer, drafted, 
 
 def test_what_is_no_server_args_has_nothing_to_say():
     assert advice.on_launch(None) == advice.on_launch("x") == []
+
+
+@pytest.mark.parametrize(
+    ("workers", "runs", "ways", "pictures", "told"),
+    [
+        (4, True, ["entry point"], True, True),
+        (4, True, ["entry point", "sitecustomize"], True, False),
+        (1, True, ["entry point"], True, False),
+        (None, True, ["entry point"], True, False),
+        (4, False, ["entry point"], True, False),
+        (4, True, ["entry point"], False, False),
+        (4, True, ["entry point"], None, False),
+    ],
+    ids=["stock", "reached", "one", "no such argument", "not patched", "text", "no model"],
+)
+def test_tokenizer_workers_that_would_be_stock(monkeypatch, workers, runs, ways, pictures, told):
+    """They run the image processor, and SGLang loads no plugins in them."""
+    monkeypatch.setattr(run.RUNS["picture_memory"], "will_run", lambda: runs)
+    monkeypatch.setattr(routes, "bootstrap_routes", lambda: ways)
+    takes = (lambda asked: 1 / 0) if pictures is None else (lambda asked: pictures)
+    monkeypatch.setattr(advice, "_takes_pictures", takes)
+    found = advice.on_launch(SimpleNamespace(tokenizer_worker_num=workers))
+    assert bool(found) is told
+    if told:
+        assert "--tokenizer-worker-num 4: the workers would be stock" in found[0]
 
 
 @pytest.mark.parametrize("by_name", [False, True])
