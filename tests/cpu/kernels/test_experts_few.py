@@ -141,33 +141,43 @@ def test_what_is_no_number(where, value):
     assert found[1].isfinite().all()
 
 
-def test_the_roundings_are_stocks():
-    """One product each: the sum of gate and up rounded, then the activation, each expert, and the sum."""
-    one = torch.zeros(1, 8, dtype=BF16)
-    one[0, 0] = 1.0
-    w13 = torch.zeros(2, 16, 8, dtype=BF16)
-    w2 = torch.zeros(2, 8, 8, dtype=BF16)
-    w13[:, 0, 0], w13[:, 8, 0] = 3.0, 1.0078125
-    w2[0, 0, 0], w2[1, 0, 0] = 1.0, 0.01
+@pytest.mark.parametrize("left_out", [None, "gate and up", "activation", "expert"])
+def test_the_roundings_are_stocks(left_out):
+    """Sums of one product each, so that no order matters: bit for bit, and not with a rounding less."""
+
+    def stocks(what: str, y: torch.Tensor) -> torch.Tensor:
+        return y if what == left_out else y.bfloat16().float()
+
+    generator = torch.Generator().manual_seed(1)
+    x, w13 = torch.zeros(1, 64, dtype=BF16), torch.zeros(2, 16, 64, dtype=BF16)
+    w2 = torch.zeros(2, 64, 8, dtype=BF16)
+    x[0, 0] = 1.3
+    w13[:, [0, 8], 0] = torch.randn(2, 2, generator=generator).bfloat16()
+    w2[:, :, 0] = torch.randn(2, 64, generator=generator).bfloat16()
     factors = torch.tensor([[0.3, 0.7]])
-    ids = torch.tensor([[0, 1]], dtype=torch.int32)
-    h = (torch.nn.functional.gelu(torch.tensor(3.0)) * 1.0078125).bfloat16().float()
-    first, second = ((h * w2[e, 0, 0].float() * factors[0, e]).bfloat16().float() for e in (0, 1))
-    found = kernel.experts_few(one, w13, w2, factors, ids, tiles=TILES)
-    assert float(found[0, 0]) == float((first + second).bfloat16())
-    assert float(found[0, 0]) != float(h * 0.3 + h * float(w2[1, 0, 0]) * 0.7)
+    ids = torch.tensor([[1, 0]], dtype=torch.int32)
+    expected = torch.zeros(64)
+    for factor, expert in zip(factors[0], (1, 0), strict=True):
+        gate, up = stocks("gate and up", w13[expert, [0, 8], 0].float() * x[0, 0].float())
+        h = stocks("activation", torch.nn.functional.gelu(gate) * up)
+        expected += stocks("expert", w2[expert, :, 0].float() * h * factor)
+    found = kernel.experts_few(x, w13, w2, factors, ids, tiles=TILES)
+    assert torch.equal(found[0], expected.bfloat16()) == (left_out is None)
 
 
-def test_the_choices_are_added_from_the_first_to_the_last():
-    """Huge, tiny, minus huge: in fp32, over groups of two."""
+# In one group, in two, and one choice at a time.
+@pytest.mark.parametrize("group", [4, 2, 1])
+def test_the_choices_are_added_from_the_first_to_the_last(group):
+    """Something small after what cancels stays, before it it is lost: in fp32."""
     given = operands(1, 4, 4, 8, 8)
     given["topk_ids"][:] = torch.arange(4)
-    given["w2"][:] = given["w2"][:1]  # so that all experts' results differ by their factor alone
-    given["w13"][:] = given["w13"][:1]
-    given["topk_weights"][:] = torch.tensor([2.0**60, 1.0, -(2.0**60), 0.0])
-    assert kernel.experts_few(**given, tiles=TILES).abs().max() == 0
-    given["topk_weights"][:] = torch.tensor([2.0**60, -(2.0**60), 1.0, 0.0])
-    assert kernel.experts_few(**given, tiles=TILES).abs().max() > 0
+    for name in ("w13", "w2"):  # so that all experts' results differ by their factor alone
+        given[name][:] = given[name][:1]
+    tiles = TILES._replace(down=TILES.down._replace(group=group))
+    huge = 2.0**60
+    for factors, kept in (((1, huge, -huge, 0), False), ((huge, -huge, 1, 0), True)):
+        given["topk_weights"][:] = torch.tensor(factors)
+        assert bool(kernel.experts_few(**given, tiles=tiles).any()) == kept
 
 
 def test_where_it_writes():
