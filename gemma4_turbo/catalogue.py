@@ -113,6 +113,12 @@ PATCHES: tuple[Patch, ...] = (
         default=True,
     ),
     Patch(
+        name="experts_few",
+        summary="Experts of up to four tokens in two launches instead of five, bound by reading their weights",
+        numerics=TOLERANCE,
+        default=False,
+    ),
+    Patch(
         name="mlp_stream",
         summary="Dense MLP on a second CUDA stream, concurrent with the experts, inside CUDA graphs",
         numerics=BITWISE,

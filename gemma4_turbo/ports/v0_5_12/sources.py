@@ -133,6 +133,20 @@ PORTS: dict[str, Port] = {
         ),
         superseded_since="0.5.18",
     ),
+    "experts_few": Port(
+        module=f"{HERE}.experts_few",
+        targets=("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts_impl",),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:inplace_fused_experts",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:outplace_fused_experts",
+        ),
+        written_for=("0.5.12", "0.5.12.post1"),
+        goes_round=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_prepare_fused_moe_run",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+        ),
+    ),
     "layer_norms": Port(
         module=f"{HERE}.wiring:layer_norms",
         targets=("sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",),

@@ -327,6 +327,22 @@ PORTS: dict[str, Port] = {
         relies_on=("sglang.kernels.ops.moe.fused_moe_triton_kernels:fused_moe_kernel",),
         written_for=("0.5.23",),
     ),
+    "experts_few": Port(
+        module=f"{HERE}.experts_few",
+        targets=("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts_impl",),
+        relies_on=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:inplace_fused_experts",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:outplace_fused_experts",
+        ),
+        written_for=("0.5.23",),
+        goes_round=(
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_prepare_fused_moe_run",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
+        ),
+    ),
     "vision_syncs": Port(
         module=f"{HERE}.vision_syncs",
         targets=(

@@ -1,0 +1,30 @@
+"""`experts_few` for this line's server; what it is, is in `gemma4_turbo.ports.any.experts_few`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_turbo.ports.any import experts_few as shared
+from gemma4_turbo.ports.any.experts_few import TARGET
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+
+undo = shared.undo
+verify = shared.verify
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The kernels where they fit and have passed their check, else stock."""
+    return {TARGET: shared.replacement(run, stock[TARGET], server_unfit, torch.empty_like)}
+
+
+def server_unfit() -> str | None:
+    """Why the experts do more than to sum, or None."""
+    from sglang.srt.server_args import get_global_server_args
+
+    if get_global_server_args().enable_fused_moe_sum_all_reduce:
+        return "enable_fused_moe_sum_all_reduce: the experts' sum is a sum over the ranks as well"
+    return None

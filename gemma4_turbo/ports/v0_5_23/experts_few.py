@@ -1,0 +1,40 @@
+"""`experts_few` for this line's server; what it is, is in `gemma4_turbo.ports.any.experts_few`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma4_turbo.ports.any import experts_few as shared
+from gemma4_turbo.ports.any.experts_few import TARGET
+
+if TYPE_CHECKING:
+    from gemma4_turbo.engine.run import PatchRun
+
+undo = shared.undo
+verify = shared.verify
+
+
+def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """The kernels where they fit and have passed their check, else stock."""
+    return {TARGET: shared.replacement(run, stock[TARGET], server_unfit, empty_like)}
+
+
+def server_unfit() -> str | None:
+    """Why the experts do more than to sum, or None."""
+    from sglang.srt.runtime_context import get_exec
+
+    if get_exec().moe.enable_fused_moe_sum_all_reduce:
+        return "enable_fused_moe_sum_all_reduce: the experts' sum is a sum over the ranks as well"
+    return None
+
+
+def empty_like(x: torch.Tensor) -> torch.Tensor:
+    """In symmetric memory where stock has it there, for the sum over the ranks."""
+    from sglang.srt.distributed.device_communicators.pynccl_allocator import use_symmetric_memory
+    from sglang.srt.layers.dp_attention import is_allocation_symmetric
+    from sglang.srt.runtime_context import get_parallel
+
+    with use_symmetric_memory(get_parallel().tp_group, disabled=not is_allocation_symmetric()):
+        return torch.empty_like(x)
