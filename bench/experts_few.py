@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
+from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import Call, Timer, readings  # noqa: E402
 from gemma4_turbo.kernels import experts_few as kernel  # noqa: E402
@@ -46,7 +48,7 @@ LAYERS, CALLS = 4, 16  # of one layer's experts a token reads 95 MB, or 48 on tw
 DEVICE = "cuda"
 UPS = (
     Up(4, 1, 256, 1), Up(4, 1, 256, 2), Up(4, 1, 256, 4), Up(2, 1, 256, 1), Up(2, 1, 256, 4),
-    Up(2, 2, 256, 1), Up(2, 2, 256, 4), Up(1, 2, 256, 4), Up(4, 1, 128, 1), Up(8, 1, 256, 1),
+    Up(2, 2, 256, 1), Up(2, 2, 256, 4), Up(1, 2, 256, 4), Up(2, 2, 128, 1), Up(8, 1, 256, 1),
 )  # fmt: skip
 DOWNS = (
     Down(8, 1, 128, 1, 0), Down(8, 1, 128, 2, 0), Down(8, 1, 128, 4, 0), Down(8, 1, 64, 1, 0),
@@ -66,13 +68,13 @@ class Layers:
     """Weights of several layers, activations and routings for one number of tokens."""
 
     def __init__(self, width: int, real: bool = True) -> None:
-        """``real=False``: the weights of one expert stand for all, to compile with."""
+        """``real=False``: of one layer with a single expert, to compile with."""
         generator = torch.Generator(DEVICE).manual_seed(0)
+        self.experts = EXPERTS if real else 1
 
         def weight(rows: int, columns: int) -> torch.Tensor:
-            made = torch.empty(EXPERTS if real else 1, rows, columns, device=DEVICE)
-            made = made.normal_(0, columns**-0.5, generator=generator).bfloat16()
-            return made if real else made.expand(EXPERTS, rows, columns)
+            made = torch.empty(self.experts, rows, columns, device=DEVICE)
+            return made.normal_(0, columns**-0.5, generator=generator).bfloat16()
 
         self.width = width
         count = LAYERS if real else 1
@@ -89,7 +91,7 @@ class Layers:
 
         self.x = [randn(tokens, HIDDEN).bfloat16() for _ in range(CALLS)]
         chosen = [randn(tokens, EXPERTS).topk(TOPK, dim=-1) for _ in range(CALLS)]
-        self.ids = [ids.int() for _, ids in chosen]
+        self.ids = [(ids % self.experts).int() for _, ids in chosen]
         self.factors = [scores.softmax(dim=-1) for scores, _ in chosen]
         self.h = [randn(tokens * TOPK, self.width).bfloat16() for _ in range(CALLS)]
         self.out = torch.empty_like(self.x[0])
@@ -117,14 +119,10 @@ class Layers:
 
     def exact(self) -> torch.Tensor:
         """The first call's result in fp64."""
-        chosen = self.ids[0].unique()
-        w13, w2 = (
-            torch.zeros(whole[0].shape, dtype=torch.float64, device=DEVICE)
-            for whole in (self.w13, self.w2)
-        )
-        w13[chosen], w2[chosen] = self.w13[0][chosen].double(), self.w2[0][chosen].double()
+        chosen, places = self.ids[0].unique(return_inverse=True)
+        w13, w2 = (whole[0][chosen].double() for whole in (self.w13, self.w2))
         return kernel.reference_experts_few(
-            self.x[0].double(), w13, w2, self.factors[0].double(), self.ids[0]
+            self.x[0].double(), w13, w2, self.factors[0].double(), places.int()
         )
 
 
@@ -163,7 +161,6 @@ class Stock:
     def __init__(self) -> None:
         from sglang.srt import server_args
         from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe, fused_moe_triton_config
         from sglang.srt.layers.moe.topk import StandardTopKOutput
 
         from gemma4_turbo.cli import small_moe
@@ -176,13 +173,12 @@ class Stock:
         else:
             small_moe.prepare_sglang()
         # The package exports functions under the names of its modules.
-        self.module = sys.modules[f"{fused_moe_triton_config.__package__}.fused_moe"]
-        self.tables = fused_moe_triton_config
+        self.module = import_module(f"{lines.TRITON_UTILS}.fused_moe")
+        self.tables = import_module(f"{lines.TRITON_UTILS}.fused_moe_triton_config")
         self.chosen = StandardTopKOutput
         self.config = MoeRunnerConfig(
             num_experts=EXPERTS, num_local_experts=EXPERTS, activation="gelu", inplace=False
         )
-        del fused_moe
 
     def call(self, layers: Layers) -> Callable[[int], torch.Tensor]:
         """One layer's experts."""
@@ -357,15 +353,14 @@ def main(
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         compiled = pool.map(_compile, wanted, chunksize=2)
-        stock = None
+        first, stock = Layers(widths[0]), None
         try:
+            first.route(1)
             stock = Stock()
-            small = Layers(widths[0], real=False)
-            small.w13, small.w2 = ([w.contiguous() for w in ws] for ws in (small.w13, small.w2))
-            small.route(1)
-            stock.call(small)(0)  # compiles its activation with nvcc
+            stock.call(first)(0)  # compiles its activation with nvcc
             torch.cuda.synchronize()
         except Exception as error:
+            stock = None
             print(f"no stock: {type(error).__name__}: {str(error)[:500]}", file=sys.stderr)
         say("stock stands")
         for job, problem in zip(wanted, compiled, strict=True):
@@ -373,7 +368,8 @@ def main(
                 print(f"{job}: {problem}", file=sys.stderr)
         say(f"{len(wanted)} kernels compiled")
         for value in widths:
-            bench = Bench(Layers(value), stock, replays, provenance())
+            layers = first if value == widths[0] else Layers(value)
+            bench = Bench(layers, stock, replays, provenance())
             for count in map(int, tokens.split(",")):
                 if time.monotonic() - started > seconds:
                     say(f"no time left for {count} tokens of width {value}")
@@ -382,8 +378,6 @@ def main(
                 say(f"width {value}, {count} tokens")
                 pd.DataFrame([*rows, *bench.rows]).to_csv(out, index=False)
             rows += bench.rows
-            del bench
-            torch.cuda.empty_cache()
     frame = pd.DataFrame(rows)
     print(frame[list(COLUMNS)].to_string(index=False))
     print(f"a copy: {frame.copy_gb_per_s.max()} GB/s")
