@@ -90,19 +90,16 @@ def test_the_sum_over_the_experts(tokens: int, inplace: bool):
     assert ((found.float() - expected.float()).abs() <= bound).all()
 
 
-def test_through_stocks_own_call(stocks: list[dict[str, Any]]):
-    """What a layer calls: SGLang's operators hand everything on, by place."""
-    module = sys.modules[MODULE]
-    operands = given()
-    expected = kernel.reference_experts_few(*operands)
-    options = {"activation": "gelu", "filter_expert": False}
-    call = getattr(module.outplace_fused_experts, "__wrapped__", module.outplace_fused_experts)
-    try:
-        found = call(*operands, **options)
-    except NotImplementedError:  # an operator with no kernel for the CPU: its function
-        pytest.skip("the operator has CUDA alone")
+def test_handed_over_by_place(stocks: list[dict[str, Any]]):
+    """As SGLang's operators do: all options, in stock's order."""
+    options = list(inspect.signature(getattr(sys.modules[MODULE], FUNCTION)).parameters.values())[5:]
+    chosen = ["gelu" if option.name == "activation" else option.default for option in options]
+    assert isinstance(fused_experts(*given(), *chosen), torch.Tensor)
     assert stocks == []
-    assert torch.allclose(found.float(), expected.float(), atol=0.05)
+    names = [option.name for option in options]
+    chosen[names.index("routed_scaling_factor")] = 2.5
+    assert fused_experts(*given(), *chosen) == STOCK
+    assert stocks[0]["routed_scaling_factor"] == 2.5
 
 
 OTHERS: list[tuple[dict[str, Any], str]] = [
