@@ -26,8 +26,7 @@ def gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return INTERPRETER
     found = torch.cuda.get_device_properties(device)
-    return Gpu(
-        (found.major, found.minor),
-        found.multi_processor_count,
-        found.shared_memory_per_block_optin,
-    )
+    memory = getattr(
+        found, "shared_memory_per_block_optin", 64 * 1024
+    )  # ROCm has no such attribute
+    return Gpu((found.major, found.minor), found.multi_processor_count, memory)

@@ -44,6 +44,10 @@ def processors(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
         return BatchFeature({"pixel_values": pixels, "image_position_ids": places})
 
     monkeypatch.setattr(Gemma4Processor, "__call__", answer)
+    written_in = line.written_in
+    monkeypatch.setattr(
+        line, "written_in", lambda package, found: found is answer or written_in(package, found)
+    )
     outer = Gemma4SGLangProcessor.__new__(Gemma4SGLangProcessor)
     outer.mm_feature_transport = "cpu"
     outer.FEATURE_NAMES = ["pixel_values"]

@@ -15,6 +15,8 @@ processor and moves what that returned.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,7 @@ import torch
 
 from gemma4_turbo.ports.any.mm_prefill_graph import is_a
 from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.fallback import DeclinedError
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -32,6 +35,12 @@ TARGET = f"{_BASE}:BaseMultimodalProcessor._call_processor"
 CALL = "_call_processor"
 POOL = "_temporary_fast_processor_cuda_pool"
 
+BETWEEN = (
+    *("process_mm_data", "process_mm_data_async", "_process_and_collect_mm_items"),
+    *("collect_mm_items_from_processor_output", "process_and_combine_mm_data"),
+    "process_and_combine_mm_data_async",
+)
+"""From the call to what is sent to the model: a wrapper there may count on a GPU."""
 KNOWN = (
     ("sglang.srt.multimodal.processors.gemma4", "Gemma4SGLangProcessor"),
     ("sglang.srt.multimodal.processors.gemma4_unified", "Gemma4UnifiedSGLangProcessor"),
@@ -43,6 +52,8 @@ INNER = (
 )
 """Those that they call: of transformers'."""
 RESULT = ("transformers.feature_extraction_utils", "BatchFeature")
+MOVED = frozenset({"image_position_ids", "video_position_ids", "input_features_mask"})
+"""What Gemma 4's models copy to their device where they read it."""
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
@@ -96,13 +107,26 @@ def unfit(
     for name, known in ((CALL, ours), (POOL, pool)):
         if name in own or getattr(type(sglangs), name) is not known:
             return f"{name} was wrapped"
-    if "__call__" in vars(processor):
+    for name in BETWEEN:
+        if name in own or not written_in("sglang", getattr(type(sglangs), name)):
+            return f"{name} was wrapped"
+    if "__call__" in vars(processor) or not written_in("transformers", type(processor).__call__):
         return "the model's processor was wrapped"
     if device is None or torch.device(device).type != "cuda":
         return f"pictures are processed on {device or 'the CPU'}, in no memory pool"
     if sglangs.keep_mm_features_on_device or sglangs.precompute_hash_before_cpu_transfer:
         return "pixel values stay on the GPU"
     return None
+
+
+def written_in(package: str, function: Any) -> bool:
+    """Whether a function's code is the package's own, whichever class or mixin it comes from."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return False
+    path = os.path.realpath(code.co_filename)
+    folders = [os.path.realpath(folder) for folder in sys.modules[package].__path__]
+    return any(path.startswith(folder + os.sep) for folder in folders)
 
 
 class StandIn:
@@ -123,15 +147,24 @@ class StandIn:
                     self._run.engaged(False)
             else:
                 self._run.declined(f"the model's processor returned a {type(result).__name__}")
+        except DeclinedError as declined:
+            self._run.declined(str(declined))
         except Exception as error:
             self._run.declined(f"what it returned was not moved: {told(error)}")
         return result
 
 
 def move(data: dict[str, Any], features: Collection[str]) -> bool:
-    """CUDA tensors to the host, all of them or, where one cannot be moved, none. Whether there were any."""
+    """CUDA tensors to the host, all of them or, where one cannot be moved, none. Whether there were any.
+
+    Raises:
+        DeclinedError: for one whose reader is not known: it may count on a GPU.
+    """
     found = {name: on_host(value) for name, value in list(data.items()) if name not in features}
     moved = {name: value for name, value in found.items() if value is not data[name]}
+    strange = sorted(moved.keys() - MOVED)
+    if strange:
+        raise DeclinedError(f"the model's processor returned {', '.join(strange)} on a GPU")
     data.update(moved)
     return bool(moved)
 

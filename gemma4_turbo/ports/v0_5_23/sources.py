@@ -774,6 +774,12 @@ PORTS: dict[str, Port] = {
         relies_on=(
             f"{_PROCESSOR}._temporary_fast_processor_cuda_pool",
             f"{_PROCESSOR}.keep_mm_features_on_device",
+            # Between the call and the model: a wrapper there may count on a GPU.
+            f"{_PROCESSOR}.process_mm_data",
+            f"{_PROCESSOR}._process_and_collect_mm_items",
+            f"{_PROCESSOR}.collect_mm_items_from_processor_output",
+            f"{_PROCESSOR}.process_and_combine_mm_data",
+            f"{_PROCESSOR}.process_and_combine_mm_data_async",
         ),
         # Who reads what is moved copies it to the model's device first.
         reads=(

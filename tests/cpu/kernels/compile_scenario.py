@@ -15,11 +15,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from triton.backends import nvidia
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -137,16 +136,28 @@ def products(gpu: Gpu) -> dict[str, Callable[[], Any]]:
     }
 
 
-def extends(gpu: Gpu) -> dict[str, Callable[[], Any]]:
-    """The largest tiles; seconds each."""
-    return {
-        "extend 256": lambda: extending(256, False),
-        "extend 512, pictures": lambda: extending(512, True),
-        "extend 512, few": lambda: extending(512, False, 4),
-    }
+def smaller(gpu: Gpu) -> dict[str, Callable[[], Any]]:
+    """Extend's tiles of the smaller heads. With pictures there are both: by intervals, and by a mask."""
+    return {"extend 256": lambda: extending(256, True)}
 
 
-KINDS = {"plain": plain, "products": products, "extends": extends}
+def largest(gpu: Gpu) -> dict[str, Callable[[], Any]]:
+    """Those of the larger heads, half a minute."""
+    return {"extend 512": lambda: extending(512, True)}
+
+
+def few(gpu: Gpu) -> dict[str, Callable[[], Any]]:
+    """Few tokens over many keys."""
+    return {f"few {size}": lambda size=size: extending(size, False, 4) for size in (256, 512)}  # type: ignore[misc]
+
+
+KINDS = {
+    "plain": plain,
+    "products": products,
+    "smaller": smaller,
+    "largest": largest,
+    "few": few,
+}
 
 
 # -- Triton without a GPU ---------------------------------------------------------------------------
@@ -195,11 +206,10 @@ def compiled(case: Callable[[], Any]) -> list[Any]:
 
 def resources(kernel: Any) -> dict[str, int]:
     """Registers of a thread, bytes of it in local memory (spills), and shared memory of a CTA."""
-    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, _, local = (int(number) for number in RESOURCES.search(told).groups())  # type: ignore[union-attr]
     shared = kernel.metadata.shared  # what a launch asks for; the binary has the static part only
@@ -223,7 +233,7 @@ def main(wanted: list[str]) -> None:
             row: dict[str, Any] = {"capability": Driver.device, "case": name}
             try:
                 kernels = compiled(case)
-                row["kernels"] = {kernel.metadata.name: resources(kernel) for kernel in kernels}
+                row["kernels"] = [[kernel.metadata.name, resources(kernel)] for kernel in kernels]
             except Exception as error:
                 row["error"] = f"{type(error).__name__}: {str(error).strip()[-300:]}"
             print(json.dumps(row), flush=True)

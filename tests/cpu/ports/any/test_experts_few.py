@@ -92,7 +92,9 @@ def test_the_sum_over_the_experts(tokens: int, inplace: bool):
 
 def test_handed_over_by_place(stocks: list[dict[str, Any]]):
     """As SGLang's operators do: all options, in stock's order."""
-    options = list(inspect.signature(getattr(sys.modules[MODULE], FUNCTION)).parameters.values())[5:]
+    options = list(inspect.signature(getattr(sys.modules[MODULE], FUNCTION)).parameters.values())[
+        5:
+    ]
     chosen = ["gelu" if option.name == "activation" else option.default for option in options]
     assert isinstance(fused_experts(*given(), *chosen), torch.Tensor)
     assert stocks == []

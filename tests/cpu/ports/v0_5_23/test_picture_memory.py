@@ -6,6 +6,7 @@ There is no GPU here: tensors claim to be on one, and the pool writes down when 
 from __future__ import annotations
 
 import contextlib
+import functools
 import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -110,6 +111,7 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
         processor: Any = None,
         device: str | None = GPU,
         unified: bool = False,
+        foreign: bool = False,
     ) -> Any:
         from transformers import BatchFeature
 
@@ -123,6 +125,12 @@ def call(monkeypatch: pytest.MonkeyPatch) -> Call:
             return BatchFeature(data)
 
         monkeypatch.setattr(inner, "__call__", answer)
+        written_in = patch.written_in
+
+        def own(package: str, function: Any) -> bool:
+            return (function is answer and not foreign) or written_in(package, function)
+
+        monkeypatch.setattr(patch, "written_in", own)
         sglangs = make(outer) if sglangs is None else sglangs
         processor = inner.__new__(inner) if processor is None else processor
         return sglangs._call_processor(processor, TEXT, device, {"images": "pictures"})
@@ -168,7 +176,7 @@ def test_lists_of_tensors(call: Call):
     """Whatever holds a tensor is made anew; what holds none is the same object."""
     data: dict[str, Any] = {
         "video_position_ids": [[on_gpu("a"), torch.arange(2)], (on_gpu("b"), "text")],
-        "named": {"inside": [on_gpu("c")], "number": 1},
+        "input_features_mask": {"inside": [on_gpu("c")], "number": 1},
         "host": [[torch.arange(3)], (1, None), {"x": "y"}],
     }
     kept = dict(data)
@@ -178,12 +186,12 @@ def test_lists_of_tensors(call: Call):
     (first, second), (third, text) = found["video_position_ids"]
     assert second is kept["video_position_ids"][0][1]
     assert text == "text"
-    assert found["named"]["number"] == 1
-    for tensor in (first, third, found["named"]["inside"][0]):
+    assert found["input_features_mask"]["number"] == 1
+    for tensor in (first, third, found["input_features_mask"]["inside"][0]):
         assert type(tensor) is torch.Tensor
     # Another may still hold the lists: theirs are as they were.
     assert type(kept["video_position_ids"][0][0]) is OnGPU
-    assert type(kept["named"]["inside"][0]) is OnGPU
+    assert type(kept["input_features_mask"]["inside"][0]) is OnGPU
 
 
 def test_features_are_left_to_stock(call: Call):
@@ -299,6 +307,47 @@ def test_what_is_not_known_runs_stocks_way(call: Call, whose, reason):
     assert reason in ENGINE.runs[NAME].full_reason()
 
 
+def test_a_tensor_that_nobody_knows_stays(call: Call):
+    """And all others with it: who put it there may read them too."""
+    data = pictures() | {"their_mask": on_gpu("theirs")}
+    kept = dict(data)
+    before = counts()
+    found = call(data)
+    assert all(found[name] is kept[name] for name in ("image_position_ids", "their_mask"))
+    assert counts() == before.and_(declined=1)
+    assert "returned their_mask on a GPU" in ENGINE.runs[NAME].full_reason()
+
+
+def test_a_wrapper_round_transformers_class(call: Call):
+    for unified in (False, True):
+        assert patch.written_in("transformers", classes(unified)[1].__call__)
+    data = pictures()
+    kept = dict(data)
+    before = counts()
+    found = call(data, foreign=True)  # what answers is the test's own function
+    assert found["image_position_ids"] is kept["image_position_ids"]
+    assert counts() == before.and_(declined=1)
+    assert "the model's processor was wrapped" in ENGINE.runs[NAME].full_reason()
+
+
+@pytest.mark.parametrize("name", patch.BETWEEN)
+def test_a_wrapper_on_the_way_to_the_model(call: Call, monkeypatch: pytest.MonkeyPatch, name: str):
+    outer = classes()[0]
+    theirs = getattr(outer, name)
+
+    @functools.wraps(theirs)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return theirs(*args, **kwargs)
+
+    monkeypatch.setattr(outer, name, wrapper, raising=False)
+    data = pictures()
+    kept = dict(data)
+    before = counts()
+    assert call(data)["image_position_ids"] is kept["image_position_ids"]
+    assert counts() == before.and_(declined=1)
+    assert f"{name} was wrapped" in ENGINE.runs[NAME].full_reason()
+
+
 @pytest.mark.parametrize("name", [patch.CALL, patch.POOL])
 def test_a_wrapper_round_the_class_that_came_later(
     call: Call, monkeypatch: pytest.MonkeyPatch, name: str
@@ -317,12 +366,12 @@ def test_a_wrapper_round_the_class_that_came_later(
 
 def test_a_tensor_that_cannot_be_moved(call: Call):
     """Stock's result, all of it."""
-    data = pictures() | {"mm_token_type_ids": [on_gpu("stuck", Stuck)]}
+    data = pictures() | {"video_position_ids": [on_gpu("stuck", Stuck)]}
     kept = dict(data)
     before = counts()
     found = call(data)
     assert events == ["begin", "positions", "pixels", "end"]
-    for name in ("image_position_ids", "mm_token_type_ids", "input_ids"):
+    for name in ("image_position_ids", "video_position_ids", "input_ids"):
         assert found[name] is kept[name]
     assert type(found["pixel_values"]) is torch.Tensor
     assert counts() == before.and_(declined=1)
@@ -365,6 +414,7 @@ def test_a_processor_that_raises(monkeypatch: pytest.MonkeyPatch):
         raise error
 
     monkeypatch.setattr(inner, "__call__", fail)
+    monkeypatch.setattr(patch, "written_in", lambda package, function: True)
     before = counts()
     with pytest.raises(ValueError, match="no picture") as raised:
         make(outer)._call_processor(inner.__new__(inner), TEXT, GPU, {})
