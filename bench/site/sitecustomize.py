@@ -207,7 +207,10 @@ if "BENCH_PATCHED" in os.environ:
         register_post_import_hook(_name_parts_ahead, f"{worker}_v2")
     if os.environ.get("BENCH_EXACT_ATTENTION") == "1":
         for kernel in ("extend_attention", "decode_attention"):
-            for package in ("sglang.srt.layers.attention.triton_ops", "sglang.kernels.ops.attention"):
+            for package in (
+                "sglang.srt.layers.attention.triton_ops",
+                "sglang.kernels.ops.attention",
+            ):
                 register_post_import_hook(_exact_attention, f"{package}.{kernel}")
     if os.environ["BENCH_PATCHED"] == "1":
         import gemma4_turbo
