@@ -32,6 +32,7 @@ from bench.provenance import provenance  # noqa: E402
 from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
 from gemma4_turbo.kernels.attention import decode as kernel  # noqa: E402
 from gemma4_turbo.kernels.attention.decode import Config  # noqa: E402
+from gemma4_turbo.kernels.gpu import gpu  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
 STOCK_SPLITS = 8  # of stock at most, by default
@@ -140,7 +141,7 @@ class Arena:
         decode_attention_fwd = lines.attention_kernel("decode_attention").decode_attention_fwd
         triton_backend.get_num_kv_splits_triton[(1,)](
             self.splits, self.lengths, len(self.lengths), 1, self.q.shape[1], self.k.shape[1],
-            STOCK_SPLITS, kernel.processors(self.q.device), MAX_NUM_SEQ=256,
+            STOCK_SPLITS, gpu(self.q.device).processors, MAX_NUM_SEQ=256,
         )  # fmt: skip
 
         def call(i: int) -> None:

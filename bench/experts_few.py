@@ -25,7 +25,6 @@ from contextlib import contextmanager
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 # Scripts have their folder on the path, and transformers looks for a package called kernels.
@@ -39,6 +38,7 @@ import typer  # noqa: E402
 from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
 from bench.timing import Call, Timer, readings  # noqa: E402
+from bench.tune_moe import prepare_sglang  # noqa: E402
 from gemma4_turbo.kernels import experts_few as kernel  # noqa: E402
 from gemma4_turbo.kernels import moe_align, moe_tables, pdl  # noqa: E402
 from gemma4_turbo.kernels.experts_few import Down, Tiles, Up  # noqa: E402
@@ -159,19 +159,10 @@ class Stock:
     """SGLang's fused experts, as 26B-A4B calls them."""
 
     def __init__(self) -> None:
-        from sglang.srt import server_args
         from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
         from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-        from gemma4_turbo.cli import small_moe
-
-        if hasattr(server_args, "_global_server_args"):
-            arguments: Any = SimpleNamespace(
-                enable_deterministic_inference=False, enable_fused_moe_sum_all_reduce=False
-            )
-            server_args.set_global_server_args_for_scheduler(arguments)
-        else:
-            small_moe.prepare_sglang()
+        prepare_sglang()
         # The package exports functions under the names of its modules.
         self.module = import_module(f"{lines.TRITON_UTILS}.fused_moe")
         self.tables = import_module(f"{lines.TRITON_UTILS}.fused_moe_triton_config")

@@ -258,13 +258,15 @@ def compile_all(
 
 
 def prepare_sglang() -> None:
-    """The one global argument that stock's look-up asks for; all of them where a process publishes them."""
+    """The global arguments that stock's fused experts ask for; all of them where a process publishes them."""
     from sglang.srt import server_args
 
     if not hasattr(server_args, "_global_server_args"):
         small_moe.prepare_sglang()
         return
-    arguments: Any = SimpleNamespace(enable_deterministic_inference=False)
+    arguments: Any = SimpleNamespace(
+        enable_deterministic_inference=False, enable_fused_moe_sum_all_reduce=False
+    )
     server_args.set_global_server_args_for_scheduler(arguments)
 
 

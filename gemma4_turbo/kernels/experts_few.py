@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels import hopper, pdl
+from gemma4_turbo.kernels.gelu import gelu_erf
 from gemma4_turbo.kernels.interpreted import to_float
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
@@ -67,12 +68,6 @@ class Tiles(NamedTuple):
 
     up: Up
     down: Down
-
-
-@triton.jit
-def gelu(x):
-    """``x (1 + erf(x / sqrt(2))) / 2`` in fp32, as stock's kernel writes it."""
-    return x * (0.5 * (1.0 + tl.erf(x * 0.7071067811865475)))
 
 
 @triton.jit
@@ -163,7 +158,7 @@ def _up_kernel(
     dtype: tl.constexpr = h_ptr.dtype.element_ty
     g = rounded(_over_lanes(gates, ROWS, ACROSS, LINE), dtype, PTX)
     u = rounded(_over_lanes(ups, ROWS, ACROSS, LINE), dtype, PTX)
-    h = round_to(gelu(g) * u, dtype, PTX)
+    h = round_to(gelu_erf(g) * u, dtype, PTX)
     n = (
         tile * (ROWS * ACROSS)
         + tl.arange(0, ROWS)[:, None] * ACROSS

@@ -1,4 +1,4 @@
-"""GELU with the tanh approximation, as eager PyTorch and stock's kernels compute it."""
+"""GELU in both forms, as eager PyTorch and stock's kernels compute them."""
 
 from __future__ import annotations
 
@@ -17,3 +17,9 @@ def gelu_tanh(x, PTX: tl.constexpr):
     else:
         t = 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0
     return 0.5 * x * (1.0 + t)
+
+
+@triton.jit
+def gelu_erf(x):
+    """``x (1 + erf(x / sqrt(2))) / 2`` in fp32, unrounded."""
+    return x * (0.5 * (1.0 + tl.erf(x * 0.7071067811865475)))

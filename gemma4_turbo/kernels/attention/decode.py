@@ -23,7 +23,6 @@ places. Which splits there are depends on the whole batch, as it does in stock.
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -31,6 +30,7 @@ import triton
 import triton.language as tl
 
 from gemma4_turbo.kernels import hopper, pdl
+from gemma4_turbo.kernels.gpu import gpu
 from gemma4_turbo.kernels.interpreted import dot
 from gemma4_turbo.kernels.rounding import round_to
 
@@ -334,14 +334,6 @@ def unfit(
     return None
 
 
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the GPU; on a CPU 8."""
-    if device.type != "cuda":
-        return 8
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
     """A cut for a batch: so many programs that all of them are on the GPU at once.
 
@@ -395,7 +387,7 @@ def slots(
 
 def target_programs(config: Config, device: torch.device) -> int:
     """Programs that shall have work."""
-    return max(1, config.target * processors(device) // 10)
+    return max(1, config.target * gpu(device).processors // 10)
 
 
 def decode_attention(

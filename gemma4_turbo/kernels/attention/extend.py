@@ -31,7 +31,6 @@ keys for few queries (flash-decoding), query heads of a KV head packed into one 
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -51,26 +50,14 @@ INTERPRETED = not isinstance(_dense_kernel, triton.JITFunction)
 """True when this module was imported under ``TRITON_INTERPRET=1``: CPU tensors are taken."""
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def device_unfit(device: torch.device) -> str | None:
     """Why the kernels do not run on this device, or None."""
     if INTERPRETED:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return f"q must be on a CUDA device, got {device}"
-    if _capability(device)[0] != 9:
-        found = ".".join(map(str, _capability(device)))
+    if gpu(device).capability[0] != 9:
+        found = ".".join(map(str, gpu(device).capability))
         return f"q must be on a Hopper GPU (compute capability 9.x), got {found}"
     return None
 
@@ -382,7 +369,7 @@ def _launch_split(
     tiles = (max_extend_len + rows // pack - 1) // (rows // pack)
     programs = batch * tiles * (heads // pack)
     splits = split_count(
-        tile, programs, int(shared["WINDOW"]), pointers[4].shape[0], _processors(q.device)
+        tile, programs, int(shared["WINDOW"]), pointers[4].shape[0], gpu(q.device).processors
     )
     if splits == 1:
         result, lse = out, out

@@ -40,6 +40,8 @@ TAKEN: dict[str, tuple[Any, ...]] = {
 }
 """Values of the call's options. Of those that are not named here: the default."""
 
+SUMMED = "enable_fused_moe_sum_all_reduce: the experts' sum is a sum over the ranks as well"
+
 _verdicts = Verdicts()
 _fallback = Fallback("the launch")
 
@@ -47,7 +49,7 @@ _fallback = Fallback("the launch")
 def replacement(
     run: PatchRun,
     stock: Callable[..., torch.Tensor],
-    server_unfit: Callable[[], str | None],
+    sums_over_ranks: Callable[[], bool],
     empty_like: Callable[[torch.Tensor], torch.Tensor],
 ) -> Callable[..., torch.Tensor]:
     """What replaces ``fused_experts_impl``.
@@ -55,7 +57,7 @@ def replacement(
     Args:
         run: of the patch.
         stock: SGLang's function.
-        server_unfit: why the line's server wants something else of its experts, or None.
+        sums_over_ranks: whether the line's server is told to make one sum of both.
         empty_like: memory for the output, where the line's stock takes it from.
     """
     options = list(inspect.signature(stock).parameters.values())[5:]
@@ -85,7 +87,7 @@ def replacement(
         reason = (
             _options_unfit(allowed, chosen)
             or kernel.unfit(*given)
-            or server_unfit()
+            or (SUMMED if sums_over_ranks() else None)
             or _invariant()
             or unproven(run, *given)
         )

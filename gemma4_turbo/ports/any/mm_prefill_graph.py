@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -99,12 +98,6 @@ def forget_all(forget: Callable[[Any], None]) -> None:
     """``forget`` of every model runner that has graphs; of one that is gone it gets None."""
     for graphs_of in list(recorded.values()):
         forget(graphs_of.runner())
-
-
-def is_a(thing: object, known: tuple[str, str]) -> bool:
-    """Whether it is of this very class of SGLang's, by module and name; nothing is imported."""
-    module, name = known
-    return type(thing) is getattr(sys.modules.get(module), name, None)
 
 
 def crowded(runner: Any, least: float) -> str | None:

@@ -138,6 +138,12 @@ def rules() -> Rules:
     return _rules[0]
 
 
+def is_a(thing: object, known: tuple[str, str]) -> bool:
+    """Whether it is of this very class of SGLang's, by module and name; nothing is imported."""
+    module, name = known
+    return type(thing) is getattr(sys.modules.get(module), name, None)
+
+
 def name(thing: object) -> str:
     """Of its class, for a reason."""
     return type(thing).__name__

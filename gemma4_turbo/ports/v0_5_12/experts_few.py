@@ -18,13 +18,11 @@ verify = shared.verify
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The kernels where they fit and have passed their check, else stock."""
-    return {TARGET: shared.replacement(run, stock[TARGET], server_unfit, torch.empty_like)}
+    return {TARGET: shared.replacement(run, stock[TARGET], sums_over_ranks, torch.empty_like)}
 
 
-def server_unfit() -> str | None:
-    """Why the experts do more than to sum, or None."""
+def sums_over_ranks() -> bool:
+    """By the server's arguments."""
     from sglang.srt.server_args import get_global_server_args
 
-    if get_global_server_args().enable_fused_moe_sum_all_reduce:
-        return "enable_fused_moe_sum_all_reduce: the experts' sum is a sum over the ranks as well"
-    return None
+    return bool(get_global_server_args().enable_fused_moe_sum_all_reduce)

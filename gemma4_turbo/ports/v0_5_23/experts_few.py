@@ -18,16 +18,14 @@ verify = shared.verify
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The kernels where they fit and have passed their check, else stock."""
-    return {TARGET: shared.replacement(run, stock[TARGET], server_unfit, empty_like)}
+    return {TARGET: shared.replacement(run, stock[TARGET], sums_over_ranks, empty_like)}
 
 
-def server_unfit() -> str | None:
-    """Why the experts do more than to sum, or None."""
+def sums_over_ranks() -> bool:
+    """By the server's arguments."""
     from sglang.srt.runtime_context import get_exec
 
-    if get_exec().moe.enable_fused_moe_sum_all_reduce:
-        return "enable_fused_moe_sum_all_reduce: the experts' sum is a sum over the ranks as well"
-    return None
+    return bool(get_exec().moe.enable_fused_moe_sum_all_reduce)
 
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:

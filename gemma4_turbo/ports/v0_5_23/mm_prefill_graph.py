@@ -37,7 +37,8 @@ from gemma4_turbo.engine.run import peer
 from gemma4_turbo.ports.any import architectures
 from gemma4_turbo.ports.any import mm_prefill_graph as common
 from gemma4_turbo.ports.any.late_targets import LateTargets
-from gemma4_turbo.ports.any.mm_prefill_graph import LANGUAGE_MODEL, is_a, recorded
+from gemma4_turbo.ports.any.mm_prefill_graph import LANGUAGE_MODEL, recorded
+from gemma4_turbo.ports.any.sglang_types import is_a
 from gemma4_turbo.runtime import graphs, hooks
 from gemma4_turbo.runtime.attempts import told
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any.mm_prefill_graph import is_a
+from gemma4_turbo.ports.any.sglang_types import is_a
 from gemma4_turbo.runtime.attempts import told
 from gemma4_turbo.runtime.fallback import DeclinedError
 

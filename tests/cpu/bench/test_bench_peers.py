@@ -593,16 +593,21 @@ print(drawn, "wrapt" in sys.modules)
 """
 
 
-def test_weights_of_vllm_are_as_wide(stand_ins: Path, monkeypatch: pytest.MonkeyPatch):
-    """Without wrapt, which that environment does not have; the seed stays."""
-    monkeypatch.setenv("BENCH_WEIGHT_RANGE", "0.5")
-    peer = peers_engine.parse(f"field=vllm:{sys.executable}:{stand_ins}")
-    found = subprocess.run(
-        [peer.python, "-c", WEIGHTS],
+def ran(peer: peers_engine.Peer, code: str) -> subprocess.CompletedProcess[str]:
+    """In an engine's interpreter and environment."""
+    return subprocess.run(
+        [peer.python, "-c", code],
         env=peers_engine.environment(peer),
         capture_output=True,
         text=True,
     )
+
+
+def test_weights_of_vllm_are_as_wide(stand_ins: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without wrapt, which that environment does not have; the seed stays."""
+    monkeypatch.setenv("BENCH_WEIGHT_RANGE", "0.5")
+    peer = peers_engine.parse(f"field=vllm:{sys.executable}:{stand_ins}")
+    found = ran(peer, WEIGHTS)
     assert found.stdout == "[(-0.5, 0.5, 1), (-0.5, 0.5, 7)] False\n", found.stderr
 
 
@@ -635,12 +640,7 @@ def test_weights_without_bounds_are_widened_afterwards(
     monkeypatch.setenv("BENCH_WEIGHT_RANGE", "0.25")
     put(tmp_path, {"vllm/model_executor/model_loader/weight_utils.py": FIXED})
     peer = peers_engine.parse(f"field=vllm:{sys.executable}:{tmp_path}")
-    found = subprocess.run(
-        [peer.python, "-c", READS],
-        env=peers_engine.environment(peer),
-        capture_output=True,
-        text=True,
-    )
+    found = ran(peer, READS)
     assert found.stdout == "[0.25, 0.001]\n", found.stderr
 
 

@@ -219,8 +219,7 @@ def resources(kernel: Any) -> dict[str, int]:
 def main(wanted: list[str]) -> None:
     """Each is a compute capability and kinds of cases."""
     driver.set_active(Driver())  # type: ignore[arg-type]
-    decode.processors = extend._processors = lambda device: GPUS[Driver.device].processors
-    extend.gpu = lambda device: GPUS[Driver.device]
+    decode.gpu = extend.gpu = lambda device: GPUS[Driver.device]
     pdl.supported = lambda device: Driver.device >= 90
     for one in wanted:
         capability, _, kinds = one.partition(":")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.kernels.attention.decode import Config
+from gemma4_turbo.kernels.gpu import INTERPRETER
 
 pytestmark = [
     pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
@@ -230,7 +231,7 @@ def test_the_arrival_does_not_change_the_bits():
 @pytest.mark.parametrize("processors", [78, 132])
 def test_no_lengths_need_more_programs_than_the_grid_has(monkeypatch, processors):
     """The bound of `slots`, by counting as the kernel counts."""
-    monkeypatch.setattr(kernel, "processors", lambda device: processors)
+    monkeypatch.setattr(kernel, "gpu", lambda device: INTERPRETER._replace(processors=processors))
     generator = torch.Generator().manual_seed(0)
     for _ in range(300):
         batch = int(torch.randint(1, 257, (1,), generator=generator))
@@ -252,7 +253,8 @@ def test_no_lengths_need_more_programs_than_the_grid_has(monkeypatch, processors
     [(256, 1), (396, 1), (400, 3), (512, 3), (700, 1), (792, 1), (1024, 1), (4096, 1)],
 )
 def test_no_round_for_a_few_programs(monkeypatch, pairs, splits):
-    monkeypatch.setattr(kernel, "processors", lambda device: kernel.PROCESSORS)
+    gpu = INTERPRETER._replace(processors=kernel.PROCESSORS)
+    monkeypatch.setattr(kernel, "gpu", lambda device: gpu)
     config = kernel.choose(pairs // 4, 4, 2, 256)
     chunk = -(-pairs * 1024 // kernel.target_programs(config, torch.device("cpu")))
     chunk = max(-(-chunk // config.block_n) * config.block_n, config.min_chunk)

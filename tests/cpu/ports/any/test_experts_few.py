@@ -148,7 +148,7 @@ def test_an_option_that_is_not_known_is_stocks():
         seen.append(novel)
         return STOCK
 
-    ours = patch.replacement(unpublished(NAME), stock, lambda: None, torch.empty_like)
+    ours = patch.replacement(unpublished(NAME), stock, lambda: False, torch.empty_like)
     assert ours(*given(), activation="gelu", novel=3) == STOCK
     assert isinstance(ours(*given(), activation="gelu", novel=0), torch.Tensor)
     assert ours(*given(), False, "gelu", 5) == STOCK
@@ -196,8 +196,9 @@ def test_a_sum_over_the_ranks_is_stocks(
         from sglang.srt import server_args as owner
 
         monkeypatch.setattr(owner, "get_global_server_args", lambda: arguments)
-    assert str(line.server_unfit()).startswith("enable_fused_moe_sum_all_reduce")
+    assert line.sums_over_ranks()
     assert fused_experts(*given(), activation="gelu") == STOCK
+    assert ENGINE.runs[NAME]._decline_reason.startswith("enable_fused_moe_sum_all_reduce")
 
 
 def test_a_launch_that_fails_is_stocks_for_good(
