@@ -34,7 +34,15 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "experts": (
         "Experts",
-        ("router", "router_norm", "moe_align", "experts_few", "experts_sum", "moe_configs"),
+        (
+            "router",
+            "router_norm",
+            "router_few",
+            "moe_align",
+            "experts_few",
+            "experts_sum",
+            "moe_configs",
+        ),
     ),
     "vision": (
         "Vision",

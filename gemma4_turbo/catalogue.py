@@ -116,7 +116,13 @@ PATCHES: tuple[Patch, ...] = (
         name="experts_few",
         summary="Experts of up to four tokens in two launches instead of five, bound by reading their weights",
         numerics=TOLERANCE,
-        default=False,
+        default=True,
+    ),
+    Patch(
+        name="router_few",
+        summary="Router of up to eight tokens in one launch: product, top-k, softmax and scale",
+        numerics=TOLERANCE,
+        default=True,
     ),
     Patch(
         name="mlp_stream",

@@ -14,6 +14,17 @@ def samples(rows: int, like: torch.Tensor, width: int | None = None) -> torch.Te
     return (drawn * scale[:, None]).to(like.dtype)
 
 
+def telling(weight: torch.Tensor) -> torch.Tensor:
+    """The weight, or random numbers where it says nothing of the code: not all finite, or mostly 0.
+
+    A verdict is shared by all layers of the shape and stays; what is in this one may be written later.
+    """
+    finite = torch.isfinite(weight.sum(dtype=torch.float32))
+    if bool(finite) and 2 * int(torch.count_nonzero(weight)) > weight.numel():
+        return weight.data
+    return samples(weight.shape[0], weight)
+
+
 def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
     """How many 16-bit elements differ, two NaN counting as equal."""
     return int(((a.view(torch.int16) != b.view(torch.int16)) & ~(a.isnan() & b.isnan())).sum())

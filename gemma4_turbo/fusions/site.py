@@ -58,7 +58,7 @@ class Site:
 def _place(of: Any, name: str) -> tuple[dict[str, Any], str, Any]:
     """Where an object keeps an attribute, and the attribute: a module finds its own but slowly."""
     for store in (getattr(of, "_modules", {}), getattr(of, "_parameters", {}), vars(of)):
-        if store.get(name) is not None:
+        if name in store:  # also None: a bias that comes later is set there
             return store, name, store[name]
     return vars(of), name, None
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.comparison import samples, telling
 from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.kernels import skinny_gemm as kernel
 from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
@@ -48,7 +48,7 @@ class SkinnyGemm(Fusion[Args, torch.Tensor]):
 
     def differing(self, args: Args, kind: int) -> int:
         """Elements farther from stock's than two roundings of the largest in their row."""
-        weight, found = _telling(args.weight), 0
+        weight, found = telling(args.weight), 0
         for rows in (kernel.FEW_ROWS, kernel.MAX_ROWS):
             drawn = args._replace(
                 x=samples(rows, args.x),
@@ -59,14 +59,3 @@ class SkinnyGemm(Fusion[Args, torch.Tensor]):
             bound = stock.abs().amax(-1, keepdim=True) * 2.0**-6
             found += int(((ours - stock).abs() > bound).sum()) + int((~ours.isfinite()).sum())
         return found
-
-
-def _telling(weight: torch.Tensor) -> torch.Tensor:
-    """The weight, or random numbers where it says nothing of the code: not all finite, or mostly 0.
-
-    The verdict is shared by all layers of the shape and stays; what is in this one may be written later.
-    """
-    finite = torch.isfinite(weight.sum(dtype=torch.float32))
-    if bool(finite) and 2 * int(torch.count_nonzero(weight)) > weight.numel():
-        return weight.data
-    return samples(weight.shape[0], weight)

@@ -331,7 +331,7 @@ def choose(choices: int) -> Tiles:
     What 4.8 TB/s hold in flight over 700 ns are 26 KB for each multiprocessor of an H200. Of one token of
     26B-A4B, each program has 4 KB on its way all the time, and a multiprocessor has eleven programs.
     """
-    return Tiles(Up(4, 1, 256, 1), Down(min(8, choices), 1, 128, 1, min(4, choices)))
+    return Tiles(Up(2, 1, 256, 1), Down(min(8, choices), 1, 128, 1, min(2, choices)))
 
 
 def experts_few(

@@ -13,6 +13,7 @@ from gemma4_turbo.fusions import layer_norms as norms_between
 from gemma4_turbo.fusions import layer_tail, norm_kinds, ple_tail, qkv, router_norm
 from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.fusions.stock import followed
+from gemma4_turbo.kernels import router_few as few
 from gemma4_turbo.kernels import skinny_gemm as skinny
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import Experts, NextNorm
@@ -201,6 +202,39 @@ def skinny_gemm(device: str) -> list[Check]:
                 int((ours != stock).sum()),
                 f"relative error {1.1 * allowed:.2e} (stock's plus 10 %), is {error:.2e}",
                 passed,
+            )
+        )
+    return checks
+
+
+def router_few(device: str) -> list[Check]:
+    """The product against fp64, and the routing of its logits against plain torch, 26B-A4B's shape."""
+    experts, hidden = (128, 2816) if device == "cuda" else (16, 64)
+    checks = []
+    for tokens in (1, few.MAX_TOKENS):
+        x = _rows(device, hidden, 1)[-tokens:] / 30
+        generator = torch.Generator(device).manual_seed(3)
+        w = torch.randn(experts, hidden, generator=generator, device=device) / hidden**0.5
+        scale = torch.rand(experts, generator=generator, device=device).bfloat16() * 2
+        w = w.bfloat16()
+        found, stock = few.router_few(x, w, scale, 8), few.reference_router_few(x, w, scale, 8)
+        exact = x.double() @ w.double().T
+        error, allowed = (
+            float((y.logits.double() - exact).norm() / exact.norm()) for y in (found, stock)
+        )
+        weights, ids = few.reference_routing(found.logits, scale, 8)
+        bound = 2.0**-18
+        near = bool(((found.weights - weights).abs() <= weights.abs() * bound).all())
+        checks.append(
+            Check(
+                "router_few",
+                f"{tokens} tokens, {experts} experts of {hidden}",
+                "fp64, and plain torch for the routing",
+                found.logits.numel() + ids.numel() + weights.numel(),
+                int((found.logits != stock.logits).sum()),
+                f"relative error {1.1 * allowed:.2e} (stock's plus 10 %), is {error:.2e}; ids of these "
+                f"logits; {bound:.1e} of a weight",
+                error <= 1.1 * allowed and torch.equal(found.ids, ids) and near,
             )
         )
     return checks

@@ -19,7 +19,7 @@ from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
-from gemma4_turbo.ports.any import linear, sglang_types
+from gemma4_turbo.ports.any import linear, router_few, sglang_types
 from gemma4_turbo.runtime.custom_ops import capturing
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ class LayerSite(Site):
         self.mlp_stream: str | None = apart  # no arithmetic to compare
         more = apart or sglang_types.reduction_unfit(layer.moe.experts)
         self.experts_sum: str | None = first_unfit([*reasons, more])
+        self.router_few: str | None = (
+            router_few.look_at(self, layer) if moe else "the layer has no experts"
+        )
         self.following: tuple[Norm | None, str | None] = (None, None)
 
         routing = (layer.router, layer.router.norm) if self.layer_norms is UNPROVEN and moe else ()
@@ -185,11 +188,13 @@ def after_attention(
     else:
         mlp_output = linear.mlp(self.mlp, mlp_input)
     if router_input is not None:
-        router_logits, _ = self.router.proj(router_input)
+        router_logits = router_few.logits(self, site, router_input)
     else:
         router_logits = self.router(residual)
         experts_input = self.pre_feedforward_layernorm_2(residual)
     experts_output = _experts(self, site, experts_input, router_logits, residual, mlp_output)
+    if router_few.ROUTER_FEW.run is not None:
+        router_few.done(site, residual)
     if side is not None:
         main.wait_stream(side)
     return _finish(self, site, mlp_output, experts_output, residual, per_layer_input, following)

@@ -130,16 +130,25 @@ def _run(
         return None
     weight = module.weight
     if site.arrived is None and not capturing():
-        site.arrived = _zeros(module, kernel.tiles(weight, epilogue, site.few), weight.device)
+        site.arrived = zeros_of(module, kernel.tiles(weight, epilogue, site.few), weight.device)
     args = skinny_gemm.Args(x, weight, site.few, site.many, epilogue, extra, site.arrived)
     return SKINNY_GEMM(site, args)
 
 
-def _zeros(module: Linear, count: int, device: torch.device) -> torch.Tensor:
-    """Kept on the module for good: a CUDA graph may go on using those of a plan that has ended."""
+def zeros_of(module: Linear, count: int, device: torch.device) -> torch.Tensor:
+    """Zeros that launches of one module leave as zeros, one launch after the other. Never made in a capture.
+
+    Kept on the module for good: a CUDA graph may go on using those of a plan that has ended.
+    """
     every: list[torch.Tensor] = module.__dict__.setdefault(ARRIVED, [])
     for zeros in every:
         if zeros.shape[0] >= count and zeros.device == device:
             return zeros
     every.append(torch.zeros(count, dtype=torch.int32, device=device))
     return every[-1]
+
+
+def kept(module: Linear) -> torch.Tensor | None:
+    """Zeros that `zeros_of` made before, for a capture."""
+    every: list[torch.Tensor] = module.__dict__.get(ARRIVED, [])
+    return every[0] if every and every[0].device == module.weight.device else None

@@ -343,6 +343,21 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
         ),
     ),
+    "router_few": Port(
+        module=f"{HERE}.wiring:router_few",
+        targets=(
+            f"{_MODEL}:Gemma4DecoderLayer.forward",
+            "sglang.kernels.ops.moe.gemma4_routing:gemma4_fused_routing",
+        ),
+        relies_on=(
+            *_LAYER,
+            "sglang.kernels.ops.moe.gemma4_routing:_gemma4_routing_kernel",
+            f"{_MODEL}:Gemma4MoE.__init__",
+            f"{_MODEL}:Gemma4MoE.forward",
+        ),
+        written_for=RELEASES,
+        goes_round=calls.LINEAR,
+    ),
     "vision_syncs": Port(
         module=f"{HERE}.vision_syncs",
         targets=(

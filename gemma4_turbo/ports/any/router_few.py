@@ -1,0 +1,118 @@
+"""`router_few` in a layer: the launch of the router's product routes as well, and is asked for it later.
+
+The layer hands its logits to the experts, as stock does, and SGLang asks a routing function for their
+top-k. That function is given what the launch has found, where it is asked for the very logits.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from gemma4_turbo.fusions import router_few
+from gemma4_turbo.fusions.site import UNPROVEN, Site
+from gemma4_turbo.kernels import router_few as kernel
+from gemma4_turbo.ports.any import linear, sglang_types
+from gemma4_turbo.runtime.custom_ops import capturing
+
+if TYPE_CHECKING:
+    from gemma4_turbo.ports.any.model_protocols import DecoderLayer
+
+ROUTER_FEW = router_few.RouterFew("router_few")
+NAME = "router_few"
+
+TOO_MANY_TOKENS = f"more than {kernel.MAX_TOKENS} tokens"
+CLOSURE = "Gemma4MoE.__init__.<locals>.routing_function"
+NOT_ASKED = "SGLang did not ask its routing function for the router's logits"
+
+
+class Handed(NamedTuple):
+    """What the newest launch has found, for the routing function."""
+
+    found: kernel.Routed
+    scale: torch.Tensor
+    topk: int
+
+
+_handed: list[Handed] = []
+_asked: list[bool] = []
+
+
+def unfit(layer: DecoderLayer) -> str | None:
+    """Why a layer's router and its routing cannot be one launch, or None."""
+    moe = layer.moe
+    if type(moe) is not sglang_types.types().moe:
+        return f"the experts' block is a {sglang_types.name(moe)}"
+    reason = sglang_types.router_unfit(layer.router)
+    if reason is None:
+        proj = layer.router.proj
+        reason = sglang_types.linear_unfit(proj) or sglang_types.rules().output_unfit(proj)
+    if reason is not None:
+        return reason
+    routing = moe.topk.topk_config.custom_routing_function
+    if getattr(routing, "__qualname__", "") != CLOSURE:
+        return f"the routing function is {sglang_types.name(routing)}"
+    return sglang_types.weight_unfit(moe.per_expert_scale)
+
+
+def look_at(site: Site, layer: DecoderLayer) -> str | None:
+    """What the patch covers in a layer, and `unfit` or that it is to be compared."""
+    reason = unfit(layer)
+    if reason is not None:
+        return reason
+    proj, topk = layer.router.proj, layer.moe.topk
+    site.cover(NAME, layer.router, proj, layer.moe, topk)
+    site.made_for(
+        *((proj, name) for name in ("quant_method", "weight", "bias")),
+        *sglang_types.method_parts(proj),
+        (layer.router, "proj"),
+        (layer.moe, "topk"),
+        (layer.moe, "per_expert_scale"),
+        (topk, "topk_config"),
+        (topk.topk_config, "custom_routing_function"),
+    )
+    return UNPROVEN
+
+
+def logits(layer: DecoderLayer, site: Site, x: torch.Tensor) -> torch.Tensor:
+    """The router's product with its normed input; what follows from it is kept for `routed`."""
+    proj, run = layer.router.proj, ROUTER_FEW.run
+    if run is None or torch.compiler.is_compiling():
+        return linear.project(proj, x)
+    if x.shape[0] > kernel.MAX_TOKENS:  # every prefill: no time for more
+        run.declined(TOO_MANY_TOKENS)
+        return linear.project(proj, x)
+    if ROUTER_FEW.settled(site):
+        return linear.project(proj, x)
+    moe, weight = layer.moe, proj.weight
+    arrived = linear.zeros_of(proj, 1, weight.device) if not capturing() else linear.kept(proj)
+    scale, topk = moe.per_expert_scale, moe.topk.topk_config.top_k
+    args = router_few.Args(x, weight, scale, topk, arrived)
+    found = ROUTER_FEW(site, args, sglang_types.batch_invariant_unfit())
+    if found is None:
+        return linear.project(proj, x)
+    _handed[:], _asked[:] = [Handed(found, scale, topk)], []
+    return found.logits
+
+
+def routed(
+    logits: torch.Tensor, scale: torch.Tensor, topk: int
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Weights and ids of the very logits that the newest launch has made, or None."""
+    if not _handed:
+        return None
+    found, of, count = _handed[0]
+    if logits is not found.logits or scale is not of or topk != count:
+        return None
+    _asked[:] = [True]
+    return found.weights, found.ids
+
+
+def done(site: Site, x: torch.Tensor) -> None:
+    """The layer's experts have run. Where nobody asked, the next launch would be for nothing as well."""
+    if _handed:
+        if not _asked and x.is_cuda:  # without a GPU SGLang routes in another way
+            setattr(site, NAME, NOT_ASKED)
+        _handed.clear()
+        _asked.clear()
