@@ -20,7 +20,7 @@ from tests.cpu.ports.v0_5_23 import models
 
 KINDS = ["moe", "ple", "dense"]
 STEPS = {
-    "moe": {"layer_norms": 2, "rope_store": 2, "input_norm": 2, "skinny_gemm": 8},
+    "moe": {"layer_norms": 2, "rope_store": 2, "input_norm": 2, "skinny_gemm": 10},
     "ple": {"layer_norms": 2, "rope_store": 2, "input_norm": 2, "ple_tail": 2, "skinny_gemm": 12},
     "dense": {"layer_norms": 2, "rope_store": 2, "input_norm": 2, "skinny_gemm": 8},
 }
