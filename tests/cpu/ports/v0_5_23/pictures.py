@@ -67,9 +67,7 @@ def _items(request: int, pictures: tuple[tuple[int, int], ...]) -> Any:
     for number, (first, last) in enumerate(pictures):
         generator = torch.Generator().manual_seed(100 * request + number)
         feature = torch.randn(last - first + 1, HIDDEN, generator=generator).to(shared_kv.DTYPE)
-        item = MultimodalDataItem(
-            modality=Modality.IMAGE, feature=feature, offsets=[(first, last)]
-        )
+        item = MultimodalDataItem(modality=Modality.IMAGE, feature=feature, offsets=[(first, last)])
         item.set_pad_value()
         item.pad_value = FIRST_PAD_VALUE + 100 * request + number
         item.pad_values = (item.pad_value,)
@@ -208,9 +206,7 @@ class Server:
                     min(max(last + 1 - prompt.prefix, 0), prompt.tokens),
                 )
                 ids[places] = FIRST_PAD_VALUE + 100 * request + number
-            for place, value in zip(
-                prompt.placeholders, PLACEHOLDERS.values(), strict=False
-            ):
+            for place, value in zip(prompt.placeholders, PLACEHOLDERS.values(), strict=False):
                 ids[place] = value
             start += prompt.tokens
         if any(prompt.pictures for prompt in prompts.values()):

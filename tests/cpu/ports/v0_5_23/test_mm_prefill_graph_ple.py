@@ -120,7 +120,10 @@ def assert_same(server: Any, steps: Steps) -> None:
         (INTERLEAVED, True),
         (ONLY_PICTURES, True),  # no padding
         (SHORT, True),  # shorter than the smallest graph
-        (SHORTER_THAN_STOCK_PADS, False),  # than half of it: stock takes none, though it would be right
+        (
+            SHORTER_THAN_STOCK_PADS,
+            False,
+        ),  # than half of it: stock takes none, though it would be right
         (CHUNKS, True),
         (MIXED, True),
         (TEXT_AFTER_PICTURES, True),
