@@ -486,7 +486,7 @@ def test_the_live_per_layer_inputs_are_what_a_graph_reads(
     step = ids_of("ple"), MOST, 0
     replayed(runner, ids_of("ple", 20), MOST, 0)
     with monkeypatch.context() as context:
-        context.setattr(patch.Inputs, "fill", lambda self, given: None)
+        context.setattr(patch.Inputs, "fill", lambda self, given, tokens: None)
         stale = replayed(runner, *step)
     found = replayed(runner, *step)
     assert found.isfinite().all()
