@@ -47,7 +47,7 @@ from bench.servers import Server, console, launch_arguments, servers  # noqa: E4
 from bench.turns import turn  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
-from gemma4_turbo.models import geometry_mm  # noqa: E402
+from gemma4_turbo.models import geometry, geometry_mm  # noqa: E402
 
 AGAIN, OTHER_IMAGES = "stock again", "stock, other images"
 CALLS = ("engaged", "captured", "declined")
@@ -87,6 +87,13 @@ def prompt(images: int, side: int, seed: int) -> dict[str, Any]:
 def sampling(new: int) -> dict[str, Any]:
     """Greedy, exactly ``new`` tokens."""
     return {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
+
+
+def with_needed(patches: list[str], model: str, layers: int) -> list[str]:
+    """The patches, and ``optional_kv`` for prefill graphs of layers that share KV (E2B, E4B, not cut)."""
+    shared = 0 if layers else geometry.GEOMETRIES[model].kv_shared_layers
+    more = "mm_prefill_graph" in patches and "optional_kv" not in patches and shared
+    return [*patches, "optional_kv"] if more else patches
 
 
 # -- the server ---------------------------------------------------------------------------------
@@ -188,7 +195,7 @@ def main(
 ) -> None:
     """Stock against patched, prompts with images, the real server."""
     end_on_sigterm()
-    chosen = [name for name in patches.split(",") if name]
+    chosen = with_needed([name for name in patches.split(",") if name], model, layers)
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))

@@ -6,6 +6,10 @@ import importlib.util
 import re
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemma4_turbo.ports.any.model_protocols import ModelConfig
 
 # The first FlashInfer whose TRT-LLM kernel verifies more tokens with heads of 512 rightly.
 FLASHINFER_FOR_LONG_DRAFTS = (0, 6, 14)
@@ -25,6 +29,10 @@ ONLY_ONE = "You must specify exactly one of input_ids or inputs_embeds"
 ENDS = (
     "--cuda-graph-backend-prefill {} with a Gemma 4 that takes pictures ends the server as it starts "
     f"({ONLY_ONE}): leave the option out; mm_prefill_graph, switched on, records breakable graphs"
+)
+SHARED_KV = (
+    "--cuda-graph-backend-prefill {} with a Gemma 4 whose layers share KV (E2B, E4B) ends the server as it "
+    "starts (invalid or duplicate attention layer_id): leave the option out, or switch optional_kv on"
 )
 TOKENIZERS = (
     "--tokenizer-worker-num {}: the workers would be stock, and each keeps 2 MiB of GPU memory for every "
@@ -77,16 +85,22 @@ def _long_drafts(server_args: object) -> list[str]:
 
 def _graphs_that_end(server_args: object) -> list[str]:
     """Graphs of prefill that the user chose, of a model for which recording them ends the server."""
+    from gemma4_turbo.engine.run import peer
+
     chosen = chosen_for_prefill(server_args)
     if chosen not in RECORDED or not hands_over_both():
         return []
     try:
         if not _takes_pictures(server_args):
             return []
-        served = chosen == "breakable" and _lent_a_hand(server_args)
+        if getattr(_config(server_args).hf_text_config, "num_kv_shared_layers", 0):
+            ends = [] if peer("optional_kv").will_run() else [SHARED_KV.format(chosen)]
+        else:
+            served = chosen == "breakable" and _lent_a_hand(server_args)
+            ends = [] if served else [ENDS.format(chosen)]
     except Exception:  # SGLang itself will say what is wrong with them
         return []
-    return [] if served else [ENDS.format(chosen)]
+    return ends
 
 
 def _tokenizers_without_us(server_args: object) -> list[str]:
@@ -126,13 +140,18 @@ def hands_over_both() -> bool:
     return "_build_layer_model_forward_kwargs(" in recorder and ONLY_ONE in model
 
 
-def _takes_pictures(server_args: object) -> bool:
+def _config(server_args: object) -> ModelConfig:
     from sglang.srt.arg_groups import overrides
 
     before = getattr(server_args, "_model_config", None)
-    config = overrides.model_config_of(server_args)
+    config: ModelConfig = overrides.model_config_of(server_args)
     if before is None:  # SGLang makes its own when it has completed the arguments
         del server_args._model_config, server_args._model_config_built_from  # type: ignore[attr-defined]
+    return config
+
+
+def _takes_pictures(server_args: object) -> bool:
+    config = _config(server_args)
     architectures = getattr(config.hf_config, "architectures", None) or []
     return bool(config.is_multimodal and set(architectures) & set(TAKE_PICTURES))
 

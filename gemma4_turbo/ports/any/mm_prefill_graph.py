@@ -21,6 +21,7 @@ LANGUAGE_MODEL = ("sglang.srt.models.gemma4_causal", "Gemma4TextModel")
 MOVED = "a weight update put other parameters in the place of those in the graphs"
 # Without the cut a long prompt would lose more than a short one gains.
 NO_CUT = "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
+NO_SHARED_KV = "layers that share KV run in these graphs with `optional_kv` only"
 
 
 # -- which servers get them ------------------------------------------------------------------------
@@ -68,6 +69,17 @@ def unfit(
     return None
 
 
+def shared_kv_unfit(works: Callable[[str], bool]) -> str | None:
+    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None.
+
+    Args:
+        works: whether a patch of this name does its work, or will.
+    """
+    if not works("optional_kv"):
+        return NO_SHARED_KV
+    return NO_CUT if works("yoco") and not works("yoco_piecewise") else None
+
+
 # -- where they are recorded -----------------------------------------------------------------------
 
 
@@ -82,16 +94,22 @@ class Recorded(NamedTuple):
 recorded: weakref.WeakKeyDictionary[Any, Recorded] = weakref.WeakKeyDictionary()
 """By language model."""
 
+recording: weakref.WeakKeyDictionary[Any, Callable[..., Any]] = weakref.WeakKeyDictionary()
+"""By language model that is being recorded with its per-layer inputs: the forward that sees to it."""
+
 
 def watch(runner: Any) -> None:
     """Note that a model runner's language model has graphs, and what they read.
 
     SGLang writes new weights over the old ones, or, where it works on them after loading, puts new
-    parameters in their place: any of the layers, as a checkpoint may have quantised only some.
+    parameters in their place: any of them, as a checkpoint may have quantised only some. Tokens are
+    looked up before the graphs, in the two embeddings.
     """
     model = runner.model.language_model
-    watched = graphs.Watched(list(model.layers))
-    recorded[model] = Recorded(weakref.ref(runner), watched, hooks.Watched(list(model.children())))
+    parts = list(model.children())
+    before = model.embed_tokens, model.embed_tokens_per_layer
+    watched = graphs.Watched(part for part in parts if all(part is not each for each in before))
+    recorded[model] = Recorded(weakref.ref(runner), watched, hooks.Watched(parts))
 
 
 def forget_all(forget: Callable[[Any], None]) -> None:

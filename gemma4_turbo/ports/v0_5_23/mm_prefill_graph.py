@@ -8,6 +8,16 @@ What stock would record of Gemma 4 does not run: it gives the language model tok
 both, which that refuses, and no per-layer inputs (E2B, E4B), which its graphs would not see. So while
 stock records, the language model takes the embeddings, and per-layer inputs out of a buffer that
 stays; where stock copies a prefill's embeddings to the graph's, its per-layer inputs are copied too.
+They are of the token ids with pictures' placeholders replaced, which the model looks up before the
+graphs. Their projection is recorded.
+
+The layers of E2B and E4B that share KV come in by `optional_kv`, which is told whose language model is
+recorded with per-layer inputs (`common.recording`). `yoco_piecewise` cuts them off as it does for a
+text-only model.
+
+Several GPUs: a rank whose capture fails (its memory is not that of the others) leaves the others in
+SGLang's barrier, and one that goes without graphs would reduce other sizes than they do. No rank can
+be told, so there are none.
 
 The positions lie in a buffer of stock's. The model adds one to them in place, where the graph reads
 them; told to make new ones (``SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION``), it would be read by none.
@@ -33,6 +43,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.ports.any import architectures
 from gemma4_turbo.ports.any import mm_prefill_graph as common
@@ -82,6 +93,7 @@ OFF = {
     "rl_on_policy_target": "deterministic inference, for reinforcement learning",
     "enable_dp_attention": "DP attention: its ranks agree on a graph for each step",
     "enable_two_batch_overlap": "two batches that overlap",
+    "enable_mis": "multi-item scoring: it was not compared with stock's",
     "enable_pdmux": "prefill and decode run on two streams",
     "enable_memory_saver": "the memory saver takes memory away from graphs",
     "enable_torch_compile": "torch.compile",
@@ -153,7 +165,11 @@ def unfit(server_args: Any) -> str | None:
     prefill = arguments.cuda_graph_config.prefill
     sized = bool(prefill.max_bs or prefill.bs)
     return common.unfit(
-        arguments, config, sized, functools.partial(server_unfit, arguments), shared_kv_unfit
+        arguments,
+        config,
+        sized,
+        functools.partial(server_unfit, arguments),
+        functools.partial(common.shared_kv_unfit, lambda name: peer(name).will_run()),
     )
 
 
@@ -169,7 +185,7 @@ def server_unfit(arguments: ResolvingArguments) -> str | None:
     if arguments.disaggregation_mode != "null":
         return "disaggregation: prefill and decode are in two processes"
     if arguments.tp_size > 1 or arguments.pp_size > 1:
-        return "several GPUs: their tokens were not compared with stock's"
+        return "several GPUs: where one fails to record, the others would wait for it"
     return None
 
 
@@ -178,13 +194,6 @@ def moved_positions() -> bool:
     from sglang.srt.environ import envs
 
     return bool(envs.SGLANG_GEMMA_OUT_OF_PLACE_POSITION_MUTATION.get())
-
-
-def shared_kv_unfit() -> str | None:
-    """Why layers that share KV (E2B, E4B) keep a server out of these graphs."""
-    if peer("yoco").will_run():
-        return common.NO_CUT
-    return "SGLang makes no prefill graphs of layers that share KV"
 
 
 # -- where they are recorded -----------------------------------------------------------------------
@@ -273,7 +282,9 @@ def missing(model_runner: GraphedRunner) -> str | None:
         return "the language model has a forward of its own"
     if model.layers_to_capture:
         return "hidden states of layers are captured"
-    return shared_kv_unfit() if getattr(model.config, "num_kv_shared_layers", 0) else None
+    if getattr(model.config, "num_kv_shared_layers", 0):
+        return common.shared_kv_unfit(lambda name: peer(name).state == states.ACTIVE)
+    return None
 
 
 def _record(
@@ -351,10 +362,11 @@ class Inputs:
             return theirs(input_ids, positions, forward_batch, input_embeds=input_embeds, **others)
 
         before = vars(model).get("forward")
-        vars(model)["forward"] = forward
+        vars(model)["forward"] = common.recording[model] = forward
         try:
             yield
         finally:
+            del common.recording[model]
             if before is None:
                 vars(model).pop("forward", None)
             else:
@@ -379,12 +391,17 @@ class Inputs:
             raise ValueError(f"{tokens} tokens do not fit into a graph of {len(self.per_layer)}")
         return self.per_layer[:tokens]
 
-    def fill(self, given: dict[str, Any]) -> None:
-        """Copy a prefill's per-layer inputs, out of the language model's arguments, to the graph's."""
+    def fill(self, given: dict[str, Any], tokens: int) -> None:
+        """Copy a prefill's per-layer inputs, out of the language model's arguments, to the graph's.
+
+        ``tokens``: of the graph. SGLang has the model look up the padding's too; rows that it should
+        leave out are zero, so that nothing of an earlier prefill is in them.
+        """
         if self.per_layer is None:
             return
         live: torch.Tensor = given[LIVE]
         self.per_layer[: len(live)].copy_(live)
+        self.per_layer[len(live) : tokens].zero_()
 
 
 # -- while they serve ------------------------------------------------------------------------------
@@ -426,7 +443,7 @@ def _fill(
     inputs: Inputs, theirs: Function, args: Any, layer_kwargs: dict[str, Any], tokens: int
 ) -> None:
     theirs(args, layer_kwargs, tokens)
-    inputs.fill(layer_kwargs)
+    inputs.fill(layer_kwargs, tokens)
 
 
 def _dropped(run: PatchRun, model: GraphedTextModel) -> bool:

@@ -5,8 +5,9 @@ shares KV has the number of the layer whose KV it reads. Nothing reads the table
 breakable graph each layer's attention runs between two graphs, on itself and the batch at hand. So the
 table of such a model stays as it is, by position.
 
-That holds for a text-only model, whose graph looks up per-layer inputs by token. Elsewhere the graphs
-are not known to be right: the model starts without them.
+That holds for a text-only model, whose graph looks up per-layer inputs by token, and for one that takes
+pictures while `mm_prefill_graph` records it with its per-layer inputs. Elsewhere the graphs are not known
+to be right: the model starts without them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.any import mm_prefill_graph, sglang_types
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -53,7 +54,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             found: tuple[Layers, Layers] = table_of(*tables, layer_model)
             return found
         known = _runners.pop(layer_model, None)
-        reason = unfit(None if known is None else known())
+        reason = unfit(None if known is None else known(), layer_model)
         if reason is None:
             run.engaged(False)
             return tables
@@ -93,14 +94,16 @@ def _table_unfit(attention: Layers, companions: Layers, model: TextModel) -> boo
     )
 
 
-def unfit(runner: ModelRunner | None) -> str | None:
-    """Why no graphs are made of this runner's model, or None."""
+def unfit(runner: ModelRunner | None, layer_model: TextModel) -> str | None:
+    """Why no graphs are made of this runner's model, whose layers are ``layer_model``'s; or None."""
     from sglang.srt.models.gemma4_causal import Gemma4ForCausalLM
     from sglang.srt.runtime_context import get_exec, get_parallel
 
     if runner is None:
         return "somebody else asked for the model's layers"
-    if type(runner.model) is not Gemma4ForCausalLM:
+    if type(runner.model) is not Gemma4ForCausalLM and (
+        layer_model not in mm_prefill_graph.recording
+    ):
         return f"the graphs of a {type(runner.model).__name__} lose its per-layer inputs"
     if runner.is_draft_worker:
         return "a draft model"

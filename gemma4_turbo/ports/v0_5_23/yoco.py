@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import yoco_cut
+from gemma4_turbo.ports.any import mm_prefill_graph, yoco_cut
 from gemma4_turbo.ports.v0_5_23 import layer_loop, triton_backend
 
 if TYPE_CHECKING:
@@ -109,8 +109,13 @@ def _slots_unfit(batch: Any) -> str | None:
 
 
 def _sets_forward(model: TextModel, forward: Any) -> bool:
-    """Around a replay of a prefill graph; after it, what was there before stays on the instance."""
+    """Around a replay of a prefill graph; after it, what was there before stays on the instance.
+
+    Or `mm_prefill_graph`, while one is recorded: it gives the model what SGLang's forward is given.
+    """
     if getattr(forward, "__module__", "") == _RUNNER:
+        return True
+    if mm_prefill_graph.recording.get(model) is forward:
         return True
     return getattr(forward, "__func__", None) is type(model).forward
 

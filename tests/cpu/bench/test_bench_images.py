@@ -38,6 +38,25 @@ def test_a_prompt_has_a_placeholder_for_each_of_its_images(count: int):
     assert body["text"] != images.prompt(count, 48, 8)["text"]
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "patches", "added"),
+    [
+        ("e4b", 0, ["mm_prefill_graph"], True),
+        ("e2b", 0, ["mm_prefill_graph"], True),
+        ("e4b", 6, ["mm_prefill_graph"], False),  # the first layers alone share nothing
+        ("26b-a4b", 0, ["mm_prefill_graph"], False),
+        ("e4b", 0, ["optional_kv", "mm_prefill_graph"], False),
+        ("e4b", 0, ["vision_rope"], False),
+        ("e4b", 0, [], False),  # all that are on by default
+    ],
+)
+def test_graphs_of_layers_that_share_kv_come_with_what_they_need(
+    model: str, layers: int, patches: list[str], added: bool
+):
+    expected = [*patches, "optional_kv"] if added else patches
+    assert images.with_needed(patches, model, layers) == expected
+
+
 def answer(ids: list[int], logprobs: list[float]) -> dict[str, Any]:
     return {"ids": ids, "output": [value.hex() for value in logprobs]}
 

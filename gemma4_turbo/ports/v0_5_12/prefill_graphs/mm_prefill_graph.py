@@ -132,7 +132,11 @@ def unfit(arguments: ServerArgs) -> str | None:
         return reason
 
     return architectures.unfit(config, (ARCHITECTURE,)) or common.unfit(
-        arguments, config, sizes != (None, None), own_unfit, shared_kv_unfit
+        arguments,
+        config,
+        sizes != (None, None),
+        own_unfit,
+        functools.partial(common.shared_kv_unfit, _on),
     )
 
 
@@ -143,15 +147,6 @@ def server_unfit(arguments: ServerArgs) -> str | None:
     if _ENABLE_TORCH_INFERENCE_MODE:
         return "torch.inference_mode: SGLang traces without it, and would have to trace again"
     return graphs.argument_unfit(arguments, OFF)
-
-
-def shared_kv_unfit() -> str | None:
-    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None."""
-    if not _on("optional_kv"):
-        return "layers that share KV run in these graphs with `optional_kv` only"
-    if not _on("yoco"):
-        return None
-    return None if _on("yoco_piecewise") else common.NO_CUT
 
 
 def _on(name: str) -> bool:

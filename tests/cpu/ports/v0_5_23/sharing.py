@@ -150,8 +150,11 @@ def _extend(
     sliding_window_size: int = -1,
     **options: Any,
 ) -> None:
-    """In the place of ``extend_attention_fwd``: causal attention, to the token what the kernel sees."""
-    scale = given[6]
+    """In the place of ``extend_attention_fwd``, to the token what the kernel sees: causal, or by a mask.
+
+    A mask has a row for each new token over all keys of its request; a sliding layer is handed the last.
+    """
+    custom, _, mask_indptr, *_, scale = given[:7]
     for i in range(len(qo_indptr) - 1):
         new = slice(int(qo_indptr[i]), int(qo_indptr[i + 1]))
         slots = kv_indices[int(kv_indptr[i]) : int(kv_indptr[i + 1])]
@@ -160,6 +163,9 @@ def _extend(
         at = torch.arange(len(keys))
         back = at[len(slots) :, None] - at
         mask = back >= 0
+        if custom is not None:
+            rows = custom[int(mask_indptr[i]) : int(mask_indptr[i + 1])]
+            mask = rows.view(len(at) - len(slots), -1)[:, -len(at) :].bool()
         if sliding_window_size > -1:
             mask &= back <= sliding_window_size
         o[new] = _attend(q[new], keys, values, mask, scale)

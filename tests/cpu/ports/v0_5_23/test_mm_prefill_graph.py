@@ -136,13 +136,46 @@ def test_positions_made_anew_are_not_where_a_graph_reads_them(
     assert "positions one too low" in reason()
 
 
-@pytest.mark.parametrize(("yoco", "why"), [(True, "saves more"), (False, "layers that share KV")])
-def test_layers_that_share_kv_are_stocks(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, yoco: bool, why: str
+CUT = ("yoco", "optional_kv", "yoco_piecewise")
+
+
+@pytest.fixture
+def others_off() -> Iterator[None]:
+    """What a test switches on beside the patch goes out behind it."""
+    yield
+    ENGINE.revert()
+
+
+@pytest.mark.usefixtures("others_off")
+@pytest.mark.parametrize("name", ["e2b", "e4b"])
+@pytest.mark.parametrize(
+    ("others", "why"),
+    [
+        ((), "with `optional_kv` only"),
+        (("yoco",), "with `optional_kv` only"),
+        (("optional_kv",), None),
+        (CUT[:2], "without `yoco_piecewise`"),
+        (CUT, None),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
+)
+def test_models_that_share_kv_get_them_with_what_they_need(
+    folders: dict[str, Path], name: str, others: tuple[str, ...], why: str | None
 ):
-    monkeypatch.setattr(patch, "peer", lambda name: SimpleNamespace(will_run=lambda: yoco))
-    assert backend(arguments(folders["e4b"])) == "disabled"
-    assert why in reason()
+    ENGINE.apply(only=[NAME, *others])
+    assert backend(arguments(folders[name])) == ("disabled" if why else "breakable")
+    assert (why or "") in reason()
+
+
+@pytest.mark.usefixtures("others_off")
+@pytest.mark.parametrize("broken", ["optional_kv", "yoco_piecewise"])
+def test_a_patch_that_does_not_fit_is_not_counted_on(
+    folders: dict[str, Path], broken: str, monkeypatch: pytest.MonkeyPatch
+):
+    ENGINE.apply(only=[NAME, *CUT])
+    monkeypatch.setattr(ENGINE.runs[broken], "state", states.CONFLICT)
+    assert backend(arguments(folders["e2b"])) == "disabled"
+    assert broken in reason()
 
 
 def test_a_failure_leaves_the_decision_to_stock(
@@ -179,15 +212,26 @@ def test_what_the_user_chose_stays(folders: dict[str, Path], given: str):
 def test_the_launch_says_what_does_not_start(
     folders: dict[str, Path], given: dict[str, Any], told: bool
 ):
-    found = advice.on_launch(arguments(folders["e2b"], **given))
+    found = advice.on_launch(arguments(folders["31b"], **given))
     assert bool(found) is told
     if told:
         assert "--cuda-graph-backend-prefill full" in found[0]
         assert "input_ids" in found[0]
     assert advice.on_launch(arguments(folders["text"], **given)) == []
     ENGINE.apply(only=["vision_masks"])  # nobody lends a hand
-    stock = advice.on_launch(arguments(folders["e2b"], **given))
+    stock = advice.on_launch(arguments(folders["31b"], **given))
     assert bool(stock) is (told or given.get("cuda_graph_backend_prefill") == "breakable")
+
+
+@pytest.mark.parametrize("chosen", ["breakable", "full", "disabled"])
+def test_the_launch_says_it_of_layers_that_share_kv(folders: dict[str, Path], chosen: str):
+    """Stock's table of them ends the server, whatever is recorded; `optional_kv` lets it start."""
+    made = arguments(folders["e2b"], cuda_graph_backend_prefill=chosen)
+    found = advice.on_launch(made)
+    assert bool(found) is (chosen != "disabled")
+    assert all("layer_id" in each and f"-prefill {chosen}" in each for each in found)
+    ENGINE.apply(only=["optional_kv"])
+    assert advice.on_launch(made) == []
 
 
 def test_the_installation_says_it_where_the_patch_does_not_run():
@@ -442,7 +486,7 @@ def test_the_live_per_layer_inputs_are_what_a_graph_reads(
     step = ids_of("ple"), MOST, 0
     replayed(runner, ids_of("ple", 20), MOST, 0)
     with monkeypatch.context() as context:
-        context.setattr(patch.Inputs, "fill", lambda self, given: None)
+        context.setattr(patch.Inputs, "fill", lambda self, given, tokens: None)
         stale = replayed(runner, *step)
     found = replayed(runner, *step)
     assert found.isfinite().all()

@@ -12,6 +12,7 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.any import mm_prefill_graph
 from gemma4_turbo.ports.v0_5_23 import optional_kv as patch
 from tests.cpu import interpreted, shared_kv
 from tests.cpu.conftest import patched_sglang
@@ -124,6 +125,17 @@ def test_elsewhere_the_model_starts_without_graphs(
     attention, _ = tables(model, runner(model, **changes))
     assert not goes_on(model, attention)
     assert reason in ENGINE.runs[NAME].full_reason()
+
+
+def test_a_model_that_is_recorded_with_its_per_layer_inputs_has_the_table(
+    model: Any, breakable: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """One that takes pictures, while `mm_prefill_graph` records it."""
+    monkeypatch.setitem(mm_prefill_graph.recording, model, model.forward)
+    made = runner(model, kind="Gemma4ForConditionalGeneration")
+    assert goes_on(model, tables(model, made)[0])
+    breakable.backend = "full"  # nothing else is lifted
+    assert not goes_on(model, tables(model, made)[0])
 
 
 def test_of_another_kind_of_graph_nothing_is_known(model: Any, breakable: Any):
