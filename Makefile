@@ -11,6 +11,9 @@ BIN := $(VENV)/bin
 # Triton builds its launcher with a C compiler and Python.h.
 READY := $(VENV)/.ready
 
+# Kept bytecode halves the import of SGLang, which dozens of the tests' processes do; uv compiles none.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-ports lint docs tables clean
 
 demo: $(READY)
