@@ -1,14 +1,21 @@
-"""For all tests of ports: kernels cut so that the interpreter has little to do."""
+"""A release line's tests run where SGLang of that line is installed; kernels have little to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
 
 from gemma4_turbo.kernels import skinny_gemm
+from tests import releases
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Leave the other lines' folders out."""
+    return collection_path in releases.other_lines() or None
 
 
 @pytest.fixture(scope="session", autouse=True)
