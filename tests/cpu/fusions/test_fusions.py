@@ -111,7 +111,9 @@ def test_what_a_self_check_draws(name: str):
     """The same every time, though a call overwrites it; for the kernel; this call's weights."""
     fusion, args = case(name, "cpu")
     first = fusion.drawn(args)
-    fusion.launch(first, Kind.PRECISE)
+    for field, value in zip(first._fields, first, strict=True):
+        if isinstance(value, torch.Tensor) and value is not getattr(args, field):
+            value.fill_(7.0)  # as a launch would, which takes a second for as many rows
     second, third = fusion.drawn(args), fusion.drawn(args)
     assert fusion.unfit(second) is None
     for field, a, b in zip(second._fields, second, third, strict=True):
