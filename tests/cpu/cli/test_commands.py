@@ -201,9 +201,9 @@ def test_doctor_prints_why_no_server_can_be_seen(monkeypatch, capsys):
     assert "cannot be seen" not in capsys.readouterr().out
 
 
-def test_doctor_in_a_pipe(environment, answer):
+def test_doctor_in_a_pipe(environment, answer, tmp_path):
     """Versions first, a line a patch, the verdict last; all there is with ``--all``."""
-    done = command(environment, "doctor", COLUMNS="80")
+    done = command(environment, "doctor", COLUMNS="80", GEMMA4_TURBO_STATE_DIR=str(tmp_path))
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].startswith("gemma4_turbo ")
