@@ -112,7 +112,7 @@ def test_every_holder_gets_ours_and_stock_back():
         *((9, 0, 64, 16), (9, -1, 128, 48), (16, 0, 130, 64)),
         *((17, -1, 64, 48), (64, 0, 128, 64), (9, -1, 130, 16)),
         *((9, 0, 64, 64), (16, 0, 128, 16), (17, -1, 130, 48)),
-        (64, 0, 130, 16),
+        *((64, 0, 130, 16), (64, -1, 64, 16)),  # several slots of an expert, and the most
     ],
 )
 def test_what_stocks_own_kernel_gives(tokens, low, experts, block, monkeypatch):
