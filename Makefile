@@ -11,14 +11,21 @@ BIN := $(VENV)/bin
 # Triton builds its launcher with a C compiler and Python.h.
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-ports lint docs tables clean
+# Kept bytecode halves the import of SGLang, which dozens of the tests' processes do; uv compiles none.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test tests test-ports lint docs tables clean
 
 demo: $(READY)
 	@$(BIN)/python -m gemma4_turbo demo
 
-PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+# In the order of tests/cpu/conftest.py: xdist's own ends with the files of few tests, the longest of all.
+PYTEST = $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-test: lint
+test: $(READY)  ## lint beside the tests: mypy keeps one core alone busy for most of a minute
+	@$(MAKE) --no-print-directory -j2 lint tests
+
+tests: $(READY)
 	$(PYTEST)
 
 test-ports: $(READY)  ## what depends on SGLang's release most, its ports

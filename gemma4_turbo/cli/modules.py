@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import warnings
 from collections.abc import Iterable
@@ -37,7 +38,10 @@ def import_targets(
         return [NOT_INSTALLED]
     problems = []
     chosen = ENGINE.runs if names is None else names
-    modules = sorted({module for name in chosen for module in _modules(ENGINE.runs[name])})
+    source_of = functools.cache(fingerprints.installed_source)  # patches share modules
+    modules = sorted(
+        {module for name in chosen for module in _modules(ENGINE.runs[name], source_of)}
+    )
     with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for number, module in enumerate(modules, 1):
@@ -51,8 +55,7 @@ def import_targets(
     return problems
 
 
-def _modules(run: PatchRun) -> Iterable[str]:
-    source_of = fingerprints.installed_source
+def _modules(run: PatchRun, source_of: fingerprints.SourceOf) -> Iterable[str]:
     ports = [port for port in run.ports if fingerprints.any_there([port], source_of)]
     return [module for port in ports for module in port.modules]
 

@@ -15,7 +15,7 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.catalogue import Patch
@@ -85,6 +85,7 @@ class Engine:
         self.mistakes: list[str] = []  # exceptions of ours that were swallowed; for strict mode
         self._ready: set[str] = set()  # modules that have been run to their end
         self._half: set[str] = set()  # modules that were being run when we came
+        self._untold: bool | None = None  # within `_told_once`: whether there is something to tell
 
     # -- the public calls -------------------------------------------------------------------
 
@@ -113,7 +114,7 @@ class Engine:
 
     def revert(self) -> None:
         """See `gemma4_turbo.revert`."""
-        with self._lock:
+        with self._lock, self._told_once():
             self._selection = Selection(reverted=True)
             os.environ[SELECTION] = self._selection.encode()
             for run in self.runs.values():
@@ -147,12 +148,12 @@ class Engine:
 
     # -- installing and reverting, side by side ------------------------------------------------
 
-    def _install(self, run: PatchRun) -> None:
+    def _install(self, run: PatchRun, switches: Switches | None = None) -> None:
         """Put one patch in if its modules are there and everything about it fits."""
         patch = run.patch
         if run.state not in (states.WAITING, states.OFF):
             return
-        on, reason = self.decision(patch)
+        on, reason = self.decision(patch, switches)
         if not on:
             run.set(states.OFF, reason)
             return
@@ -297,9 +298,12 @@ class Engine:
             if was != states.WAITING:
                 self.publish()
 
-    def decision(self, patch: Patch) -> tuple[bool, str]:
-        """Whether the switches want a patch and everything that it stands on, and why."""
-        decisions = self.switches().decisions
+    def decision(self, patch: Patch, switches: Switches | None = None) -> tuple[bool, str]:
+        """Whether the switches want a patch and everything that it stands on, and why.
+
+        ``switches``, as they stand now, spare who asks for many patches to read them again.
+        """
+        decisions = (switches or self.switches()).decisions
         for needed in patch.requires:
             if needed not in decisions:
                 continue  # a mistake, which is told where the patch would be installed
@@ -360,11 +364,13 @@ class Engine:
         state_folder.settle()
         self._set_log_level()
         if self._armed:
-            for run in self.runs.values():
-                if not self.decision(run.patch)[0] and run.swaps:
-                    self._uninstall(run)
-            for run in self._in_turn:
-                self._install(run)
+            switches = self.switches()
+            with self._told_once():
+                for run in self.runs.values():
+                    if not self.decision(run.patch, switches)[0] and run.swaps:
+                        self._uninstall(run)
+                for run in self._in_turn:
+                    self._install(run, switches)
             self._gates("install")
         elif imports.ROOT in sys.modules:
             self._arm()
@@ -494,8 +500,25 @@ class Engine:
             state, reason = worst["state"], worst["reason"]
         return PatchStatus(run.patch.name, state, reason, run.targets, engaged)
 
+    @contextlib.contextmanager
+    def _told_once(self) -> Iterator[None]:
+        """The other processes are told at the end, not of each patch in turn: that is a file each time."""
+        if self._untold is not None:  # somebody is at it further out
+            yield
+            return
+        self._untold = False
+        try:
+            yield
+        finally:
+            untold, self._untold = self._untold, None
+            if untold:
+                self.publish()
+
     def publish(self) -> None:
         """Tell the other processes the states."""
+        if self._untold is not None:
+            self._untold = True
+            return
         ledger().publish(
             [
                 {"name": run.patch.name, "state": run.state, "reason": run.full_reason()}

@@ -95,9 +95,12 @@ def _rebind(old: Any, new: Any) -> None:
     for module in list(sys.modules.values()):
         if not isinstance(module, types.ModuleType):
             continue
-        for name, value in list(vars(module).items()):
-            if value is old:
-                setattr(module, name, new)
+        names = vars(module)
+        for value in list(names.values()):
+            if value is old:  # seldom: among SGLang's names, which are hundreds of thousands
+                for name in [name for name, held in list(names.items()) if held is old]:
+                    setattr(module, name, new)
+                break
 
 
 def not_stock(function: Any, source: str, first_line: int, decorators: int) -> str | None:

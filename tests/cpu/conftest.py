@@ -25,6 +25,11 @@ from tests.cpu.synthetic import World, clean_environment
 from tests.cpu.warm import Warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+# Few tests each, of which one waits a minute and more for processes that import SGLang, or for a compiler.
+LONGEST = (
+    *("test_server.py", "test_commands.py", "test_compiles.py", "test_stock.py"),
+    *("test_gpu_tests.py", "test_specialisation.py", "test_releases.py"),
+)
 _numbers = itertools.count()
 
 Python = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -36,8 +41,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first, so that no worker is left alone with it at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("server") is None)
+    """The longest files first, so that no worker is left alone with one at the end."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture
@@ -69,6 +75,16 @@ def state_by_default(patch: Patch) -> str:
     return states.UPSTREAMED if state == "looks" else state
 
 
+@functools.cache
+def _patches_there() -> list[str]:
+    """Of the baseline's line all; another has not the modules of every patch. Once: they are read for it."""
+    from gemma4_turbo.engine import fingerprints
+
+    source_of = functools.cache(fingerprints.installed_source)  # patches share modules
+    runs = instance.ENGINE.runs
+    return [name for name, run in runs.items() if fingerprints.any_there(run.ports, source_of)]
+
+
 @contextlib.contextmanager
 def patched_sglang(
     tmp_path_factory: pytest.TempPathFactory, only: Sequence[str] | None = None
@@ -79,17 +95,9 @@ def patched_sglang(
         del os.environ[name]
     os.environ["GEMMA4_TURBO_STATE_DIR"] = str(tmp_path_factory.mktemp("state"))
     from gemma4_turbo.cli.modules import require_targets
-    from gemma4_turbo.engine import fingerprints
 
     instance.ENGINE.apply(only=only)
-    source_of = fingerprints.installed_source
-    require_targets(
-        names=[  # of the baseline's line all; another has not the modules of every patch
-            name
-            for name, run in instance.ENGINE.runs.items()
-            if fingerprints.any_there(run.ports, source_of)
-        ]
-    )
+    require_targets(names=_patches_there())
     yield
     instance.ENGINE.revert()
     for name in [name for name in os.environ if name.startswith("GEMMA4_TURBO")]:
@@ -184,14 +192,17 @@ def run_scenario(module: str, environment: dict[str, str], folder: Path, timeout
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """For subprocesses: this environment without anything that speaks to the package."""
+    """For subprocesses: this environment without anything that speaks to the package.
+
+    They keep what they compile: from nothing but sources SGLang takes twice as long to import.
+    """
     kept = {
         name: value
         for name, value in os.environ.items()
         if not name.startswith(("GEMMA4_TURBO", "SGLANG_"))
-        and name not in ("PYTHONPATH", "TRITON_INTERPRET")
+        and name not in ("PYTHONPATH", "TRITON_INTERPRET", "PYTHONDONTWRITEBYTECODE")
     }
-    return {**kept, "PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**kept, "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ def imported(path: Path) -> Iterator[tuple[str, str]]:
             yield from ((node.module, alias.name) for alias in node.names)
 
 
+@functools.cache  # the files name the same few
 def there(module: str, name: str) -> bool:
     """Whether the installed SGLang has the module and, if it is one, the name in it."""
     if installed_source(f"{module}.{name}" if name else module) is not None:

@@ -68,7 +68,7 @@ DRIVER = (
     "cuMemUnmap",
     "cuPointerGetAttribute",
 )
-BAD_VALUE = "GEMMA4_TURBO_LAYER_NORMS='maybe' is not one of 0, 1"
+BAD_VALUE = "GEMMA4_TURBO_{}='maybe' is not one of 0, 1"
 SPAWNED = "Load weight begin"  # only a scheduler process says that
 
 
@@ -249,22 +249,12 @@ def test_another_model_is_served_by_stock(launch: Launch) -> None:
     server = launch(GPT2, port, GEMMA4_TURBO_LAYER_NORMS="maybe")
     aside = server.line(r"gemma4_turbo \S+: inst")
     assert "installed: none; standing aside: " in aside
-    assert f"layer_norms off ({BAD_VALUE}); " in aside
+    assert f"layer_norms off ({BAD_VALUE.format('LAYER_NORMS')}); " in aside
     assert aside.count("unsupported (the model is a GPT2LMHeadModel)") == 1
     server.until(lambda: healthy(port) or server.process.poll() is not None, "healthy")
     assert server.process.poll() is None, server.output[-4000:]
     assert "StrictModeError" not in server.output
     assert "Traceback" not in server.output
-
-
-def test_a_bad_value_with_strict_spawns_nothing(launch: Launch) -> None:
-    """The main process ends with the sentence that names variable and choices."""
-    server = launch(GPT2, GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_LAYER_NORMS="maybe")
-    assert server.exit_code() == 1
-    (error,) = [line for line in server.output.splitlines() if "StrictModeError:" in line]
-    assert BAD_VALUE in error
-    assert "gates.py" in server.output
-    assert SPAWNED not in server.output
 
 
 CONFLICT = """
@@ -302,12 +292,20 @@ fingerprints.known_releases = lambda: {
 """
 
 
-def test_drift_with_strict_spawns_nothing(launch: Launch, tmp_path: Path) -> None:
-    """The installed source is none that is known, which the main process can tell."""
-    server = launch(GPT2, GEMMA4_TURBO_STRICT="1", site=site(tmp_path, DRIFT))
+def test_a_bad_value_and_drift_with_strict_spawn_nothing(launch: Launch, tmp_path: Path) -> None:
+    """What the main process can tell ends it with one sentence: variable and choices, and the source.
+
+    The installed source is none that is known. That each of the two ends a process by itself is
+    shown with stand-ins for SGLang.
+    """
+    drifted = site(tmp_path, DRIFT)
+    server = launch(GPT2, GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_ROPE_STORE="maybe", site=drifted)
     assert server.exit_code() == 1
+    (error,) = [line for line in server.output.splitlines() if "StrictModeError:" in line]
+    assert BAD_VALUE.format("ROPE_STORE") in error
     assert re.search(
         "StrictModeError: GEMMA4_TURBO_STRICT=1: .*layer_norms is drifted: SGLang", server.output
     )
     assert "Gemma4DecoderLayer.forward" in server.output
+    assert "gates.py" in server.output
     assert SPAWNED not in server.output

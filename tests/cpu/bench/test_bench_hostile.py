@@ -323,27 +323,30 @@ if patched and spoil == "start":
 ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
 RUN = """
-import sys
+import os
 from bench import hostile
 
 hostile.write_models = lambda name, folder: folder.mkdir() or folder
-hostile.SCENARIOS = (hostile.SCENARIOS[0]._replace(runs=("patched", "hostile folder", "taken folder")),)
+hostile.SCENARIOS = (hostile.SCENARIOS[0]._replace(runs=os.environ["FAKE_RUNS"].split(",")),)
 hostile.TestedServer.doctor = lambda server: {"servers": [], "problems": [], "exit_code": 0}
 hostile.typer.run(hostile.main)
 """
 
 
 @pytest.mark.server
+# Every kind of run where all is well; of what is spoilt the one run that must say so.
 @pytest.mark.parametrize(
-    ("spoils", "said"),
+    ("spoils", "runs", "said"),
     [
-        ("", "PASS: 0 of 3 failed"),
-        ("tokens", "12 answer(s) differ from stock"),
-        ("files", "notes.txt: gone"),
-        ("start", "RuntimeError: no start"),
+        ("", ["patched", "hostile folder", "taken folder"], "PASS: 0 of 3 failed"),
+        ("tokens", ["patched"], "12 answer(s) differ from stock"),
+        ("files", ["hostile folder"], "notes.txt: gone"),
+        ("start", ["patched"], "RuntimeError: no start"),
     ],
 )
-def test_a_whole_run_with_a_stand_in_for_the_server(tmp_path: Path, spoils: str, said: str) -> None:
+def test_a_whole_run_with_a_stand_in_for_the_server(
+    tmp_path: Path, spoils: str, runs: list[str], said: str
+) -> None:
     package = tmp_path / "fake" / "sglang"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
@@ -351,9 +354,10 @@ def test_a_whole_run_with_a_stand_in_for_the_server(tmp_path: Path, spoils: str,
     (tmp_path / "run.py").write_text(RUN)
     path = os.pathsep.join([str(package.parent), str(REPOSITORY)])
     out = tmp_path / "out"
+    fake = {"FAKE_SPOILS": spoils, "FAKE_RUNS": ",".join(runs)}
     done = subprocess.run(
         [sys.executable, str(tmp_path / "run.py"), "--start-limit", "120", "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": path, "FAKE_SPOILS": spoils, "COLUMNS": "200"},
+        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"} | fake,
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -363,7 +367,7 @@ def test_a_whole_run_with_a_stand_in_for_the_server(tmp_path: Path, spoils: str,
     assert said in done.stdout
     assert done.stdout.splitlines()[-1].startswith("FAIL" if spoils else "PASS")
     rows = json.loads((out / "rows.json").read_text())
-    assert [row["run"] for row in rows] == ["patched", "hostile folder", "taken folder"]
+    assert [row["run"] for row in rows] == runs
     if not spoils:
         assert [row["alone"]["equal"] for row in rows] == [192] * 3
         assert {row["verdict"] for row in rows} == {"PASS"}

@@ -113,8 +113,11 @@ def answer(
     ledger.cache_clear()
 
 
-def test_doctor_json(environment, tmp_path):
-    """stdout is one JSON object; the sources say what installing the patches says."""
+def test_doctor_json(environment, answer, tmp_path):
+    """stdout is one JSON object; the sources say what installing the patches says.
+
+    They are installed in this process, where SGLang is imported already.
+    """
     variables = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path)}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = command(environment, "doctor", "--json", **variables)
@@ -124,8 +127,8 @@ def test_doctor_json(environment, tmp_path):
     assert taken < 20, "15 s, and some more where several processes share a core"
     found = json.loads(done.stdout)
     assert {"versions", "device", "patches"} <= set(found)
-    installed = command(environment, "doctor", "--import", "--json", **variables)
-    assert installed.returncode == 0, installed.stderr
+    installed = answer("doctor", "--import", "--json")
+    assert installed.exit_code == 0, installed.stderr
     states = [
         [(patch["name"], patch["state"]) for patch in json.loads(one.stdout)["patches"]]
         for one in (done, installed)
@@ -198,9 +201,9 @@ def test_doctor_prints_why_no_server_can_be_seen(monkeypatch, capsys):
     assert "cannot be seen" not in capsys.readouterr().out
 
 
-def test_doctor_in_a_pipe(environment, answer):
+def test_doctor_in_a_pipe(environment, answer, tmp_path):
     """Versions first, a line a patch, the verdict last; all there is with ``--all``."""
-    done = command(environment, "doctor", COLUMNS="80")
+    done = command(environment, "doctor", COLUMNS="80", GEMMA4_TURBO_STATE_DIR=str(tmp_path))
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].startswith("gemma4_turbo ")

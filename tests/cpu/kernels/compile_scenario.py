@@ -137,13 +137,18 @@ def products(gpu: Gpu) -> dict[str, Callable[[], Any]]:
 
 
 def smaller(gpu: Gpu) -> dict[str, Callable[[], Any]]:
-    """Extend's tiles of the smaller heads. With pictures there are both: by intervals, and by a mask."""
-    return {"extend 256": lambda: extending(256, True)}
+    """Extend's tiles of the smaller heads, of plain prompts: one kernel."""
+    return {"extend 256": lambda: extending(256, False)}
 
 
 def largest(gpu: Gpu) -> dict[str, Callable[[], Any]]:
-    """Those of the larger heads, half a minute."""
-    return {"extend 512": lambda: extending(512, True)}
+    """Those of the larger heads, which take the longest to compile."""
+    return {"extend 512": lambda: extending(512, False)}
+
+
+def pictures(gpu: Gpu) -> dict[str, Callable[[], Any]]:
+    """With a mask there are two kernels: by intervals, and by the mask's bytes."""
+    return {f"pictures {size}": lambda size=size: extending(size, True) for size in (256, 512)}  # type: ignore[misc]
 
 
 def few(gpu: Gpu) -> dict[str, Callable[[], Any]]:
@@ -156,6 +161,7 @@ KINDS = {
     "products": products,
     "smaller": smaller,
     "largest": largest,
+    "pictures": pictures,
     "few": few,
 }
 

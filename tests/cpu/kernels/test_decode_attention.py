@@ -221,7 +221,7 @@ def test_more_splits_than_are_loaded_at_once(group: int, length: int, fused: boo
 
 def test_the_arrival_does_not_change_the_bits():
     """Combined by the last split or by a second launch, with other orders of arrival: the same bits."""
-    arguments = operands([90, 50], 2, 1)
+    arguments = operands([50, 34], 2, 1)
     found = kernel.decode_attention(**arguments, config=SPLIT)
     again = kernel.decode_attention(**arguments, config=SPLIT._replace(fused=False))
     torch.testing.assert_close(found, again, rtol=0.01, atol=0.004)

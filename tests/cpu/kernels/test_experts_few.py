@@ -97,7 +97,7 @@ def test_sizes(width, hidden):
     ids=str,
 )
 def test_tiles_change_the_order_of_addition_only(tiles):
-    compare(operands(1), tiles)
+    compare(operands(1, 4, 6, 24, 72), tiles)
 
 
 def test_the_models_proportions():
@@ -117,7 +117,7 @@ def test_choices_without_an_expert_add_nothing():
 
 def test_no_token_knows_of_another():
     """Bit for bit: alone, and among others that share its experts."""
-    given = operands(8, 4, 6, 16, 64)
+    given = operands(8, 2, 3, 16, 64)
     found = kernel.experts_few(**given, tiles=TILES)
     again = kernel.experts_few(**given, tiles=TILES)
     assert torch.equal(found.view(torch.int16), again.view(torch.int16))
@@ -181,16 +181,17 @@ def test_the_choices_are_added_from_the_first_to_the_last(group):
 
 
 def test_where_it_writes():
-    """Into what is given and nothing beside it, x itself included."""
-    given = operands(2)
-    expected = kernel.experts_few(**given, tiles=TILES)
-    whole = torch.full((4, 200), POISON, dtype=BF16)
-    out = whole[1:3, 32:168]
-    assert kernel.experts_few(**given, tiles=TILES, out=out) is out
+    """Into what is given and nothing beside it, x itself included. Programs of 16 rows, and 72 of them."""
+    given = operands(2, 2, 3, 16, 72)
+    tiles = TILES._replace(down=TILES.down._replace(line=16))
+    expected = kernel.experts_few(**given, tiles=tiles)
+    whole = torch.full((4, 136), POISON, dtype=BF16)
+    out = whole[1:3, 32:104]
+    assert kernel.experts_few(**given, tiles=tiles, out=out) is out
     assert torch.equal(out, expected)
     out[:] = POISON
     assert (whole == POISON).all()
-    assert kernel.experts_few(**given, tiles=TILES, out=given["x"]) is given["x"]
+    assert kernel.experts_few(**given, tiles=tiles, out=given["x"]) is given["x"]
     assert torch.equal(given["x"], expected)
 
 

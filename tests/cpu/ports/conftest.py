@@ -1,14 +1,37 @@
-"""A release line's tests run where SGLang of that line is installed."""
+"""A release line's tests run where SGLang of that line is installed; kernels have little to do."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import triton
 
+from gemma4_turbo.kernels import skinny_gemm
 from tests import releases
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """Leave the other lines' folders out."""
     return collection_path in releases.other_lines() or None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def large_tiles() -> Iterator[None]:
+    """Products in few programs: an interpreted one takes as long for a large tile as for a small one.
+
+    K stays split, in two. The cuts of a GPU are the matter of the kernel's own tests.
+    """
+    choose = skinny_gemm.choose
+
+    def few_programs(shape: tuple[int, ...], *args: Any, **options: Any) -> skinny_gemm.Config:
+        config = choose(shape, *args, **options)
+        width = min(256, triton.next_power_of_2(shape[0]))
+        return config._replace(block_n=width, split=min(2, config.split))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if skinny_gemm.INTERPRETED:
+            patch.setattr(skinny_gemm, "choose", few_programs)
+        yield

@@ -104,9 +104,17 @@ def test_every_holder_gets_ours_and_stock_back():
     assert set(held().values()) == {stock}
 
 
-@pytest.mark.parametrize("block", [16, 48, 64])
-@pytest.mark.parametrize("experts", [64, 128, 130])
-@pytest.mark.parametrize(("tokens", "low"), [(9, 0), (9, -1), (16, 0), (17, -1), (64, 0)])
+# Blocks by experts are the lengths' two cases, and 130 is no power of two: all pairs. Few slots and many,
+# odd and even, with slots of other ranks and without, go round among them; each with two of the blocks.
+@pytest.mark.parametrize(
+    ("tokens", "low", "experts", "block"),
+    [
+        *((9, 0, 64, 16), (9, -1, 128, 48), (16, 0, 130, 64)),
+        *((17, -1, 64, 48), (64, 0, 128, 64), (9, -1, 130, 16)),
+        *((9, 0, 64, 64), (16, 0, 128, 16), (17, -1, 130, 48)),
+        *((64, 0, 130, 16), (64, -1, 64, 16)),  # several slots of an expert, and the most
+    ],
+)
 def test_what_stocks_own_kernel_gives(tokens, low, experts, block, monkeypatch):
     """Slots of other ranks among them; the very lengths, and the order inside an expert too."""
     topk_ids = ids(tokens, experts, low)
