@@ -32,8 +32,8 @@ from rich.table import Table
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
+from gemma4_turbo.cli import lines  # noqa: E402
 from gemma4_turbo.kernels.attention import extend as kernel  # noqa: E402
 from gemma4_turbo.kernels.attention import extend_tiles as config  # noqa: E402
 

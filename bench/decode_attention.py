@@ -27,9 +27,9 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
-from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
+from gemma4_turbo.cli import lines  # noqa: E402
+from gemma4_turbo.cli.tuning.timing import L2_BYTES, Timer, readings  # noqa: E402
 from gemma4_turbo.kernels.attention import decode as kernel  # noqa: E402
 from gemma4_turbo.kernels.attention.decode import Config  # noqa: E402
 from gemma4_turbo.kernels.gpu import gpu  # noqa: E402

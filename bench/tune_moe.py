@@ -34,10 +34,12 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
-from bench.timing import Timer, readings  # noqa: E402
-from gemma4_turbo.cli import small_moe  # noqa: E402
+from gemma4_turbo.cli import (
+    lines,
+    small_moe,
+)
+from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
 from gemma4_turbo.kernels import moe_tables  # noqa: E402
 
 HIDDEN, EXPERTS, TOPK = 2816, 128, 8

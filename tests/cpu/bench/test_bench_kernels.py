@@ -19,10 +19,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from bench import kernel_cases as cases
 from bench import kernels as bench
-from bench import lines
 from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.cli import lines
+from gemma4_turbo.cli.tuning import kernel_cases as cases
 from gemma4_turbo.engine.fingerprints import installed_source
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels import moe_align, qkv

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import lines, tune_moe
+from bench import tune_moe
 from bench.tune_moe import DOWN, UP, Tile, Times
+from gemma4_turbo.cli import lines
 from gemma4_turbo.kernels import moe_align as align
 from gemma4_turbo.kernels import moe_tables
 

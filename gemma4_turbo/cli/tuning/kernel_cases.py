@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import lines
+from gemma4_turbo.cli import lines
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels import moe_align, qkv, step_prologue
 from gemma4_turbo.kernels import router as router_kernel
@@ -552,4 +552,4 @@ CASES: dict[str, Callable[[], list[Case]]] = {
     "input_norm": lambda: over_models("input_norm", input_norm),
     "experts_sum": experts_sum_cases,
 }
-"""By patch, in the catalogue's order; `bench.lines.absent` says which of them SGLang does not take."""
+"""By patch, in the catalogue's order; `gemma4_turbo.cli.lines.absent` says which of them SGLang does not take."""
