@@ -53,7 +53,7 @@ class Case:
 
         widths = [heads * dim, kv_heads * dim, kv_heads * dim]
         parts = torch.split(randn(total, sum(widths)), widths, -1)
-        self.q, self.k, self.v = (part.unflatten(-1, (-1, dim)) for part in parts)
+        self.q, self.k, self.v = (part.view(total, -1, dim) for part in parts)
         self.q = self.q.contiguous()  # as the rotation leaves it
         self.k_buffer, self.v_buffer = (randn(cached + 1, kv_heads, dim) for _ in range(2))
         order = torch.randperm(cached, generator=generator, device=device) + 1
@@ -174,30 +174,31 @@ def stock_function() -> Call | None:
 
 DENSE: dict[int, tuple[config.Dense, ...]] = {
     256: (
-        config.Dense(128, 64, 8, 1, 1, 8, 2, 3), config.Dense(128, 64, 8, 1, 1, 8, 2, 2),
-        config.Dense(128, 32, 8, 1, 1, 8, 3, 3), config.Dense(64, 64, 8, 1, 1, 8, 2, 2),
+        config.Dense(128, 64, 8, 1, 1, 8, 2, 3), config.Dense(64, 64, 8, 1, 1, 8, 2, 2),
         config.Dense(64, 64, 8, 1, 1, 4, 2, 2), config.Dense(64, 32, 8, 1, 1, 4, 2, 2),
-        config.Dense(64, 32, 8, 1, 1, 8, 2, 2),
     ),
     512: (
-        config.Dense(128, 32, 16, 2, 2, 8, 3, 3, True), config.Dense(128, 32, 16, 2, 2, 8, 2, 2),
-        config.Dense(64, 32, 16, 1, 1, 8, 2, 3), config.Dense(64, 32, 16, 2, 2, 8, 2, 2),
-        config.Dense(64, 16, 16, 1, 1, 8, 2, 2), config.Dense(32, 16, 16, 1, 1, 4, 2, 2),
+        config.Dense(128, 32, 16, 2, 2, 8, 3, 3, True), config.Dense(64, 32, 16, 1, 1, 8, 2, 2),
+        config.Dense(64, 32, 16, 2, 2, 8, 2, 2), config.Dense(32, 16, 16, 1, 1, 4, 2, 2),
     ),
 }  # fmt: skip
+MASKED: dict[int, tuple[config.Dense, ...]] = {
+    256: (config.Dense(64, 32, 8, 1, 1, 8, 2, 2), config.Dense(64, 32, 8, 1, 1, 4, 2, 2)),
+    512: (config.Dense(64, 32, 16, 2, 2, 8, 2, 2), config.Dense(32, 16, 16, 1, 1, 4, 2, 2)),
+}
 SPLIT: dict[int, tuple[config.Split, ...]] = {
     256: (
         config.Split(32, 32, 16, 4, 3, 4, 1), config.Split(32, 32, 16, 4, 2, 4, 2),
-        config.Split(16, 32, 16, 4, 3, 4, 2), config.Split(16, 64, 16, 4, 2, 2, 1),
+        config.Split(16, 32, 16, 4, 3, 4, 2),
     ),
     512: (
         config.Split(32, 16, 16, 4, 3, 8, 1), config.Split(32, 16, 16, 8, 3, 8, 1),
-        config.Split(16, 16, 16, 4, 2, 8, 2), config.Split(16, 32, 16, 4, 2, 4, 1),
+        config.Split(16, 16, 16, 4, 2, 8, 2),
     ),
 }  # fmt: skip
 POINTS: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...]] = {
     config.DENSE_KIND: (((4096,), (0,), ""), ((1024,), (2048,), "")),
-    config.MASKED: (((1024,), (0,), "holes"), ((256, 300), (1000, 0), "holes")),
+    config.MASKED: (((1024,), (512,), "holes"), ((256, 300), (1000, 0), "holes")),
     config.SPLIT_KIND: (((4,), (8192,), "tree"), ((4,) * 16, (2048,) * 16, "tree")),
 }
 """Lengths, prefixes and mask of each kind of tile."""
@@ -239,8 +240,9 @@ class Prefill(NamedTuple):
         """What the table has for the GPU, and others."""
         if self.kind == config.SPLIT_KIND:
             return [config.split_of(gpu)[self.dim], *SPLIT[self.dim]]
-        own = config.dense_of(gpu)[self.dim, self.kind == config.MASKED]
-        return [own, *DENSE[self.dim]]
+        masked = self.kind == config.MASKED
+        own = config.dense_of(gpu)[self.dim, masked]
+        return [own, *(MASKED if masked else DENSE)[self.dim]]
 
     def numbers(self, tile: config.Dense | config.Split) -> tuple[int, ...]:
         """All of it."""

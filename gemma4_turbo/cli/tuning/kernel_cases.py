@@ -1,4 +1,4 @@
-"""What ``bench/kernels.py`` measures: kernels of ours and stock's own calls, at the models' shapes.
+"""Kernels without tiles beside stock's own calls, at the models' shapes: for ``tune`` and ``bench/kernels.py``.
 
 A case draws its operands when its turn comes, so that only those are in the GPU's memory. Calls that
 overwrite their input have one each.
@@ -41,6 +41,10 @@ ROUTER_ROWS = (1, 8, 32, 64, 256, 1024, 4096, 16384)
 ALIGN_BLOCK = 16
 """BLOCK_SIZE_M that stock's configurations choose for 26B-A4B up to 32 tokens."""
 POSITIONS = SLOTS = 8192  # of the rotation's table and of the KV pool, more than any case has rows
+
+
+class CannotMeasureError(Exception):
+    """Stock does what no kernel of ours follows."""
 
 
 class Calls(NamedTuple):
@@ -91,11 +95,11 @@ class Draw:
 
 
 def kind_of(x: torch.Tensor) -> int:
-    """The RMSNorm that stock runs for rows like ``x``; RuntimeError if ours follows none of it."""
+    """The RMSNorm that stock runs for rows like ``x``; `CannotMeasureError` if ours follows none of it."""
     lines.stock()  # which the kinds are compared with
     kinds = norm_kinds.find(x)
     if kinds.reason is not None:
-        raise RuntimeError(kinds.reason)
+        raise CannotMeasureError(kinds.reason)
     return kinds.eager
 
 

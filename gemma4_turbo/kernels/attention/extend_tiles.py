@@ -101,7 +101,7 @@ DENSE_KIND, MASKED, SPLIT_KIND = "dense", "masked", "split"
 def made_dense(numbers: tuple[int, ...]) -> Dense:
     """A tile from a profile's numbers; ValueError if it is none."""
     measured.require(len(numbers) == len(Dense._fields), numbers)
-    tile = Dense(*numbers)._replace(q_in_registers=bool(numbers[-1]))
+    tile = Dense._make(numbers)._replace(q_in_registers=bool(numbers[-1]))
     measured.require(
         all(measured.power(n, 16, 256) for n in (tile.block_m, tile.block_n))
         and measured.power(tile.pack, 1, 64)
