@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gemma4_turbo.cli import report
 from gemma4_turbo.cli.modules import CannotRunError
-from gemma4_turbo.engine import gpu_profile, states, switches
+from gemma4_turbo.engine import gpu_profile, switches
 from gemma4_turbo.engine.gpu_profile import TUNE, Key, Place, Profile, Shape
 from gemma4_turbo.engine.switches import Decision
 from gemma4_turbo.instance import ENGINE
@@ -165,7 +165,7 @@ class Session:
                 self._leave_out(title, told)
                 return
             # Nothing runs on the GPU any more in this process: the next run must not begin here again.
-            reason = f"the GPU reported an error: {told}"[:300]
+            reason = f"{subject.ERROR}: {told}"[:300]
             self.store.add(*(Shape(kernel, shape, None, reason, {}) for kernel, shape in places))
             raise CannotRunError(
                 f"{title}: {reason}. It is left to stock's code; the same command goes on with the rest"
@@ -184,6 +184,8 @@ class Session:
         self.console.print(report.plain(f"{title}: not measured: {why}", "yellow"), soft_wrap=True)
 
     def _tell(self, title: str, shape: Shape) -> None:
+        if not shape.figures and not shape.reason:
+            return  # only compared, and right
         told = shape.reason or f"{shape.figures.get('ratio', float('nan')):.2f} of stock's time"
         if "of_own" in shape.figures and not shape.reason:
             told += f", {shape.figures['of_own']:.2f} of the package's own tile's"
@@ -239,7 +241,7 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
     memory = device.gpu.shared_memory
     for pair in experts:
         session.compiler.order(
-            (pair.kernel, pair.place), [(moe._compile, (job,)) for job in pair.jobs(memory)]
+            (pair.kernel, pair.place), [(moe.compile_one, (job,)) for job in pair.jobs(memory)]
         )
     prepare()
     with _progress(session.console) as progress:
@@ -313,12 +315,9 @@ def _checks(device: str) -> list[Any]:
     ENGINE.apply()
     try:
         import_targets()
-        broken = [row for row in ENGINE.status(below=False) if row.state == states.FAILED]
-        checks = verify.check_all(device)
+        return verify.check_all(device)
     finally:
         ENGINE.revert()
-    assert not broken or checks, broken
-    return checks
 
 
 @contextlib.contextmanager
@@ -424,22 +423,27 @@ def _share(where: str) -> int:
     return 0
 
 
+def _known_part(reason: str) -> str:
+    """Which kind of reason it is: what an exception says may hold a path."""
+    from gemma4_turbo.cli.tuning import subject
+
+    return next((part for part in subject.REASONS if reason.startswith(part)), "")
+
+
 def shared(profile: Profile) -> Profile:
     """Numbers and known names alone."""
     from gemma4_turbo.cli.tuning.kernel_cases import CASES
     from gemma4_turbo.cli.tuning.plain import VERIFIED, WITH_TILES
 
     kernels = {*WITH_TILES, *CASES, *(patch.name for patch in ENGINE.catalogue)}
-    words = {VERIFIED, "dense", "masked", "split"}
+    words = {VERIFIED, "dense", "masked", "split", "bfloat16", "float32"}
 
     def word(value: int | str) -> int | str:
         plain = isinstance(value, int) or value in words or value.split(" ")[0] in GEOMETRIES
         return value if plain else "other"
 
     shapes = tuple(
-        shape._replace(
-            shape=tuple(map(word, shape.shape)), reason="" if shape.tile is not None else "stock's"
-        )
+        shape._replace(shape=tuple(map(word, shape.shape)), reason=_known_part(shape.reason))
         for shape in profile.shapes
         if shape.kernel in kernels
     )

@@ -70,10 +70,11 @@ def _libraries() -> dict[str, str]:
 
 def _busy(properties: object) -> int:
     """Percent of the time in which a kernel of others runs; 0 where the driver does not tell."""
-    parts = [getattr(properties, f"pci_{name}_id", None) for name in ("domain", "bus", "device")]
-    if None in parts:
+    names = [f"pci_{part}_id" for part in ("domain", "bus", "device")]
+    if not all(hasattr(properties, name) for name in names):
         return 0
-    bus = "{:08x}:{:02x}:{:02x}.0".format(*parts)
+    domain, number, device = (int(getattr(properties, name)) for name in names)
+    bus = f"{domain:08x}:{number:02x}:{device:02x}.0"
     most = 0
     for _ in range(SAMPLES):
         try:

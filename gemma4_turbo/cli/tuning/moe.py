@@ -205,7 +205,7 @@ class Experts:
 _experts: Experts | None = None  # of a process that compiles
 
 
-def _compile(job: tuple[int, int, str, Tile]) -> str:
+def compile_one(job: tuple[int, int, str, Tile]) -> str:
     """Fill Triton's cache for one variant; returns why it cannot run, or nothing."""
     global _experts
     width, tokens, projection, tile = job
@@ -236,7 +236,7 @@ def compile_all(
     jobs = sorted({(width, like(tokens), projection, tile) for tokens, projection, tile in wanted})
     failed = set()
     for job, problem in track(
-        zip(jobs, pool.map(_compile, jobs, chunksize=2), strict=True),
+        zip(jobs, pool.map(compile_one, jobs, chunksize=2), strict=True),
         f"compiling {len(jobs)} variants", total=len(jobs), console=console, transient=True,
     ):  # fmt: skip
         if problem:
@@ -456,7 +456,7 @@ class Tables(NamedTuple):
         return 6 * EXPERTS * self.width * HIDDEN + 2 * slots * (3 * self.width + HIDDEN)
 
     def jobs(self, memory: int) -> list[tuple[int, int, str, Tile]]:
-        """Every variant that may be timed but stock's, as `_compile` takes them."""
+        """Every variant that may be timed but stock's, as `compile_one` takes them."""
         found = {
             (self.width, like(tokens), projection, tile): None
             for tokens in HANDFUL_TOKENS

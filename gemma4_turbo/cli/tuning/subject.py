@@ -28,6 +28,11 @@ SLOWER = 1.1
 a call alone does not show the launches that a whole step saves."""
 GAIN = 0.98
 """Another tile than the package's own must take no more than this part of its time."""
+FASTER = "stock's code is faster here"
+WRONG = "no tile has the right result"
+NONE_RUNS = "no tile runs"
+ERROR = "the GPU reported an error"
+REASONS = (FASTER, WRONG, NONE_RUNS, ERROR)
 QUICK, THOROUGH = 5, 11  # readings
 FINALISTS = 3
 
@@ -152,7 +157,7 @@ def measure(
     if own in last:
         figures["of_own"] = ratio(again.ours[tile], again.ours[own])
     if figures["ratio"] > (SLOWER if known else 1.0):
-        reason = f"stock's code is faster here: ours takes {figures['ratio']:.2f} of its time"
+        reason = f"{FASTER}: ours takes {figures['ratio']:.2f} of its time"
         return Shape(subject.kernel, subject.place, None, reason, figures)
     return Shape(subject.kernel, subject.place, subject.numbers(tile), "", figures)
 
@@ -210,6 +215,6 @@ def _without(
 ) -> Shape:
     wrong = next((one for one in failed.values() if one.wrong), None)
     why = wrong or next(iter(failed.values()))
-    kind = "no tile has the right result" if wrong else "no tile runs"
+    kind = WRONG if wrong else NONE_RUNS
     figures = {"stock_us": sum(stock_us), "stock_error": stock_error}
     return Shape(subject.kernel, subject.place, None, f"{kind}: {why.reason}"[:300], figures)
