@@ -82,7 +82,7 @@ def _gpu_profile(device: str | None) -> dict[str, Any]:
     """The profile in use, or that there is none and what it would take."""
     where, profile, reason = gpu_profile.found()
     record = {"path": where, "in_use": profile is not None, "ignored": bool(reason)}
-    measure = f"{gpu_profile.TUNE} measures in five minutes on an idle GPU"
+    measure = f"{gpu_profile.TUNE} measures, in five minutes on an idle GPU"
     if where is None:
         told = f"none: {switches.GPU_PROFILE} says so, or there is no home folder"
     elif profile is not None:
@@ -96,12 +96,10 @@ def _gpu_profile(device: str | None) -> dict[str, Any]:
     elif device is None:
         told = f"none at {where}, and no GPU to measure"
     elif _known():
-        told = f"none at {where}: the package's own tiles are for this GPU; {measure} others"
+        told = f"none at {where}: the package's own tiles are for this GPU; {measure}"
     else:
         without = ", ".join(WITHOUT_PROFILE)
-        told = (
-            f"none at {where}: without one {without} run stock's code on this GPU; {measure} them"
-        )
+        told = f"none at {where}: without one {without} run stock's code on this GPU; {measure}"
     return record | {"told": told}
 
 
