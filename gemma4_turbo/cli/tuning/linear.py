@@ -14,9 +14,9 @@ from gemma4_turbo.kernels.gpu import Gpu
 from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
 from gemma4_turbo.models import geometry
 
-TILES = (  # block_n, block_k, stages
-    (16, 128, 6), (32, 128, 4), (32, 128, 6), (64, 64, 4), (64, 128, 3), (64, 128, 4), (64, 128, 6),
-    (128, 64, 4),
+TILES = (  # block_n, block_k, stages; the last two are for little shared memory
+    (16, 128, 6), (32, 128, 4), (32, 128, 6), (64, 64, 4), (64, 128, 3), (64, 128, 6), (128, 64, 4),
+    (32, 64, 4), (16, 128, 3),
 )  # fmt: skip
 FILLED = (0.8, 2.0)  # programs for each multiprocessor
 POINTS = {kernel.FEW_ROWS: (1, kernel.FEW_ROWS), kernel.MAX_ROWS: (32, kernel.MAX_ROWS)}

@@ -520,6 +520,7 @@ def test_too_little_memory(gpu, monkeypatch):
     gpu["free"] = 2 << 30
     monkeypatch.setattr(tune, "_import_sglang", lambda: None)
     monkeypatch.setattr(tune.ENGINE, "revert", lambda: None)
+    monkeypatch.setattr(tune, "subjects", REAL)
     done = CliRunner().invoke(app, ["tune", "--model", "31b"])
     assert done.exit_code == 3
     assert "the GPU has 2.0 GiB free and" in done.output.splitlines()[-1]
@@ -559,7 +560,7 @@ def test_a_folder_that_is_no_gemma(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_size": -1}, {"num_attention_heads": 7}, {"head_dim": 64}, {"sliding_window": "x"}]
+    "change", [{"hidden_size": -1}, {"num_attention_heads": 7}, {"swa_head_dim": 64}, {"sliding_window": "x"}]
 )  # fmt: skip
 def test_a_config_with_odd_numbers_is_named(change):
     with pytest.raises(ValueError, match=r"config\.json"):
