@@ -19,7 +19,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import torch
 import triton
@@ -32,28 +32,12 @@ from rich.table import Table
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
-from gemma4_turbo.kernels.attention import extend as kernel  # noqa: E402
+from gemma4_turbo.cli.tuning.extend import Case, Shape, stock_function  # noqa: E402
 from gemma4_turbo.kernels.attention import extend_tiles as config  # noqa: E402
 
 Call = Callable[[], Any]
 RESULTS = Path(__file__).resolve().parent / "results"
-DEVICE = "cuda"
-DTYPE = torch.bfloat16
-
-
-class Shape(NamedTuple):
-    """A batch. ``window`` is the layer's; a cached prefix is cut to it, as SGLang cuts it."""
-
-    lengths: tuple[int, ...]
-    prefixes: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    window: int = -1
-    mask: str = ""  # "tree": of a verification; "image": some spans both ways
-    target: float | None = None  # ours / stock
 
 
 def _verify(batch: int, prefix: int, full: bool, target: float | None = None) -> Shape:
@@ -85,119 +69,6 @@ SHAPES: dict[str, Shape] = {
     "verify_full_b1": _verify(1, 32768, True),
     "verify_full_b8": _verify(8, 32768, True),
 }
-
-
-class Case:
-    """Tensors of a shape, K and V strided as after a QKV projection, pages in random order."""
-
-    def __init__(self, shape: Shape, seed: int = 0) -> None:
-        generator = torch.Generator(DEVICE).manual_seed(seed)
-        heads, kv_heads, dim = shape.heads, shape.kv_heads, shape.head_dim
-        total, cached = sum(shape.lengths), sum(shape.prefixes)
-
-        def randn(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator, device=DEVICE, dtype=DTYPE)
-
-        parts = randn(total, (heads + 2 * kv_heads) * dim).split(
-            [heads * dim, kv_heads * dim, kv_heads * dim], -1
-        )
-        self.q, self.k, self.v = (part.unflatten(-1, (-1, dim)) for part in parts)
-        self.q = self.q.contiguous()  # as the rotation leaves it
-        self.k_buffer, self.v_buffer = (randn(cached + 1, kv_heads, dim) for _ in range(2))
-        order = torch.randperm(cached, generator=generator, device=DEVICE) + 1
-        self.indices = order
-        self.qo_indptr = _starts(shape.lengths)
-        self.kv_indptr = _starts(shape.prefixes).int()
-        self.longest = max(shape.lengths)
-        self.scale = dim**-0.5
-        self.shape = shape
-        self.mask: torch.Tensor | None = None
-        self.mask_indptr: torch.Tensor | None = None
-        self.offsets: torch.Tensor | None = None
-        if shape.mask:
-            masks = [
-                _mask(new, old, shape.mask)
-                for new, old in zip(shape.lengths, shape.prefixes, strict=True)
-            ]
-            self.mask = torch.cat(masks)
-            self.mask_indptr = _starts(tuple(mask.numel() for mask in masks))
-            self.offsets = torch.zeros(len(masks), dtype=torch.int32, device=DEVICE)
-
-    def ours(
-        self, dense: config.Dense | None = None, split: config.Split | None = None
-    ) -> torch.Tensor:
-        """One call, with the tables' tile sizes or others."""
-        return kernel.launch_extend(
-            self.q,
-            self.k,
-            self.v,
-            self.k_buffer,
-            self.v_buffer,
-            self.qo_indptr,
-            self.kv_indptr,
-            self.indices,
-            self.longest,
-            sm_scale=self.scale,
-            is_causal=True,
-            sliding_window_size=self.shape.window,
-            custom_mask=self.mask,
-            mask_indptr=self.mask_indptr,
-            skip_prefix_custom_mask=True,
-            window_kv_offsets=self.offsets,
-            mask_query_block=0,
-            out=torch.empty_like(self.q),
-            dense=dense,
-            split=split,
-        )
-
-    def stock(self, function: Call) -> torch.Tensor:
-        """One call of stock's, with the copies of K and V that its backend makes."""
-        out = torch.empty_like(self.q)
-        function(
-            self.q,
-            self.k.contiguous(),
-            self.v.contiguous(),
-            out,
-            self.k_buffer,
-            self.v_buffer,
-            self.qo_indptr,
-            self.kv_indptr,
-            self.indices,
-            self.mask,
-            True,
-            self.mask_indptr,
-            self.longest,
-            1.0,
-            1.0,
-            self.scale,
-            logit_cap=0.0,
-            sliding_window_size=self.shape.window,
-            sinks=None,
-            window_kv_offsets=self.offsets,
-            xai_temperature_len=-1,
-        )
-        return out
-
-
-def _starts(lengths: tuple[int, ...]) -> torch.Tensor:
-    sums = itertools.accumulate(lengths, initial=0)
-    return torch.tensor(list(sums), dtype=torch.int64, device=DEVICE)
-
-
-def _mask(new: int, old: int, kind: str) -> torch.Tensor:
-    mask = torch.ones(new, old + new, dtype=torch.bool, device=DEVICE).tril(old)
-    if kind == "image":  # spans inside stock's blocks of 32 queries, beyond which it sees nothing
-        for first in range(0, new - 32, 512):
-            mask[first : first + 32, old + first : old + first + 32] = True
-    return mask.flatten()
-
-
-def stock_function() -> Call | None:
-    """SGLang's wrapper, None where it cannot be imported."""
-    try:
-        return lines.attention_kernel("extend_attention").extend_attention_fwd  # type: ignore[no-any-return]
-    except ImportError:
-        return None
 
 
 def microseconds(call: Call, graph: bool) -> float:

@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 # Scripts have their folder on the path, and transformers looks for a package called kernels.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
@@ -27,48 +27,14 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
-from bench.timing import L2_BYTES, Timer, readings  # noqa: E402
+from gemma4_turbo.cli.tuning.decode import Arena, Point, Shape  # noqa: E402
+from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
 from gemma4_turbo.kernels.attention import decode as kernel  # noqa: E402
 from gemma4_turbo.kernels.attention.decode import Config  # noqa: E402
-from gemma4_turbo.kernels.gpu import gpu  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
-STOCK_SPLITS = 8  # of stock at most, by default
 SHARED_BYTES = 227 * 1024
-DEVICE = "cuda"
-
-
-class Shape(NamedTuple):
-    """The attention of a layer."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    dim: int
-    window: int | None
-
-
-class Point(NamedTuple):
-    """A shape with a batch of sequences."""
-
-    shape: Shape
-    batch: int
-    length: int
-    mix: bool  # lengths from 1 to twice the mean instead of equal ones
-
-    def lengths(self) -> list[int]:
-        """Tokens of every sequence."""
-        if not self.mix:
-            return [self.length] * self.batch
-        generator = torch.Generator().manual_seed(self.batch)
-        return torch.randint(1, 2 * self.length, (self.batch,), generator=generator).tolist()
-
-    def seen(self) -> list[int]:
-        """Tokens that the layer attends to."""
-        window = self.shape.window
-        return [length if window is None else min(length, window) for length in self.lengths()]
 
 
 def shapes() -> dict[str, Shape]:
@@ -89,84 +55,6 @@ def chosen_cut(point: Point) -> Config:
     """What the kernel takes for a point by itself."""
     shape = point.shape
     return kernel.choose(point.batch, shape.kv_heads, shape.heads // shape.kv_heads, shape.dim)
-
-
-class Arena:
-    """A KV pool and queries of one point, and as many sets of slots as the L2 cache needs."""
-
-    def __init__(self, point: Point) -> None:
-        shape, seen = point.shape, point.seen()
-        total = sum(seen)
-        row = shape.kv_heads * shape.dim * 4  # K and V
-        self.bytes = total * row + 2 * point.batch * shape.heads * shape.dim * 2
-        self.copies = max(2, min(64, -(-L2_BYTES // (total * row))))
-        generator = torch.Generator(DEVICE).manual_seed(0)
-
-        def randn(*size: int) -> torch.Tensor:
-            return torch.randn(size, generator=generator, device=DEVICE, dtype=torch.bfloat16)
-
-        pool = total * self.copies
-        self.k, self.v = (randn(pool, shape.kv_heads, shape.dim) for _ in range(2))
-        at = torch.randperm(pool, generator=generator, device=DEVICE)
-        self.indices = [at[i * total : (i + 1) * total].clone() for i in range(self.copies)]
-        self.q = randn(point.batch, shape.heads, shape.dim)
-        self.out = torch.empty_like(self.q)
-        bounds = [0, *itertools.accumulate(seen)]
-        self.indptr = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
-        self.lengths = torch.tensor(point.lengths(), dtype=torch.int64, device=DEVICE)
-        self.arrived = torch.zeros(point.batch * shape.kv_heads, dtype=torch.int32, device=DEVICE)
-        self.scale = shape.dim**-0.5
-        self.longest = max(seen) if shape.window is None else shape.window
-        self.stock_buffers = (
-            torch.empty(point.batch, shape.heads, STOCK_SPLITS, shape.dim, device=DEVICE),
-            torch.empty(point.batch, shape.heads, STOCK_SPLITS, device=DEVICE),
-        )
-        self.splits = torch.ones(point.batch, dtype=torch.int32, device=DEVICE)
-
-    def ours(self, config: Config) -> Any:
-        """A call of the kernel; it gets the call's number."""
-
-        def call(i: int) -> None:
-            kernel.launch_decode_attention(
-                self.q, self.k, self.v, self.indptr, self.indices[i % self.copies], self.scale,
-                config, self.longest, self.arrived, self.out,
-            )  # fmt: skip
-
-        return call
-
-    def stock(self) -> Any:
-        """A call of stock's kernels, with stock's splits for these lengths."""
-        from sglang.srt.layers.attention import triton_backend
-
-        decode_attention_fwd = lines.attention_kernel("decode_attention").decode_attention_fwd
-        triton_backend.get_num_kv_splits_triton[(1,)](
-            self.splits, self.lengths, len(self.lengths), 1, self.q.shape[1], self.k.shape[1],
-            STOCK_SPLITS, gpu(self.q.device).processors, MAX_NUM_SEQ=256,
-        )  # fmt: skip
-
-        def call(i: int) -> None:
-            decode_attention_fwd(
-                self.q, self.k, self.v, self.out, self.indptr, self.indices[i % self.copies],
-                *self.stock_buffers, self.splits, STOCK_SPLITS, self.scale, 1.0, 1.0,
-                use_pdl=kernel.pdl.supported(self.q.device),
-            )  # fmt: skip
-
-        return call
-
-    def error(self, call: Any) -> float:
-        """Relative error (2-norm) against fp64, of the first sequences."""
-        self.out.fill_(torch.nan)
-        call(0)
-        rows = min(4, self.q.shape[0])
-        bounds = self.indptr.tolist()
-        exact = torch.empty(rows, *self.q.shape[1:], dtype=torch.float64, device=DEVICE)
-        group = self.q.shape[1] // self.k.shape[1]
-        for row, head in itertools.product(range(rows), range(self.k.shape[1])):
-            at = self.indices[0][bounds[row] : bounds[row + 1]]
-            heads = slice(head * group, head * group + group)
-            logits = self.q[row, heads].double() @ self.k[at, head].double().T * self.scale
-            exact[row, heads] = logits.softmax(-1) @ self.v[at, head].double()
-        return float((self.out[:rows].double() - exact).norm() / exact.norm())
 
 
 def shared_bytes(dim: int, config: Config) -> int:

@@ -18,8 +18,8 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import lines
 from bench.provenance import provenance
+from gemma4_turbo.cli import lines
 from tests.router_inputs import KINDS, bits_differ, logits
 
 WIDTHS = (0.1, 1.0, 10.0)

@@ -35,10 +35,10 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
-from bench import lines  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
-from bench.timing import Call, Timer, readings  # noqa: E402
-from bench.tune_moe import prepare_sglang  # noqa: E402
+from gemma4_turbo.cli import lines  # noqa: E402
+from gemma4_turbo.cli.tuning.moe import prepare_sglang  # noqa: E402
+from gemma4_turbo.cli.tuning.timing import Call, Timer, readings  # noqa: E402
 from gemma4_turbo.kernels import experts_few as kernel  # noqa: E402
 from gemma4_turbo.kernels import moe_align, moe_tables, pdl  # noqa: E402
 from gemma4_turbo.kernels.experts_few import Down, Tiles, Up  # noqa: E402

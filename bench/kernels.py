@@ -31,10 +31,10 @@ if __name__ == "kernels":
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import lines  # noqa: E402
-from bench.kernel_cases import CASES, Call, Case  # noqa: E402
 from bench.provenance import provenance  # noqa: E402
-from bench.timing import Timer, readings  # noqa: E402
+from gemma4_turbo.cli import lines  # noqa: E402
+from gemma4_turbo.cli.tuning.kernel_cases import CASES, Call, CannotMeasureError, Case  # noqa: E402
+from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
 
 ALL, COPY = "all", "copy"
 COUNTS = ("tokens", "fused_launches", "stock_launches", "bytes")
@@ -187,7 +187,10 @@ def main(
     copied = append([copy_row()], base, out)
     frames = []
     for name in names:
-        rows = [case_row(case) for case in track(CASES[name](), description=name)]
+        try:
+            rows = [case_row(case) for case in track(CASES[name](), description=name)]
+        except CannotMeasureError as error:
+            raise SystemExit(f"bench/kernels.py: {error}") from None
         frames.append(append(rows, base, out))
     frame = pd.concat(frames)
     plot(frame, out.with_suffix(".png"))

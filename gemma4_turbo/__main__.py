@@ -87,6 +87,40 @@ def verify(as_json: Json = False, everything: All = False) -> None:
     _answer(as_json, lambda: command.run(as_json, everything))
 
 
+@app.command()
+def tune(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model's folder, or one of 26b-a4b, 31b, 12b, e4b, e2b; may be repeated. All "
+            "five by default.",
+        ),
+    ] = None,
+    minutes: Annotated[
+        float, typer.Option(min=0.1, help="Stop after so long; the same command goes on.")
+    ] = 5.0,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Measure again what the profile has already.")
+    ] = False,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="Print the profile, without names and paths, and do no more."),
+    ] = False,
+) -> None:
+    """Measure stock's kernels and ours on this GPU, and write the GPU profile that the patches read.
+
+    Each kernel is compared with stock and with fp32 first, then timed beside stock at the model's shapes.
+    The profile says which patches are on here, and with which tiles. It is written after each
+    measurement. The GPU must be idle.
+
+    Exit 0: measured, or the time is up. Exit 3: no GPU, a busy one, too little free memory, no Gemma 4, or
+    the profile cannot be written. Exit 130: interrupted; what was measured is kept.
+    """
+    from gemma4_turbo.cli import tune as command
+
+    _answer(False, lambda: command.run(model or (), minutes, fresh, share))
+
+
 @app.command(context_settings={"allow_interspersed_args": False})
 def bisect(
     command: Annotated[

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from gemma4_turbo.catalogue import CATALOGUE
-from gemma4_turbo.engine import run
+from gemma4_turbo.engine import gpu_profile, run
 from gemma4_turbo.engine.installer import Engine
 from gemma4_turbo.engine.port import Port, Ports
+from gemma4_turbo.kernels import measured
 from gemma4_turbo.ports.any import sources as any_line
 from gemma4_turbo.ports.v0_5_12 import sources as v0_5_12
 from gemma4_turbo.ports.v0_5_23 import sources as v0_5_23
@@ -20,8 +21,10 @@ ENGINE = Engine(
     PORTS,
     own_models=any_line.GEMMA4_MODELS,
     ways_in="gemma4_turbo.ports.any.ways_in",
+    measured=gpu_profile.decisions,
 )
 run.RUNS.update(ENGINE.runs)
+measured.source = gpu_profile.tiles
 
 
 def every_port() -> list[Port]:

@@ -18,7 +18,7 @@ from gemma4_turbo.cli.minimise import expected, minimise
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.cli.process_group import interruptible
 from gemma4_turbo.cli.trials import REPEAT, Trials, say, standing
-from gemma4_turbo.engine import switches
+from gemma4_turbo.engine import gpu_profile, switches
 
 CULPRIT = "culprit"
 NOT_OURS = "fails without any patch"
@@ -97,7 +97,8 @@ def run(
 def _decide(patches: Sequence[Patch]) -> dict[str, str | None]:
     """Why each patch takes no part; None if it does. `CannotRunError` if none does."""
     selection = switches.Selection.decode(os.environ.get(switches.SELECTION, ""))
-    read = switches.read(selection=selection, catalogue=patches)
+    measured = gpu_profile.decisions()
+    read = switches.read(selection=selection, catalogue=patches, measured=measured)
     if read.problems:
         raise CannotRunError("; ".join(read.problems))
     reasons = {

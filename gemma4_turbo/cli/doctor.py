@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gemma4_turbo.cli import report
 from gemma4_turbo.cli.modules import NOT_INSTALLED, import_targets
-from gemma4_turbo.engine import fingerprints, state_folder, states
+from gemma4_turbo.engine import fingerprints, gpu_profile, state_folder, states, switches
 from gemma4_turbo.engine.counters import live_processes
 from gemma4_turbo.engine.imports import installed_release
 from gemma4_turbo.engine.run import PatchRun, code_of
@@ -27,6 +27,8 @@ STAY_STOCK = (
     "gemma4_turbo if it is set), or PYTHONPATH=$(gemma4-turbo sitecustomize)"
 )
 NOTHING_WORKS = 3
+WITHOUT_PROFILE = ("extend_attention", "decode_attention", "skinny_gemm", "experts_few")
+"""Patches that know their tiles on Hopper alone."""
 
 
 def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
@@ -34,7 +36,8 @@ def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
 
     ``versions``, ``bootstrap`` (by which ways spawned processes get the patches), ``state_folder``
     (why it cannot be used, else None), ``patches``, ``servers`` (running patched processes), ``notes``
-    (on the installation), ``device``, ``problems`` (of the environment; in strict mode also of the
+    (on the installation), ``device``, ``gpu_profile`` (its path, whether it is in use, and a sentence),
+    ``problems`` (of the environment; in strict mode also of the
     state folder), ``obstacles`` (why nothing can work).
 
     Args:
@@ -60,9 +63,11 @@ def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
         ],
     )
     yield "notes", advice.on_installation()
-    yield "device", report.device()
-    switches = ENGINE.switches()
-    yield "problems", [*switches.problems, *([unfit] if unfit and switches.strict else [])]
+    device = report.device()
+    yield "device", device
+    yield "gpu_profile", _gpu_profile(device)
+    wanted = ENGINE.switches()
+    yield "problems", [*wanted.problems, *([unfit] if unfit and wanted.strict else [])]
     obstacles = [] if installed_release() else [NOT_INSTALLED]
     if all(row.state == states.OFF for row in rows):
         yield "obstacles", obstacles  # it is meant to stay stock
@@ -71,6 +76,39 @@ def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
     if versions["wrapt"] is None and importlib.util.find_spec("wrapt") is None:
         obstacles.append("wrapt is not installed: pip install wrapt")
     yield "obstacles", [*obstacles, *([] if routes else [STAY_STOCK])]
+
+
+def _gpu_profile(device: str | None) -> dict[str, Any]:
+    """The profile in use, or that there is none and what it would take."""
+    where, profile, reason = gpu_profile.found()
+    record = {"path": where, "in_use": profile is not None, "ignored": bool(reason)}
+    measure = f"{gpu_profile.TUNE} measures, in five minutes on an idle GPU"
+    if where is None:
+        told = f"none: {switches.GPU_PROFILE} says so, or there is no home folder"
+    elif profile is not None:
+        tiled = sum(bool(shape.tile) for shape in profile.shapes)
+        told = f"{where}: {tiled} tiles of {len(profile.shapes)} measurements on {profile.key.gpu}"
+        for on in (True, False):
+            names = [name for name, one in profile.patches.items() if one.on == on]
+            told += f"; {'on' if on else 'off'}: {', '.join(names)}" if names else ""
+    elif reason:
+        told = f"{where} is ignored: {reason}; {measure}"
+    elif device is None:
+        told = f"none at {where}, and no GPU to measure"
+    elif _known():
+        told = f"none at {where}: the package's own tiles are for this GPU; {measure}"
+    else:
+        without = ", ".join(WITHOUT_PROFILE)
+        told = f"none at {where}: without one {without} run stock's code on this GPU; {measure}"
+    return record | {"told": told}
+
+
+def _known() -> bool:
+    import torch
+
+    from gemma4_turbo.kernels import measured
+
+    return measured.known("x", torch.device("cuda", 0)) is None
 
 
 def _imported() -> list[PatchStatus]:
@@ -165,6 +203,8 @@ def _lines(key: str, value: Any, everything: bool) -> report.Listing:
             lines.lines += report.process_table(server["patches"], title, everything).lines
     elif key == "device":
         lines.add(f"GPU: {value or 'none'}", 2)
+    elif key == "gpu_profile":
+        lines.add(f"GPU profile: {value['told']}", 2, "yellow" if value["ignored"] else "")
     elif key in ("notes", "problems", "obstacles"):
         word, style = ("note", "yellow") if key == "notes" else ("error", "red")
         for sentence in value:

@@ -25,7 +25,7 @@ from gemma4_turbo.engine.port import Port, Ports
 from gemma4_turbo.engine.run import PatchRun, code_of, ledger
 from gemma4_turbo.engine.served_models import Models
 from gemma4_turbo.engine.states import PatchStatus
-from gemma4_turbo.engine.switches import SELECTION, Selection, Switches, read
+from gemma4_turbo.engine.switches import SELECTION, Decision, Selection, Switches, read
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.fingerprints import Definitions
@@ -54,7 +54,12 @@ class Engine:
     """All patches of a catalogue in this process."""
 
     def __init__(
-        self, catalogue: Iterable[Patch], ports: Ports, own_models: str = "", ways_in: str = ""
+        self,
+        catalogue: Iterable[Patch],
+        ports: Ports,
+        own_models: str = "",
+        ways_in: str = "",
+        measured: Callable[[], Mapping[str, Decision]] = dict,
     ) -> None:
         """No process is touched before `apply`.
 
@@ -64,6 +69,7 @@ class Engine:
             own_models: how the module of a model begins that the patches are for.
             ways_in: our module of gates, with ``register``, ``install`` and ``remove``, each given the
                 engine; imported with the first module of SGLang's. None if empty.
+            measured: by patch, what was measured on this machine; asked for where a patch is decided.
         """
         self.catalogue = tuple(catalogue)
         self.runs = {
@@ -82,6 +88,7 @@ class Engine:
         self.gates: dict[str, Swap] = {}  # of gemma4_turbo.engine.gates
         self.models = Models(own_models)
         self._ways_in = ways_in
+        self._measured = measured
         self.mistakes: list[str] = []  # exceptions of ours that were swallowed; for strict mode
         self._ready: set[str] = set()  # modules that have been run to their end
         self._half: set[str] = set()  # modules that were being run when we came
@@ -144,7 +151,7 @@ class Engine:
 
     def switches(self) -> Switches:
         """The switches as they stand now."""
-        return read(selection=self._selection, catalogue=self.catalogue)
+        return read(selection=self._selection, catalogue=self.catalogue, measured=self._measured())
 
     # -- installing and reverting, side by side ------------------------------------------------
 

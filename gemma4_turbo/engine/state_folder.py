@@ -14,7 +14,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from gemma4_turbo.engine import processes
+from gemma4_turbo.engine import guarded, processes
 from gemma4_turbo.engine.processes import Process
 from gemma4_turbo.engine.switches import STATE_DIR
 
@@ -263,32 +263,8 @@ class Folder:
 
     def read(self, name: str, limit: int) -> bytes:
         """What a regular file of this user holds, at most ``limit`` bytes; ValueError if more."""
-        with self._regular(name) as descriptor:
-            size = os.fstat(descriptor).st_size
-            if size > limit:
-                raise ValueError(f"{name} holds {size} bytes")
-            parts = []
-            while limit > 0 and (part := os.read(descriptor, limit)):
-                parts.append(part)
-                limit -= len(part)
-            return b"".join(parts)
-
-    @contextmanager
-    def _regular(self, name: str) -> Iterator[int]:
-        # Looked at before it is opened: opening a device may do things. It may change in between.
-        self._require_regular(name, os.stat(name, dir_fd=self._descriptor, follow_symlinks=False))
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-        descriptor = os.open(name, flags, dir_fd=self._descriptor)
-        try:
-            self._require_regular(name, os.fstat(descriptor))
-            yield descriptor
-        finally:
-            os.close(descriptor)
-
-    @staticmethod
-    def _require_regular(name: str, status: os.stat_result) -> None:
-        if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-            raise ValueError(f"{name} is no regular file of this user")
+        with guarded.regular(name, self._descriptor) as descriptor:
+            return guarded.content(name, descriptor, limit)
 
     def new(self, name: str) -> int:
         """Descriptor of a file that was not there; FileExistsError if something was."""
@@ -331,7 +307,7 @@ class Folder:
         """Whether the content says the same as the name."""
         head = file_head(process, kind)
         try:
-            with self._regular(file_name(process, kind)) as descriptor:
+            with guarded.regular(file_name(process, kind), self._descriptor) as descriptor:
                 return os.pread(descriptor, len(head), 0) == head
         except (OSError, ValueError):
             return False

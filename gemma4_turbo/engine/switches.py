@@ -17,6 +17,8 @@ PROFILE = "GEMMA4_TURBO_PROFILE"
 STRICT = "GEMMA4_TURBO_STRICT"
 LOG = "GEMMA4_TURBO_LOG"
 STATE_DIR = "GEMMA4_TURBO_STATE_DIR"
+GPU_PROFILE = "GEMMA4_TURBO_GPU_PROFILE"
+NO_GPU_PROFILE = "0"
 SELECTION = "GEMMA4_TURBO_SELECTION"  # written by apply() and revert() for spawned processes
 
 ON_OFF = ("0", "1")
@@ -145,12 +147,19 @@ def read(
     environ: Mapping[str, str] | None = None,
     selection: Selection | None = None,
     catalogue: Iterable[Patch] = CATALOGUE,
+    measured: Mapping[str, Decision] | None = None,
 ) -> Switches:
     """Decide for every patch of ``catalogue``.
 
     The first of these that speaks decides: ``GEMMA4_TURBO=0``, `gemma4_turbo.revert`, the patch's
-    own variable, its alias, ``apply(only=, skip=)``, the profile, the patch's default. A value that
-    is not allowed switches off what it speaks of.
+    own variable, its alias, ``apply(only=, skip=)``, the profile, ``measured``, the patch's default. A
+    value that is not allowed switches off what it speaks of.
+
+    Args:
+        environ: the environment; None: this process's.
+        selection: what `gemma4_turbo.apply` was asked for.
+        catalogue: the patches.
+        measured: by patch, what the GPU profile says.
     """
     environ = os.environ if environ is None else environ
     selection = selection or Selection()
@@ -160,6 +169,10 @@ def read(
     profile, profile_problem = _choice(environ, PROFILE, PROFILES, problems)
     strict, strict_problem = _choice(environ, STRICT, ON_OFF, problems)
     log_level, _ = _choice(environ, LOG, LOG_LEVELS, problems)
+
+    where = environ.get(GPU_PROFILE, "").strip()
+    if where and where != NO_GPU_PROFILE and not os.path.isabs(where):
+        problems.append(f"{GPU_PROFILE}={where!r} is neither {NO_GPU_PROFILE} nor an absolute path")
 
     decisions: dict[str, Decision] = {}
     for patch in catalogue:
@@ -189,10 +202,10 @@ def read(
         elif profile == "exact" and patch.numerics != BITWISE:
             decision = Decision(False, f"{PROFILE}=exact, and {patch.name} is {patch.numerics}")
         else:
-            decision = Decision(patch.default, "default")
+            decision = (measured or {}).get(patch.name) or Decision(patch.default, "default")
         decisions[patch.name] = decision
 
-    known = frozenset({MASTER, PROFILE, STRICT, LOG, STATE_DIR, SELECTION})
+    known = frozenset({MASTER, PROFILE, STRICT, LOG, STATE_DIR, GPU_PROFILE, SELECTION})
     known |= {patch.env for patch in catalogue}
     for variable in environ:
         # Cheap, as every variable of every process comes by: a slip or two leave one of these.

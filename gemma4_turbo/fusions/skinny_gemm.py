@@ -55,6 +55,8 @@ class SkinnyGemm(Fusion[Args, torch.Tensor]):
                 weight=weight,
                 extra=None if args.extra is None else samples(rows, args.extra),
             )
+            if kernel.unfit(drawn.x, weight, drawn.epilogue, drawn.extra) is not None:
+                continue  # measured here, and left to stock
             ours, stock = self.launch(drawn, kind).float(), self.reference(drawn).float()
             bound = stock.abs().amax(-1, keepdim=True) * 2.0**-6
             found += int(((ours - stock).abs() > bound).sum()) + int((~ours.isfinite()).sum())

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import hopper, pdl
+from gemma4_turbo.kernels import measured, pdl
 from gemma4_turbo.kernels.gelu import gelu_erf
 from gemma4_turbo.kernels.interpreted import to_float
 from gemma4_turbo.kernels.rounding import round_to, rounded
@@ -270,9 +270,6 @@ def unfit(
         return f"x must be [T, {depth}] {w13.dtype} with contiguous rows, got {tuple(x.shape)} {x.dtype}"
     if x.shape[0] > MAX_TOKENS:
         return f"x must have at most {MAX_TOKENS} rows, got {x.shape[0]}"
-    reason = None if INTERPRETED else hopper.unfit("x", x.device)
-    if reason is not None:
-        return reason
     if (
         topk_ids.dim() != 2
         or topk_ids.shape[0] != x.shape[0]
@@ -284,6 +281,10 @@ def unfit(
             f"topk_ids must be a contiguous [{x.shape[0]}, 1, 2, 4 or 8] in int32, "
             f"got {tuple(topk_ids.shape)} {topk_ids.dtype}"
         )
+    row = found_here(topk_ids.shape[1], double // 2, depth, x.device)
+    reason = None if INTERPRETED else measured.unfit("x", x.device, row)
+    if reason is not None:
+        return reason
     if (
         topk_weights.shape != topk_ids.shape
         or topk_weights.dtype != torch.float32
@@ -334,6 +335,30 @@ def choose(choices: int) -> Tiles:
     return Tiles(Up(2, 1, 256, 1), Down(min(8, choices), 1, 128, 1, min(2, choices)))
 
 
+def made(numbers: tuple[int, ...]) -> Tiles:
+    """A cut from a profile's numbers; ValueError if it is none."""
+    first = len(Up._fields)
+    measured.require(len(numbers) == first + len(Down._fields), numbers)
+    tiles = Tiles(Up(*numbers[:first]), Down(*numbers[first:]))
+    measured.require(tiles_unfit(tiles, max(CHOICES)) is None and max(numbers) <= 256, numbers)
+    return tiles
+
+
+def found_here(
+    choices: int, width: int, hidden: int, device: torch.device
+) -> measured.Row[Tiles] | None:
+    """What was measured on this GPU of experts ``width x hidden``; None if nothing was."""
+    row = measured.look("experts_few", device, (choices, width, hidden), made)
+    wrong = row is not None and row.tile is not None and tiles_unfit(row.tile, choices)
+    return None if wrong else row
+
+
+def cut(choices: int, width: int, hidden: int, device: torch.device) -> Tiles:
+    """The cut on a GPU: the measured one, or what `choose` has."""
+    row = found_here(choices, width, hidden, device)
+    return choose(choices) if row is None or row.tile is None else row.tile
+
+
 def experts_few(
     x: torch.Tensor,
     w13: torch.Tensor,
@@ -363,7 +388,8 @@ def experts_few(
     """
     reason = unfit(x, w13, w2, topk_weights, topk_ids, out)
     if reason is None:
-        tiles = choose(topk_ids.shape[1]) if tiles is None else tiles
+        if tiles is None:
+            tiles = cut(topk_ids.shape[1], w2.shape[2], w2.shape[1], x.device)
         reason = tiles_unfit(tiles, topk_ids.shape[1])
     if reason is not None:
         raise ValueError(reason)

@@ -15,6 +15,10 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
+from gemma4_turbo.kernels import measured
+
 TABLES = resources.files("gemma4_turbo.kernels") / "moe_configs"  # in a zip, if the package is
 REQUIRED = (
     "BLOCK_SIZE_M",
@@ -117,6 +121,36 @@ def load(key: Key, folder: Traversable | None = None) -> Pair | None:
     except Exception as error:  # no permission, a damaged zip, JSON of another shape
         raise ValueError(f"{type(error).__name__}: {error}") from error
     return pair
+
+
+def numbers(pair: Pair) -> tuple[int, ...]:
+    """The tables as a GPU profile has them: 13 numbers for each number of tokens."""
+    found: list[int] = []
+    for tokens in sorted(pair.up):
+        rows = (pair.up[tokens], pair.down[tokens])
+        found += [tokens, *(row[field] for row in rows for field in REQUIRED)]
+    return tuple(found)
+
+
+def made(flat: tuple[int, ...]) -> Pair:
+    """The inverse of `numbers`; ValueError if SGLang could not run with these."""
+    width = 1 + 2 * len(REQUIRED)
+    measured.require(len(flat) % width == 0, flat)
+    pair = Pair({}, {})
+    for first in range(0, len(flat), width):
+        tokens, *values = flat[first : first + width]
+        half = len(REQUIRED)
+        pair.up[tokens] = dict(zip(REQUIRED, values[:half], strict=True))
+        pair.down[tokens] = dict(zip(REQUIRED, values[half:], strict=True))
+    check(pair)
+    largest = max(max(row.values()) for table in pair for row in table.values())
+    measured.require(largest <= 256, flat)
+    return pair
+
+
+def found_here(experts: int, width: int, device: torch.device) -> measured.Row[Pair] | None:
+    """What was measured on this GPU; None if nothing was."""
+    return measured.look("moe_configs", device, (experts, width), made)
 
 
 def save(key: Key, pair: Pair, folder: Path | None = None) -> list[Path]:

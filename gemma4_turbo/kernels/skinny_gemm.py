@@ -23,8 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import hopper, pdl
+from gemma4_turbo.kernels import measured, pdl
 from gemma4_turbo.kernels.gelu import gelu_tanh
+from gemma4_turbo.kernels.gpu import gpu
 from gemma4_turbo.kernels.interpreted import dot
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
@@ -177,11 +178,12 @@ def unfit(
         return f"x must be [M, {weight.shape[1]}] with contiguous rows, got {tuple(x.shape)}"
     if x.dtype != weight.dtype or x.device != weight.device:
         return f"x is {x.dtype} on {x.device}, the weight {weight.dtype} on {weight.device}"
-    reason = None if INTERPRETED else hopper.unfit("x", x.device)
-    if reason is not None:
-        return reason
     if x.shape[0] > MAX_ROWS:
         return f"x must have at most {MAX_ROWS} rows, got {x.shape[0]}"
+    row = found_here(weight.shape, epilogue, x.shape[0], x.device)
+    reason = None if INTERPRETED else measured.unfit("x", x.device, row)
+    if reason is not None:
+        return reason
     if x.stride(0) % 8 or weight.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
         return "x and weight must be aligned to 16 bytes"
     if (extra is None) != (epilogue != Epilogue.GELU_TIMES):
@@ -237,6 +239,42 @@ def choose(
     stage = 2 * block_k * (halves * block_n + tile)  # of the weight and of x, two bytes each
     stages = max(2, min(stages, shared_memory // stage))
     return Config(block_n, block_k, max(1, min(split, depth // block_k)), stages)
+
+
+def made(numbers: tuple[int, ...]) -> Config:
+    """A cut from a profile's numbers; ValueError if it is none."""
+    measured.require(len(numbers) == len(Config._fields), numbers)
+    config = Config(*numbers)
+    fits = measured.power(config.block_n, 16, 256) and measured.power(config.block_k, 64, 256)
+    counts = 1 <= config.split <= 64 and 1 <= config.stages <= 8
+    measured.require(fits and counts and measured.power(config.warps, 1, 16), numbers)
+    return config
+
+
+def place(shape: tuple[int, ...], epilogue: Epilogue, rows: int) -> tuple[int, ...]:
+    """How a profile spells a weight ``(N, K)`` and a number of rows: one of the two that are told apart."""
+    return *shape, int(epilogue), FEW_ROWS if rows <= FEW_ROWS else MAX_ROWS
+
+
+def found_here(
+    shape: tuple[int, ...], epilogue: Epilogue, rows: int, device: torch.device
+) -> measured.Row[Config] | None:
+    """What was measured of a weight on this GPU; None if nothing was."""
+    row = measured.look("skinny_gemm", device, place(shape, epilogue, rows), made)
+    if row is not None and row.tile is not None:
+        blocks, left = divmod(shape[1], row.tile.block_k)
+        if left or row.tile.split > blocks:
+            return None
+    return row
+
+
+def cut(weight: torch.Tensor, epilogue: Epilogue, rows: int = FEW_ROWS) -> Config:
+    """The cut for a weight on its GPU: the measured one, or what `choose` has for it."""
+    row = found_here(weight.shape, epilogue, rows, weight.device)
+    if row is not None and row.tile is not None:
+        return row.tile
+    here = gpu(weight.device)
+    return choose(weight.shape, epilogue, here.processors, rows, here.shared_memory)
 
 
 def skinny_gemm(

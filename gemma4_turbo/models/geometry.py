@@ -41,6 +41,61 @@ GEOMETRIES: dict[str, Geometry] = {
 HEAD_DIM_SLIDING, HEAD_DIM_FULL, VOCABULARY = 256, 512, 262144
 
 
+def of_config(config: dict[str, Any]) -> Geometry:
+    """The geometry that a config.json describes, as published or with SGLang's names.
+
+    Raises:
+        ValueError: if it is no Gemma 4's, in one line.
+    """
+    text = config.get("text_config", config)
+    kind = config.get("model_type")
+    if not isinstance(text, dict) or not isinstance(kind, str) or not kind.startswith("gemma4"):
+        raise ValueError(f"config.json is of a {kind or 'model without a model_type'}, no Gemma 4")
+
+    def number(*names: str, otherwise: int | None = None) -> int:
+        for name in names:
+            value = text.get(name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
+                raise ValueError(f"{name} in config.json must be a whole number, got {value!r}")
+            return value
+        if otherwise is None:
+            raise ValueError(f"config.json has no {names[0]}: it is no Gemma 4's")
+        return otherwise
+
+    renamed = "swa_num_key_value_heads" in text
+    sizes = number("swa_head_dim", "head_dim"), number("global_head_dim")
+    if sizes != (HEAD_DIM_SLIDING, HEAD_DIM_FULL):
+        raise ValueError(f"config.json has heads of {sizes[0]} and {sizes[1]}: it is no Gemma 4's")
+    sliding = number("swa_num_key_value_heads", "num_key_value_heads")
+    full = number(
+        "num_key_value_heads" if renamed else "num_global_key_value_heads", otherwise=sliding
+    )
+    heads = number("num_attention_heads")
+    if not sliding or not full or not heads or heads % sliding or heads % full:
+        raise ValueError(f"config.json has {heads} heads for {sliding} and {full} KV heads")
+    types = text.get("layer_types") or []
+    experts = number("num_experts", otherwise=0) if text.get("enable_moe_block") else 0
+    return Geometry(
+        number("hidden_size"),
+        number("intermediate_size"),
+        number("num_hidden_layers"),
+        types.index("full_attention") + 1 if "full_attention" in types else 1,
+        heads,
+        sliding,
+        full,
+        number("sliding_window"),
+        bool(text.get("attention_k_eq_v")),
+        number("num_kv_shared_layers", otherwise=0),
+        number("hidden_size_per_layer_input", otherwise=0),
+        bool(text.get("use_double_wide_mlp")),
+        experts,
+        number("top_k_experts") if experts else 0,
+        number("moe_intermediate_size", "expert_intermediate_size") if experts else 0,
+    )
+
+
 def config(name: str, layers: int | None = None) -> dict[str, Any]:
     """The config.json of a text-only model.
 

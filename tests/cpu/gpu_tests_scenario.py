@@ -197,8 +197,8 @@ def calls() -> Iterator[tuple[str, str]]:
 
 
 def line() -> dict[str, Any]:
-    """What `bench.lines` says."""
-    from bench import lines
+    """What `gemma4_turbo.cli.lines` says."""
+    from gemma4_turbo.cli import lines
 
     lines.stock()
     from gemma4_turbo.fusions.stock import followed

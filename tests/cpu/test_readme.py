@@ -110,6 +110,7 @@ def test_every_switch_and_state_is_documented():
     told = (DOCS / "switches.md").read_text()
     aliases = [alias.env for patch in CATALOGUE for alias in patch.aliases]
     names = (switches.PROFILE, switches.STRICT, switches.LOG, switches.STATE_DIR)
+    names += (switches.GPU_PROFILE,)
     for variable in (switches.MASTER, *names, *aliases):
         assert f"`{variable}" in told
     for choice in (*switches.PROFILES, *switches.LOG_LEVELS):
@@ -130,7 +131,7 @@ def test_what_is_off_by_default_is_told():
 def test_variables_commands_and_scripts_exist():
     """Those that a page names."""
     known = {patch.env for patch in CATALOGUE} | {switches.STATE_DIR, switches.PROFILE}
-    known |= {switches.STRICT, switches.LOG}
+    known |= {switches.STRICT, switches.LOG, switches.GPU_PROFILE}
     misspelt_on_purpose = {"GEMMA4_TURBO_ROUTR", "GEMMA4_TURBO_PORT"}
     known |= {"GEMMA4_TURBO_EXAMPLE"}  # of the page on adding a patch
     named = set(re.findall(r"GEMMA4_TURBO_[A-Z_]+[A-Z]", EVERYTHING))

@@ -1,4 +1,4 @@
-"""What GPU tests need of the installed release line, beside `bench.lines`."""
+"""What GPU tests need of the installed release line, beside `gemma4_turbo.cli.lines`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import torch
 from sglang.srt import server_args
 from sglang.srt.layers.attention import triton_backend
 
-from bench import lines
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import lines, small_moe
 
 Window = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

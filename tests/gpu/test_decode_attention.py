@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import lines
+from gemma4_turbo.cli import lines
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.kernels.attention.decode import Config

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import lines
+from gemma4_turbo.cli import lines
 from gemma4_turbo.engine import run
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.fusions.ple_tail import gelu_mul_op, norm_add_op

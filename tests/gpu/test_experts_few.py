@@ -10,7 +10,7 @@ import torch
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from bench.lines import TRITON_UTILS
+from gemma4_turbo.cli.lines import TRITON_UTILS
 from gemma4_turbo.kernels import experts_few as kernel
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.experts_few import Down, Tiles, Up

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench import lines
+from gemma4_turbo.cli import lines
 from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.kernels.attention import extend_tiles as config
 from gemma4_turbo.kernels.attention import window as window_indices

@@ -10,8 +10,8 @@ import torch
 from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
 from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from bench import lines
-from bench.lines import TRITON_UTILS
+from gemma4_turbo.cli import lines
+from gemma4_turbo.cli.lines import TRITON_UTILS
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import moe_align as kernel

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench import lines
+from gemma4_turbo.cli import lines
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import hopper, pdl
+from gemma4_turbo.kernels import measured, pdl
 from gemma4_turbo.kernels.gpu import gpu
 from gemma4_turbo.kernels.interpreted import dot
 from gemma4_turbo.kernels.rounding import round_to
@@ -306,9 +306,6 @@ def unfit(
         return f"q must have heads of 256 or 512, got {dim}"
     if batch > MAX_BATCH:
         return f"q must have at most {MAX_BATCH} rows, got {batch}"
-    reason = None if INTERPRETED else hopper.unfit("q", q.device)
-    if reason is not None:
-        return reason
     for name, buffer in (("k_buffer", k_buffer), ("v_buffer", v_buffer)):
         if buffer.dim() != 3 or buffer.shape[2] != dim or buffer.stride(2) != 1:
             return f"{name} must be [slots, Hkv, {dim}] with contiguous heads, got {tuple(buffer.shape)}"
@@ -319,6 +316,10 @@ def unfit(
     kv_heads = k_buffer.shape[1]
     if v_buffer.shape[1] != kv_heads or heads % kv_heads or heads // kv_heads not in GROUPS:
         return f"k_buffer must have Hkv of v_buffer, Hq / Hkv in {GROUPS}, got {heads} and {kv_heads}, {v_buffer.shape[1]}"
+    row = found_here(batch, kv_heads, heads // kv_heads, dim, q.device)
+    reason = None if INTERPRETED else measured.unfit("q", q.device, row)
+    if reason is not None:
+        return reason
     if q.stride(0) % 8 or q.stride(1) % 8 or q.data_ptr() % 16:
         return "q must be aligned to 16 bytes"
     for name, vector, dtypes in (
@@ -360,6 +361,46 @@ def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
     splits = max(1, config.target * PROCESSORS // (10 * pairs))
     # 32 thousand numbers: 128 KiB, which one program adds in about 2 microseconds.
     return config._replace(fused=splits * group * head_dim <= 32768)
+
+
+def made(numbers: tuple[int, ...]) -> Config:
+    """A cut from a profile's numbers; ValueError if it is none."""
+    measured.require(len(numbers) == len(Config._fields), numbers)
+    block_n, warps, stages, target, min_chunk, keys_first, fused = numbers
+    measured.require(
+        measured.power(block_n, 16, 128)
+        and measured.power(warps, 1, 16)
+        and 1 <= stages <= 8
+        and 1 <= target <= 10_000
+        and block_n <= min_chunk <= 1 << 16
+        and min_chunk % block_n == 0
+        and {keys_first, fused} <= {0, 1},
+        numbers,
+    )
+    return Config(block_n, warps, stages, target, min_chunk, bool(keys_first), bool(fused))
+
+
+def found_here(
+    batch: int, kv_heads: int, group: int, head_dim: int, device: torch.device
+) -> measured.Row[Config] | None:
+    """What was measured on this GPU with the closest number of pairs; None if nothing was."""
+    pairs = batch * kv_heads
+    return measured.nearest("decode_attention", device, (head_dim, group), pairs, made)
+
+
+def runs_here(batch: int, kv_heads: int, group: int, head_dim: int, device: str) -> bool:
+    """Whether the kernel runs such a batch on a device."""
+    place = torch.empty(0, device=device).device
+    row = found_here(batch, kv_heads, group, head_dim, place)
+    return INTERPRETED or measured.unfit("q", place, row) is None
+
+
+def cut(batch: int, kv_heads: int, group: int, head_dim: int, device: torch.device) -> Config:
+    """The cut for a batch on a GPU: the measured one, or what `choose` has for it."""
+    row = found_here(batch, kv_heads, group, head_dim, device)
+    if row is not None and row.tile is not None:
+        return row.tile
+    return choose(batch, kv_heads, group, head_dim)
 
 
 def rounds_least(pairs: int) -> int:
@@ -429,7 +470,7 @@ def decode_attention(
     batch, heads, dim = q.shape
     kv_heads = k_buffer.shape[1]
     if config is None:
-        config = choose(batch, kv_heads, heads // kv_heads, dim)
+        config = cut(batch, kv_heads, heads // kv_heads, dim, q.device)
     if config.block_n not in (16, 32, 64, 128):
         raise ValueError(f"config.block_n must be 16, 32, 64 or 128, got {config.block_n}")
     if config.min_chunk < config.block_n or config.min_chunk % config.block_n:

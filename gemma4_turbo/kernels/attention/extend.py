@@ -36,6 +36,7 @@ import math
 import torch
 import triton
 
+from gemma4_turbo.kernels import measured
 from gemma4_turbo.kernels.attention import extend_tiles as config
 from gemma4_turbo.kernels.attention.extend_triton import (
     _combine_kernel,
@@ -54,9 +55,10 @@ def device_unfit(device: torch.device) -> str | None:
     """Why the kernels do not run on this device, or None."""
     if INTERPRETED:
         return None
-    if device.type != "cuda" or torch.version.hip is not None:
-        return f"q must be on a CUDA device, got {device}"
-    if gpu(device).capability[0] != 9:
+    reason = measured.impossible("q", device)
+    if reason is not None or measured.has(config.NAME, device):
+        return reason
+    if gpu(device).capability[0] not in measured.KNOWN:
         found = ".".join(map(str, gpu(device).capability))
         return f"q must be on a Hopper GPU (compute capability 9.x), got {found}"
     return None
@@ -74,8 +76,13 @@ def unfit(
     custom_mask: torch.Tensor | None = None,
     mask_indptr: torch.Tensor | None = None,
     window_kv_offsets: torch.Tensor | None = None,
+    skip_prefix_custom_mask: bool = True,
+    few: bool = False,
 ) -> str | None:
-    """Why `extend_attention` does not take these arguments, or None. Host checks only."""
+    """Why `extend_attention` does not take these arguments, or None. Host checks only.
+
+    ``few``: see `few_queries`.
+    """
     reason = device_unfit(q.device)
     if reason is not None:
         return reason
@@ -108,6 +115,40 @@ def unfit(
             return "mask_indptr must be given with custom_mask"
         if sliding_window_size > 0 and window_kv_offsets is None:
             return "window_kv_offsets must be given with custom_mask and sliding_window_size"
+    if INTERPRETED:
+        return None
+    kinds = _kinds(custom_mask is not None, skip_prefix_custom_mask, few)
+    return _tiles_unfit(head_dim, heads // k.shape[1], kinds, q.device)
+
+
+def few_queries(kv_indices: torch.Tensor, max_extend_len: int) -> bool:
+    """Whether a call's few new tokens are split over the keys that they see."""
+    return kv_indices.shape[0] > 0 and max_extend_len <= config.SPLIT_TOKENS
+
+
+def _kinds(custom: bool, skip_prefix_custom_mask: bool, few: bool) -> tuple[str, ...]:
+    """Of the tiles that `launch_extend` takes."""
+    if few:
+        return (config.SPLIT_KIND,)
+    if not custom:
+        return (config.DENSE_KIND,)
+    # With a mask of intervals the one, with any other mask the other launch has nothing to do.
+    return (config.DENSE_KIND, config.MASKED) if skip_prefix_custom_mask else (config.MASKED,)
+
+
+def _tiles_unfit(
+    head_dim: int, group: int, kinds: tuple[str, ...], device: torch.device
+) -> str | None:
+    """Why the kernels with these tiles do not run on this device, or None."""
+    for kind in kinds:
+        row: measured.Row[config.Split] | measured.Row[config.Dense] | None
+        if kind == config.SPLIT_KIND:
+            row = config.found_split(head_dim, group, device)
+        else:
+            row = config.found_dense(head_dim, group, kind == config.MASKED, device)
+        reason = measured.unfit("q", device, row)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -175,6 +216,8 @@ def extend_attention(
         custom_mask=custom_mask,
         mask_indptr=mask_indptr,
         window_kv_offsets=window_kv_offsets,
+        skip_prefix_custom_mask=skip_prefix_custom_mask,
+        few=few_queries(kv_indices, max_extend_len),
     )
     if reason is None and max_extend_len < 0:
         reason = f"max_extend_len must not be negative, got {max_extend_len}"
@@ -273,18 +316,14 @@ def launch_extend(
         "CUSTOM_PREFIX": custom and not skip_prefix_custom_mask,
         "CUT": mask_query_block if custom and is_causal else 0,
     }
-    here = gpu(q.device)
-    table, splits = config.dense_of(here), config.split_of(here)
     prefix = kv_indices.shape[0] > 0
-    few = prefix and max_extend_len <= config.SPLIT_TOKENS
-    if split is not None or (few and dense is None):
-        _launch_split(
-            split or splits[head_dim], q, k, v, out, pointers, shared, batch, max_extend_len
-        )
+    if split is not None or (few_queries(kv_indices, max_extend_len) and dense is None):
+        split = split or config.split(head_dim, group, q.device)
+        _launch_split(split, q, k, v, out, pointers, shared, batch, max_extend_len)
         return out
     unused = qo_indptr, qo_indptr
     if not custom or shared["CUSTOM_PREFIX"]:
-        tile = dense or table[head_dim, custom]
+        tile = dense or config.dense(head_dim, group, custom, q.device)
         _launch_dense(tile, q, k, v, out, (*pointers, *unused), shared, batch, prefix, 0)
         return out
     # Each query of a prompt with pictures sees the keys up to itself or to its picture's end. Whether
@@ -307,9 +346,9 @@ def launch_extend(
     )
     pointers = *pointers, high, others
     intervals = shared | {"CUSTOM": False}
-    tile = dense or table[head_dim, False]
+    tile = dense or config.dense(head_dim, group, False, q.device)
     _launch_dense(tile, q, k, v, out, pointers, intervals, batch, prefix, 1)
-    tile = dense or table[head_dim, True]
+    tile = dense or config.dense(head_dim, group, True, q.device)
     _launch_dense(tile, q, k, v, out, pointers, shared, batch, prefix, 2)
     return out
 

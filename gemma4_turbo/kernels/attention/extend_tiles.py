@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from gemma4_turbo.kernels.gpu import Gpu
+import torch
+
+from gemma4_turbo.kernels import measured
+from gemma4_turbo.kernels.gpu import Gpu, gpu
 
 
 class Dense(NamedTuple):
@@ -63,15 +66,15 @@ DENSE_99K: dict[tuple[int, bool], Dense] = {
 }
 
 
-def dense_of(gpu: Gpu) -> dict[tuple[int, bool], Dense]:
+def dense_of(here: Gpu) -> dict[tuple[int, bool], Dense]:
     """The tiles for a GPU.
 
     One with tensor memory (compute capability 10.0) has Hopper's shared memory, and a tile takes more of
     it there: 279 KB for heads of 512.
     """
-    if gpu.capability[0] == 9:
+    if here.capability[0] in measured.KNOWN:
         return DENSE
-    return DENSE_163K if gpu.shared_memory >= 163 * 1024 else DENSE_99K
+    return DENSE_163K if here.shared_memory >= 163 * 1024 else DENSE_99K
 
 
 SPLIT: dict[int, Split] = {
@@ -85,9 +88,73 @@ SPLIT_ELSEWHERE: dict[int, Split] = {
 }
 
 
-def split_of(gpu: Gpu) -> dict[int, Split]:
+def split_of(here: Gpu) -> dict[int, Split]:
     """As `dense_of`."""
-    return SPLIT if gpu.capability[0] == 9 else SPLIT_ELSEWHERE
+    return SPLIT if here.capability[0] in measured.KNOWN else SPLIT_ELSEWHERE
+
+
+NAME = "extend_attention"
+DENSE_KIND, MASKED, SPLIT_KIND = "dense", "masked", "split"
+"""Kinds of tiles in a GPU profile; masked ones are for a custom mask."""
+
+
+def made_dense(numbers: tuple[int, ...]) -> Dense:
+    """A tile from a profile's numbers; ValueError if it is none."""
+    measured.require(len(numbers) == len(Dense._fields), numbers)
+    tile = Dense._make(numbers)._replace(q_in_registers=bool(numbers[-1]))
+    measured.require(
+        all(measured.power(n, 16, 256) for n in (tile.block_m, tile.block_n))
+        and measured.power(tile.pack, 1, 64)
+        and measured.power(tile.value_blocks, 1, 4)
+        and tile.chunks in (1, 2)
+        and measured.power(tile.num_warps, 1, 16)
+        and all(1 <= n <= 8 for n in (tile.stages, tile.prefix_stages))
+        and numbers[-1] in (0, 1),
+        numbers,
+    )
+    return tile
+
+
+def made_split(numbers: tuple[int, ...]) -> Split:
+    """As `made_dense`."""
+    measured.require(len(numbers) == len(Split._fields), numbers)
+    tile = Split(*numbers)
+    measured.require(
+        all(measured.power(n, 16, 256) for n in (tile.rows, tile.block_n, tile.extend_n))
+        and measured.power(tile.num_warps, 1, 16)
+        and 1 <= tile.stages <= 8
+        and 1 <= tile.min_blocks <= 64
+        and 1 <= tile.programs_per_sm <= 16,
+        numbers,
+    )
+    return tile
+
+
+def found_dense(
+    head_dim: int, group: int, custom: bool, device: torch.device
+) -> measured.Row[Dense] | None:
+    """What was measured on this GPU of so many query heads for a KV head; None if nothing was."""
+    kind = MASKED if custom else DENSE_KIND
+    return measured.look(NAME, device, (head_dim, group, kind), made_dense)
+
+
+def found_split(head_dim: int, group: int, device: torch.device) -> measured.Row[Split] | None:
+    """As `found_dense`."""
+    return measured.look(NAME, device, (head_dim, group, SPLIT_KIND), made_split)
+
+
+def dense(head_dim: int, group: int, custom: bool, device: torch.device) -> Dense:
+    """The tile for many queries on a GPU: the measured one, or the table's."""
+    row = found_dense(head_dim, group, custom, device)
+    if row is not None and row.tile is not None:
+        return row.tile
+    return dense_of(gpu(device))[head_dim, custom]
+
+
+def split(head_dim: int, group: int, device: torch.device) -> Split:
+    """The tile for few queries on a GPU: as `dense`."""
+    row = found_split(head_dim, group, device)
+    return row.tile if row is not None and row.tile is not None else split_of(gpu(device))[head_dim]
 
 
 # Extends of at most so many tokens per sequence are split over their keys.

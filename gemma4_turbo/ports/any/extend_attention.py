@@ -114,7 +114,10 @@ class Call:
         """Why the kernel does not take it, or None."""
         if self.kv_indptr is None or self.kv_indices is None:
             return "the backend has no KV indices for the layer"
-        return kernel.unfit(self.q, self.k, self.v, self.k_buffer, self.v_buffer, **self.options)
+        few = kernel.few_queries(self.kv_indices, self.longest)
+        return kernel.unfit(
+            self.q, self.k, self.v, self.k_buffer, self.v_buffer, few=few, **self.options
+        )
 
     def attend(self, out: torch.Tensor, query_block: Callable[[int], int]) -> torch.Tensor:
         """Attention of the new tokens into ``out``, which is returned; it holds as much as q.
@@ -252,6 +255,9 @@ def compared(device: str, stock_kernel: str) -> list[Check]:
                 "sm_scale": head_dim**-0.5,
                 "sliding_window_size": window,
             }
+            few = kernel.few_queries(tensors[-1], max(new))
+            if kernel.unfit(*tensors[:5], few=few, **options) is not None:
+                continue  # stock's code runs here
             got = kernel.extend_attention(*tensors, max(new), **options)
             exact = kernel.reference_extend_attention(*tensors, **options)
             bound, against = 1e-3, "plain torch in fp64"

@@ -5,7 +5,6 @@ Without the patch every function here makes stock's calls.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +12,6 @@ import torch
 from gemma4_turbo.fusions import skinny_gemm
 from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
 from gemma4_turbo.kernels import skinny_gemm as kernel
-from gemma4_turbo.kernels.gpu import gpu
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
 from gemma4_turbo.ports.any import sglang_types
 from gemma4_turbo.runtime.custom_ops import capturing
@@ -38,15 +36,8 @@ class LinearSite(Site):
         if self.skinny_gemm is UNPROVEN:  # a quantised layer may have no weight at all
             weight = module.weight
             key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
-            here = gpu(weight.device)
-            choose = functools.partial(
-                kernel.choose,
-                weight.shape,
-                epilogue,
-                here.processors,
-                shared_memory=here.shared_memory,
-            )
-            self.few, self.many = choose(), choose(rows=kernel.MAX_ROWS)
+            self.few = kernel.cut(weight, epilogue)
+            self.many = kernel.cut(weight, epilogue, kernel.MAX_ROWS)
         super().__init__(key, None)
         self.cover(NAME, module)
         parts = [(module, name) for name in ("quant_method", "weight", "bias")]
@@ -130,7 +121,8 @@ def _run(
         return None
     weight = module.weight
     if site.arrived is None and not capturing():
-        site.arrived = zeros_of(module, kernel.tiles(weight, epilogue, site.few), weight.device)
+        count = max(kernel.tiles(weight, epilogue, cut) for cut in (site.few, site.many))
+        site.arrived = zeros_of(module, count, weight.device)
     args = skinny_gemm.Args(x, weight, site.few, site.many, epilogue, extra, site.arrived)
     return SKINNY_GEMM(site, args)
 

@@ -103,6 +103,9 @@ def _look(experts: int, width: int) -> tuple[Pair | None, str]:
     own = moe_tables.users_own(Path(os.path.realpath(str(stock.__file__))).parent, names)
     if own is not None:
         return None, f"the user's own table is there: {own}"
+    measured = moe_tables.found_here(experts, width, _device())
+    if measured is not None:
+        return measured.tile, measured.reason
     try:
         pair = moe_tables.load(key)
     except ValueError as error:
@@ -110,6 +113,12 @@ def _look(experts: int, width: int) -> tuple[Pair | None, str]:
     if pair is None:
         return None, f"no table for E={experts}, N={width} on {device} with {moe_tables.triton()}"
     return pair, ""
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:

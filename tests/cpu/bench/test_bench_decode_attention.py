@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bench import decode_attention as bench
-from bench.decode_attention import Arena, Point, Shape
+from gemma4_turbo.cli.tuning import decode
+from gemma4_turbo.cli.tuning.decode import Arena, Point, Shape
 from gemma4_turbo.kernels.attention import decode as kernel
 from tests.cpu import interpreted
 
@@ -28,8 +29,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         made.append(call)
         return 100 - len(made)
 
-    monkeypatch.setattr(bench, "DEVICE", "cpu")
-    monkeypatch.setattr(bench, "L2_BYTES", 2**20)
+    monkeypatch.setattr(decode, "L2_BYTES", 2**20)
+    monkeypatch.setattr(bench, "Arena", lambda point: Arena(point, "cpu"))
     monkeypatch.setattr(bench, "Timer", timer)
     monkeypatch.setattr(bench, "readings", lambda timers, replays: [float(t) for t in timers])
     return made
@@ -60,7 +61,7 @@ def test_a_window_is_seen_and_ragged_batches_keep_their_mean():
 
 
 def test_copies_do_not_share_slots(calls):
-    arena = Arena(Point(SMALL, 2, 100, False))
+    arena = Arena(Point(SMALL, 2, 100, False), "cpu")
     at = torch.cat(arena.indices)
     assert arena.copies == 7  # of 80 tokens of 2 heads of 256, K and V
     assert at.unique().numel() == at.numel() == arena.k.shape[0]

@@ -19,10 +19,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from bench import kernel_cases as cases
 from bench import kernels as bench
-from bench import lines
 from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.cli import lines
+from gemma4_turbo.cli.tuning import kernel_cases as cases
 from gemma4_turbo.engine.fingerprints import installed_source
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels import moe_align, qkv
@@ -269,10 +269,10 @@ def test_heads_of_the_models():
     }
 
 
-def test_a_norm_that_none_of_ours_follows_ends_the_run(monkeypatch):
+def test_a_norm_that_none_of_ours_follows_is_told(monkeypatch):
     kinds = norm_kinds.Kinds(reason="self-check: 7 as CUTE")
     monkeypatch.setattr(norm_kinds, "find", lambda like: kinds)
-    with pytest.raises(SystemExit, match="7 as CUTE"):
+    with pytest.raises(cases.CannotMeasureError, match="7 as CUTE"):
         cases.kind_of(torch.zeros(1, 256))
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import lines, tune_moe
-from bench.tune_moe import DOWN, UP, Tile, Times
+from bench.tune_moe import summary
+from gemma4_turbo.cli import lines
+from gemma4_turbo.cli.tuning import moe as tune_moe
+from gemma4_turbo.cli.tuning.moe import DOWN, UP, Tile, Times
 from gemma4_turbo.kernels import moe_align as align
 from gemma4_turbo.kernels import moe_tables
 
@@ -174,6 +176,6 @@ def test_the_summary_compares_with_stock():
         {"width": 704, "tokens": 8, "projection": p, **tile, "us": us, "chosen": c, "stock": 1 - c}
         for p, us, c in ((UP, 10.0, 1), (DOWN, 5.0, 1), (UP, 12.0, 0), (DOWN, 8.0, 0))
     ]
-    (row,) = tune_moe.summary(rows).to_dict("records")
+    (row,) = summary(rows).to_dict("records")
     assert (row["us"], row["stock_us"], row["ratio"]) == (15.0, 20.0, 0.75)
     assert row[UP] == "16/64/64/1/4/3"

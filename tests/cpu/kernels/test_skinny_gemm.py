@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.kernels import hopper
+from gemma4_turbo.kernels import measured
 from gemma4_turbo.kernels import skinny_gemm as kernel
 from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
 
@@ -128,18 +128,18 @@ def test_a_gpu_with_less_shared_memory_is_declined(monkeypatch):
     x, weight, _ = operands(2, 64, 256)
     monkeypatch.setattr(kernel, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    hopper.unfit.cache_clear()
+    measured.forget()
     try:
-        told = hopper.unfit("x", torch.device("cuda", 0))
+        told = measured.known("x", torch.device("cuda", 0))
         assert "compute capability (8, 9)" in str(told)
         assert "CUDA device" in str(kernel.unfit(x, weight, Epilogue.NONE))
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        assert hopper.unfit("x", torch.device("cuda", 1)) is None
-        monkeypatch.setattr(hopper, "unfit", lambda argument, device: told)
+        assert measured.known("x", torch.device("cuda", 1)) is None
+        monkeypatch.setattr(measured, "unfit", lambda argument, device, row: told)
         assert kernel.unfit(x, weight, Epilogue.NONE) == told
     finally:
         monkeypatch.undo()
-        hopper.unfit.cache_clear()
+        measured.forget()
 
 
 def taken() -> dict[str, Any]:

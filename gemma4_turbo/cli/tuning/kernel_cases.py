@@ -1,4 +1,4 @@
-"""What ``bench/kernels.py`` measures: kernels of ours and stock's own calls, at the models' shapes.
+"""Kernels without tiles beside stock's own calls, at the models' shapes: for ``tune`` and ``bench/kernels.py``.
 
 A case draws its operands when its turn comes, so that only those are in the GPU's memory. Calls that
 overwrite their input have one each.
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import lines
+from gemma4_turbo.cli import lines
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels import moe_align, qkv, step_prologue
 from gemma4_turbo.kernels import router as router_kernel
@@ -34,14 +34,17 @@ Call = Callable[[], Any]
 
 EPS = 1e-6
 MODELS = {name: GEOMETRIES[name] for name in ("26b-a4b", "e4b", "e2b")}
-WITH_EXPERTS = tuple(name for name, model in MODELS.items() if model.experts)
-WITH_PER_LAYER_INPUTS = tuple(name for name, model in MODELS.items() if model.per_layer_width)
+Models = dict[str, Geometry]
 ROWS = (1, 8, 32, 64, 4096)
 DECODE_ROWS = (1, 8, 32, 64)
 ROUTER_ROWS = (1, 8, 32, 64, 256, 1024, 4096, 16384)
 ALIGN_BLOCK = 16
 """BLOCK_SIZE_M that stock's configurations choose for 26B-A4B up to 32 tokens."""
 POSITIONS = SLOTS = 8192  # of the rotation's table and of the KV pool, more than any case has rows
+
+
+class CannotMeasureError(Exception):
+    """Stock does what no kernel of ours follows."""
 
 
 class Calls(NamedTuple):
@@ -92,11 +95,11 @@ class Draw:
 
 
 def kind_of(x: torch.Tensor) -> int:
-    """The RMSNorm that stock runs for rows like ``x``; SystemExit if ours follows none of it."""
+    """The RMSNorm that stock runs for rows like ``x``; `CannotMeasureError` if ours follows none of it."""
     lines.stock()  # which the kinds are compared with
     kinds = norm_kinds.find(x)
     if kinds.reason is not None:
-        raise SystemExit(f"bench/kernels.py: {kinds.reason}")
+        raise CannotMeasureError(kinds.reason)
     return kinds.eager
 
 
@@ -272,11 +275,10 @@ class Projected(NamedTuple):
 
 def projected(whole: torch.Tensor, heads: Heads, mode: Mode) -> Projected:
     """Q, K and V, without those that the mode does not have."""
-    q, k, v = whole.split(
-        [heads.q * heads.size, heads.kv * heads.size, heads.kv * heads.size], dim=-1
-    )
+    widths = [heads.q * heads.size, heads.kv * heads.size, heads.kv * heads.size]
+    q, k, v = torch.split(whole, widths, dim=-1)
     if mode == Mode.QK:  # V's rows are not multiplied
-        q, k = whole[:, : -v.shape[1]].contiguous().split([q.shape[1], k.shape[1]], dim=-1)
+        q, k = torch.split(whole[:, : -v.shape[1]].contiguous(), widths[:2], dim=-1)
     return Projected(q, None if mode == Mode.Q else k, v if mode == Mode.QKV else None)
 
 
@@ -333,7 +335,7 @@ def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
     )
     store = None
     if stored:
-        store = qkv.Store(locations, *ours_pool, skipped=lines.skipped_slot())
+        store = qkv.Store(locations, ours_pool[0], ours_pool[1], lines.skipped_slot())
     calls = lines.stock()
 
     def ours() -> Any:
@@ -467,47 +469,58 @@ def over_rows(
 def over_models(
     kernel: str,
     build: Callable[[Geometry, int, str], Calls],
-    names: tuple[str, ...] = tuple(MODELS),
+    models: Models = MODELS,
     rows: tuple[int, ...] = ROWS,
     also: str = "",
 ) -> list[Case]:
     """Cases for each model."""
     return [
         case
-        for name in names
-        for case in over_rows(kernel, name + also, rows, partial(build, MODELS[name]))
+        for name, model in models.items()
+        for case in over_rows(kernel, name + also, rows, partial(build, model))
     ]
 
 
-def router_cases() -> list[Case]:
-    """26B-A4B's, with logits of two dtypes."""
+def with_experts(models: Models) -> Models:
+    """Those that have some."""
+    return {name: model for name, model in models.items() if model.experts}
+
+
+def with_per_layer_inputs(models: Models) -> Models:
+    """Those that have some."""
+    return {name: model for name, model in models.items() if model.per_layer_width}
+
+
+def router_cases(models: Models = MODELS) -> list[Case]:
+    """Logits of two dtypes. The kernel sees numbers of experts only: of equal ones the first model's."""
     return [
         case
+        for model in list(with_experts(models).values())[:1]
         for dtype in (torch.bfloat16, torch.float32)
         for case in over_rows(
             "router",
             str(dtype).removeprefix("torch."),
             ROUTER_ROWS,
-            partial(router, dtype, MODELS["26b-a4b"]),
+            partial(router, dtype, model),
         )
     ]
 
 
-def qkv_norm_cases() -> list[Case]:
+def qkv_norm_cases(models: Models = MODELS) -> list[Case]:
     """Eager calls of the patch end at `attention.NORM_ROWS` rows."""
     rows = tuple(count for count in ROWS if count <= attention.NORM_ROWS)
     return [
         case
-        for name, model in MODELS.items()
+        for name, model in models.items()
         for kind, heads in heads_of(model).items()
         for case in over_rows("qkv_norm", f"{name} {kind}", rows, partial(qkv_norm, heads))
     ]
 
 
-def rope_store_cases() -> list[Case]:
+def rope_store_cases(models: Models = MODELS) -> list[Case]:
     """The patch stores in decode steps only, and never where KV is shared."""
     cases = []
-    for name, model in MODELS.items():
+    for name, model in models.items():
         for kind, heads in heads_of(model).items():
             label = f"{name} {kind}"
             if heads.mode == Mode.Q:
@@ -521,35 +534,46 @@ def rope_store_cases() -> list[Case]:
     return cases
 
 
-def experts_sum_cases() -> list[Case]:
+def experts_sum_cases(models: Models = MODELS) -> list[Case]:
     """Above `layer_tail.COMPILED_SUM_ROWS` rows the patch leaves the sum to stock."""
     rows = tuple(count for count in ROWS if count <= layer_tail.COMPILED_SUM_ROWS)
     return [
         case
         for also, following in (("", False), (" (with input_norm)", True))
         for case in over_models(
-            "experts_sum", partial(experts_sum, following), WITH_EXPERTS, rows, also
+            "experts_sum", partial(experts_sum, following), with_experts(models), rows, also
         )
     ]
 
 
-def moe_align_cases() -> list[Case]:
+def moe_align_cases(models: Models = MODELS) -> list[Case]:
     """The patch takes `moe_align.MAX_SLOTS` slots, and leaves to stock what it aligns in one launch."""
-    topk, own = MODELS["26b-a4b"].topk, lines.slots_of_stocks()
-    rows = tuple(count for count in ROWS if own < count * topk <= moe_align.MAX_SLOTS)
-    return over_models("moe_align", align, WITH_EXPERTS, rows)
+    own = lines.slots_of_stocks()
+    return [
+        case
+        for name, model in with_experts(models).items()
+        for case in over_rows("moe_align", name, ROWS, partial(align, model))
+        if own < case.tokens * model.topk <= moe_align.MAX_SLOTS
+    ]
 
 
-CASES: dict[str, Callable[[], list[Case]]] = {
+CASES: dict[str, Callable[..., list[Case]]] = {
     "router": router_cases,
-    "step_prologue": lambda: over_models("step_prologue", prologue, WITH_PER_LAYER_INPUTS),
+    "step_prologue": lambda models=MODELS: over_models(
+        "step_prologue", prologue, with_per_layer_inputs(models)
+    ),
     "moe_align": moe_align_cases,
-    "layer_norms": lambda: over_models("layer_norms", layer_norms),
-    "router_norm": lambda: over_models("router_norm", router_norm, WITH_EXPERTS),
-    "ple_tail": lambda: over_models("ple_tail", ple_tail_launches, WITH_PER_LAYER_INPUTS),
+    "layer_norms": lambda models=MODELS: over_models("layer_norms", layer_norms, models),
+    "router_norm": lambda models=MODELS: over_models(
+        "router_norm", router_norm, with_experts(models)
+    ),
+    "ple_tail": lambda models=MODELS: over_models(
+        "ple_tail", ple_tail_launches, with_per_layer_inputs(models)
+    ),
     "qkv_norm": qkv_norm_cases,
     "rope_store": rope_store_cases,
-    "input_norm": lambda: over_models("input_norm", input_norm),
+    "input_norm": lambda models=MODELS: over_models("input_norm", input_norm, models),
     "experts_sum": experts_sum_cases,
 }
-"""By patch, in the catalogue's order; `bench.lines.absent` says which of them SGLang does not take."""
+"""By patch, in the catalogue's order, of these models or others; `gemma4_turbo.cli.lines.absent` says which
+of them SGLang does not take."""

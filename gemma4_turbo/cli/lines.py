@@ -126,7 +126,7 @@ def _number(module: str, name: str, otherwise: int) -> int:
             isinstance(target, ast.Name) and target.id == name for target in node.targets
         )
         if named and isinstance(node.value, ast.Constant):  # type: ignore[attr-defined]
-            return int(node.value.value)  # type: ignore[attr-defined]
+            return int(node.value.value)  # type: ignore[attr-defined, arg-type]
     return otherwise
 
 

@@ -1,9 +1,10 @@
-"""Times of calls inside replayed CUDA graphs, for the tuners."""
+"""Times of calls inside replayed CUDA graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ class Timer:
 
     def __init__(self, call: Call, calls: int) -> None:
         self.calls = calls
-        stream = torch.cuda.Stream()
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
         with torch.cuda.stream(stream):
             call(0)
@@ -31,7 +32,8 @@ class Timer:
 
     def replay(self) -> None:
         """One reading, microseconds a call."""
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event
+        start, end = (event(enable_timing=True) for _ in range(2))
         start.record()
         self.graph.replay()
         end.record()
@@ -49,3 +51,11 @@ def readings(timers: list[Timer], replays: int) -> list[float]:
         for timer in timers:
             timer.replay()
     return [timer.us() for timer in timers]
+
+
+class GraphClock:
+    """`gemma4_turbo.cli.tuning.subject.Clock` on a GPU."""
+
+    def us(self, calls: Sequence[tuple[Call, int]], readings_: int) -> list[float]:
+        """See there."""
+        return readings([Timer(call, count) for call, count in calls], readings_)

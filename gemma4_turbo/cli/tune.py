@@ -1,0 +1,453 @@
+"""``tune``: measure stock's kernels and ours on this GPU, and write down what the patches shall do here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from gemma4_turbo.cli import report
+from gemma4_turbo.cli.modules import CannotRunError
+from gemma4_turbo.engine import gpu_profile, switches
+from gemma4_turbo.engine.gpu_profile import TUNE, Key, Place, Profile, Shape
+from gemma4_turbo.engine.switches import Decision
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.models.geometry import GEOMETRIES, Geometry, of_config
+
+if TYPE_CHECKING:
+    from gemma4_turbo.cli.tuning.compiling import Compiler
+    from gemma4_turbo.cli.tuning.device import Device
+    from gemma4_turbo.cli.tuning.subject import Subject
+
+INTERRUPTED = 130
+CONFIG_BYTES = 1 << 20
+FOLDER = "folder"
+"""What a geometry from a folder is called: the profile holds no name of the user's."""
+
+
+class TimeIsUpError(Exception):
+    """The measurement took as long as it may."""
+
+
+# -- what is asked for ------------------------------------------------------------------------------
+
+
+def geometries(names: Sequence[str]) -> dict[str, Geometry]:
+    """By name; of all models if none is named. `CannotRunError` for what is no Gemma 4."""
+    found: dict[str, Geometry] = {}
+    for name in names or GEOMETRIES:
+        if name.lower() in GEOMETRIES:
+            found[name.lower()] = GEOMETRIES[name.lower()]
+            continue
+        geometry = _of_folder(name)
+        known = next((n for n, other in GEOMETRIES.items() if _measures_as(other, geometry)), "")
+        found[known or f"{FOLDER} {len(found) + 1}"] = geometry
+    return found
+
+
+def _measures_as(one: Geometry, other: Geometry) -> bool:
+    return one._replace(full_every=0) == other._replace(full_every=0)
+
+
+def _of_folder(name: str) -> Geometry:
+    names = ", ".join(GEOMETRIES)
+    path = Path(name) / "config.json"
+    try:
+        with path.open("rb") as file:
+            content = file.read(CONFIG_BYTES + 1)
+    except OSError as error:
+        told = error.strerror or str(error)
+        raise CannotRunError(
+            f"--model: {name!r} is none of {names}, and no model folder: {told}"
+        ) from None
+    try:
+        config = json.loads(content) if len(content) <= CONFIG_BYTES else None
+    except (ValueError, RecursionError):
+        config = None
+    if not isinstance(config, dict):
+        raise CannotRunError(f"--model: the config.json of {name!r} is no JSON object")
+    try:
+        return of_config(config)
+    except ValueError as error:
+        raise CannotRunError(f"--model: {name!r}: {error}") from None
+
+
+# -- the profile as it grows -------------------------------------------------------------------------
+
+
+class Store:
+    """The profile, written after each measurement."""
+
+    def __init__(self, where: str, key: Key, fresh: bool) -> None:
+        """``fresh``: keep nothing of an earlier run."""
+        self.where, self.key = where, key
+        self.shapes: dict[Place, Shape] = {}
+        self.replaced = ""  # what an earlier profile held for, if not for the same
+        with contextlib.suppress(FileNotFoundError, gpu_profile.UnfitError):
+            before = gpu_profile.load(where)
+            if before.key != key:
+                self.replaced = f"{before.key.gpu}, SGLang {before.key.sglang}"
+            elif not fresh:
+                self.shapes = {(shape.kernel, shape.shape): shape for shape in before.shapes}
+        self.save()
+
+    def add(self, *shapes: Shape) -> None:
+        """More that was measured."""
+        self.shapes |= {(shape.kernel, shape.shape): shape for shape in shapes}
+        self.save()
+
+    def profile(self) -> Profile:
+        """So far."""
+        from gemma4_turbo.cli.tuning import plain
+
+        shapes = tuple(self.shapes.values())
+        return Profile(self.key, plain.decisions(shapes), shapes)
+
+    def save(self) -> None:
+        """`CannotRunError` if it cannot be written."""
+        try:
+            gpu_profile.save(self.where, self.profile())
+        except (OSError, gpu_profile.UnfitError) as error:
+            told = getattr(error, "strerror", None) or error
+            raise CannotRunError(f"{self.where} cannot be written: {told}") from None
+
+
+def destination() -> str:
+    """Where the profile goes; `CannotRunError` if nowhere."""
+    where = gpu_profile.path()
+    if where is None:
+        raise CannotRunError(
+            f"there is no place for the profile: set {switches.GPU_PROFILE} to an absolute path"
+        )
+    return where
+
+
+# -- measuring --------------------------------------------------------------------------------------
+
+
+class Session:
+    """One run over subjects. What is measured already is left out."""
+
+    def __init__(self, device: Device, store: Store, compiler: Compiler, seconds: float) -> None:
+        self.device, self.store, self.compiler = device, store, compiler
+        self.end = time.monotonic() + seconds
+        self.console = Console(stderr=True)
+        self.left_out: list[str] = []
+
+    def go_on(self) -> None:
+        """`TimeIsUpError` if there is no time left."""
+        if time.monotonic() > self.end:
+            raise TimeIsUpError
+
+    def one(self, title: str, places: Iterable[Place], run: Callable[[], Iterable[Shape]]) -> None:
+        """Measure one thing, tell of it and keep it. What fails alone is left out."""
+        import torch
+
+        from gemma4_turbo.cli.tuning import plain, subject
+
+        try:
+            shapes = list(run())
+        except TimeIsUpError:
+            raise
+        except torch.OutOfMemoryError:
+            self._leave_out(title, "the GPU's memory does not suffice")
+        except Exception as error:
+            told = plain.printable(f"{type(error).__name__}: {error}".splitlines()[0][:200])
+            if not subject.is_fatal(error):
+                self._leave_out(title, told)
+                return
+            # Nothing runs on the GPU any more in this process: the next run must not begin here again.
+            reason = f"{subject.ERROR}: {told}"[:300]
+            self.store.add(*(Shape(kernel, shape, None, reason, {}) for kernel, shape in places))
+            raise CannotRunError(
+                f"{title}: {reason}. It is left to stock's code; the same command goes on with the rest"
+            ) from None
+        else:
+            self.store.add(*shapes)
+            for shape in shapes:
+                self._tell(title, shape)
+        finally:
+            if self.device.torch_name == "cuda":
+                with contextlib.suppress(Exception):
+                    torch.cuda.empty_cache()
+
+    def _leave_out(self, title: str, why: str) -> None:
+        self.left_out.append(f"{title}: {why}")
+        self.console.print(report.plain(f"{title}: not measured: {why}", "yellow"), soft_wrap=True)
+
+    def _tell(self, title: str, shape: Shape) -> None:
+        if not shape.figures and not shape.reason:
+            return  # only compared, and right
+        told = shape.reason or f"{shape.figures.get('ratio', float('nan')):.2f} of stock's time"
+        if "of_own" in shape.figures and not shape.reason:
+            told += f", {shape.figures['of_own']:.2f} of the package's own tile's"
+        self.console.print(report.plain(f"{title}: {told}"), soft_wrap=True)
+
+
+def subjects(models: dict[str, Geometry]) -> list[Subject]:
+    """All kernels with tiles, at each shape once: a model after the other."""
+    from gemma4_turbo.cli.tuning import decode, experts, extend, linear
+
+    found: dict[Place, Subject] = {}
+    for name, g in models.items():
+        every: list[Subject] = [
+            *linear.layers(g),
+            *decode.layers(name, g),
+            *extend.layers(g),
+            *experts.layers(g),
+        ]
+        for one in every:
+            found.setdefault((one.kernel, one.place), one)
+    return list(found.values())
+
+
+def tables(models: dict[str, Geometry]) -> list[Any]:
+    """The fused experts that there are."""
+    from gemma4_turbo.cli.tuning import moe
+
+    shape = moe.EXPERTS, moe.HIDDEN, moe.TOPK
+    widths = {g.expert_width for g in models.values() if (g.experts, g.hidden, g.topk) == shape}
+    return [moe.Tables(width) for width in sorted(widths)]
+
+
+def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[], None]) -> None:
+    """All of it, the kernels that a new GPU has most to gain from first.
+
+    Args:
+        session: what measures.
+        models: which geometries.
+        prepare: import SGLang; other processes compile meanwhile.
+    """
+    from gemma4_turbo.cli.tuning import device as devices
+    from gemma4_turbo.cli.tuning import moe, plain, subject
+
+    device, store = session.device, session.store
+    wanted = [one for one in subjects(models) if (one.kernel, one.place) not in store.shapes]
+    experts = [one for one in tables(models) if (one.kernel, one.place) not in store.shapes]
+    devices.require_memory(device, max((one.bytes for one in (*wanted, *experts)), default=0))
+    for one in wanted:
+        tiles = dict.fromkeys(one.candidates(device.gpu))
+        session.compiler.order(
+            (one.kernel, one.place), [(one.compile, (tile, device.torch_name)) for tile in tiles]
+        )
+    memory = device.gpu.shared_memory
+    for pair in experts:
+        session.compiler.order(
+            (pair.kernel, pair.place), [(moe.compile_one, (job,)) for job in pair.jobs(memory)]
+        )
+    prepare()
+    with _progress(session.console) as progress:
+        task = progress.add_task("", total=len(wanted) + len(experts) + 1)
+        for one in wanted:
+            progress.update(task, description=one.title)
+            place = one.kernel, one.place
+            session.compiler.wait(place, session.go_on)
+            session.one(
+                one.title,
+                [place],
+                lambda one=one: [  # type: ignore[misc]
+                    subject.measure(
+                        one,
+                        device.torch_name,
+                        device.gpu,
+                        device.clock,
+                        device.known,
+                        session.go_on,
+                    )
+                ],
+            )
+            progress.advance(task)
+        for pair in experts:
+            progress.update(task, description=pair.title)
+            place = pair.kernel, pair.place
+            session.compiler.wait(place, session.go_on)
+            session.one(
+                pair.title,
+                [place],
+                lambda pair=pair: [_tables(pair, session)],  # type: ignore[misc]
+            )
+            progress.advance(task)
+        progress.update(task, description="kernels without tiles")
+        plains = [case for case in plain.cases(models) if plain.place(case) not in store.shapes]
+        progress.update(task, total=len(wanted) + len(experts) + 1 + len(plains))
+        if not any(shape.shape == (plain.VERIFIED,) for shape in store.shapes.values()):
+            session.go_on()
+            session.one("verify", [], lambda: plain.verified(_checks(device.torch_name)))
+        progress.advance(task)
+        for case in plains:
+            title = f"{case.kernel}, {case.case}, {case.tokens} rows"
+            progress.update(task, description=title)
+            session.one(
+                title,
+                [plain.place(case)],
+                lambda case=case: [  # type: ignore[misc]
+                    plain.measure(case, device.torch_name, device.clock, session.go_on)
+                ],
+            )
+            progress.advance(task)
+
+
+def _tables(pair: Any, session: Session) -> Shape:
+    from gemma4_turbo.cli.tuning import moe
+    from gemma4_turbo.kernels import moe_tables
+
+    name = session.device.key.gpu.replace(" ", "_")
+    shipped = None
+    with contextlib.suppress(ValueError):
+        shipped = moe_tables.load(moe_tables.Key(moe.EXPERTS, pair.width, name))
+    found, figures = moe.few(pair, session.device.gpu.shared_memory, shipped, session.go_on)
+    return Shape(pair.kernel, pair.place, moe_tables.numbers(found), "", figures)
+
+
+def _checks(device: str) -> list[Any]:
+    """What ``verify`` compares, with the patches in for so long."""
+    from gemma4_turbo.cli import verify
+    from gemma4_turbo.cli.modules import import_targets
+
+    ENGINE.apply()
+    try:
+        import_targets()
+        return verify.check_all(device)
+    finally:
+        ENGINE.revert()
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield progress
+
+
+# -- the command ------------------------------------------------------------------------------------
+
+
+def run(names: Sequence[str], minutes: float, fresh: bool, share: bool) -> int:
+    """The command: 0 measured, 130 interrupted."""
+    where = destination()
+    if share:
+        return _share(where)
+    models = geometries(names)
+    from gemma4_turbo.cli.tuning import compiling
+    from gemma4_turbo.cli.tuning import device as devices
+
+    found = devices.find()
+    store = Store(where, found.key, fresh)
+    # Stock's code is stock's here, and tiles are the package's own: no earlier profile, no patch.
+    os.environ[switches.GPU_PROFILE] = switches.NO_GPU_PROFILE
+    ENGINE.revert()
+    largest = max((one.bytes for one in (*subjects(models), *tables(models))), default=0)
+    count = compiling.workers(found.free - largest - devices.SPARE)
+    compiler = compiling.Compiler(count)
+    session = Session(found, store, compiler, minutes * 60)
+    return report_of(session, lambda: measure(session, models, _import_sglang))
+
+
+def report_of(session: Session, work: Callable[[], None]) -> int:
+    """Run it, and say how it ended: on stdout, as all else goes to stderr."""
+    import torch
+
+    store, end, status = session.store, "", 0
+    told = Console(stderr=True)
+    told.print(report.plain(f"Profile: {store.where}"), soft_wrap=True)
+    if store.replaced:
+        told.print(report.plain(f"It replaces one for {store.replaced}", "yellow"), soft_wrap=True)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
+            work()
+    except TimeIsUpError:
+        end = "; the time is up: the same command goes on with what is left"
+    except KeyboardInterrupt:
+        end, status = "; interrupted: the same command goes on with what is left", INTERRUPTED
+    finally:
+        session.compiler.close()
+    report.show(Console(), summary(store.profile(), store.where, end))
+    return status
+
+
+def _import_sglang() -> None:
+    from gemma4_turbo.cli import lines
+
+    try:
+        lines.stock()
+        lines.rules()
+    except Exception as error:
+        raise CannotRunError(
+            f"SGLang cannot be imported: {type(error).__name__}: {error}".splitlines()[0]
+        ) from None
+
+
+def summary(profile: Profile, where: str, end: str = "") -> report.Listing:
+    """What a profile says, for people."""
+    lines = report.Listing()
+    by_kernel: dict[str, list[Shape]] = {}
+    for shape in profile.shapes:
+        by_kernel.setdefault(shape.kernel, []).append(shape)
+    for kernel, shapes in by_kernel.items():
+        timed = [shape for shape in shapes if "ratio" in shape.figures]
+        taken = [shape for shape in timed if shape.tile is not None]
+        if not timed:
+            continue
+        ratios = sorted(shape.figures["ratio"] for shape in taken)
+        of = f", {ratios[0]:.2f} to {ratios[-1]:.2f} of stock's time" if ratios else ""
+        lines.add(f"  {kernel:<18}{len(taken)} of {len(timed)} measured shapes are ours{of}", 6)
+    for name, decision in profile.patches.items():
+        word = "on" if decision.on else "off"
+        lines.add(f"  {name:<18}{word}: {decision.reason}", 6, "" if decision.on else "yellow")
+    lines.add(f"{len(profile.shapes)} measurements on {profile.key.gpu} in {where}{end}", 2)
+    return lines
+
+
+def _share(where: str) -> int:
+    """Print the profile. It is put together from known fields: no path and no name of a user's is one."""
+    try:
+        profile = gpu_profile.load(where)
+    except FileNotFoundError:
+        raise CannotRunError(f"there is no profile at {where}: {TUNE}") from None
+    except gpu_profile.UnfitError as error:
+        raise CannotRunError(f"{where} is not used: {error}") from None
+    print(gpu_profile.encoded(shared(profile)).decode(), end="")
+    return 0
+
+
+def _known_part(reason: str) -> str:
+    """Which kind of reason it is: what an exception says may hold a path."""
+    from gemma4_turbo.cli.tuning import subject
+
+    return next((part for part in subject.REASONS if reason.startswith(part)), "")
+
+
+def shared(profile: Profile) -> Profile:
+    """Numbers and known names alone."""
+    from gemma4_turbo.cli.tuning.kernel_cases import CASES
+    from gemma4_turbo.cli.tuning.plain import VERIFIED, WITH_TILES
+
+    kernels = {*WITH_TILES, *CASES, *(patch.name for patch in ENGINE.catalogue)}
+    words = {VERIFIED, "dense", "masked", "split", "bfloat16", "float32"}
+
+    def word(value: int | str) -> int | str:
+        plain = isinstance(value, int) or value in words or value.split(" ")[0] in GEOMETRIES
+        return value if plain else "other"
+
+    shapes = tuple(
+        shape._replace(shape=tuple(map(word, shape.shape)), reason=_known_part(shape.reason))
+        for shape in profile.shapes
+        if shape.kernel in kernels
+    )
+    patches = {
+        name: Decision(one.on, "") for name, one in profile.patches.items() if name in kernels
+    }
+    return Profile(profile.key, patches, shapes)

@@ -1,0 +1,1 @@
+"""What ``tune`` measures, and how."""

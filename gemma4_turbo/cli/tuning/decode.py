@@ -1,0 +1,232 @@
+"""Attention of a decode step: `gemma4_turbo.kernels.attention.decode` against stock's two kernels.
+
+Every call of a graph has slots of its own, so many that none of the KV cache stays in the L2 cache. Sliding
+layers see their window, as the backend gives it to them; stock's number of splits comes from the whole
+sequence, also as there.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from gemma4_turbo.cli import lines
+from gemma4_turbo.cli.tuning.timing import L2_BYTES, Call
+from gemma4_turbo.kernels import pdl
+from gemma4_turbo.kernels.attention import decode as kernel
+from gemma4_turbo.kernels.attention.decode import Config
+from gemma4_turbo.kernels.gpu import Gpu, gpu
+from gemma4_turbo.models import geometry
+
+STOCK_SPLITS = 8  # of stock at most, by default
+BATCHES = (1, 8, 32, 128)
+LENGTHS = (1024, 8192)
+TOKENS = 1 << 18  # of all sequences at one point, at most
+TILES = {  # block_n, warps, stages, keys_first
+    256: ((16, 4, 3, False), (32, 4, 2, False), (32, 4, 3, False), (64, 4, 2, False), (64, 4, 3, True)),
+    512: ((16, 4, 2, False), (16, 4, 3, False), (32, 4, 2, False), (32, 8, 2, False), (64, 4, 2, True)),
+}  # fmt: skip
+TARGETS = (10, 20, 30, 60)  # tenths of the multiprocessors
+
+
+class Shape(NamedTuple):
+    """The attention of a layer."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    dim: int
+    window: int | None
+
+
+class Point(NamedTuple):
+    """A shape with a batch of sequences."""
+
+    shape: Shape
+    batch: int
+    length: int
+    mix: bool  # lengths from 1 to twice the mean instead of equal ones
+
+    def lengths(self) -> list[int]:
+        """Tokens of every sequence."""
+        if not self.mix:
+            return [self.length] * self.batch
+        generator = torch.Generator().manual_seed(self.batch)
+        return torch.randint(1, 2 * self.length, (self.batch,), generator=generator).tolist()
+
+    def seen(self) -> list[int]:
+        """Tokens that the layer attends to."""
+        window = self.shape.window
+        return [length if window is None else min(length, window) for length in self.lengths()]
+
+
+class Arena:
+    """A KV pool and queries of one point, and as many sets of slots as the L2 cache needs."""
+
+    def __init__(self, point: Point, device: str = "cuda", copies: int | None = None) -> None:
+        """``copies``: sets of slots; None: as many as keep the L2 cache cold."""
+        shape, seen = point.shape, point.seen()
+        total = sum(seen)
+        row = shape.kv_heads * shape.dim * 4  # K and V
+        self.bytes = total * row + 2 * point.batch * shape.heads * shape.dim * 2
+        self.copies = copies or max(2, min(64, -(-L2_BYTES // (total * row))))
+        self.calls = max(4, self.copies)
+        generator = torch.Generator(device).manual_seed(0)
+
+        def randn(*size: int) -> torch.Tensor:
+            return torch.randn(size, generator=generator, device=device, dtype=torch.bfloat16)
+
+        pool = total * self.copies
+        self.k, self.v = (randn(pool, shape.kv_heads, shape.dim) for _ in range(2))
+        at = torch.randperm(pool, generator=generator, device=device)
+        self.indices = [at[i * total : (i + 1) * total].clone() for i in range(self.copies)]
+        self.q = randn(point.batch, shape.heads, shape.dim)
+        self.out = torch.empty_like(self.q)
+        bounds = [0, *itertools.accumulate(seen)]
+        self.indptr = torch.tensor(bounds, dtype=torch.int32, device=device)
+        self.lengths = torch.tensor(point.lengths(), dtype=torch.int64, device=device)
+        self.arrived = torch.zeros(point.batch * shape.kv_heads, dtype=torch.int32, device=device)
+        self.scale = shape.dim**-0.5
+        self.longest = max(seen) if shape.window is None else shape.window
+        self.stock_buffers = (
+            torch.empty(point.batch, shape.heads, STOCK_SPLITS, shape.dim, device=device),
+            torch.empty(point.batch, shape.heads, STOCK_SPLITS, device=device),
+        )
+        self.splits = torch.ones(point.batch, dtype=torch.int32, device=device)
+
+    def ours(self, config: Config) -> Call:
+        """A call of the kernel; it gets the call's number."""
+
+        def call(i: int) -> None:
+            kernel.launch_decode_attention(
+                self.q, self.k, self.v, self.indptr, self.indices[i % self.copies], self.scale,
+                config, self.longest, self.arrived, self.out,
+            )  # fmt: skip
+
+        return call
+
+    def stock(self) -> Call:
+        """A call of stock's kernels, with stock's splits for these lengths."""
+        from sglang.srt.layers.attention import triton_backend
+
+        decode_attention_fwd = lines.attention_kernel("decode_attention").decode_attention_fwd
+        triton_backend.get_num_kv_splits_triton[(1,)](
+            self.splits, self.lengths, len(self.lengths), 1, self.q.shape[1], self.k.shape[1],
+            STOCK_SPLITS, gpu(self.q.device).processors, MAX_NUM_SEQ=256,
+        )  # fmt: skip
+
+        def call(i: int) -> None:
+            decode_attention_fwd(
+                self.q, self.k, self.v, self.out, self.indptr, self.indices[i % self.copies],
+                *self.stock_buffers, self.splits, STOCK_SPLITS, self.scale, 1.0, 1.0,
+                use_pdl=pdl.supported(self.q.device),
+            )  # fmt: skip
+
+        return call
+
+    def error(self, call: Call) -> float:
+        """Relative error (2-norm) against fp64, of the first sequences."""
+        self.out.fill_(torch.nan)
+        call(0)
+        rows = min(4, self.q.shape[0])
+        bounds = self.indptr.tolist()
+        exact = torch.empty(rows, *self.q.shape[1:], dtype=torch.float64, device=self.q.device)
+        group = self.q.shape[1] // self.k.shape[1]
+        for row, head in itertools.product(range(rows), range(self.k.shape[1])):
+            at = self.indices[0][bounds[row] : bounds[row + 1]]
+            heads = slice(head * group, head * group + group)
+            logits = self.q[row, heads].double() @ self.k[at, head].double().T * self.scale
+            exact[row, heads] = logits.softmax(-1) @ self.v[at, head].double()
+        return float((self.out[:rows].double() - exact).norm() / exact.norm())
+
+
+class Attention(NamedTuple):
+    """A layer's attention with a batch of sequences."""
+
+    shape: Shape
+    batch: int
+
+    @property
+    def kernel(self) -> str:
+        """As a profile calls it."""
+        return "decode_attention"
+
+    @property
+    def place(self) -> tuple[int, ...]:
+        """As in a profile."""
+        pairs = self.batch * self.shape.kv_heads
+        return self.shape.dim, self.shape.heads // self.shape.kv_heads, pairs
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        s = self.shape
+        return f"decode, {s.heads} and {s.kv_heads} heads of {s.dim}, {self.batch} sequences"
+
+    @property
+    def points(self) -> list[Point]:
+        """A short and a long cache; a window is the whole of what a sliding layer sees."""
+        window = self.shape.window
+        lengths = LENGTHS if window is None else (window,)
+        fitting = [n for n in lengths if n * self.batch <= TOKENS] or [TOKENS // self.batch]
+        return [Point(self.shape, self.batch, length, False) for length in fitting]
+
+    @property
+    def bytes(self) -> int:
+        """K and V of all calls of a graph."""
+        row = self.shape.kv_heads * self.shape.dim * 4
+        most = max(point.batch * point.length for point in self.points) * row
+        return most + 2 * L2_BYTES
+
+    def candidates(self, gpu: Gpu) -> list[Config]:
+        """What `choose` has, and others, with that many programs and with more or fewer."""
+        s = self.shape
+        own = kernel.choose(self.batch, s.kv_heads, s.heads // s.kv_heads, s.dim)
+        found = [own, own._replace(fused=not own.fused)]
+        found += [own._replace(target=target) for target in TARGETS]
+        for block_n, warps, stages, keys_first in TILES[s.dim]:
+            chunk = max(block_n, own.min_chunk)
+            found.append(
+                own._replace(
+                    block_n=block_n,
+                    warps=warps,
+                    stages=stages,
+                    min_chunk=chunk,
+                    keys_first=keys_first,
+                )
+            )
+        return found
+
+    def numbers(self, tile: Config) -> tuple[int, ...]:
+        """All of it."""
+        return tuple(map(int, tile))
+
+    def benches(self, device: str) -> Iterator[Arena]:
+        """One for each length."""
+        for point in self.points:
+            row = self.shape.kv_heads * self.shape.dim * 4
+            copies = max(1, min(64, -(-L2_BYTES // (sum(point.seen()) * row))))
+            yield Arena(point, device, copies)
+
+    def compile(self, tile: Config, device: str) -> None:
+        """With a token a sequence, and a length that asks for splits."""
+        arena = Arena(Point(self.shape._replace(window=1), self.batch, 1, False), device, 1)
+        arena.longest = max(point.length for point in self.points)
+        arena.ours(tile)(0)
+
+
+def layers(name: str, g: geometry.Geometry) -> list[Attention]:
+    """Both kinds of layer with every batch."""
+    shapes = (
+        Shape(f"{name}/sliding", g.heads, g.kv_heads_sliding, geometry.HEAD_DIM_SLIDING, g.window),
+        Shape(f"{name}/full", g.heads, g.kv_heads_full, geometry.HEAD_DIM_FULL, None),
+    )
+    return [
+        Attention(shape, batch)
+        for shape in shapes
+        if shape.heads // shape.kv_heads in kernel.GROUPS
+        for batch in BATCHES
+    ]

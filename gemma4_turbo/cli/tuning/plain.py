@@ -1,0 +1,84 @@
+"""Patches whose kernels have no tiles: as right as ``verify`` finds them, and how long they take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+from gemma4_turbo.catalogue import by_name
+from gemma4_turbo.cli import lines
+from gemma4_turbo.cli.tuning.kernel_cases import CASES, Case, Models
+from gemma4_turbo.cli.tuning.subject import SLOWER, THOROUGH, Clock
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.engine.gpu_profile import Shape
+from gemma4_turbo.engine.switches import Decision
+
+VERIFIED = "compared with stock"
+ROWS = (1, 32, 1024, 4096)
+CALLS = 40  # of a graph
+WITH_TILES = ("skinny_gemm", "decode_attention", "extend_attention", "experts_few", "moe_configs")
+"""They are compared at each of their shapes."""
+
+
+def verified(checks: Iterable[Check]) -> list[Shape]:
+    """What ``verify`` found, a row for each patch."""
+    failed: dict[str, str] = {}
+    for check in checks:
+        told = f"{check.what} against {check.against}: {check.allowed}"
+        if check.patch not in WITH_TILES:
+            failed[check.patch] = failed.get(check.patch) or ("" if check.passed else told)
+    return [
+        Shape(name, (VERIFIED,), None if why else (), printable(why), {})
+        for name, why in failed.items()
+    ]
+
+
+def printable(text: str) -> str:
+    """As a profile may hold it."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)[:300]
+
+
+def cases(models: Models) -> Iterator[Case]:
+    """What is timed, of the patches that this SGLang takes."""
+    for patch, make in CASES.items():
+        if lines.absent(patch) is None:
+            yield from (case for case in make(models) if case.tokens in ROWS)
+
+
+def place(case: Case) -> tuple[str, tuple[str | int, ...]]:
+    """As in a profile."""
+    return case.kernel, (case.case, case.tokens)
+
+
+def measure(case: Case, device: str, clock: Clock, go_on: Callable[[], None]) -> Shape:
+    """Stock's time and ours."""
+    go_on()
+    calls = case.build(device)
+    every = [(lambda _: calls.stock(), CALLS), (lambda _: calls.ours(), CALLS)]
+    stock_us, us = clock.us(every, THOROUGH)
+    figures = {"us": us, "stock_us": stock_us, "ratio": us / stock_us}
+    return Shape(*place(case), (), "", figures)
+
+
+def decisions(shapes: Iterable[Shape]) -> dict[str, Decision]:
+    """Which patches are to be otherwise than by default, from all that was measured."""
+    found: dict[str, Decision] = {}
+    ratios: dict[str, list[float]] = {}
+    few = [shape for shape in shapes if shape.kernel == "experts_few"]
+    for shape in shapes:
+        if shape.kernel in WITH_TILES:
+            continue
+        if shape.shape == (VERIFIED,) and shape.tile is None:
+            reason = f"its result differs from stock's on this GPU: {shape.reason}"
+            found[shape.kernel] = Decision(False, reason[:300])
+        elif "ratio" in shape.figures:
+            ratios.setdefault(shape.kernel, []).append(shape.figures["ratio"])
+    for patch, every in ratios.items():
+        mean = math.exp(sum(map(math.log, every)) / len(every))
+        if mean > SLOWER and patch not in found:
+            found[patch] = Decision(False, f"measured here: {mean:.2f} of stock's time")
+    if few and all(shape.tile is not None for shape in few) and not by_name("experts_few").default:
+        worst = max(shape.figures["ratio"] for shape in few)
+        if worst <= 1.0:
+            found["experts_few"] = Decision(True, f"measured here: {worst:.2f} of stock's time")
+    return found

@@ -1,0 +1,637 @@
+"""``tune`` without a GPU: small shapes through Triton's interpreter, and a clock that says what it is told."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from gemma4_turbo.__main__ import app
+from gemma4_turbo.cli import doctor, tune
+from gemma4_turbo.cli.modules import CannotRunError
+from gemma4_turbo.cli.tuning import compiling, decode, device, experts, extend, linear, moe, plain
+from gemma4_turbo.cli.tuning import subject as subjects
+from gemma4_turbo.cli.tuning.device import Device
+from gemma4_turbo.engine import gpu_profile, nvml, switches
+from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.engine.gpu_profile import Key, Shape
+from gemma4_turbo.kernels import moe_tables
+from gemma4_turbo.kernels.gpu import Gpu
+from gemma4_turbo.models import geometry, geometry_mm
+from gemma4_turbo.models.geometry import GEOMETRIES, Geometry
+from tests.cpu.interpreted import MARKS
+
+pytestmark = MARKS
+
+KEY = Key("NVIDIA L4", "570.1", "0.5", "2.9", "3.6", "1")
+SMALL_GPU = Gpu((8, 9), 4, 99 * 1024)
+SMALL = Geometry(128, 128, 6, 6, 2, 1, 1, 32, True, 0, 0, False, 8, 2, 64)
+
+
+class Times:
+    """Microseconds by a call's place in a measurement: stock's first."""
+
+    def __init__(self, quick: Callable[[int], float], again: Callable[[int], float]) -> None:
+        self.by_readings = {subjects.QUICK: quick, subjects.THOROUGH: again}
+        self.asked: list[int] = []
+
+    def us(self, calls: Sequence[Any], readings: int) -> list[float]:
+        self.asked.append(len(calls))
+        return [self.by_readings[readings](place) for place in range(len(calls))]
+
+
+def even(place: int) -> float:
+    """Ours takes half of stock's time, whatever the tile."""
+    return 50.0 if place else 100.0
+
+
+EVEN = Times(even, even)
+
+
+class Stand(NamedTuple):
+    """A subject whose tiles are their own results."""
+
+    tiles: tuple[float, ...]
+    kernel: str = "skinny_gemm"
+    place: tuple[int, ...] = (1,)
+    title: str = "stand-in"
+    bytes: int = 0
+
+    def candidates(self, gpu: Gpu) -> list[float]:
+        return list(self.tiles)
+
+    def numbers(self, tile: float) -> tuple[int, ...]:
+        return (int(tile),)
+
+    def benches(self, place: str) -> Iterator[Any]:
+        yield from (StandBench(), StandBench())
+
+    def compile(self, tile: float, place: str) -> None:
+        pass
+
+
+class StandBench:
+    calls = 1
+
+    def ours(self, tile: float) -> Any:
+        def call(i: int) -> float:
+            if tile < 0:
+                raise RuntimeError(f"out of resource: shared memory {tile}")
+            return tile % 1
+
+        return call
+
+    def stock(self) -> Any:
+        return lambda i: 0.01
+
+    def error(self, call: Any) -> float:
+        return float(call(0))
+
+
+REAL = tune.subjects
+STANDS = [
+    Stand((10, 20), place=(i,), kernel=kernel)
+    for i, kernel in enumerate(("skinny_gemm", "decode_attention", "skinny_gemm"))
+]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Few rows and short caches, and a place for the profile."""
+    where = tmp_path / "config" / "profile.json"
+    monkeypatch.setenv(switches.GPU_PROFILE, str(where))
+    monkeypatch.setenv(switches.SELECTION, "")
+    monkeypatch.setattr(linear, "POINTS", {16: (1,), 64: (17,)})
+    monkeypatch.setattr(linear, "TILES", ((16, 64, 2),))
+    monkeypatch.setattr(linear, "COPIES", 2)
+    monkeypatch.setattr(decode, "BATCHES", (2,))
+    monkeypatch.setattr(decode, "LENGTHS", (40,))
+    monkeypatch.setattr(decode, "TARGETS", (20,))
+    monkeypatch.setattr(decode, "TILES", {256: ((16, 4, 2, False),), 512: ((16, 4, 2, False),)})
+    monkeypatch.setattr(decode, "L2_BYTES", 1)
+    points = {"dense": (((5,), (3,), ""),), "masked": (((5,), (3,), "holes"),)}
+    monkeypatch.setattr(extend, "POINTS", points | {"split": (((2,), (20,), "tree"),)})
+    monkeypatch.setattr(extend, "CHECKED", ((6, 1), (0, 4)))
+    monkeypatch.setattr(extend, "FEW", ((2, 1), (9, 3)))
+    for name in ("DENSE", "MASKED", "SPLIT"):
+        monkeypatch.setattr(extend, name, {256: (), 512: ()})
+    monkeypatch.setattr(experts, "UPS", ())
+    monkeypatch.setattr(experts, "DOWNS", ())
+    monkeypatch.setattr(plain, "cases", lambda models: [])
+    monkeypatch.setattr(tune, "_checks", lambda place: [])
+    monkeypatch.setattr(tune, "tables", lambda models: [])
+    monkeypatch.setattr(tune, "subjects", lambda models: list(STANDS))
+    # The interpreter's stock is decode's equation: its kernel needs a CUDA device.
+    monkeypatch.setattr(decode.Arena, "stock", lambda self: self.ours(decode.kernel.choose(2, 1, 2, 256)))  # fmt: skip
+    gpu_profile.forget()
+    yield where
+    gpu_profile.forget()
+
+
+def machine(clock: Any = EVEN, known: bool = False, free: int = 1 << 40) -> Device:
+    return Device("cpu", KEY, SMALL_GPU, known, free, clock)
+
+
+def session(where: Path, found: Device | None = None, seconds: float = 1e9) -> tune.Session:
+    store = tune.Store(str(where), KEY, False)
+    return tune.Session(found or machine(), store, compiling.Compiler(0), seconds)
+
+
+def measured(where: Path, **options: Any) -> int:
+    """The exit status of a whole run over the small model."""
+    one = session(where, **options)
+    return tune.report_of(one, lambda: tune.measure(one, {"e4b": SMALL}, lambda: None))
+
+
+# -- a whole run ------------------------------------------------------------------------------------
+
+
+def one_of_each() -> list[Any]:
+    """A shape of every kernel, of prefill one for each kind of tile."""
+    found = {(one.kernel, getattr(one, "kind", "")): one for one in REAL({"e4b": SMALL})}
+    return list(found.values())
+
+
+def test_every_kernel_is_compared_timed_and_written(small, capsys, monkeypatch):
+    """And finds its own tile, one that it accepts, under the place where it looks."""
+    wanted = one_of_each()
+    assert {one.kernel for one in wanted} == {*plain.WITH_TILES} - {"moe_configs"}
+    monkeypatch.setattr(tune, "subjects", lambda models: wanted)
+    assert measured(small) == 0
+    profile = gpu_profile.load(str(small))
+    assert profile.key == KEY
+    assert {(s.kernel, s.shape) for s in profile.shapes} == {(s.kernel, s.place) for s in wanted}
+    for shape in profile.shapes:
+        assert shape.tile, shape
+        assert shape.figures["ratio"] == pytest.approx(0.5)
+        assert shape.figures["of_own"] == 1.0
+        assert 0 < shape.figures["error"] < 2.0**-7
+        assert tuple(map(int, found_by_the_kernel(shape, monkeypatch))) == shape.tile
+    out, err = capsys.readouterr()
+    assert f"{len(wanted)} measurements on NVIDIA L4 in {small}" in out
+    assert f"Profile: {small}" in err
+    assert "0.50 of stock's time, 1.00 of the package's own tile's" in err
+
+
+def found_by_the_kernel(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
+    """The tile that a kernel takes from a profile with this shape alone."""
+    from gemma4_turbo.kernels import experts_few, measured, skinny_gemm
+    from gemma4_turbo.kernels.attention import decode as decode_kernel
+    from gemma4_turbo.kernels.attention import extend_tiles
+
+    words: Any = shape.shape
+    row: Any
+    cpu = torch.device("cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(measured, "source", lambda gpu: gpu_profile.by_place([shape]))
+        measured.forget()
+        if shape.kernel == "skinny_gemm":
+            row = skinny_gemm.found_here(words[:2], words[2], words[3], cpu)
+        elif shape.kernel == "decode_attention":
+            row = decode_kernel.found_here(words[2], 1, words[1], words[0], cpu)
+        elif shape.kernel == "experts_few":
+            row = experts_few.found_here(*words, cpu)
+        elif words[2] == "split":
+            row = extend_tiles.found_split(*words[:2], cpu)
+        else:
+            row = extend_tiles.found_dense(*words[:2], words[2] == "masked", cpu)
+    measured.forget()
+    return row.tile if shape.kernel != "experts_few" else (*row.tile.up, *row.tile.down)
+
+
+def test_what_is_measured_is_not_measured_again(small):
+    assert measured(small) == 0
+    clock = Times(even, even)
+    assert measured(small, found=machine(clock)) == 0
+    assert clock.asked == []
+    store = tune.Store(str(small), KEY, True)
+    assert store.shapes == {}
+
+
+def test_a_profile_of_another_gpu_is_replaced_and_named(small, capsys):
+    gpu_profile.save(str(small), gpu_profile.Profile(KEY._replace(gpu="NVIDIA H200"), {}, ()))
+    measured(small, seconds=-1)
+    assert "It replaces one for NVIDIA H200, SGLang 0.5" in capsys.readouterr().err
+    assert gpu_profile.load(str(small)).key == KEY
+
+
+def test_the_time_is_up_and_what_was_measured_stays(small, capsys):
+    """The same command goes on with what is left."""
+    one = session(small)
+    rest = iter([1] * 8)
+
+    def go_on() -> None:
+        if next(rest, None) is None:
+            raise tune.TimeIsUpError
+
+    one.go_on = go_on  # type: ignore[method-assign]
+    assert tune.report_of(one, lambda: tune.measure(one, {"e4b": SMALL}, lambda: None)) == 0
+    kept = len(gpu_profile.load(str(small)).shapes)
+    assert 0 < kept < len(STANDS)
+    assert "the time is up: the same command goes on" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_was_measured(small, capsys):
+    class Interrupted(Times):
+        def us(self, calls: Sequence[Any], readings: int) -> list[float]:
+            if len(self.asked) == 9:  # two points, read twice, of two shapes
+                raise KeyboardInterrupt
+            return super().us(calls, readings)
+
+    assert measured(small, found=machine(Interrupted(even, even))) == tune.INTERRUPTED
+    assert len(gpu_profile.load(str(small)).shapes) == 2
+    assert "interrupted: the same command goes on" in capsys.readouterr().out
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """The benches of one shape, decode's, raise."""
+
+    def benches(self: Stand, place: str) -> Iterator[Any]:
+        if self.kernel == "decode_attention":
+            raise error
+        yield from (StandBench(), StandBench())
+
+    monkeypatch.setattr(Stand, "benches", benches)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ImportError("cannot import name 'decode_attention_fwd'"), "ImportError: cannot import"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not suffice"),
+    ],
+)
+def test_what_fails_alone_is_left_out(error, said, small, monkeypatch, capsys):
+    broken(monkeypatch, error)
+    assert measured(small) == 0
+    assert [shape.shape for shape in gpu_profile.load(str(small)).shapes] == [(0,), (2,)]
+    assert f"not measured: {said}" in capsys.readouterr().err
+
+
+def test_an_error_of_the_gpu_ends_the_run_and_is_not_met_again(small, monkeypatch):
+    broken(monkeypatch, RuntimeError("CUDA error: an illegal memory access was encountered"))
+    with pytest.raises(CannotRunError, match=r"the GPU reported an error: .*goes on with the rest"):
+        measured(small)
+    good, bad = gpu_profile.load(str(small)).shapes
+    assert (good.tile is None, bad.tile is None) == (False, True)
+    assert measured(small) == 0
+    assert len(gpu_profile.load(str(small)).shapes) == len(STANDS)
+
+
+# -- one subject ------------------------------------------------------------------------------------
+
+
+def decided(tiles: tuple[float, ...], clock: Any, known: bool = False) -> Shape:
+    return subjects.measure(Stand(tiles), "cpu", SMALL_GPU, clock, known, lambda: None)
+
+
+def listed(*us: float) -> Callable[[int], float]:
+    return lambda place: us[place]
+
+
+def test_the_fastest_is_taken_if_it_is_so_again():
+    """10 is the package's own; 30 is the fastest at first, but 20 is when both are read again."""
+    clock = Times(listed(100, 60, 40, 30), listed(100, 50, 30, 60))
+    found = decided((10, 20, 30), clock)  # read again in order of speed: 30, 20, 10
+    assert found.tile == (20,)
+    assert found.figures["ratio"] == pytest.approx(0.3)
+    assert found.figures["of_own"] == pytest.approx(0.5)
+
+
+def test_another_tile_must_be_faster_by_more_than_noise():
+    clock = Times(listed(100, 60, 40), listed(100, 59, 60))
+    assert decided((10, 20), clock).tile == (10,)
+    clock = Times(listed(100, 60, 40), listed(100, 58, 60))
+    assert decided((10, 20), clock).tile == (20,)
+
+
+def test_the_own_tile_is_read_again_however_slow_it_was():
+    clock = Times(listed(100, 99, 4, 3, 2, 1), listed(100, 10, 10, 10, 10))
+    assert decided((10, 20, 30, 40, 50), clock).tile == (10,)
+    assert clock.asked == [6, 6, 5, 5]
+
+
+def test_a_wrong_tile_is_not_timed():
+    """Stock's error is 0.01: 0.02 is too far."""
+    clock = Times(even, even)
+    found = decided((10.02, 20.0101), clock)
+    assert found.tile == (20,)
+    assert clock.asked == [2, 2, 2, 2]
+    assert "of_own" not in found.figures
+    wrong = decided((10.02,), clock)
+    assert (wrong.tile, wrong.reason) == (
+        None,
+        "no tile has the right result: relative error 2.0e-02, stock's is 1.0e-02",
+    )
+    assert decided((float("nan"),), clock).tile is None
+
+
+def test_a_tile_that_does_not_run_is_left_out():
+    assert decided((-1, 20), Times(even, even)).tile == (20,)
+    none = decided((-1,), Times(even, even))
+    assert none.reason == "no tile runs: RuntimeError: out of resource: shared memory -1"
+
+
+@pytest.mark.parametrize(
+    ("us", "known", "taken"), [(101, False, False), (99, False, True), (109, True, True), (111, True, False)]
+)  # fmt: skip
+def test_a_new_gpu_takes_what_is_faster_and_a_known_one_keeps_what_is_not_slower(us, known, taken):
+    clock = Times(listed(100, us), listed(100, us))
+    found = decided((10,), clock, known)
+    assert (found.tile is not None) == taken
+    if not taken:
+        assert found.reason == f"stock's code is faster here: ours takes {us / 100:.2f} of its time"
+
+
+# -- patches ----------------------------------------------------------------------------------------
+
+
+def ratio(kernel: str, value: float, *words: int | str) -> Shape:
+    return Shape(kernel, words, (), "", {"ratio": value})
+
+
+def test_a_patch_is_off_where_it_is_wrong_or_slow():
+    checks = [
+        Check("layer_norms", "rows", "stock", 8, 3, "no bit", False),
+        Check("input_norm", "rows", "stock", 8, 0, "no bit", True),
+        Check("skinny_gemm", "rows", "stock", 8, 8, "not here", False),
+    ]
+    shapes = plain.verified(checks)
+    assert [shape.kernel for shape in shapes] == ["layer_norms", "input_norm"]
+    shapes += [ratio("layer_norms", 0.1), ratio("input_norm", 0.9), ratio("input_norm", 1.2, 1)]
+    shapes += [ratio("router", 1.2), ratio("router", 1.2, 1)]
+    found = plain.decisions(shapes)
+    assert {name: one.on for name, one in found.items()} == {"layer_norms": False, "router": False}
+    assert "differs from stock's on this GPU: rows against stock" in found["layer_norms"].reason
+    assert found["router"].reason == "measured here: 1.20 of stock's time"
+
+
+def test_what_is_off_by_default_is_on_where_all_of_it_is_faster():
+    good = Shape("experts_few", (8, 704, 2816), (1,), "", {"ratio": 0.8})
+    assert plain.decisions([good])["experts_few"].on
+    assert plain.decisions([good, good._replace(shape=(1,), tile=None)]) == {}
+    assert plain.decisions([good._replace(figures={"ratio": 1.05})]) == {}
+
+
+def test_cases_are_of_the_models_asked_for():
+    from gemma4_turbo.cli.tuning.kernel_cases import CASES
+
+    named = {"31b": GEOMETRIES["31b"]}
+    every = {name: make(named) for name, make in CASES.items()}
+    assert {name for name, found in every.items() if not found} == {
+        "router", "step_prologue", "moe_align", "router_norm", "ple_tail", "experts_sum",
+    }  # fmt: skip
+    assert {case.case.split()[0] for found in every.values() for case in found} == {"31b"}
+
+
+# -- subjects of the models -------------------------------------------------------------------------
+
+
+def test_the_models_shapes(monkeypatch):
+    monkeypatch.undo()
+    every = REAL(GEOMETRIES)
+    places = [(one.kernel, one.place) for one in every]
+    assert len(set(places)) == len(places)
+    assert ("skinny_gemm", (4224, 2816, 1, 16)) in places  # gate and up of 26B-A4B
+    assert ("decode_attention", (256, 2, 8)) in places
+    assert ("extend_attention", (512, 16, "dense")) in places  # 12B's layers that see everything
+    assert ("experts_few", (8, 704, 2816)) in places
+    assert [one.place for one in tune.tables(GEOMETRIES)] == [(128, 704)]
+    for gpu in (SMALL_GPU, Gpu((9, 0), 132, 227 * 1024)):
+        for one in every:
+            tiles = one.candidates(gpu)
+            assert 2 <= len(set(tiles)) <= 20, one
+            assert all(isinstance(n, int) for n in one.numbers(tiles[0]))
+            assert 0 < one.bytes < 6 << 30
+
+
+def test_own_tiles_come_first_and_fit_the_gpu(monkeypatch):
+    monkeypatch.undo()
+    for one in REAL(GEOMETRIES):
+        if one.kernel == "skinny_gemm":
+            for tile in one.candidates(SMALL_GPU)[1:]:
+                rows = tile.block_n * one.halves + one.most
+                assert tile.stages * rows * tile.block_k * 2 <= SMALL_GPU.shared_memory
+                assert 1 <= tile.split <= one.k // tile.block_k
+        if one.kernel == "extend_attention" and one.kind == "dense":
+            assert one.candidates(SMALL_GPU)[0] == extend.config.DENSE_99K[one.dim, False]
+
+
+def test_compiling_launches_what_a_bench_would():
+    """For other processes: on little memory, and each tile."""
+    for one in one_of_each():
+        one.compile(one.candidates(SMALL_GPU)[0], "cpu")
+
+
+def test_tables_are_stocks_or_better_and_hold(monkeypatch):
+    stock = moe.Tile(64, 128, 64, 8, 4, 3)
+    monkeypatch.setattr(moe, "prepare_sglang", lambda: None)
+    monkeypatch.setattr(moe, "HANDFUL_TOKENS", (8, 4096))
+    monkeypatch.setattr(moe, "stock_tile", lambda tokens, width: stock)
+    monkeypatch.setattr(moe, "near", lambda experts, projection, tile, stock: tile.m != 16)
+    asked = []
+
+    class Fake(moe.Times):
+        def __init__(self, experts: Any, failed: Any, replays: int) -> None:
+            self.us, self.experts = {}, experts
+
+        def measure(self, tokens: int, wanted: Any) -> None:
+            asked.append(len(wanted := list(wanted)))
+            self.us |= {(tokens, *pair): float(pair[1].n) for pair in wanted}
+
+        def decide(self, tokens: int, stock: moe.Tile) -> tuple[moe.Tile, moe.Tile]:
+            m = 16 if tokens == 8 else 64
+            return (self.best(tokens, moe.UP, m, 1)[0], self.best(tokens, moe.DOWN, m, 1)[0])
+
+    monkeypatch.setattr(moe, "Times", Fake)
+    monkeypatch.setattr(moe, "Experts", lambda width: width)
+    row = moe.Tile(32, 64, 64, 1, 4, 2).config()
+    shipped = moe_tables.Pair({8: row}, {8: row})
+    pair, figures = moe.few(moe.Tables(704), 99 * 1024, shipped, lambda: None)
+    assert pair.up[8] == stock.config()  # its own was wrong
+    assert pair.up[4096]["BLOCK_SIZE_N"] == 64
+    assert min(asked) >= 8
+    assert figures["ratio"] == (2 * 128 + 2 * 64) / (4 * 128)
+    assert figures["of_own"] == (2 * 128 + 2 * 64) / (4 * 64)
+    moe_tables.made(moe_tables.numbers(pair))
+
+
+@pytest.mark.parametrize("memory", [99 * 1024, 163 * 1024, 227 * 1024])
+def test_a_handful_fits(memory):
+    for m in (16, 32, 64, 128, 256):
+        found = moe.handful(m, memory)
+        assert found or (m == 256 and memory < 100 * 1024)
+        assert all(tile.stages * (m + tile.n) * tile.k * 2 <= memory for tile in found)
+    jobs = moe.Tables(704).jobs(memory)
+    assert len(set(jobs)) == len(jobs) > 40
+
+
+# -- what is wrong is one line ----------------------------------------------------------------------
+
+
+def refused(*arguments: str) -> str:
+    """What the command says, in one line, with exit status 3."""
+    done = CliRunner().invoke(app, ["tune", *arguments])
+    assert done.exit_code == 3, done.output
+    (line,) = done.output.splitlines()
+    return line.removeprefix("gemma4_turbo: ")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """An idle L4 that CUDA shows; what a test changes of it."""
+    state: dict[str, Any] = {"busy": 0, "free": 20 << 30}
+    properties = type("P", (), {"pci_domain_id": 0, "pci_bus_id": 59, "pci_device_id": 0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda place: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda place: "NVIDIA L4")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda place: (state["free"], 24 << 30))
+    monkeypatch.setattr(nvml, "look", lambda: nvml.Machine("570.1", ("NVIDIA L4",)))
+
+    def utilisation(bus: str) -> int:
+        assert bus == "00000000:3b:00.0"
+        return int(state["busy"])
+
+    monkeypatch.setattr(nvml, "utilisation", utilisation)
+    monkeypatch.setattr(device, "PAUSE_S", 0)
+    monkeypatch.setattr(device, "gpu", lambda place: SMALL_GPU)
+    monkeypatch.setattr(
+        device, "_libraries", lambda: {k: v for k, v in KEY._asdict().items() if k not in ("gpu", "driver")}
+    )  # fmt: skip
+    return state
+
+
+def test_no_gpu():
+    assert refused() == "no NVIDIA GPU: torch.cuda.is_available() is false"
+
+
+def test_a_busy_gpu(gpu):
+    gpu["busy"] = 87
+    assert refused().startswith("the GPU is busy, 87 % with other processes")
+
+
+def test_too_little_memory(gpu, monkeypatch):
+    gpu["free"] = 2 << 30
+    monkeypatch.setattr(tune, "_import_sglang", lambda: None)
+    monkeypatch.setattr(tune.ENGINE, "revert", lambda: None)
+    monkeypatch.setattr(tune, "subjects", REAL)
+    done = CliRunner().invoke(app, ["tune", "--model", "31b"])
+    assert done.exit_code == 3
+    assert "the GPU has 2.0 GiB free and" in done.output.splitlines()[-1]
+
+
+def test_a_profile_that_cannot_be_written(gpu, small, monkeypatch):
+    def denied(*arguments: Any, **options: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "makedirs", denied)
+    assert refused() == f"{small} cannot be written: Permission denied"
+    monkeypatch.undo()
+
+
+def test_no_place_for_a_profile(monkeypatch):
+    monkeypatch.setenv(switches.GPU_PROFILE, "0")
+    assert (
+        refused()
+        == f"there is no place for the profile: set {switches.GPU_PROFILE} to an absolute path"
+    )
+
+
+def test_a_folder_that_is_no_gemma(tmp_path):
+    said = refused("--model", str(tmp_path / "none"))
+    assert said.endswith("is none of 26b-a4b, 31b, 12b, e4b, e2b, and no model folder: No such file or directory")  # fmt: skip
+    config = tmp_path / "config.json"
+    for content, told in (
+        ("[]", "is no JSON object"),
+        ("{", "is no JSON object"),
+        (" " * (tune.CONFIG_BYTES + 1), "is no JSON object"),
+        ('{"model_type": "llama"}', "config.json is of a llama, no Gemma 4"),
+        ("{}", "config.json is of a model without a model_type, no Gemma 4"),
+        ('{"model_type": "gemma4"}', "config.json has no swa_head_dim: it is no Gemma 4's"),
+    ):
+        config.write_text(content)
+        assert refused("--model", str(tmp_path)).endswith(told)
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_size": -1}, {"num_attention_heads": 7}, {"swa_head_dim": 64}, {"sliding_window": "x"}]
+)  # fmt: skip
+def test_a_config_with_odd_numbers_is_named(change):
+    with pytest.raises(ValueError, match=r"config\.json"):
+        geometry.of_config(geometry.config("e4b") | {"swa_head_dim": 256} | change)
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_a_models_folder_is_its_geometry(name, tmp_path):
+    geometry.write_model(tmp_path, name)
+    assert tune.geometries([str(tmp_path)]) == {name: GEOMETRIES[name]}
+    if name in geometry_mm.VISION:
+        assert geometry.of_config(geometry_mm.config(name)) == GEOMETRIES[name]
+
+
+def test_another_size_is_measured_without_its_name(tmp_path):
+    folder = tmp_path / "secret-project"
+    geometry.write_model(folder, "e4b")
+    config = json.loads((folder / "config.json").read_text()) | {"intermediate_size": 1024}
+    (folder / "config.json").write_text(json.dumps(config))
+    (found,) = tune.geometries([str(folder)]).items()
+    assert found == ("folder 1", GEOMETRIES["e4b"]._replace(mlp=1024))
+    assert list(tune.geometries([])) == list(GEOMETRIES)
+
+
+# -- sharing, and doctor ----------------------------------------------------------------------------
+
+
+def test_sharing_prints_no_name_and_no_path(small, capsys):
+    shapes = (
+        Shape("skinny_gemm", (1, 2, 0, 16), (1,), "", {"ratio": 0.5}),
+        Shape("decode_attention", (256, 2, 8), None, "no tile runs: /home/me/.triton denied", {}),
+        Shape("layer_norms", ("26b-a4b", 32), (), "", {"ratio": 0.5}),
+        Shape("layer_norms", ("/home/me/model", 32), (), "", {"ratio": 0.5}),
+        Shape("/home/me", (1,), (), "", {}),
+    )
+    patches = {"router": switches.Decision(False, "/home/me"), "/home/me": switches.Decision(True, "")}  # fmt: skip
+    gpu_profile.save(str(small), gpu_profile.Profile(KEY, patches, shapes))
+    assert tune.run((), 5, False, True) == 0
+    said = capsys.readouterr().out
+    assert "/home" not in said
+    assert str(small) not in said
+    shared = gpu_profile.decoded(said.encode())
+    assert [shape.shape for shape in shared.shapes] == [
+        (1, 2, 0, 16), (256, 2, 8), ("26b-a4b", 32), ("other", 32),
+    ]  # fmt: skip
+    assert shared.shapes[1].reason == "no tile runs"
+    assert shared.shapes[0].figures == {"ratio": 0.5}
+
+
+def test_there_is_nothing_to_share(small):
+    assert refused("--share") == f"there is no profile at {small}: python -m gemma4_turbo tune"
+    small.parent.mkdir()
+    small.write_text("{}")
+    assert refused("--share") == f"{small} is not used: gemma4_turbo_gpu_profile must be 1"
+
+
+def told(gpu: str | None = "NVIDIA L4") -> str:
+    gpu_profile.forget()
+    return str(doctor._gpu_profile(gpu)["told"])
+
+
+def test_doctor_names_the_profile_or_says_what_it_would_take(small, monkeypatch):
+    monkeypatch.setattr(doctor, "_known", lambda: False)
+    assert told(None) == f"none at {small}, and no GPU to measure"
+    assert "extend_attention, decode_attention, skinny_gemm, experts_few run stock's code" in told()
+    monkeypatch.setattr(doctor, "_known", lambda: True)
+    assert "the package's own tiles are for this GPU" in told()
+    measured(small)
+    assert "is ignored: it was measured with" in told()
+    monkeypatch.setattr(gpu_profile, "stale", lambda key: None)
+    count = len(STANDS)
+    assert told() == f"{small}: {count} tiles of {count} measurements on NVIDIA L4"
+    monkeypatch.setenv(switches.GPU_PROFILE, "0")
+    assert told() == "none: GEMMA4_TURBO_GPU_PROFILE says so, or there is no home folder"
