@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from gemma4_turbo.cli import lines
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels import moe_align, qkv, step_prologue
 from gemma4_turbo.kernels import router as router_kernel
+from gemma4_turbo.kernels import router_few as few_kernel
 from gemma4_turbo.kernels.norms import layer_norms as layer_norms_kernel
 from gemma4_turbo.kernels.norms import layer_tail, ple_tail
 from gemma4_turbo.kernels.norms import router_norm as router_norm_kernel
@@ -387,6 +389,21 @@ def router(dtype: torch.dtype, model: Geometry, rows: int, device: str) -> Calls
     )
 
 
+def router_few(model: Geometry, rows: int, device: str) -> Calls:
+    """The router's normed input to weights and experts. Its weight stays in the L2 cache, for both."""
+    stock = import_module("sglang.kernels.ops.moe.gemma4_routing").gemma4_fused_routing
+    draw = Draw(device)
+    x, scale = draw.rows(rows, model.hidden), draw.weight(model.experts)
+    w = draw.rows(model.experts, model.hidden) * model.hidden**-0.5
+    arrived = torch.zeros(1, dtype=torch.int32, device=device)
+    results = rows * (2 * model.experts + model.topk * (4 + 4))  # logits, weights and ids
+    return Calls(
+        lambda: few_kernel.launch_router_few(x, w, scale, model.topk, arrived)[1:],
+        lambda: stock(torch.nn.functional.linear(x, w), scale, model.topk),
+        moved(x, w, scale) + results,
+    )
+
+
 def align(model: Geometry, rows: int, device: str) -> Calls:
     """Slots grouped by expert."""
     from sglang.srt.layers.moe.moe_runner.triton_utils import moe_align_block_size as stock_align
@@ -506,6 +523,12 @@ def router_cases(models: Models = MODELS) -> list[Case]:
     ]
 
 
+def router_few_cases(models: Models = MODELS) -> list[Case]:
+    """Up to `router_few.MAX_TOKENS` tokens."""
+    rows = tuple(count for count in (1, 2, 4, 8) if count <= few_kernel.MAX_TOKENS)
+    return over_models("router_few", router_few, with_experts(models), rows)
+
+
 def qkv_norm_cases(models: Models = MODELS) -> list[Case]:
     """Eager calls of the patch end at `attention.NORM_ROWS` rows."""
     rows = tuple(count for count in ROWS if count <= attention.NORM_ROWS)
@@ -574,6 +597,7 @@ CASES: dict[str, Callable[..., list[Case]]] = {
     "rope_store": rope_store_cases,
     "input_norm": lambda models=MODELS: over_models("input_norm", input_norm, models),
     "experts_sum": experts_sum_cases,
+    "router_few": router_few_cases,
 }
 """By patch, in the catalogue's order, of these models or others; `gemma4_turbo.cli.lines.absent` says which
 of them SGLang does not take."""

@@ -56,6 +56,7 @@ SMALL = {
     "ple_tail": partial(cases.ple_tail_launches, PLE),
     "input_norm, experts": partial(cases.input_norm, MOE),
     "input_norm": partial(cases.input_norm, PLE),
+    "router_few": partial(cases.router_few, MOE),
     "experts_sum": partial(cases.experts_sum, False, MOE),
     "experts_sum, input_norm": partial(cases.experts_sum, True, MOE),
     **{
@@ -180,6 +181,7 @@ def test_a_case_can_be_called_again_and_again(name, stock):
 M, N, K, D = 5, 256, 8, 128
 BYTES = {
     "router": 4 * M * 16 + 2 * 16 + M * K * (4 + 4),
+    "router_few": 2 * (M * N + 16 * N + 16 + M * 16) + M * K * (4 + 4),
     "layer_norms": 2 * (4 * M * N + 2 * N),
     # The router's scale is one number more, where it is not in a weight.
     "layer_norms, experts": 2 * (6 * M * N + 4 * N + (not lines.router_scale_is_folded())),
