@@ -80,6 +80,8 @@ def logits(layer: DecoderLayer, site: Site, x: torch.Tensor) -> torch.Tensor:
     proj, run = layer.router.proj, ROUTER_FEW.run
     if run is None or torch.compiler.is_compiling():
         return linear.project(proj, x)
+    _handed.clear()  # of a layer that has ended with an exception
+    _asked.clear()
     if x.shape[0] > kernel.MAX_TOKENS:  # every prefill: no time for more
         run.declined(TOO_MANY_TOKENS)
         return linear.project(proj, x)
@@ -92,7 +94,7 @@ def logits(layer: DecoderLayer, site: Site, x: torch.Tensor) -> torch.Tensor:
     found = ROUTER_FEW(site, args, sglang_types.batch_invariant_unfit())
     if found is None:
         return linear.project(proj, x)
-    _handed[:], _asked[:] = [Handed(found, scale, topk)], []
+    _handed.append(Handed(found, scale, topk))
     return found.logits
 
 

@@ -224,6 +224,16 @@ def test_where_nobody_asks_the_next_call_is_stocks(layer: Any):
     declined(layer, patch.NOT_ASKED)
 
 
+def test_what_an_exception_left_behind_says_nothing_of_the_next_layer(model: Any, layer: Any):
+    patch.logits(layer, site_of(layer), rows())  # and its experts raise
+    other = model.layers[1]
+    patch.logits(other, site_of(other), rows(9))
+    patch.done(site_of(other), SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+    before = counted(NAME)
+    patch.logits(other, site_of(other), rows())
+    assert counted(NAME) == before.and_(engaged=1)
+
+
 def test_a_written_weight_is_read(layer: Any):
     before = patch.logits(layer, site_of(layer), rows())
     layer.router.proj.weight.data.mul_(-1)
