@@ -106,6 +106,8 @@ def _misspelt(variable: str, value: str, known: frozenset[str]) -> str | None:
     ours, typed = _letters(MASTER), _letters(variable)
     if typed.startswith("GEMMA") and typed[5:6].isdecimal() and typed[5:6] != "4":
         return None  # another model's
+    if difflib.SequenceMatcher(None, typed, ours).ratio() >= 0.95:  # a letter more
+        return f"{sentence}; did you mean {MASTER}?"
     alike = {
         end: difflib.SequenceMatcher(None, typed[:end], ours).ratio()
         for end in range(len(ours) - 2, len(ours) + 3)

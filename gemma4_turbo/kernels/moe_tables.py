@@ -143,8 +143,11 @@ def made(flat: tuple[int, ...]) -> Pair:
         pair.up[tokens] = dict(zip(REQUIRED, values[:half], strict=True))
         pair.down[tokens] = dict(zip(REQUIRED, values[half:], strict=True))
     check(pair)
-    largest = max(max(row.values()) for table in pair for row in table.values())
-    measured.require(largest <= 256, flat)
+    for row in (row for table in pair for row in table.values()):
+        blocks = (row["BLOCK_SIZE_M"], row["BLOCK_SIZE_N"], row["BLOCK_SIZE_K"])
+        measured.require(all(measured.power(n, 16, 256) for n in blocks), flat)
+        measured.require(measured.power(row["num_warps"], 1, 16), flat)
+        measured.require(row["num_stages"] <= 8 and row["GROUP_SIZE_M"] <= 256, flat)
     return pair
 
 

@@ -30,13 +30,14 @@ NOT_ASKED = "SGLang did not ask its routing function for the router's logits"
 class Handed(NamedTuple):
     """What the newest launch has found, for the routing function."""
 
+    site: Site
     found: kernel.Routed
+    version: int | None  # of the logits, that a change in place raises; none in inference mode
     scale: torch.Tensor
     topk: int
 
 
-_handed: list[Handed] = []
-_asked: list[bool] = []
+_slot: list[Handed | None] = [None]
 
 
 def unfit(layer: DecoderLayer) -> str | None:
@@ -51,7 +52,9 @@ def unfit(layer: DecoderLayer) -> str | None:
     if reason is not None:
         return reason
     routing = moe.topk.topk_config.custom_routing_function
-    if getattr(routing, "__qualname__", "") != CLOSURE:
+    code = getattr(routing, "__code__", None)
+    # By its code: a wrapper has the name as well.
+    if code is None or code.co_qualname != CLOSURE or hasattr(routing, "__wrapped__"):
         return f"the routing function is {sglang_types.name(routing)}"
     return sglang_types.weight_unfit(moe.per_expert_scale)
 
@@ -80,10 +83,9 @@ def logits(layer: DecoderLayer, site: Site, x: torch.Tensor) -> torch.Tensor:
     proj, run = layer.router.proj, ROUTER_FEW.run
     if run is None or torch.compiler.is_compiling():
         return linear.project(proj, x)
-    _handed.clear()  # of a layer that has ended with an exception
-    _asked.clear()
-    if x.shape[0] > kernel.MAX_TOKENS:  # every prefill: no time for more
-        run.declined(TOO_MANY_TOKENS)
+    _slot[0] = None  # of a layer that has ended with an exception
+    if not 0 < x.shape[0] <= kernel.MAX_TOKENS:  # every prefill: no time for more
+        run.declined(TOO_MANY_TOKENS if x.shape[0] else "no tokens")
         return linear.project(proj, x)
     if ROUTER_FEW.settled(site):
         return linear.project(proj, x)
@@ -94,27 +96,31 @@ def logits(layer: DecoderLayer, site: Site, x: torch.Tensor) -> torch.Tensor:
     found = ROUTER_FEW(site, args, sglang_types.batch_invariant_unfit())
     if found is None:
         return linear.project(proj, x)
-    _handed.append(Handed(found, scale, topk))
-    return found.logits
+    made = found.logits
+    _slot[0] = Handed(site, found, None if made.is_inference() else made._version, scale, topk)
+    return made
 
 
 def routed(
     logits: torch.Tensor, scale: torch.Tensor, topk: int
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Weights and ids of the very logits that the newest launch has made, or None."""
-    if not _handed:
+    """Weights and ids of the very logits that the newest launch has made, or None.
+
+    Once: who asks again, where the experts run a second time, may have written to the first ones.
+    """
+    handed = _slot[0]
+    if handed is None or logits is not handed.found.logits or scale is not handed.scale:
         return None
-    found, of, count = _handed[0]
-    if logits is not found.logits or scale is not of or topk != count:
+    if topk != handed.topk or (handed.version is not None and logits._version != handed.version):
         return None
-    _asked[:] = [True]
-    return found.weights, found.ids
+    _slot[0] = None
+    return handed.found.weights, handed.found.ids
 
 
 def done(site: Site, x: torch.Tensor) -> None:
     """The layer's experts have run. Where nobody asked, the next launch would be for nothing as well."""
-    if _handed:
-        if not _asked and x.is_cuda:  # without a GPU SGLang routes in another way
+    handed = _slot[0]
+    if handed is not None and handed.site is site:
+        if x.is_cuda:  # without a GPU SGLang routes in another way
             setattr(site, NAME, NOT_ASKED)
-        _handed.clear()
-        _asked.clear()
+        _slot[0] = None

@@ -341,6 +341,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_prepare_fused_moe_run",
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
+            "sglang.kernels.ops.moe.fused_moe_triton_kernels:invoke_fused_moe_kernel",
         ),
     ),
     "router_few": Port(
@@ -356,7 +357,12 @@ PORTS: dict[str, Port] = {
             f"{_MODEL}:Gemma4MoE.forward",
         ),
         written_for=RELEASES,
-        goes_round=calls.LINEAR,
+        goes_round=(
+            *calls.LINEAR,
+            _OP,
+            "sglang.srt.layers.moe.topk:TopK.forward_cuda",
+            "sglang.srt.layers.moe.topk:select_experts",
+        ),
     ),
     "vision_syncs": Port(
         module=f"{HERE}.vision_syncs",

@@ -196,6 +196,7 @@ def test_log_level_in_any_case() -> None:
         ("GEMMA4_TURBO_", "GEMMA4_TURBO"),
         ("GEMMA4TURBO_ROUTER", "GEMMA4_TURBO_ROUTER"),
         ("GEMMA4TURBO", "GEMMA4_TURBO"),
+        ("GEMMA4_TURBOO", "GEMMA4_TURBO"),
         ("gemma4_turbo_router", "GEMMA4_TURBO_ROUTER"),
         ("gemma4_turbo_routr", "GEMMA4_TURBO_ROUTER"),
         ("Gemma4_Turbo_Router", "GEMMA4_TURBO_ROUTER"),

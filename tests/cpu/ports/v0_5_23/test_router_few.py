@@ -5,6 +5,7 @@ Without a GPU stock's routing function does not call the function that is replac
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -39,7 +40,7 @@ def on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert ENGINE.runs[NAME].state == states.ACTIVE, ENGINE.runs[NAME].reason
         assert module.gemma4_fused_routing.__wrapped__.__name__ == "gemma4_fused_routing"
         yield
-    patch._handed.clear()
+    patch._slot[0] = None
 
 
 @pytest.fixture
@@ -101,8 +102,9 @@ def test_who_asks_for_the_very_logits_gets_what_the_launch_has_found(layer: Any,
     assert torch.equal(ids, expected_ids)
     torch.testing.assert_close(weights, expected, rtol=1e-6, atol=0)
     assert stocks == []
-    # Once more, as where the experts run a second time.
-    assert asked(logits, scale)[0] is weights
+    # Once more, as where the experts run a second time: they may have written to the first ones.
+    asked(logits, scale)
+    assert len(stocks) == 1
 
 
 def test_whoever_asks_for_anything_else_gets_stocks(layer: Any, stocks: Any):
@@ -137,7 +139,7 @@ def test_hooks_are_seen(layer: Any, part: str):
         patch.logits(layer, site_of(layer), rows())
         assert counted(NAME) == before.and_(declined=1)
         assert "hook" in ENGINE.runs[NAME]._decline_reason
-        assert patch._handed == []
+        assert patch._slot == [None]
     finally:
         handle.remove()
     before = counted(NAME)
@@ -184,6 +186,59 @@ def test_another_experts_block_is_stocks(layer: Any, monkeypatch: pytest.MonkeyP
     patch.logits(layer, site_of(layer), rows())
     assert counted(NAME) == before.and_(declined=1)
     assert "the experts' block is" in ENGINE.runs[NAME]._decline_reason
+
+
+def test_a_wrapper_around_the_routing_function_is_stocks(layer: Any):
+    """It has the name of what it wraps."""
+    config = layer.moe.topk.topk_config
+    stocks_own = config.custom_routing_function
+    config.custom_routing_function = functools.wraps(stocks_own)(lambda **kwargs: None)
+    try:
+        declined(layer, "the routing function is")
+    finally:
+        config.custom_routing_function = stocks_own
+
+
+def test_logits_that_were_changed_in_place_are_stocks(layer: Any, stocks: Any):
+    logits = patch.logits(layer, site_of(layer), rows())
+    logits.add_(1)
+    asked(logits, layer.moe.per_expert_scale)
+    assert len(stocks) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["topk:TopK.forward_cuda", "topk:select_experts"], ids=["forward", "select"]
+)
+def test_a_wrapper_around_the_choice_of_experts_is_a_conflict(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    from sglang.srt.layers.moe import topk
+
+    ENGINE.revert()
+    owner = topk.TopK if "TopK" in name else topk
+    attribute = name.rpartition(".")[2].rpartition(":")[2]
+    inner = getattr(owner, attribute)
+    monkeypatch.setattr(owner, attribute, functools.wraps(inner)(lambda *a, **k: inner(*a, **k)))
+    ENGINE.apply(only=[NAME, "layer_norms", "qkv_norm"])
+    assert ENGINE.runs[NAME].state == states.CONFLICT, ENGINE.runs[NAME].reason
+
+
+def test_no_tokens_are_stocks(layer: Any):
+    before = counted(NAME)
+    assert patch.logits(layer, site_of(layer), rows(0)).shape == (0, 128)
+    assert counted(NAME) == before.and_(declined=1)
+
+
+def test_another_layers_launch_says_nothing_of_this_one(model: Any, layer: Any, stocks: Any):
+    """Two forwards in turn, as of two micro-batches."""
+    first = patch.logits(layer, site_of(layer), rows())
+    asked(first, layer.moe.per_expert_scale)
+    other = model.layers[1]
+    patch.logits(other, site_of(other), rows())
+    patch.done(site_of(layer), SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+    before = counted(NAME)
+    patch.logits(layer, site_of(layer), rows())
+    assert counted(NAME) == before.and_(engaged=1)
 
 
 def test_more_tokens_are_stocks(layer: Any):
