@@ -23,7 +23,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from gemma4_turbo.cli import lines, small_moe
+from gemma4_turbo.cli import lines, report, small_moe
 from gemma4_turbo.cli.tuning.timing import Timer, readings
 from gemma4_turbo.kernels import moe_tables
 
@@ -352,7 +352,8 @@ def tune(
     started = time.monotonic()
 
     def say(what: str) -> None:
-        console.print(f"{time.monotonic() - started:4.0f} s: N={width}: {what}")
+        told = f"{time.monotonic() - started:4.0f} s: N={width}: {what}"
+        console.print(report.plain(told), soft_wrap=True)
 
     first = {
         tokens: both(tile for m in rows_of_a_block(tokens) for tile in tiles(m))

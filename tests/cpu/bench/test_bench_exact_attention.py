@@ -8,7 +8,8 @@ import types
 import pytest
 import torch
 
-from bench import exact_attention, lines
+from bench import exact_attention
+from gemma4_turbo.cli import lines
 from gemma4_turbo.kernels.attention.extend import reference_extend_attention
 
 

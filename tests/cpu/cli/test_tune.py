@@ -13,6 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
+from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli import doctor, tune
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.cli.tuning import compiling, decode, device, experts, extend, linear, moe, plain
@@ -372,8 +373,11 @@ def test_a_patch_is_off_where_it_is_wrong_or_slow():
     assert found["router"].reason == "measured here: 1.20 of stock's time"
 
 
-def test_what_is_off_by_default_is_on_where_all_of_it_is_faster():
+def test_what_is_off_by_default_is_on_where_all_of_it_is_faster(monkeypatch):
     good = Shape("experts_few", (8, 704, 2816), (1,), "", {"ratio": 0.8})
+    assert plain.decisions([good]) == {}  # it is on already
+    off = by_name("experts_few")._replace(default=False)
+    monkeypatch.setattr(plain, "by_name", lambda name: off)
     assert plain.decisions([good])["experts_few"].on
     assert plain.decisions([good, good._replace(shape=(1,), tile=None)]) == {}
     assert plain.decisions([good._replace(figures={"ratio": 1.05})]) == {}
@@ -385,7 +389,7 @@ def test_cases_are_of_the_models_asked_for():
     named = {"31b": GEOMETRIES["31b"]}
     every = {name: make(named) for name, make in CASES.items()}
     assert {name for name, found in every.items() if not found} == {
-        "router", "step_prologue", "moe_align", "router_norm", "ple_tail", "experts_sum",
+        "router", "step_prologue", "moe_align", "router_norm", "ple_tail", "experts_sum", "router_few",
     }  # fmt: skip
     assert {case.case.split()[0] for found in every.values() for case in found} == {"31b"}
 

@@ -284,10 +284,11 @@ def test_the_engine_asks_where_a_patch_is_decided():
     assert engine.decision(patch) == (False, "measured here")
 
 
-def test_the_instance_reads_the_file(place):
+def test_the_instance_reads_the_file(place, monkeypatch):
     from gemma4_turbo.instance import ENGINE
     from gemma4_turbo.kernels import measured
 
+    monkeypatch.setattr(ENGINE, "_selection", None)  # other tests' is that it was reverted
     assert measured.source is gpu_profile.tiles
     gpu_profile.save(str(place), PROFILE)
     assert ENGINE.decision(ENGINE.runs["input_norm"].patch) == (False, "measured here: 1.3")

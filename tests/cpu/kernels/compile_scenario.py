@@ -24,7 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from gemma4_turbo.kernels import moe_align, pdl, qkv, router, skinny_gemm, step_prologue
-from gemma4_turbo.kernels.attention import decode, extend, window
+from gemma4_turbo.kernels.attention import decode, extend, extend_tiles, window
 from gemma4_turbo.kernels.gpu import Gpu
 from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
@@ -225,7 +225,7 @@ def resources(kernel: Any) -> dict[str, int]:
 def main(wanted: list[str]) -> None:
     """Each is a compute capability and kinds of cases."""
     driver.set_active(Driver())  # type: ignore[arg-type]
-    decode.gpu = extend.gpu = lambda device: GPUS[Driver.device]
+    decode.gpu = extend.gpu = extend_tiles.gpu = lambda device: GPUS[Driver.device]
     pdl.supported = lambda device: Driver.device >= 90
     for one in wanted:
         capability, _, kinds = one.partition(":")
