@@ -193,9 +193,7 @@ class Findings:
         self.right[variant] = right
         self.add(variant, "answered exactly", len(right), sum(right), "questions")
         for kind in small_tasks.KINDS:
-            of_kind = [
-                r for r, one in zip(right, self.questions, strict=True) if one.kind == kind
-            ]
+            of_kind = [r for r, one in zip(right, self.questions, strict=True) if one.kind == kind]
             self.add(variant, f"answered exactly, {kind}", len(of_kind), sum(of_kind), "questions")
         if STOCK in self.right and variant != STOCK:
             ours, theirs, p = mcnemar(right, self.right[STOCK])
@@ -230,7 +228,13 @@ class Findings:
         if self.stock is not None and variant != STOCK:
             pairs = zip(answer.rows, self.stock.rows, strict=True)
             differing = sum(one != other for one, other in pairs)
-            self.add(variant, "answers that differ from stock's", len(answer.rows), differing, "")
+            self.add(
+                variant,
+                "answers that differ from stock's",
+                len(answer.rows),
+                differing,
+                "questions",
+            )
         if answer.nats is not None:
             self.text(variant, float(answer.nats.mean()))
         if answer.prompt is not None:

@@ -169,9 +169,15 @@ class Masters:
         return norm
 
 
+WARM = 200  # steps in which the learning rate rises
+
+
 def schedule(step: int, steps: int, highest: float) -> float:
-    """The learning rate: up in a twentieth of the steps, at most 200, then down along a cosine to 2 %."""
-    warm = max(1, min(200, steps // 20))
+    """The learning rate: up, then down along a cosine to a fiftieth.
+
+    While it rises it does not depend on the number of steps, which is not known then.
+    """
+    warm = min(WARM, max(1, steps // 2))
     if step < warm:
         return highest * (step + 1) / warm
     part = (step - warm) / max(1, steps - warm)
@@ -259,10 +265,7 @@ def fit(
             left = settings.minutes * 60 - (time.monotonic() - started)
             steps = step + max(1, int(left / each))
             console.print(f"{1e3 * each:.1f} ms a step, so {steps:,} steps")
-        # Before the number is known the rate is still on its way up.
-        rate = schedule(step, max(steps, 4000) if step < TIMED.stop else steps, settings.rate)
-        if settings.steps:
-            rate = schedule(step, steps, settings.rate)
+        rate = schedule(step, steps, settings.rate)
         text, asked = losses(model, data.batch())
         spread = balance.take()
         share = settings.text_share

@@ -172,9 +172,7 @@ def test_engines_that_are_right_are_no_distance_away(
     assert set(frame["trained_steps"]) == {7}
 
 
-def test_engines_that_are_wrong_show(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_engines_that_are_wrong_show(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     noise = {"default": 0.5, "exact": 0.01}
     monkeypatch.setattr(StandIn, "noise", staticmethod(lambda variant: noise.get(variant, 0.0)))
     frame = run(folder, tmp_path / "q.csv", monkeypatch)

@@ -26,9 +26,9 @@ def right(question: tasks.Question) -> bool:
     asked = prompt[:-1].partition(" ")[2]
     if question.kind in ("sums", "products"):
         steps = [step.split("=") for step in answer.split(";")]
-        return all(eval(one) == int(other) for one, other in steps) and int(
-            steps[-1][1]
-        ) == eval(asked)
+        return all(eval(one) == int(other) for one, other in steps) and int(steps[-1][1]) == eval(
+            asked
+        )
     if question.kind == "copying":
         return answer == asked
     if question.kind == "sorting":
@@ -78,7 +78,9 @@ def test_rows_hold_whole_documents():
     assert (made.tokens == tasks.PAD).mean() < 0.1
     for tokens, learned in zip(made.tokens[:20].tolist(), made.answers[:20].tolist(), strict=True):
         text = "".join(
-            chr(token - tasks.FIRST_BYTE) if token >= tasks.FIRST_BYTE else "\n" * (token == tasks.EOS)
+            chr(token - tasks.FIRST_BYTE)
+            if token >= tasks.FIRST_BYTE
+            else "\n" * (token == tasks.EOS)
             for token in tokens
         )
         assert text.endswith("\n")  # the row ends with the end of an answer

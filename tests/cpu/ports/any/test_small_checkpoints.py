@@ -120,9 +120,7 @@ def stock_logits(loaded: Loaded, ids: torch.Tensor) -> torch.Tensor:
     from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
 
     model, kept = loaded.stock, {}
-    for index, (layer, kind) in enumerate(
-        zip(model.model.layers, loaded.size.kinds, strict=True)
-    ):
+    for index, (layer, kind) in enumerate(zip(model.model.layers, loaded.size.kinds, strict=True)):
         attention = layer.self_attn
         owner = attention.attn.layer_id if hasattr(attention.attn, "layer_id") else index
         attention.attn = Causal(loaded.size.window if kind == "s" else None, owner, kept)
