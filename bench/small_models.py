@@ -267,11 +267,10 @@ def tokenizer() -> Any:
     return made
 
 
-def save(folder: Path, model: Any, fields: dict[str, Any], notes: dict[str, Any]) -> None:
-    """A checkpoint folder in bf16 that SGLang loads.
+def write(folder: Path, model: Any, files: dict[str, dict[str, Any]]) -> None:
+    """A model's weights in bf16, and JSON files, into a folder that is made if need be.
 
-    Tensors have the names of published checkpoints. Tied weights are written once. ``notes`` become
-    training.json.
+    Tensors have the names of published checkpoints. Tied weights are written once.
     """
     from safetensors.torch import save_file
 
@@ -282,25 +281,24 @@ def save(folder: Path, model: Any, fields: dict[str, Any], notes: dict[str, Any]
         if name != "lm_head.weight"
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=1))
+
+
+def save(folder: Path, model: Any, fields: dict[str, Any], notes: dict[str, Any]) -> None:
+    """A checkpoint folder that SGLang loads; ``notes`` become training.json."""
+    special = {"bos": small_tasks.BOS, "eos": small_tasks.EOS, "pad": small_tasks.PAD}
     files = {
         "config.json": renamed(fields),
-        "generation_config.json": {
-            "bos_token_id": small_tasks.BOS,
-            "eos_token_id": small_tasks.EOS,
-            "pad_token_id": small_tasks.PAD,
-        },
+        "generation_config.json": {f"{name}_token_id": token for name, token in special.items()},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<bos>",
-            "eos_token": "<eos>",
-            "pad_token": "<pad>",
-            "unk_token": "<unk>",
+            **{f"{name}_token": f"<{name}>" for name in (*special, "unk")},
             "model_max_length": fields["max_position_embeddings"],
         },
         "training.json": notes,
     }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=1))
+    write(folder, model, files)
     tokenizer().save(str(folder / "tokenizer.json"))
 
 
