@@ -110,7 +110,7 @@ class Balance:
         self.hooks = [
             module.register_forward_hook(self._hook)
             for name, module in model.named_modules()
-            if name.endswith(".router")
+            if name.split(".")[-1] == "router"
         ]
 
     def _hook(self, module: Any, inputs: Any, found: Any) -> None:
