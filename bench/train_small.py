@@ -15,6 +15,7 @@ the same. The held-out text goes into the folder, too. Exit 1 if a model is no b
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import signal
@@ -69,12 +70,18 @@ TINY_SIZES = {
 """For a CPU: the real head sizes, numbers of experts and kinds of layers, and as little else as goes."""
 
 
+@functools.cache
+def questions(count: int, seed: int) -> small_tasks.Rows:
+    """Rows of questions, made once for all models."""
+    return small_tasks.rows(count, seed)
+
+
 class Data:
     """Text and rows of questions on the device, drawn from by a generator."""
 
     def __init__(self, settings: Settings, corpus: small_tasks.Corpus, device: str) -> None:
         self.settings = settings
-        made = small_tasks.rows(settings.rows, settings.seed)
+        made = questions(settings.rows, settings.seed)
         self.text = torch.frombuffer(bytearray(corpus.train), dtype=torch.uint8).to(device)
         self.tokens = torch.from_numpy(made.tokens.astype("int16")).to(device)
         self.answers = torch.from_numpy(made.answers).to(device)
@@ -209,10 +216,12 @@ def experts_that_run(device: str) -> str:
     if device == "cpu":
         return "eager"
     try:
-        x = torch.randn(64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
-        w = torch.randn(4, 64, 64, device=device, dtype=torch.bfloat16, requires_grad=True)
+        given = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+        x, up, down = (torch.randn(s, **given) for s in ((64, 256), (4, 64, 256), (4, 256, 64)))
         ends = torch.tensor([8, 8, 40, 64], device=device, dtype=torch.int32)
-        torch.nn.functional.grouped_mm(x, w.transpose(1, 2), offs=ends).sum().backward()
+        product = torch.nn.functional.grouped_mm
+        both = product(product(x, up.mT, offs=ends), down.mT, offs=ends)
+        both.square().sum().backward()  # an expanded gradient, as of a sum alone, is not taken
         torch.cuda.synchronize()
     except (RuntimeError, AttributeError) as error:
         console.print(f"experts one after the other: {str(error).splitlines()[0]}")
