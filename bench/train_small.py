@@ -52,7 +52,7 @@ class Settings(NamedTuple):
     rate: float = 1.5e-3
     text_share: float = 0.4  # of rows and of the loss
     balance: float = 0.01  # weight of the auxiliary loss
-    rows: int = 49_152  # of questions, made beforehand
+    rows: int = 98_304  # of questions, made beforehand
     most_text: int = 0  # bytes; 0: all
     pieces: int = 64  # of held-out text, for the loss at the end
     questions: int = 600  # at the end

@@ -130,7 +130,7 @@ def test_balance_is_one_where_experts_share(trained: Path):
     balance = train_small.Balance(layer)
     probabilities = torch.full((4, 4), 0.25, requires_grad=True)
     layer.router(probabilities, torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]]))
-    assert float(balance.take()) == pytest.approx(1.0)
+    assert torch.as_tensor(balance.take()).item() == pytest.approx(1.0)
     one = torch.tensor([[1.0, 0.0, 0.0, 0.0]] * 4, requires_grad=True)
     layer.router(one, torch.tensor([[0, 1]] * 4))
     spread = balance.take()
