@@ -21,7 +21,7 @@ from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import tables_catalogue, tables_engines, tables_peers
+from bench import tables_catalogue, tables_engines, tables_peers, tables_quality
 from bench.table_text import (
     change,
     chosen,
@@ -398,6 +398,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "divergence": lambda: tables_engines.divergence(RESULTS),
     "divergence-ratios": lambda: tables_engines.divergence_ratios(RESULTS),
     "mtp": lambda: tables_engines.mtp(RESULTS),
+    "quality": lambda: tables_quality.quality(RESULTS),
     "peers": lambda: tables_peers.peers(RESULTS),
     "peers-plot": lambda: tables_peers.plot(RESULTS),
     "releases": lambda: tables_catalogue.releases(RESULTS),

@@ -1,0 +1,477 @@
+"""Do answers change? Stock against patched on a trained model, with transformers in fp32 as the judge.
+
+    python bench/quality.py small-models/moe
+    python bench/quality.py small-models/ple --patches yoco,decode_attention --chunk 128
+
+The folder is one that `train_small.py` wrote. Engines: stock, the `exact` profile, all patches that are on
+by default, each ``--patches`` alone, and stock with smaller prefill chunks. Each answers the same questions
+greedily, and says what it thinks of the same held-out text. Stock also answers in other batches: how far
+it is from itself is its floor. Rows of a CSV:
+
+* questions answered exactly, and McNemar's exact test of that against stock: of the questions that one of
+  the two got right, is either's part more than chance?
+* answers that differ from stock's in any token;
+* nats a byte of held-out text, and perplexity;
+* KL divergence of the engine's next-token distributions from fp32's, over the whole vocabulary, and how
+  often both have the same likeliest token: after the tokens of a prompt, and after tokens that the engine
+  generated, which fp32 then reads. Beside it the difference to stock's divergence, with the standard error
+  over prompts.
+
+Engines start side by side. Needs a GPU; nothing is timed, so others may use it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
+sys.path.insert(0, str(HERE.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import typer  # noqa: E402
+from rich.table import Table  # noqa: E402
+from scipy.stats import binomtest  # noqa: E402
+
+from bench import small_models, small_tasks  # noqa: E402
+from bench.engine import (  # noqa: E402
+    ARGUMENTS,
+    PATCHED,
+    STOCK,
+    Engine,
+    Results,
+    console,
+    end_on_sigterm,
+    patches_of,
+)
+from bench.mtp import MtpEngine, outlived, started  # noqa: E402
+from gemma4_turbo.catalogue import by_name  # noqa: E402
+from gemma4_turbo.cli import report  # noqa: E402
+
+JUDGE, EXACT, DEFAULT = "transformers, fp32", "exact", "default"
+BATCHES = f"{STOCK}, other batches"
+AGAIN = f"{STOCK}, once more"
+ALONE = {  # tolerance patches that a text-only model of this size can meet
+    "moe": "skinny_gemm,extend_attention,decode_attention",
+    "ple": "skinny_gemm,extend_attention,decode_attention,qkv_proj,yoco",
+}
+PROMPT, GENERATED = "prompt", "generated"
+
+
+class QualityEngine(MtpEngine):
+    """With the commands of `quality_worker`; ``patches``: None is stock, an empty list the default."""
+
+    script = "quality_worker.py"
+
+    def __init__(
+        self, variant: str, patches: list[str] | None, arguments: dict[str, Any], log: Path
+    ) -> None:
+        super().__init__(STOCK if patches is None else PATCHED, patches or [], arguments, log)
+        self.variant = variant
+
+
+class Asked(NamedTuple):
+    """What every engine is asked."""
+
+    count: int  # questions
+    seed: int
+    longest: int  # tokens of a question with its answer
+    text: list[list[int]]  # pieces for perplexity
+    prompts: list[list[int]]  # pieces that are gone on with
+    tail: int  # positions of each prompt whose distributions are compared
+    new: int  # tokens generated after each
+
+    def questions(self) -> list[small_tasks.Question]:
+        """With their right answers."""
+        return small_tasks.questions(self.count, self.seed, self.longest)
+
+
+class Answer(NamedTuple):
+    """What one engine said; fields that it was not asked for are None."""
+
+    rows: list[list[int]]  # answers to the questions
+    nats: np.ndarray | None = None  # [pieces, length - 1] of the text
+    prompt: np.ndarray | None = None  # [prompts, tail, vocabulary] log-probabilities
+    generated: np.ndarray | None = None  # [prompts, new, vocabulary]
+    ids: list[list[int]] | None = None  # what was generated
+
+
+# -- the judge ------------------------------------------------------------------------------------
+
+
+class Judge:
+    """The model in fp32, by transformers' own classes, experts one after the other."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+        self.model = small_models.load(folder, torch.float32, device, "eager")
+        self.device = device
+
+    @torch.no_grad()
+    def distributions(self, rows: list[list[int]], first: int, batch: int = 16) -> np.ndarray:
+        """Log-probabilities after each token of rows of one length, from position ``first`` to the last."""
+        parts = []
+        for start in range(0, len(rows), batch):
+            ids = torch.tensor(rows[start : start + batch], device=self.device)
+            found = small_models.logits(self.model, ids)[:, first:]
+            parts.append(found.float().log_softmax(-1).cpu().numpy())
+        return np.concatenate(parts)
+
+    def answer(self, asked: Asked) -> tuple[list[bool], float]:
+        """Which questions it answers exactly, and nats a byte of the text."""
+        right, _ = small_models.answered(self.model, asked.questions(), 64)
+        return right, small_models.text_loss(self.model, asked.text)
+
+
+def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """KL divergence of q from p, both log-probabilities ``[..., vocabulary]``, in nats; ``[...]``.
+
+    ``sum p (r - 1 - log r)`` with r = q / p: equal to it where both sum to one, and without cancellation.
+    """
+    p, q = p.astype(np.float64), q.astype(np.float64)
+    log_r = q - p
+    return (np.exp(p) * (np.expm1(log_r) - log_r)).sum(-1)
+
+
+def agreement(p: np.ndarray, q: np.ndarray) -> float:
+    """How often both have the same likeliest token."""
+    return float((p.argmax(-1) == q.argmax(-1)).mean())
+
+
+def mean_and_error(by_prompt: np.ndarray) -> tuple[float, float]:
+    """Of ``[prompts, positions]``: mean, and its standard error from the prompts' means."""
+    means = by_prompt.mean(1)
+    error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else math.nan
+    return float(means.mean()), float(error)
+
+
+# -- comparing ------------------------------------------------------------------------------------
+
+
+def mcnemar(one: list[bool], other: list[bool]) -> tuple[int, int, float]:
+    """Questions that only ``one`` got right, that only ``other`` did, and the exact two-sided p."""
+    only_one = sum(x and not y for x, y in zip(one, other, strict=True))
+    only_other = sum(y and not x for x, y in zip(one, other, strict=True))
+    either = only_one + only_other
+    p = float(binomtest(only_one, either).pvalue) if either else 1.0
+    return only_one, only_other, p
+
+
+def rights(rows: list[list[int]], questions: list[small_tasks.Question]) -> list[bool]:
+    """Which answers are the right ones, EOS included."""
+    return [row == one.tokens()[1] for row, one in zip(rows, questions, strict=True)]
+
+
+class Findings:
+    """Rows of the CSV, in the order in which engines are done; stock must be first."""
+
+    def __init__(self, results: Results, asked: Asked, judge: Judge) -> None:
+        self.results, self.asked, self.judge = results, asked, judge
+        self.questions = asked.questions()
+        self.stock: Answer | None = None
+        self.right: dict[str, list[bool]] = {}
+        self.far: dict[tuple[str, str], np.ndarray] = {}
+        first = len(asked.prompts[0]) - asked.tail - 1
+        self.prompt = judge.distributions(asked.prompts, first)[:, :-1]
+
+    def add(self, variant: str, quantity: str, x: int, value: float, unit: str) -> None:
+        """One row."""
+        self.results.add(variant, quantity, x, 0, value, unit)
+
+    def answered(self, variant: str, right: list[bool]) -> None:
+        """Questions answered exactly, in all and by kind, and the test against stock."""
+        self.right[variant] = right
+        self.add(variant, "answered exactly", len(right), sum(right), "questions")
+        for kind in small_tasks.KINDS:
+            of_kind = [r for r, one in zip(right, self.questions, strict=True) if one.kind == kind]
+            self.add(variant, f"answered exactly, {kind}", len(of_kind), sum(of_kind), "questions")
+        if STOCK in self.right and variant != STOCK:
+            ours, theirs, p = mcnemar(right, self.right[STOCK])
+            self.add(variant, "right where stock is wrong", len(right), ours, "questions")
+            self.add(variant, "wrong where stock is right", len(right), theirs, "questions")
+            self.add(variant, "McNemar's p", ours + theirs, p, "probability")
+
+    def text(self, variant: str, nats: float) -> None:
+        """Loss on the held-out text."""
+        count = sum(len(piece) - 1 for piece in self.asked.text)
+        self.add(variant, "held-out text", count, nats, "nats a byte")
+        self.add(variant, "perplexity", count, math.exp(nats), "a byte")
+
+    def distances(self, variant: str, where: str, p: np.ndarray, q: np.ndarray) -> None:
+        """From fp32, and how much more than stock's."""
+        positions = p.shape[0] * p.shape[1]
+        far = self.far[variant, where] = divergences(p, q)
+        names = [(f"KL divergence from fp32, {where}", far)]
+        if variant != STOCK and (STOCK, where) in self.far:
+            names.append((f"KL divergence beyond stock's, {where}", far - self.far[STOCK, where]))
+        for name, values in names:
+            mean, error = mean_and_error(values)
+            self.add(variant, name, positions, mean, "nats")
+            self.add(variant, f"{name}, standard error", positions, error, "nats")
+        self.add(variant, f"same token as fp32, {where}", positions, agreement(p, q), "part")
+
+    def take(self, variant: str, answer: Answer) -> None:
+        """All of an engine."""
+        if variant == STOCK:
+            self.stock = answer
+        self.answered(variant, rights(answer.rows, self.questions))
+        if self.stock is not None and variant != STOCK:
+            pairs = zip(answer.rows, self.stock.rows, strict=True)
+            differing = sum(one != other for one, other in pairs)
+            self.add(
+                variant,
+                "answers that differ from stock's",
+                len(answer.rows),
+                differing,
+                "questions",
+            )
+        if answer.nats is not None:
+            self.text(variant, float(answer.nats.mean()))
+        if answer.prompt is not None:
+            self.distances(variant, PROMPT, self.prompt, answer.prompt)
+        if answer.generated is not None and answer.ids is not None:
+            rows = [
+                [*prompt, *ids[:-1]]
+                for prompt, ids in zip(self.asked.prompts, answer.ids, strict=True)
+            ]
+            first = len(self.asked.prompts[0]) - 1
+            p = self.judge.distributions(rows, first)
+            self.distances(variant, GENERATED, p, answer.generated)
+
+    def judged(self, right: list[bool], nats: float) -> None:
+        """The judge's own answers."""
+        self.answered(JUDGE, right)
+        self.text(JUDGE, nats)
+
+
+# -- engines --------------------------------------------------------------------------------------
+
+
+def ask(engine: Engine, asked: Asked, scratch: Path, group: int = 0) -> Answer:
+    """Everything, of one engine; ``group``: so many requests at a time, 0: all at once."""
+
+    def array(do: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray]:
+        out = scratch / f"{engine.variant}-{group}-{do}-{arguments.get('tail', 0)}.npy".replace(
+            " ", "_"
+        )
+        said = engine(do, out=str(out), **arguments)
+        return said, np.load(out)
+
+    rows = engine(
+        "answers", count=asked.count, seed=asked.seed, group=group, longest=asked.longest
+    )["rows"]
+    _, nats = array("text", pieces=asked.text)
+    few = {"pieces": asked.prompts, "group": group and max(1, group // 8)}
+    _, prompt = array("distributions", tail=asked.tail, new=1, **few)
+    said, generated = array("distributions", tail=0, new=asked.new, **few)
+    return Answer(rows, nats, prompt[:, : asked.tail], generated, said["ids"])
+
+
+def with_what_they_need(names: list[str]) -> list[str]:
+    """Patches and those that they stand on."""
+    found: dict[str, None] = {}
+    for name in names:
+        for needed in with_what_they_need(list(by_name(name).requires)):
+            found[needed] = None
+        found[name] = None
+    return list(found)
+
+
+def variants(patches: list[str], chunk: int) -> dict[str, tuple[list[str] | None, dict[str, Any]]]:
+    """By name: its patches, None for stock, and arguments of its own."""
+    found: dict[str, tuple[list[str] | None, dict[str, Any]]] = {
+        STOCK: (None, {}),
+        EXACT: (patches_of(EXACT), {}),
+        DEFAULT: ([], {}),
+    }
+    found |= {name: (with_what_they_need([name]), {}) for name in patches}
+    if chunk:
+        found[f"{STOCK}, chunks of {chunk}"] = (None, {"chunked_prefill_size": chunk})
+    return found
+
+
+def measure(
+    make: Callable[[str], Engine],
+    names: list[str],
+    together: int,
+    talk: Callable[[Engine], dict[str, Answer]],
+    take: Callable[[str, Answer], None],
+) -> dict[str, str]:
+    """Engines in groups, each asked in a thread of its own; causes of death of those that died."""
+    died: dict[str, str] = {}
+    size = together or len(names)
+    for start in range(0, len(names), size):
+        group = names[start : start + size]
+        console.print(f"starting {', '.join(group)}")
+        with started(make, group) as live:
+            died |= {name: "did not start" for name in group if name not in live}
+            said: dict[str, dict[str, Answer]] = {}
+
+            def one(name: str, live: Any = live, said: Any = said) -> str | None:
+                def do() -> None:
+                    said[name] = talk(live[name])
+
+                return outlived(live[name], do)
+
+            try:
+                with ThreadPoolExecutor(max(1, len(live))) as pool:
+                    try:
+                        causes = dict(zip(live, pool.map(one, live), strict=True))
+                    except BaseException:
+                        for engine in live.values():
+                            engine.process.kill()  # or its thread would wait for it
+                        raise
+            finally:
+                for name in live:
+                    for variant, answer in said.get(name, {}).items():
+                        take(variant, answer)
+        for name, cause in causes.items():
+            if cause is not None:
+                console.print(f"{name}: died: {cause}")
+                died[name] = cause
+    return died
+
+
+def table(results: Results) -> Table:
+    """A row a variant for the terminal."""
+    frame = results.frame()
+    values = frame.set_index(["variant", "quantity"])["value"]
+    columns = {
+        "exactly": ("answered exactly", "{:.0f}"),
+        "only it": ("right where stock is wrong", "{:.0f}"),
+        "only stock": ("wrong where stock is right", "{:.0f}"),
+        "p": ("McNemar's p", "{:.3g}"),
+        "differ": ("answers that differ from stock's", "{:.0f}"),
+        "perplexity": ("perplexity", "{:.5f}"),
+        "KL, prompt": (f"KL divergence from fp32, {PROMPT}", "{:.2e}"),
+        "beyond": (f"KL divergence beyond stock's, {PROMPT}", "{:+.1e}"),
+        "KL, generated": (f"KL divergence from fp32, {GENERATED}", "{:.2e}"),
+        "beyond ": (f"KL divergence beyond stock's, {GENERATED}", "{:+.1e}"),
+        "same token": (f"same token as fp32, {GENERATED}", "{:.4f}"),
+    }
+    made = Table("", *columns)
+    for variant in dict.fromkeys(frame["variant"]):
+        cells = []
+        for quantity, form in columns.values():
+            value = values.get((variant, quantity))
+            cells.append("-" if value is None else form.format(value))
+        made.add_row(variant, *cells)
+    return made
+
+
+def main(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder of train_small.py")],
+    patches: Annotated[
+        str, typer.Option(help="Each alone, a comma list; auto: what a model of its kind can meet")
+    ] = "auto",
+    count: Annotated[int, typer.Option(min=1, help="Questions")] = 4002,
+    seed: Annotated[int, typer.Option(help="Of the questions")] = 20_260,
+    pieces: Annotated[int, typer.Option(min=1, help="Of 1023 bytes of text, for perplexity")] = 96,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts whose distributions count")] = 48,
+    length: Annotated[int, typer.Option(help="Tokens of such a prompt")] = 640,
+    tail: Annotated[int, typer.Option(min=1, help="Positions of each prompt")] = 128,
+    new: Annotated[int, typer.Option(min=2, help="Tokens generated after each")] = 64,
+    group: Annotated[int, typer.Option(min=1, help="Stock's other batches have so many")] = 24,
+    chunk: Annotated[int, typer.Option(help="Stock's other chunks; 0: none")] = 256,
+    running: Annotated[int, typer.Option(help="Requests that run at once, at most")] = 64,
+    together: Annotated[int, typer.Option(help="Engines at once; 0: all")] = 5,
+    prefill_graphs: Annotated[
+        bool, typer.Option(help="CUDA graphs of prefill; never on models that share KV")
+    ] = True,
+    out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-quality.csv"),
+) -> None:
+    """Stock against patched on a trained model."""
+    notes = json.loads((folder / "training.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    if patches == "auto":
+        patches = ALONE[notes["model"]]
+    wanted = variants(patches_of(patches), chunk)
+    longest = notes["length"]
+    text = (folder / "held_out.txt").read_bytes()
+    asked = Asked(
+        count,
+        seed,
+        longest,
+        small_tasks.windows(text, pieces, longest - 1),
+        small_tasks.windows(text, prompts, min(length, longest - new) - 1),
+        tail,
+        new,
+    )
+    results = Results(notes["model"], config["num_hidden_layers"], ["each"])
+    results.base |= {
+        "trained_steps": notes["steps"],
+        "trained_seed": notes["seed"],
+        "corpus": notes["corpus"],
+    }
+    arguments: dict[str, Any] = {
+        "model_path": str(folder),
+        **{name: value for name, value in ARGUMENTS.items() if name != "load_format"},
+        "disable_radix_cache": True,
+        "max_total_tokens": 131_072,
+        "max_running_requests": running,
+        "cuda_graph_max_bs": running,
+        "mem_fraction_static": 0.85,
+    }
+    if config["num_kv_shared_layers"] or not prefill_graphs:
+        # Stock 0.5.12.post1 cannot start models that share KV with such graphs.
+        arguments["disable_piecewise_cuda_graph"] = True
+    results.base["prefill_graphs"] = "disable_piecewise_cuda_graph" not in arguments
+    reports: dict[str, Any] = {}
+
+    def make(variant: str) -> Engine:
+        chosen, changed = wanted[variant]
+        name = variant.replace(", ", "-").replace(" ", "-")
+        log = out.with_name(f"{out.stem}-{notes['model']}-{name}.log")
+        log.write_text("")
+        return QualityEngine(variant, chosen, arguments | changed, log)
+
+    end_on_sigterm()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory(prefix="gemma4_turbo-quality-") as scratch:
+
+        def talk(engine: Engine) -> dict[str, Answer]:
+            said = {engine.variant: ask(engine, asked, Path(scratch))}
+            if engine.variant == STOCK:
+                again = engine(
+                    "answers", count=asked.count, seed=asked.seed, group=0, longest=asked.longest
+                )
+                said[AGAIN] = Answer(again["rows"])
+                said[BATCHES] = ask(engine, asked, Path(scratch), group)
+            elif wanted[engine.variant][0] is not None:
+                reports[engine.variant] = engine("status")
+            console.print(f"{engine.variant}: answered")
+            return said
+
+        console.print(f"{JUDGE}: reading the text")
+        findings = Findings(results, asked, Judge(folder, device))
+        pool = ThreadPoolExecutor(1)
+        judged = pool.submit(findings.judge.answer, asked)  # while engines start
+        try:
+            died = measure(make, list(wanted), together, talk, findings.take)
+            findings.judged(*judged.result())
+        finally:  # where a limit on its time cuts a run off, what there is still counts
+            with contextlib.suppress(KeyError):
+                for process in reports[DEFAULT]["processes"]:
+                    console.print(report.table(process["patches"], f"{DEFAULT}: {process['pid']}"))
+            if results.rows:
+                console.print(table(results))
+                frame = results.frame()
+                frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    if STOCK in died:
+        raise SystemExit(f"quality.py: stock {died[STOCK]}: nothing was compared with it")
+    if died:
+        raise SystemExit(f"quality.py: {', '.join(died)} died; their logs lie beside {out}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
