@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench import lines, small_models, small_tasks
+from bench import small_models, small_tasks
+from gemma4_turbo.cli import lines
 from gemma4_turbo.cli.small_moe import prepare_sglang
 from tests.cpu import forward_batch
 
