@@ -55,6 +55,14 @@ _ATTENTION = (
     f"{_OPS}:_gemma_qkv_rmsnorm_store",
 )
 
+# What stock's boundaries call around a layer, and ours do not: who has wrapped one sees the residual stream.
+_STREAM_CALLS = (
+    f"{_RESIDUAL}:bind_update",
+    f"{_RESIDUAL}.batch:written_residual",
+    f"{_RESIDUAL}.add_norm:_update_and_read_residual_plain",
+    "sglang.srt.layers.layer_boundary.ops:keep_output",
+)
+
 # What a layer calls by way of its modules.
 _NORM_CALLS = (_OP, *calls.NORM)
 _MLP_CALLS = (*calls.LINEAR, _OP, *calls.MLP)
@@ -358,6 +366,7 @@ PORTS: dict[str, Port] = {
         ),
         written_for=RELEASES,
         goes_round=(
+            *_STREAM_CALLS,
             *calls.LINEAR,
             _OP,
             "sglang.srt.layers.moe.topk:TopK.forward_cuda",
@@ -416,14 +425,14 @@ PORTS: dict[str, Port] = {
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=RELEASES,
-        goes_round=(*_NORM_CALLS, f"{_MODEL}:Gemma4Router.forward"),
+        goes_round=(*_STREAM_CALLS, *_NORM_CALLS, f"{_MODEL}:Gemma4Router.forward"),
     ),
     "ple_tail": Port(
         module=f"{HERE}.wiring:ple_tail",
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=RELEASES,
-        goes_round=_NORM_CALLS,
+        goes_round=(*_STREAM_CALLS, *_NORM_CALLS),
     ),
     "input_norm": Port(
         module=f"{HERE}.wiring:input_norm",
@@ -439,7 +448,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.aux_hidden_states:AuxHiddenStateList",
         ),
         written_for=RELEASES,
-        goes_round=_NORM_CALLS,
+        goes_round=(*_STREAM_CALLS, *_NORM_CALLS),
     ),
     "experts_sum": Port(
         module=f"{HERE}.experts_sum",
@@ -458,14 +467,14 @@ PORTS: dict[str, Port] = {
             f"{_MODEL}:Gemma4MoE.forward",
         ),
         written_for=RELEASES,
-        goes_round=_EXPERTS_CALLS,
+        goes_round=(*_STREAM_CALLS, *_EXPERTS_CALLS),
     ),
     "mlp_stream": Port(
         module=f"{HERE}.wiring:mlp_stream",
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=RELEASES,
-        goes_round=_MLP_CALLS,
+        goes_round=(*_STREAM_CALLS, *_MLP_CALLS),
     ),
     "skinny_gemm": Port(
         module=f"{HERE}.wiring:skinny_gemm",
@@ -481,13 +490,14 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.linear:RowParallelLinear.forward",
         ),
         written_for=RELEASES,
-        goes_round=_MLP_CALLS,
+        goes_round=(*_STREAM_CALLS, *_MLP_CALLS),
     ),
     "pdl": Port(
         module=f"{HERE}.wiring:pdl",
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
         written_for=RELEASES,
+        goes_round=_STREAM_CALLS,
     ),
     "rope_store": Port(
         module=f"{HERE}.wiring:rope_store",

@@ -430,3 +430,24 @@ def test_early_launches_are_counted_per_layer(monkeypatch: pytest.MonkeyPatch):
     models.run(model)
     assert engaged_since(before)["pdl"] == 2
     assert linear.SKINNY_GEMM.run is not None
+
+
+@pytest.mark.parametrize(
+    "name", [":bind_update", ".batch:written_residual", ".add_norm:_update_and_read_residual_plain"]
+)
+def test_who_watches_the_residual_stream_is_not_gone_round(
+    name: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A wrapper on what stock's boundaries call around a layer: the layer is stock's."""
+    import functools
+    import importlib
+
+    models.build("dense")
+    path, _, function = f"sglang.srt.layers.layer_boundary.residual{name}".partition(":")
+    module = importlib.import_module(path)
+    inner = getattr(module, function)
+    wrapper = functools.wraps(inner)(lambda *args, **kwargs: inner(*args, **kwargs))
+    monkeypatch.setattr(module, function, wrapper)
+    ENGINE.apply(only=ON)
+    for patch in ("layer_norms", "skinny_gemm", "pdl"):
+        assert ENGINE.runs[patch].state == states.CONFLICT, (patch, ENGINE.runs[patch].reason)
