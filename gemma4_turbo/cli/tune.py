@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -227,7 +228,7 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
         prepare: import SGLang; other processes compile meanwhile.
     """
     from gemma4_turbo.cli.tuning import device as devices
-    from gemma4_turbo.cli.tuning import moe, plain, subject
+    from gemma4_turbo.cli.tuning import moe, plain
 
     device, store = session.device, session.store
     wanted = [one for one in subjects(models) if (one.kernel, one.place) not in store.shapes]
@@ -246,34 +247,15 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
     prepare()
     with _progress(session.console) as progress:
         task = progress.add_task("", total=len(wanted) + len(experts) + 1)
-        for one in wanted:
+        compiled: list[tuple[Any, Callable[[], Shape]]] = [
+            *((one, partial(_subject, one, session)) for one in wanted),
+            *((pair, partial(_tables, pair, session)) for pair in experts),
+        ]
+        for one, run in compiled:
             progress.update(task, description=one.title)
             place = one.kernel, one.place
             session.compiler.wait(place, session.go_on)
-            session.one(
-                one.title,
-                [place],
-                lambda one=one: [  # type: ignore[misc]
-                    subject.measure(
-                        one,
-                        device.torch_name,
-                        device.gpu,
-                        device.clock,
-                        device.known,
-                        session.go_on,
-                    )
-                ],
-            )
-            progress.advance(task)
-        for pair in experts:
-            progress.update(task, description=pair.title)
-            place = pair.kernel, pair.place
-            session.compiler.wait(place, session.go_on)
-            session.one(
-                pair.title,
-                [place],
-                lambda pair=pair: [_tables(pair, session)],  # type: ignore[misc]
-            )
+            session.one(one.title, [place], lambda run=run: [run()])  # type: ignore[misc]
             progress.advance(task)
         progress.update(task, description="kernels without tiles")
         plains = [case for case in plain.cases(models) if plain.place(case) not in store.shapes]
@@ -293,6 +275,15 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
                 ],
             )
             progress.advance(task)
+
+
+def _subject(one: Subject, session: Session) -> Shape:
+    from gemma4_turbo.cli.tuning import subject
+
+    device = session.device
+    return subject.measure(
+        one, device.torch_name, device.gpu, device.clock, device.known, session.go_on
+    )
 
 
 def _tables(pair: Any, session: Session) -> Shape:

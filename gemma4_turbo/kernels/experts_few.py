@@ -348,8 +348,6 @@ def found_here(
     choices: int, width: int, hidden: int, device: torch.device
 ) -> measured.Row[Tiles] | None:
     """What was measured on this GPU of experts ``width x hidden``; None if nothing was."""
-    if not measured.tiles(device):  # nearly always, at every call: no shape is spelt out
-        return None
     row = measured.look("experts_few", device, (choices, width, hidden), made)
     wrong = row is not None and row.tile is not None and tiles_unfit(row.tile, choices)
     return None if wrong else row

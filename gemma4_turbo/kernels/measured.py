@@ -50,7 +50,6 @@ def tiles(device: torch.device) -> Tiles:
     return source(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
 
 
-@functools.cache
 def look(
     kernel: str,
     device: torch.device,
@@ -65,6 +64,17 @@ def look(
         shape: as the kernel spells it.
         made: a tile from its numbers; ValueError if the kernel cannot be cut so.
     """
+    # Nearly always nothing, at every call of a kernel: no longer key is hashed then.
+    return _look(kernel, device, shape, made) if tiles(device) else None
+
+
+@functools.cache
+def _look(
+    kernel: str,
+    device: torch.device,
+    shape: tuple[Word, ...],
+    made: Callable[[tuple[int, ...]], T],
+) -> Row[T] | None:
     found = tiles(device).get((kernel, shape))
     if found is None:
         return None
@@ -80,7 +90,6 @@ def look(
         return None
 
 
-@functools.cache
 def nearest(
     kernel: str,
     device: torch.device,
@@ -89,6 +98,17 @@ def nearest(
     made: Callable[[tuple[int, ...]], T],
 ) -> Row[T] | None:
     """`look` at the measured shape ``(*shape, n)`` whose n is closest to ``size``, by their ratio."""
+    return _nearest(kernel, device, shape, size, made) if tiles(device) else None
+
+
+@functools.cache
+def _nearest(
+    kernel: str,
+    device: torch.device,
+    shape: tuple[Word, ...],
+    size: int,
+    made: Callable[[tuple[int, ...]], T],
+) -> Row[T] | None:
     sizes = [
         words[-1]
         for name, words in tiles(device)
@@ -109,7 +129,7 @@ def has(kernel: str, device: torch.device) -> bool:
 
 def forget() -> None:
     """Ask `source` again."""
-    for function in (tiles, look, nearest, has, known):
+    for function in (tiles, _look, _nearest, has, known):
         function.cache_clear()
 
 

@@ -11,6 +11,7 @@ import torch
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions import layer_norms as norms_between
 from gemma4_turbo.fusions import layer_tail, norm_kinds, ple_tail, qkv, router_norm
+from gemma4_turbo.fusions import router_few as routed
 from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.fusions.stock import followed
 from gemma4_turbo.kernels import router_few as few
@@ -223,7 +224,7 @@ def router_few(device: str) -> list[Check]:
             float((y.logits.double() - exact).norm() / exact.norm()) for y in (found, stock)
         )
         weights, ids = few.reference_routing(found.logits, scale, 8)
-        bound = 2.0**-18
+        bound = routed.WEIGHTS
         near = bool(((found.weights - weights).abs() <= weights.abs() * bound).all())
         checks.append(
             Check(

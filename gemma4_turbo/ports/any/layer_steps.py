@@ -95,9 +95,6 @@ class LayerSite(Site):
         self.mlp_stream: str | None = apart  # no arithmetic to compare
         more = apart or sglang_types.reduction_unfit(layer.moe.experts)
         self.experts_sum: str | None = first_unfit([*reasons, more])
-        self.router_few: str | None = (
-            router_few.look_at(self, layer) if moe else "the layer has no experts"
-        )
         self.following: tuple[Norm | None, str | None] = (None, None)
 
         routing = (layer.router, layer.router.norm) if self.layer_norms is UNPROVEN and moe else ()
@@ -188,13 +185,13 @@ def after_attention(
     else:
         mlp_output = linear.mlp(self.mlp, mlp_input)
     if router_input is not None:
-        router_logits = router_few.logits(self, site, router_input)
+        router_logits = router_few.logits(self, router_input)
     else:
         router_logits = self.router(residual)
         experts_input = self.pre_feedforward_layernorm_2(residual)
     experts_output = _experts(self, site, experts_input, router_logits, residual, mlp_output)
     if router_few.ROUTER_FEW.run is not None:
-        router_few.done(site, residual)
+        router_few.done(self, residual)
     if side is not None:
         main.wait_stream(side)
     return _finish(self, site, mlp_output, experts_output, residual, per_layer_input, following)

@@ -127,20 +127,17 @@ def _run(
     return SKINNY_GEMM(site, args)
 
 
-def zeros_of(module: Linear, count: int, device: torch.device) -> torch.Tensor:
-    """Zeros that launches of one module leave as zeros, one launch after the other. Never made in a capture.
+def zeros_of(module: Linear, count: int, device: torch.device) -> torch.Tensor | None:
+    """Zeros that launches of one module leave as zeros, one launch after the other.
 
+    None in a capture, if there are none yet: they are never made there.
     Kept on the module for good: a CUDA graph may go on using those of a plan that has ended.
     """
     every: list[torch.Tensor] = module.__dict__.setdefault(ARRIVED, [])
     for zeros in every:
         if zeros.shape[0] >= count and zeros.device == device:
             return zeros
+    if capturing():
+        return None
     every.append(torch.zeros(count, dtype=torch.int32, device=device))
     return every[-1]
-
-
-def kept(module: Linear) -> torch.Tensor | None:
-    """Zeros that `zeros_of` made before, for a capture."""
-    every: list[torch.Tensor] = module.__dict__.get(ARRIVED, [])
-    return every[0] if every and every[0].device == module.weight.device else None

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from gemma4_turbo.fusions import router_few
-from gemma4_turbo.fusions.site import UNPROVEN, Site
+from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
 from gemma4_turbo.kernels import router_few as kernel
 from gemma4_turbo.ports.any import linear, sglang_types
-from gemma4_turbo.runtime.custom_ops import capturing
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.any.model_protocols import DecoderLayer
+    from gemma4_turbo.ports.any.model_protocols import DecoderLayer, Router
 
 ROUTER_FEW = router_few.RouterFew("router_few")
 NAME = "router_few"
@@ -30,6 +29,7 @@ NOT_ASKED = "SGLang did not ask its routing function for the router's logits"
 class Handed(NamedTuple):
     """What the newest launch has found, for the routing function."""
 
+    layer: DecoderLayer
     site: Site
     found: kernel.Routed
     version: int | None  # of the logits, that a change in place raises; none in inference mode
@@ -59,26 +59,37 @@ def unfit(layer: DecoderLayer) -> str | None:
     return sglang_types.weight_unfit(moe.per_expert_scale)
 
 
-def look_at(site: Site, layer: DecoderLayer) -> str | None:
-    """What the patch covers in a layer, and `unfit` or that it is to be compared."""
-    reason = unfit(layer)
-    if reason is not None:
-        return reason
-    proj, topk = layer.router.proj, layer.moe.topk
-    site.cover(NAME, layer.router, proj, layer.moe, topk)
-    site.made_for(
-        *((proj, name) for name in ("quant_method", "weight", "bias")),
-        *sglang_types.method_parts(proj),
-        (layer.router, "proj"),
-        (layer.moe, "topk"),
-        (layer.moe, "per_expert_scale"),
-        (topk, "topk_config"),
-        (topk.topk_config, "custom_routing_function"),
-    )
-    return UNPROVEN
+class RouterSite(Site):
+    """What a router and the routing behind it allow, looked at once. Kept on the router, and made there
+    only while the patch is in: a layer without it looks at none of these parts."""
+
+    def __init__(self, router: Router, layer: DecoderLayer) -> None:
+        moe = layer.moe
+        self.router_few: str | None = unfit(layer) or UNPROVEN
+        fits = self.router_few is UNPROVEN
+        key: tuple[object, ...] = ()
+        if fits:
+            weight, scale = router.proj.weight, moe.per_expert_scale
+            kinds = weight.dtype, scale.dtype, moe.topk.topk_config.top_k
+            key = (tuple(weight.shape), *kinds, str(weight.device))
+        super().__init__(key, None)
+        self.made_for((layer, "moe"))
+        if fits:
+            proj, topk = router.proj, moe.topk
+            self.cover(NAME, router, proj, moe, topk)
+            self.made_for(
+                *((proj, name) for name in ("quant_method", "weight", "bias")),
+                *sglang_types.method_parts(proj),
+                (router, "norm"),
+                (router, "proj"),
+                (moe, "topk"),
+                (moe, "per_expert_scale"),
+                (topk, "topk_config"),
+                (topk.topk_config, "custom_routing_function"),
+            )
 
 
-def logits(layer: DecoderLayer, site: Site, x: torch.Tensor) -> torch.Tensor:
+def logits(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     """The router's product with its normed input; what follows from it is kept for `routed`."""
     proj, run = layer.router.proj, ROUTER_FEW.run
     if run is None or torch.compiler.is_compiling():
@@ -87,17 +98,19 @@ def logits(layer: DecoderLayer, site: Site, x: torch.Tensor) -> torch.Tensor:
     if not 0 < x.shape[0] <= kernel.MAX_TOKENS:  # every prefill: no time for more
         run.declined(TOO_MANY_TOKENS if x.shape[0] else "no tokens")
         return linear.project(proj, x)
+    site = eager_site_of(layer.router, RouterSite, layer)
     if ROUTER_FEW.settled(site):
         return linear.project(proj, x)
     moe, weight = layer.moe, proj.weight
-    arrived = linear.zeros_of(proj, 1, weight.device) if not capturing() else linear.kept(proj)
     scale, topk = moe.per_expert_scale, moe.topk.topk_config.top_k
-    args = router_few.Args(x, weight, scale, topk, arrived)
+    args = router_few.Args(x, weight, scale, topk, linear.zeros_of(proj, 1, weight.device))
     found = ROUTER_FEW(site, args, sglang_types.batch_invariant_unfit())
     if found is None:
         return linear.project(proj, x)
     made = found.logits
-    _slot[0] = Handed(site, found, None if made.is_inference() else made._version, scale, topk)
+    _slot[0] = Handed(
+        layer, site, found, None if made.is_inference() else made._version, scale, topk
+    )
     return made
 
 
@@ -117,10 +130,10 @@ def routed(
     return handed.found.weights, handed.found.ids
 
 
-def done(site: Site, x: torch.Tensor) -> None:
+def done(layer: DecoderLayer, x: torch.Tensor) -> None:
     """The layer's experts have run. Where nobody asked, the next launch would be for nothing as well."""
     handed = _slot[0]
-    if handed is not None and handed.site is site:
+    if handed is not None and handed.layer is layer:
         if x.is_cuda:  # without a GPU SGLang routes in another way
-            setattr(site, NAME, NOT_ASKED)
+            setattr(handed.site, NAME, NOT_ASKED)
         _slot[0] = None

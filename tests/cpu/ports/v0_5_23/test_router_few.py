@@ -16,7 +16,7 @@ import torch
 
 from gemma4_turbo.cli.small_moe import prepare_sglang
 from gemma4_turbo.engine import states
-from gemma4_turbo.fusions.site import UNPROVEN
+from gemma4_turbo.fusions.site import UNPROVEN, eager_site_of
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import router_few as kernel
 from gemma4_turbo.ports.any import layer_steps, linear, sglang_types
@@ -55,10 +55,7 @@ def layer(model: Any) -> Any:
 
 
 def site_of(layer: Any) -> Any:
-    from gemma4_turbo.fusions.site import site_of as look
-    from gemma4_turbo.ports.v0_5_23.decoder_layer import LayerSite
-
-    return look(layer, LayerSite)
+    return eager_site_of(layer.router, patch.RouterSite, layer)
 
 
 def rows(tokens: int = 2) -> torch.Tensor:
@@ -96,7 +93,7 @@ def test_each_layer_routes_in_the_launch_of_its_product(model: Any):
 
 def test_who_asks_for_the_very_logits_gets_what_the_launch_has_found(layer: Any, stocks: Any):
     x, scale = rows(), layer.moe.per_expert_scale
-    logits = patch.logits(layer, site_of(layer), x)
+    logits = patch.logits(layer, x)
     weights, ids = asked(logits, scale)
     expected, expected_ids = kernel.reference_routing(logits, scale.data, 8)
     assert torch.equal(ids, expected_ids)
@@ -109,20 +106,20 @@ def test_who_asks_for_the_very_logits_gets_what_the_launch_has_found(layer: Any,
 
 def test_whoever_asks_for_anything_else_gets_stocks(layer: Any, stocks: Any):
     scale = layer.moe.per_expert_scale
-    logits = patch.logits(layer, site_of(layer), rows())
+    logits = patch.logits(layer, rows())
     asked(logits.clone(), scale)
     asked(logits, scale.clone())
     asked(logits, scale, 4)
     assert len(stocks) == 3
-    patch.done(site_of(layer), rows())
+    patch.done(layer, rows())
     asked(logits, scale)  # the layer has ended
     assert len(stocks) == 4
 
 
 def test_the_newest_launch_alone_is_handed_on(model: Any, layer: Any, stocks: Any):
-    first = patch.logits(layer, site_of(layer), rows())
+    first = patch.logits(layer, rows())
     other = model.layers[1]
-    patch.logits(other, site_of(other), rows())
+    patch.logits(other, rows())
     asked(first, layer.moe.per_expert_scale)
     assert len(stocks) == 1
 
@@ -136,14 +133,14 @@ def test_hooks_are_seen(layer: Any, part: str):
     handle = module.register_forward_hook(lambda *args: None)
     try:
         before = counted(NAME)
-        patch.logits(layer, site_of(layer), rows())
+        patch.logits(layer, rows())
         assert counted(NAME) == before.and_(declined=1)
         assert "hook" in ENGINE.runs[NAME]._decline_reason
         assert patch._slot == [None]
     finally:
         handle.remove()
     before = counted(NAME)
-    patch.logits(layer, site_of(layer), rows())
+    patch.logits(layer, rows())
     assert counted(NAME) == before.and_(engaged=1)
 
 
@@ -156,7 +153,7 @@ class Own(torch.nn.Module):
 
 def declined(layer: Any, reason: str) -> None:
     before = counted(NAME)
-    patch.logits(layer, site_of(layer), rows())
+    patch.logits(layer, rows())
     assert counted(NAME) == before.and_(declined=1)
     assert reason in ENGINE.runs[NAME]._decline_reason
 
@@ -167,14 +164,14 @@ def test_another_product_is_stocks(layer: Any, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_bias_is_stocks(layer: Any, monkeypatch: pytest.MonkeyPatch):
-    patch.logits(layer, site_of(layer), rows())
+    patch.logits(layer, rows())
     monkeypatch.setattr(layer.router.proj, "bias", torch.nn.Parameter(torch.ones(128).bfloat16()))
     declined(layer, "has a bias")
 
 
 def test_another_routing_function_is_stocks(layer: Any, monkeypatch: pytest.MonkeyPatch):
     """Also one that comes when the layer has run before."""
-    patch.logits(layer, site_of(layer), rows())
+    patch.logits(layer, rows())
     config = layer.moe.topk.topk_config
     monkeypatch.setattr(config, "custom_routing_function", lambda **kwargs: None)
     declined(layer, "the routing function is")
@@ -183,7 +180,7 @@ def test_another_routing_function_is_stocks(layer: Any, monkeypatch: pytest.Monk
 def test_another_experts_block_is_stocks(layer: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(layer._modules, "moe", Own())
     before = counted(NAME)
-    patch.logits(layer, site_of(layer), rows())
+    patch.logits(layer, rows())
     assert counted(NAME) == before.and_(declined=1)
     assert "the experts' block is" in ENGINE.runs[NAME]._decline_reason
 
@@ -200,7 +197,7 @@ def test_a_wrapper_around_the_routing_function_is_stocks(layer: Any):
 
 
 def test_logits_that_were_changed_in_place_are_stocks(layer: Any, stocks: Any):
-    logits = patch.logits(layer, site_of(layer), rows())
+    logits = patch.logits(layer, rows())
     logits.add_(1)
     asked(logits, layer.moe.per_expert_scale)
     assert len(stocks) == 1
@@ -225,25 +222,25 @@ def test_a_wrapper_around_the_choice_of_experts_is_a_conflict(
 
 def test_no_tokens_are_stocks(layer: Any):
     before = counted(NAME)
-    assert patch.logits(layer, site_of(layer), rows(0)).shape == (0, 128)
+    assert patch.logits(layer, rows(0)).shape == (0, 128)
     assert counted(NAME) == before.and_(declined=1)
 
 
 def test_another_layers_launch_says_nothing_of_this_one(model: Any, layer: Any, stocks: Any):
     """Two forwards in turn, as of two micro-batches."""
-    first = patch.logits(layer, site_of(layer), rows())
+    first = patch.logits(layer, rows())
     asked(first, layer.moe.per_expert_scale)
     other = model.layers[1]
-    patch.logits(other, site_of(other), rows())
-    patch.done(site_of(layer), SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+    patch.logits(other, rows())
+    patch.done(layer, SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
     before = counted(NAME)
-    patch.logits(layer, site_of(layer), rows())
+    patch.logits(layer, rows())
     assert counted(NAME) == before.and_(engaged=1)
 
 
 def test_more_tokens_are_stocks(layer: Any):
     before = counted(NAME)
-    found = patch.logits(layer, site_of(layer), rows(9))
+    found = patch.logits(layer, rows(9))
     assert counted(NAME) == before.and_(declined=1)
     assert ENGINE.runs[NAME]._decline_reason == "more than 8 tokens"
     assert torch.equal(found, layer.router.proj(rows(9))[0])
@@ -259,44 +256,43 @@ def test_a_capture_wants_a_run_before_it(layer: Any, monkeypatch: pytest.MonkeyP
     site = site_of(layer)
     assert site.router_few is UNPROVEN
     with monkeypatch.context() as inside:
-        for module in (patch, linear, sys.modules["gemma4_turbo.fusions.fusion"]):
+        for module in (linear, sys.modules["gemma4_turbo.fusions.fusion"]):
             inside.setattr(module, "capturing", lambda: True)
         declined(layer, "was not run before the capture")
-    patch.logits(layer, site, rows())
+    patch.logits(layer, rows())
     with monkeypatch.context() as inside:
-        for module in (patch, linear, sys.modules["gemma4_turbo.fusions.fusion"]):
+        for module in (linear, sys.modules["gemma4_turbo.fusions.fusion"]):
             inside.setattr(module, "capturing", lambda: True)
         before = counted(NAME)
-        patch.logits(layer, site, rows())
+        patch.logits(layer, rows())
         assert counted(NAME) == before.and_(engaged=1, captured=1)
 
 
 def test_where_nobody_asks_the_next_call_is_stocks(layer: Any):
     """As with experts that route by themselves: the launch would be for nothing."""
-    site = site_of(layer)
-    patch.logits(layer, site, rows())
-    patch.done(site, SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+    patch.logits(layer, rows())
+    patch.done(layer, SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
     declined(layer, patch.NOT_ASKED)
 
 
 def test_what_an_exception_left_behind_says_nothing_of_the_next_layer(model: Any, layer: Any):
-    patch.logits(layer, site_of(layer), rows())  # and its experts raise
+    patch.logits(layer, rows())  # and its experts raise
     other = model.layers[1]
-    patch.logits(other, site_of(other), rows(9))
-    patch.done(site_of(other), SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
+    patch.logits(other, rows(9))
+    patch.done(other, SimpleNamespace(is_cuda=True))  # type: ignore[arg-type]
     before = counted(NAME)
-    patch.logits(other, site_of(other), rows())
+    patch.logits(other, rows())
     assert counted(NAME) == before.and_(engaged=1)
 
 
 def test_a_written_weight_is_read(layer: Any):
-    before = patch.logits(layer, site_of(layer), rows())
+    before = patch.logits(layer, rows())
     layer.router.proj.weight.data.mul_(-1)
-    assert torch.equal(patch.logits(layer, site_of(layer), rows()), -before)
+    assert torch.equal(patch.logits(layer, rows()), -before)
 
 
 def test_revert_gives_stocks_function_back(layer: Any, stocks: Any):
-    logits = patch.logits(layer, site_of(layer), rows())
+    logits = patch.logits(layer, rows())
     ENGINE.revert()
     assert not hasattr(
         sys.modules["sglang.srt.models.gemma4_causal"].gemma4_fused_routing, "__wrapped__"
