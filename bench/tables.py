@@ -398,6 +398,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "divergence": lambda: tables_engines.divergence(RESULTS),
     "divergence-ratios": lambda: tables_engines.divergence_ratios(RESULTS),
     "mtp": lambda: tables_engines.mtp(RESULTS),
+    "quality-line": lambda: tables_quality.headline(RESULTS),
     "quality": lambda: tables_quality.quality(RESULTS),
     "peers": lambda: tables_peers.peers(RESULTS),
     "peers-plot": lambda: tables_peers.plot(RESULTS),

@@ -8,22 +8,45 @@ import pandas as pd
 
 from bench.table_text import markdown, newest_rows, origins
 
-STOCK, JUDGE = "stock", "transformers, fp32"
+STOCK, DEFAULT, JUDGE = "stock", "default", "transformers, fp32"
+
+
+def newest_runs(results: Path) -> list[tuple[str, str, pd.DataFrame]]:
+    """Release, model and rows of the newest run of each; none where nothing is measured."""
+    path = results / "quality.csv"
+    if not path.exists():
+        return []
+    frame = pd.read_csv(path)
+    return [
+        (str(release), str(model), newest_rows(of_model))
+        for (release, model), of_model in frame.groupby(["sglang", "model"], sort=False)
+    ]
+
+
+def headline(results: Path) -> str | None:
+    """One line: how many questions stock and all default patches answer; None where nothing is measured."""
+    told = []
+    for release, model, run in newest_runs(results):
+        values = run.set_index(["variant", "quantity"])[["value", "x"]]
+        right = {name: values.loc[name, "answered exactly"] for name in (STOCK, DEFAULT)}
+        p = values.loc[(DEFAULT, "McNemar's p"), "value"]
+        counts = f"stock {right[STOCK]['value']:,.0f}, patched {right[DEFAULT]['value']:,.0f}"
+        told.append(f"`{model}` on {release} {counts} of {right[STOCK]['x']:,.0f} (p {p:.2g})")
+    if not told:
+        return None
+    return f"Questions that trained models answer exactly: {'; '.join(told)}."
 
 
 def quality(results: Path) -> str | None:
     """A row for each engine of each model's newest run on a release; None where nothing is measured."""
-    path = results / "quality.csv"
-    if not path.exists():
-        return None
-    frame = pd.read_csv(path)
     rows, used = [], []
-    for (release, model), of_model in frame.groupby(["sglang", "model"], sort=False):
-        run = newest_rows(of_model)
+    for release, model, run in newest_runs(results):
         used.append(run)
         values = run.set_index(["variant", "quantity"])[["value", "x"]]
         for variant in dict.fromkeys(run["variant"]):
-            rows.append([str(release), model, named(variant), *cells(variant, values)])
+            rows.append([release, model, named(variant), *cells(variant, values)])
+    if not used:
+        return None
     header = ["SGLang", "model", "engine", "answered exactly", "only this, only stock", "p"]
     header += ["answers unlike stock's", "perplexity", "KL from fp32, prompt", "generated"]
     header += ["beyond stock's, prompt", "generated "]
@@ -37,7 +60,7 @@ def quality(results: Path) -> str | None:
 
 def named(variant: str) -> str:
     """Patches as code, engines as words."""
-    plain = variant.startswith(STOCK) or variant in (JUDGE, "exact", "default")
+    plain = variant.startswith(STOCK) or variant in (JUDGE, "exact", DEFAULT)
     return variant if plain else f"`{variant}` alone"
 
 

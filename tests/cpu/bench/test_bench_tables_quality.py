@@ -52,6 +52,16 @@ def test_nothing_is_measured(tmp_path: Path):
     assert tables.quality(tmp_path) is None
 
 
+def test_the_line_compares_default_with_stock(tmp_path: Path):
+    assert tables.headline(tmp_path) is None
+    default = [("default", *row[1:]) for row in ALONE]
+    write(tmp_path / "quality.csv", STOCK + default)
+    write(tmp_path / "quality.csv", STOCK + default, model="ple")
+    made = tables.headline(tmp_path) or ""
+    counts = "stock 3,000, patched 3,001 of 4,002 (p 0.75)"
+    assert made.endswith(f": `moe` on 1.0 {counts}; `ple` on 1.0 {counts}.")
+
+
 def test_newest_run_of_each_model(tmp_path: Path):
     path = tmp_path / "quality.csv"
     write(path, [("stock", "answered exactly", 4002, 1)], OLD)
