@@ -1,13 +1,13 @@
-"""Two versions of this package in SGLang's own engine: decode steps and prefill, stock beside them.
+"""Versions of this package in SGLang's own engine: decode steps and prefill, stock beside them.
 
     git worktree add .carry/old COMMIT
     python bench/before_after.py .carry/old --model 26b-a4b --layers 12
-    python bench/before_after.py .carry/old --model 26b-a4b --stock apart
+    python bench/before_after.py .carry/old .carry/other --model 26b-a4b --stock apart
     python bench/before_after.py .carry/old --model e4b --patches exact --equality 64 --batches '' --prefill ''
 
 All engines are alive at once on one GPU and measured in turn, in another order every round; with
-``--stock apart`` stock's comes after the two others, where three models do not fit. Reported are
-medians and the ratios after / before and after / stock. Rows of the CSV are those of ``engine.py``.
+``--stock apart`` stock's comes after the others, where all models do not fit. Reported are medians and the
+ratio of this version, "after", to each other one, which is called as its folder. Rows of the CSV are those of ``engine.py``.
 Eager prefill of short prompts is bound by CPU overhead: two processes of one version differ there
 by up to 30 % for as long as they live.
 """
@@ -32,7 +32,7 @@ from bench import engine as ours  # noqa: E402
 from bench.engine import PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
-BEFORE, AFTER = "before", "after"
+AFTER = "after"
 
 
 class Stock(StrEnum):
@@ -70,7 +70,7 @@ def _is_ours(module: str) -> bool:
 
 
 def main(
-    old: Annotated[Path, typer.Argument(help="A checkout of the other version")],
+    old: Annotated[list[Path], typer.Argument(help="Checkouts of other versions")],
     model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "26b-a4b",
     layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
     batches: Annotated[str, typer.Option(help="Decode batch sizes")] = "1,8,32,64",
@@ -88,7 +88,7 @@ def main(
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-before-after.csv"),
 ) -> None:
-    """Before against after, whole engine."""
+    """Other versions against this one, whole engine."""
     ours.end_on_sigterm()
     sizes = [int(size) for size in batches.split(",") if size]
     prefills = [ours.parse_prefill(text) for text in prefill.split(",") if text]
@@ -108,7 +108,11 @@ def main(
     if geometry.GEOMETRIES[model].kv_shared_layers:
         # Stock 0.5.12.post1 cannot start models that share KV with piecewise graphs.
         arguments["disable_piecewise_cuda_graph"] = True
-    classes = {BEFORE: engine_class(old), AFTER: ours.Engine, STOCK: ours.Engine}
+    names = [path.resolve().name for path in old]
+    if len({*names, AFTER, STOCK}) < len(names) + 2:
+        raise typer.BadParameter(f"checkouts need names of their own, got {', '.join(names)}")
+    classes = dict(zip(names, map(engine_class, old), strict=True))
+    classes |= {AFTER: ours.Engine, STOCK: ours.Engine}
 
     def make(name: str) -> Any:
         log = out.with_name(f"{out.stem}-{model}-{name}.log").resolve()
@@ -129,9 +133,9 @@ def main(
     # `yoco` declines logprobs of prompts: no tail.
     compared = {"count": equality, "new": 64, "seed": 99, "tail": 0}
     answers: dict[str, list[dict[str, Any]]] = {}
-    groups = [[BEFORE, AFTER]]
+    groups = [[*names, AFTER]]
     if stock is Stock.TOGETHER:
-        groups = [[BEFORE, AFTER, STOCK]]
+        groups = [[*names, AFTER, STOCK]]
     elif stock is Stock.APART:
         groups.append([STOCK])
     try:
@@ -144,7 +148,7 @@ def main(
                     for name in group[turned:] + group[:turned]:
                         measure(name, live[name], round_)
     finally:  # where a limit on its time cuts a run off, what there is still counts
-        for other in (BEFORE, STOCK):
+        for other in (*names, STOCK):
             if {AFTER, other} <= set(answers):
                 count = ours.differences(answers[other], answers[AFTER])
                 print(
@@ -153,7 +157,7 @@ def main(
                 )
         if results.rows:
             table = results.summary()
-            for other in (BEFORE, STOCK):
+            for other in (*names, STOCK):
                 if {AFTER, other} <= set(table.columns):
                     table[f"{AFTER} / {other}"] = table[AFTER] / table[other]
             print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
