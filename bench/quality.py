@@ -285,6 +285,24 @@ def ask(engine: Engine, asked: Asked, scratch: Path, group: int = 0) -> Answer:
     return Answer(rows, nats, prompt[:, : asked.tail], generated, said["ids"])
 
 
+def arguments_of(folder: Path, running: int, pool: int = 131_072) -> dict[str, Any]:
+    """Of every engine on a trained folder; ``pool``: tokens of its KV."""
+    made: dict[str, Any] = {
+        "model_path": str(folder),
+        **{name: value for name, value in ARGUMENTS.items() if name != "load_format"},
+        "disable_radix_cache": True,
+        "max_total_tokens": pool,
+        "max_running_requests": running,
+        "cuda_graph_max_bs": running,
+        "mem_fraction_static": 0.85,
+        "sleep_on_idle": True,  # there can be more engines than cores
+    }
+    if json.loads((folder / "config.json").read_text())["num_kv_shared_layers"]:
+        # Stock 0.5.12.post1 cannot start models that share KV with such graphs.
+        made["disable_piecewise_cuda_graph"] = True
+    return made
+
+
 def with_what_they_need(names: list[str]) -> list[str]:
     """Patches and those that they stand on."""
     found: dict[str, None] = {}
@@ -312,8 +330,8 @@ def measure(
     make: Callable[[str], Engine],
     names: list[str],
     together: int,
-    talk: Callable[[Engine], dict[str, Answer]],
-    take: Callable[[str, Answer], None],
+    talk: Callable[[Engine], dict[str, Any]],
+    take: Callable[[str, Any], None],
     last: Callable[[dict[str, Engine]], None] = lambda live: None,
 ) -> dict[str, str]:
     """Engines in groups, each asked in a thread of its own; causes of death of those that died.
@@ -327,7 +345,7 @@ def measure(
         console.print(f"starting {', '.join(group)}")
         with started(make, group) as live:
             died |= {name: "did not start" for name in group if name not in live}
-            said: dict[str, dict[str, Answer]] = {}
+            said: dict[str, dict[str, Any]] = {}
 
             def one(name: str, live: Any = live, said: Any = said) -> str | None:
                 def do() -> None:
@@ -353,6 +371,17 @@ def measure(
                 console.print(f"{name}: died: {cause}")
                 died[name] = cause
     return died
+
+
+def results_of(notes: dict[str, Any], config: dict[str, Any], patches: str) -> Results:
+    """Rows that say how the model was trained; from a folder's training.json and config.json."""
+    made = Results(notes["model"], config["num_hidden_layers"], [patches])
+    made.base |= {
+        "trained_steps": notes["steps"],
+        "trained_seed": notes["seed"],
+        "corpus": notes["corpus"],
+    }
+    return made
 
 
 class Pace(NamedTuple):
@@ -462,23 +491,9 @@ def main(
         tail,
         new,
     )
-    results = Results(notes["model"], config["num_hidden_layers"], ["each"])
-    results.base |= {
-        "trained_steps": notes["steps"],
-        "trained_seed": notes["seed"],
-        "corpus": notes["corpus"],
-    }
-    arguments: dict[str, Any] = {
-        "model_path": str(folder),
-        **{name: value for name, value in ARGUMENTS.items() if name != "load_format"},
-        "disable_radix_cache": True,
-        "max_total_tokens": 131_072,
-        "max_running_requests": running,
-        "cuda_graph_max_bs": running,
-        "mem_fraction_static": 0.85,
-    }
-    if config["num_kv_shared_layers"] or not prefill_graphs:
-        # Stock 0.5.12.post1 cannot start models that share KV with such graphs.
+    results = results_of(notes, config, "each")
+    arguments = arguments_of(folder, running)
+    if not prefill_graphs:
         arguments["disable_piecewise_cuda_graph"] = True
     results.base["prefill_graphs"] = "disable_piecewise_cuda_graph" not in arguments
     reports: dict[str, Any] = {}
