@@ -60,6 +60,7 @@ from bench.engine import (  # noqa: E402
     patches_of,
 )
 from bench.mtp import MtpEngine, outlived, started  # noqa: E402
+from bench.turns import turn  # noqa: E402
 from gemma4_turbo.catalogue import by_name  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine import states  # noqa: E402
@@ -117,7 +118,7 @@ class Answer(NamedTuple):
 
 
 class Judge:
-    """The model in fp32, by transformers' own classes, experts one after the other."""
+    """The model in fp32, by transformers' own classes, experts one after the other; never beside a timing."""
 
     def __init__(self, folder: Path, device: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -129,16 +130,18 @@ class Judge:
     def distributions(self, rows: list[list[int]], first: int, batch: int = 16) -> np.ndarray:
         """Log-probabilities after each token of rows of one length, from position ``first`` to the last."""
         parts = []
-        for start in range(0, len(rows), batch):
-            ids = torch.tensor(rows[start : start + batch], device=self.device)
-            found = small_models.logits(self.model, ids)[:, first:]
-            parts.append(found.float().log_softmax(-1).cpu().numpy())
+        with turn(timed=False):
+            for start in range(0, len(rows), batch):
+                ids = torch.tensor(rows[start : start + batch], device=self.device)
+                found = small_models.logits(self.model, ids)[:, first:]
+                parts.append(found.float().log_softmax(-1).cpu().numpy())
         return np.concatenate(parts)
 
     def answer(self, asked: Asked) -> tuple[list[bool], float]:
         """Which questions it answers exactly, and nats a byte of the text."""
-        right, _ = small_models.answered(self.model, asked.questions(), 64)
-        return right, small_models.text_loss(self.model, asked.text)
+        with turn(timed=False):
+            right, _ = small_models.answered(self.model, asked.questions(), 64)
+            return right, small_models.text_loss(self.model, asked.text)
 
 
 def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:

@@ -144,7 +144,7 @@ def test_an_engine_that_dies(run: Any, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_without_an_assistant(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(SystemExit, match="holds no assistant; see train_assistant.py"):
+    with pytest.raises(SystemExit, match=r"holds no assistant; see train_assistant\.py"):
         run(assistant=tmp_path / "none")
     monkeypatch.setattr(quality_mtp, "find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"needs transformers 5\.8"):
