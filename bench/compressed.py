@@ -8,7 +8,7 @@ FP8 (``float-quantized``), for activations that SGLang quantises by token as it 
 holds in one tensor [experts, out, in], keep their names: ``experts.gate_up_proj`` with its scales
 [experts, out, 1] as ``experts.gate_up_proj_scale``. Stock's loader turns the first part of both names into
 ``experts.w13_weight``, on either line. Published checkpoints have a tensor an expert
-(``experts.0.gate_proj.weight``); 0.5.12.post1 passes over these in silence and runs with what memory held.
+(``experts.0.gate_proj.weight``); 0.5.12.post1 passes over these with a warning and runs on.
 
 W4A16 (``pack-quantized``), symmetric, activations as they are:
 

@@ -5,10 +5,10 @@
     python bench/quality.py small-models/moe-fp8 --chunk 0 --time 1,8
 
 The folder is one that `train_small.py` wrote, or `quantise_small.py`: fp32 then reads what the quantised
-weights stand for, so that the distance is the engine's and not that of quantisation. Engines: stock, the `exact` profile, all patches that are on
-by default, each ``--patches`` alone, and stock with smaller prefill chunks. Each answers the same questions
-greedily, and says what it thinks of the same held-out text. Stock also answers in other batches: how far
-it is from itself is its floor. Rows of a CSV:
+weights stand for, so that the distance is the engine's and not that of rounding weights. Engines: stock,
+the `exact` profile, all patches that are on by default, each ``--patches`` alone, and stock with smaller
+prefill chunks. Each answers the same questions greedily, and says what it thinks of the same held-out
+text. Stock also answers in other batches: how far it is from itself is its floor. Rows of a CSV:
 
 * questions answered exactly, and McNemar's exact test of that against stock: of the questions that one of
   the two got right, is either's part more than chance?

@@ -327,19 +327,22 @@ def test_only_timed_commands_are_alone(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("BENCH_LOCK", str(tmp_path / "lock"))
     told: list[str] = []
 
-    def timed() -> None:
-        with turn():
-            told.append("timed")
+    def take(timed: bool) -> Thread:
+        def run() -> None:
+            with turn(timed):  # a second open file, as another process has it
+                told.append("timed" if timed else "beside")
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        return thread
 
     with turn(timed=False):
-        with turn(timed=False):  # a second open file, as another process has it
-            told.append("beside")
-        other = Thread(target=timed)
-        other.start()
+        take(timed=False).join(5)
+        other = take(timed=True)
         other.join(0.2)
-        told.append("still alone")
-    other.join()
-    assert told == ["beside", "still alone", "timed"]
+        told.append("done")
+    other.join(5)
+    assert told == ["beside", "done", "timed"]
     assert quality.QualityEngine.untimed == {"answers", "text", "distributions", "status"}
 
 
