@@ -20,7 +20,8 @@ from gemma4_turbo.cli import lines
 from tests.cpu.ports.any import test_small_checkpoints as small
 from tests.cpu.quantised import pretend_gpu
 
-# A hidden size that groups of 128 divide, and MLPs that they do not: both kinds of scales.
+# The models differ in experts, K = V, shared KV and per-layer embeddings; the formats in all they write.
+# Groups of 128 divide the hidden size, and not the MLP: W4A16 has both kinds of scales.
 CASES = [(kind, scheme) for kind in small.SIZES for scheme in Scheme]
 
 
