@@ -49,13 +49,14 @@ def test_int4_is_at_most_half_a_step_off(inputs: int, group: int):
     assert ((numbers.unflatten(1, (-1, group)) - steps).abs() <= 0.5).all()
 
 
-def test_packing_is_that_of_the_library():
-    from compressed_tensors.compressors.pack_quantized import helpers
-
-    numbers = torch.randint(-8, 8, (6, 64), generator=torch.Generator().manual_seed(1))
-    packed = compressed.pack(numbers.to(torch.int8))
-    assert torch.equal(packed, helpers.pack_to_int32(numbers.to(torch.int8), 4))
-    assert torch.equal(compressed.unpack(packed), numbers.to(torch.int8))
+def test_packing_and_back():
+    numbers = torch.randint(-8, 8, (6, 64), generator=torch.Generator().manual_seed(1)).to(
+        torch.int8
+    )
+    packed = compressed.pack(numbers)
+    assert (packed.dtype, packed.shape) == (torch.int32, (6, 8))
+    assert torch.equal(packed[:, 0] & 15, numbers[:, 0] + 8)  # the first in the lowest bits
+    assert torch.equal(compressed.unpack(packed), numbers)
 
 
 def test_a_weight_that_cannot_be_packed():

@@ -199,3 +199,12 @@ def test_logits_are_those_of_transformers_on_the_dequantised_weights(loaded: Loa
     with small.with_stocks_gelu(loaded.theirs):
         before = small_models.logits(loaded.theirs, small.IDS[None])[0]
     assert (ours - before).abs().max() > 1e-2
+
+
+def test_packing_is_that_of_the_library():
+    from compressed_tensors.compressors.pack_quantized import helpers
+
+    numbers = torch.randint(-8, 8, (6, 64), generator=torch.Generator().manual_seed(1))
+    packed = compressed.pack(numbers.to(torch.int8))
+    assert torch.equal(packed, helpers.pack_to_int32(numbers.to(torch.int8), 4))
+    assert torch.equal(compressed.unpack(packed), numbers.to(torch.int8))
