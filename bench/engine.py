@@ -73,6 +73,7 @@ class Engine:
 
     patience_s = 40.0  # until a process that was told to end is killed
     script = "engine_worker.py"
+    untimed: frozenset[str] = frozenset()  # commands beside which others' may run
 
     def __init__(
         self, variant: str, patches: list[str], arguments: dict[str, Any], log: Path
@@ -115,7 +116,7 @@ class Engine:
     def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
         self.wait_ready()
         assert self.process.stdin is not None
-        with turn():
+        with turn(do not in self.untimed):
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
             return self._answer()

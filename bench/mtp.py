@@ -48,6 +48,7 @@ from bench.engine import (  # noqa: E402
     end_on_sigterm,
     in_turn,
 )
+from bench.turns import turn  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
@@ -82,15 +83,20 @@ def outlived(engine: Engine, do: Callable[[], None]) -> str | None:
 
 @contextlib.contextmanager
 def started(make: Callable[[str], Engine], names: list[str]) -> Iterator[dict[str, Engine]]:
-    """Engines at once, without those that do not start; stopped at the end."""
-    made = {name: make(name) for name in names}
-    live = dict(made)
+    """Engines at once, without those that do not start; stopped at the end.
+
+    Other processes' timings wait until all have started; see `bench.turns`.
+    """
+    made: dict[str, Engine] = {}
     try:
-        for name, engine in made.items():
-            cause = outlived(engine, engine.wait_ready)
-            if cause is not None:
-                console.print(f"{name}: did not start: {cause} ({engine.log})")
-                live.pop(name).stop()
+        with turn(timed=False):
+            made |= {name: make(name) for name in names}
+            live = dict(made)
+            for name, engine in made.items():
+                cause = outlived(engine, engine.wait_ready)
+                if cause is not None:
+                    console.print(f"{name}: did not start: {cause} ({engine.log})")
+                    live.pop(name).stop()
         yield live
     finally:
         for engine in made.values():

@@ -2,11 +2,13 @@
 
     python bench/quality.py small-models/moe
     python bench/quality.py small-models/ple --patches yoco,decode_attention --chunk 128
+    python bench/quality.py small-models/moe-fp8 --chunk 0 --time 1,8
 
-The folder is one that `train_small.py` wrote. Engines: stock, the `exact` profile, all patches that are on
-by default, each ``--patches`` alone, and stock with smaller prefill chunks. Each answers the same questions
-greedily, and says what it thinks of the same held-out text. Stock also answers in other batches: how far
-it is from itself is its floor. Rows of a CSV:
+The folder is one that `train_small.py` wrote, or `quantise_small.py`: fp32 then reads what the quantised
+weights stand for, so that the distance is the engine's and not that of rounding weights. Engines: stock,
+the `exact` profile, all patches that are on by default, each ``--patches`` alone, and stock with smaller
+prefill chunks. Each answers the same questions greedily, and says what it thinks of the same held-out
+text. Stock also answers in other batches: how far it is from itself is its floor. Rows of a CSV:
 
 * questions answered exactly, and McNemar's exact test of that against stock: of the questions that one of
   the two got right, is either's part more than chance?
@@ -15,9 +17,12 @@ it is from itself is its floor. Rows of a CSV:
 * KL divergence of the engine's next-token distributions from fp32's, over the whole vocabulary, and how
   often both have the same likeliest token: after the tokens of a prompt, and after tokens that the engine
   generated, which fp32 then reads. Beside it the difference to stock's divergence, with the standard error
-  over prompts.
+  over prompts;
+* calls of each patch's code on the host, eager and recorded;
+* with ``--time``, milliseconds of a decode step, the median of rounds in which engines take turns.
 
-Engines start side by side. Needs a GPU; nothing is timed, so others may use it too.
+Engines start side by side. Needs a GPU. Without ``--time`` others may use it too; with it they are kept
+away by ``BENCH_LOCK``, a file that all of them are told (`bench.turns`).
 """
 
 from __future__ import annotations
@@ -51,11 +56,14 @@ from bench.engine import (  # noqa: E402
     Results,
     console,
     end_on_sigterm,
+    in_turn,
     patches_of,
 )
 from bench.mtp import MtpEngine, outlived, started  # noqa: E402
+from bench.turns import turn  # noqa: E402
 from gemma4_turbo.catalogue import by_name  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
+from gemma4_turbo.engine import states  # noqa: E402
 
 JUDGE, EXACT, DEFAULT = "transformers, fp32", "exact", "default"
 BATCHES = f"{STOCK}, other batches"
@@ -71,6 +79,7 @@ class QualityEngine(MtpEngine):
     """With the commands of `quality_worker`; ``patches``: None is stock, an empty list the default."""
 
     script = "quality_worker.py"
+    untimed = frozenset({"answers", "text", "distributions", "status"})
 
     def __init__(
         self, variant: str, patches: list[str] | None, arguments: dict[str, Any], log: Path
@@ -109,7 +118,7 @@ class Answer(NamedTuple):
 
 
 class Judge:
-    """The model in fp32, by transformers' own classes, experts one after the other."""
+    """The model in fp32, by transformers' own classes, experts one after the other; never beside a timing."""
 
     def __init__(self, folder: Path, device: str) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -121,16 +130,18 @@ class Judge:
     def distributions(self, rows: list[list[int]], first: int, batch: int = 16) -> np.ndarray:
         """Log-probabilities after each token of rows of one length, from position ``first`` to the last."""
         parts = []
-        for start in range(0, len(rows), batch):
-            ids = torch.tensor(rows[start : start + batch], device=self.device)
-            found = small_models.logits(self.model, ids)[:, first:]
-            parts.append(found.float().log_softmax(-1).cpu().numpy())
+        with turn(timed=False):
+            for start in range(0, len(rows), batch):
+                ids = torch.tensor(rows[start : start + batch], device=self.device)
+                found = small_models.logits(self.model, ids)[:, first:]
+                parts.append(found.float().log_softmax(-1).cpu().numpy())
         return np.concatenate(parts)
 
     def answer(self, asked: Asked) -> tuple[list[bool], float]:
         """Which questions it answers exactly, and nats a byte of the text."""
-        right, _ = small_models.answered(self.model, asked.questions(), 64)
-        return right, small_models.text_loss(self.model, asked.text)
+        with turn(timed=False):
+            right, _ = small_models.answered(self.model, asked.questions(), 64)
+            return right, small_models.text_loss(self.model, asked.text)
 
 
 def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
@@ -277,6 +288,24 @@ def ask(engine: Engine, asked: Asked, scratch: Path, group: int = 0) -> Answer:
     return Answer(rows, nats, prompt[:, : asked.tail], generated, said["ids"])
 
 
+def arguments_of(folder: Path, running: int, pool: int = 131_072) -> dict[str, Any]:
+    """Of every engine on a trained folder; ``pool``: tokens of its KV."""
+    made: dict[str, Any] = {
+        "model_path": str(folder),
+        **{name: value for name, value in ARGUMENTS.items() if name != "load_format"},
+        "disable_radix_cache": True,
+        "max_total_tokens": pool,
+        "max_running_requests": running,
+        "cuda_graph_max_bs": running,
+        "mem_fraction_static": 0.85,
+        "sleep_on_idle": True,  # there can be more engines than cores
+    }
+    if json.loads((folder / "config.json").read_text())["num_kv_shared_layers"]:
+        # Stock 0.5.12.post1 cannot start models that share KV with such graphs.
+        made["disable_piecewise_cuda_graph"] = True
+    return made
+
+
 def with_what_they_need(names: list[str]) -> list[str]:
     """Patches and those that they stand on."""
     found: dict[str, None] = {}
@@ -304,10 +333,14 @@ def measure(
     make: Callable[[str], Engine],
     names: list[str],
     together: int,
-    talk: Callable[[Engine], dict[str, Answer]],
-    take: Callable[[str, Answer], None],
+    talk: Callable[[Engine], dict[str, Any]],
+    take: Callable[[str, Any], None],
+    last: Callable[[dict[str, Engine]], None] = lambda live: None,
 ) -> dict[str, str]:
-    """Engines in groups, each asked in a thread of its own; causes of death of those that died."""
+    """Engines in groups, each asked in a thread of its own; causes of death of those that died.
+
+    ``last``: what is asked of a group's engines when all have answered; one that dies ends the run.
+    """
     died: dict[str, str] = {}
     size = together or len(names)
     for start in range(0, len(names), size):
@@ -315,7 +348,7 @@ def measure(
         console.print(f"starting {', '.join(group)}")
         with started(make, group) as live:
             died |= {name: "did not start" for name in group if name not in live}
-            said: dict[str, dict[str, Answer]] = {}
+            said: dict[str, dict[str, Any]] = {}
 
             def one(name: str, live: Any = live, said: Any = said) -> str | None:
                 def do() -> None:
@@ -335,11 +368,57 @@ def measure(
                 for name in live:
                     for variant, answer in said.get(name, {}).items():
                         take(variant, answer)
+            last({name: live[name] for name, cause in causes.items() if cause is None})
         for name, cause in causes.items():
             if cause is not None:
                 console.print(f"{name}: died: {cause}")
                 died[name] = cause
     return died
+
+
+def results_of(notes: dict[str, Any], config: dict[str, Any], patches: str) -> Results:
+    """Rows that say how the model was trained; from a folder's training.json and config.json."""
+    made = Results(notes["model"], config["num_hidden_layers"], [patches])
+    made.base |= {
+        "trained_steps": notes["steps"],
+        "trained_seed": notes["seed"],
+        "corpus": notes["corpus"],
+    }
+    return made
+
+
+class Pace(NamedTuple):
+    """How decode steps are timed."""
+
+    sizes: list[int]  # of batches; none: not at all
+    prompts: list[list[int]]
+    new: int = 96  # tokens timed
+    rounds: int = 3
+
+    def __call__(self, live: dict[str, Engine], results: Results) -> None:
+        """Median and range of the rounds of each engine and size; the first, which warms up, is left out."""
+        found: dict[tuple[str, int], list[float]] = {}
+        for round_ in range(-1, self.rounds if self.sizes else -1):
+            for engine in in_turn(live, round_):
+                for size in self.sizes:
+                    ms = engine("pace", ids=self.prompts[:size], new=self.new)["ms"]
+                    if round_ >= 0:
+                        found.setdefault((engine.variant, size), []).append(ms)
+        for (variant, size), times in found.items():
+            name = f"decode step, batch {size}"
+            results.add(variant, name, size, 0, float(np.median(times)), "ms")
+            results.add(variant, f"{name}, range", size, 0, max(times) - min(times), "ms")
+
+
+def add_calls(results: Results, variant: str, status: dict[str, Any]) -> None:
+    """How often each active patch's code ran on the host, over all processes of an engine."""
+    calls: dict[str, int] = {}
+    for process in status["processes"]:
+        for patch in process["patches"]:
+            if patch["state"] == states.ACTIVE:
+                calls[patch["name"]] = calls.get(patch["name"], 0) + patch["engaged"]
+    for name, count in calls.items():
+        results.add(variant, f"calls of {name}", len(status["processes"]), 0, count, "calls")
 
 
 def table(results: Results) -> Table:
@@ -358,6 +437,12 @@ def table(results: Results) -> Table:
         "KL, generated": (f"KL divergence from fp32, {GENERATED}", "{:.2e}"),
         "beyond ": (f"KL divergence beyond stock's, {GENERATED}", "{:+.1e}"),
         "same token": (f"same token as fp32, {GENERATED}", "{:.4f}"),
+    }
+    timed = frame.loc[frame["unit"] == "ms", "quantity"].unique()
+    columns |= {
+        name.replace("decode step, batch", "ms,"): (name, "{:.3f}")
+        for name in timed
+        if not name.endswith("range")
     }
     made = Table("", *columns)
     for variant in dict.fromkeys(frame["variant"]):
@@ -383,6 +468,7 @@ def main(
     new: Annotated[int, typer.Option(min=2, help="Tokens generated after each")] = 64,
     group: Annotated[int, typer.Option(min=1, help="Stock's other batches have so many")] = 24,
     chunk: Annotated[int, typer.Option(help="Stock's other chunks; 0: none")] = 256,
+    time: Annotated[str, typer.Option(help="Batch sizes of timed decode steps; empty: none")] = "",
     running: Annotated[int, typer.Option(help="Requests that run at once, at most")] = 64,
     together: Annotated[int, typer.Option(help="Engines at once; 0: all")] = 5,
     prefill_graphs: Annotated[
@@ -393,8 +479,9 @@ def main(
     """Stock against patched on a trained model."""
     notes = json.loads((folder / "training.json").read_text())
     config = json.loads((folder / "config.json").read_text())
-    if patches == "auto":
-        patches = ALONE[notes["model"]]
+    if patches == "auto":  # of quantised weights, which few of these take, none
+        patches = ALONE.get(notes["model"], "")
+    sizes = [int(size) for size in time.split(",") if size]
     wanted = variants(patches_of(patches), chunk)
     longest = notes["length"]
     text = (folder / "held_out.txt").read_bytes()
@@ -407,23 +494,9 @@ def main(
         tail,
         new,
     )
-    results = Results(notes["model"], config["num_hidden_layers"], ["each"])
-    results.base |= {
-        "trained_steps": notes["steps"],
-        "trained_seed": notes["seed"],
-        "corpus": notes["corpus"],
-    }
-    arguments: dict[str, Any] = {
-        "model_path": str(folder),
-        **{name: value for name, value in ARGUMENTS.items() if name != "load_format"},
-        "disable_radix_cache": True,
-        "max_total_tokens": 131_072,
-        "max_running_requests": running,
-        "cuda_graph_max_bs": running,
-        "mem_fraction_static": 0.85,
-    }
-    if config["num_kv_shared_layers"] or not prefill_graphs:
-        # Stock 0.5.12.post1 cannot start models that share KV with such graphs.
+    results = results_of(notes, config, "each")
+    arguments = arguments_of(folder, running)
+    if not prefill_graphs:
         arguments["disable_piecewise_cuda_graph"] = True
     results.base["prefill_graphs"] = "disable_piecewise_cuda_graph" not in arguments
     reports: dict[str, Any] = {}
@@ -454,12 +527,22 @@ def main(
 
         console.print(f"{JUDGE}: reading the text")
         findings = Findings(results, asked, Judge(folder, device))
+        pace = Pace(sizes, small_tasks.windows(text, max([*sizes, 1]), min(256, longest) - 1))
         pool = ThreadPoolExecutor(1)
         judged = pool.submit(findings.judge.answer, asked)  # while engines start
         try:
-            died = measure(make, list(wanted), together, talk, findings.take)
+            died = measure(
+                make,
+                list(wanted),
+                together,
+                talk,
+                findings.take,
+                lambda live: pace(live, results),
+            )
             findings.judged(*judged.result())
         finally:  # where a limit on its time cuts a run off, what there is still counts
+            for variant, status in reports.items():
+                add_calls(results, variant, status)
             with contextlib.suppress(KeyError):
                 for process in reports[DEFAULT]["processes"]:
                     console.print(report.table(process["patches"], f"{DEFAULT}: {process['pid']}"))

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import small_tasks
+from bench import compressed, small_tasks
 from gemma4_turbo.models import geometry
 
 WEIGHTS = "model.safetensors"
@@ -117,6 +117,7 @@ def unrenamed(config: dict[str, Any]) -> dict[str, Any]:
     made = {key: value for key, value in config.items() if not key.startswith("swa_")}
     for name in ("architectures", "model_type", "dtype", "v_head_dim"):
         del made[name]
+    made.pop("quantization_config", None)
     return made | {
         "head_dim": config["swa_head_dim"],
         "num_key_value_heads": config["swa_num_key_value_heads"],
@@ -310,7 +311,7 @@ def as_saved(model: Any) -> None:
 
 
 def load(folder: Path, dtype: torch.dtype, device: str, experts: str | None = None) -> Any:
-    """Transformers' model of a folder, ready to be asked.
+    """Transformers' model of a folder, ready to be asked; quantised weights as what they stand for.
 
     Raises:
         RuntimeError: where the folder lacks a tensor or has one too many.
@@ -318,7 +319,7 @@ def load(folder: Path, dtype: torch.dtype, device: str, experts: str | None = No
     from safetensors.torch import load_file
 
     model = build(unrenamed(json.loads((folder / "config.json").read_text())), experts)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = compressed.plain(load_file(folder / WEIGHTS))
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     model.load_state_dict(tensors)
     return model.to(device=device, dtype=dtype).eval()

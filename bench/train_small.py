@@ -122,9 +122,9 @@ class Balance:
 
     def _hook(self, module: Any, inputs: Any, found: Any) -> None:
         probabilities, _, chosen = found
-        counts = torch.zeros_like(probabilities[0])
-        counts.scatter_add_(0, chosen.flatten(), torch.ones_like(counts[:1]).expand(chosen.numel()))
-        self.parts.append((counts / chosen.numel(), probabilities.mean(0)))
+        # In bf16 a count of ones ends at 256.
+        counts = chosen.flatten().bincount(minlength=probabilities.shape[-1]).float()
+        self.parts.append((counts / chosen.numel(), probabilities.float().mean(0)))
 
     def take(self) -> torch.Tensor | float:
         """The mean over the layers since the last call; 0 without experts."""

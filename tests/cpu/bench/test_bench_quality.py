@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -116,6 +117,7 @@ class StandIn:
 
     noise: Callable[[str], float] = staticmethod(lambda variant: 0.0)
     dies: str = ""
+    status: ClassVar[list[Any]] = []
 
     def __init__(self, variant: str, patches: Any, arguments: dict[str, Any], log: Path) -> None:
         self.variant, self.patches, self.log = variant, patches, log
@@ -132,7 +134,7 @@ class StandIn:
         if self.dies == f"{self.variant} at {do}":
             raise SystemExit("the engine died")
         if do == "status":
-            return {"processes": []}
+            return {"processes": self.status}
         return json.loads(json.dumps(getattr(self.worker, do)(**arguments)))
 
     def stop(self) -> None:
@@ -255,6 +257,93 @@ def test_environment_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert stock["GEMMA4_TURBO"] == "0"
     assert default["GEMMA4_TURBO_SELECTION"] == "only=*;skip="
     assert alone["GEMMA4_TURBO_SELECTION"] == "only=qkv_proj;skip="
+
+
+def patch_row(name: str, engaged: int, state: str = "active") -> dict[str, Any]:
+    return {"name": name, "state": state, "engaged": engaged, "reason": ""}
+
+
+def test_calls_of_the_patches(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Summed over an engine's processes; only of patches that are in."""
+    processes = [
+        {"pid": 1, "command": "", "patches": [patch_row("router", 3), patch_row("qkv_proj", 0)]},
+        {"pid": 2, "command": "", "patches": [patch_row("router", 4), patch_row("yoco", 9, "off")]},
+    ]
+    monkeypatch.setattr(StandIn, "status", processes)
+    monkeypatch.setattr(quality.report, "table", lambda patches, title: title)
+    frame = run(folder, tmp_path / "q.csv", monkeypatch)
+    assert values(frame, "calls of router") == {"default": 7, "exact": 7, "qkv_proj": 7}
+    assert values(frame, "calls of qkv_proj")["default"] == 0
+    assert values(frame, "calls of yoco") == {}
+
+
+def test_decode_steps_are_timed_in_turn(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """After all answers, the first round left out; every engine is asked for the same prompts."""
+    asked: list[tuple[str, int]] = []
+    prompts: dict[int, set[str]] = {}
+
+    class Paced(StandIn):
+        def __call__(self, do: str, **arguments: Any) -> Any:
+            if do != "pace":
+                assert not asked or self.variant not in {name for name, _ in asked}
+                return super().__call__(do, **arguments)
+            asked.append((self.variant, len(arguments["ids"])))
+            prompts.setdefault(len(arguments["ids"]), set()).add(json.dumps(arguments["ids"]))
+            round_ = asked.count(asked[-1]) - 1
+            return {"ms": [100, 7, 5, 6][round_] * (2 if self.variant == "stock" else 1)}
+
+    monkeypatch.setattr("tests.cpu.bench.test_bench_quality.StandIn", Paced)
+    out = tmp_path / "q.csv"
+    frame = run(folder, out, monkeypatch, patches="", chunk=0, together=0, time="1,2")
+    assert values(frame, "decode step, batch 1") == {"stock": 12, "exact": 6, "default": 6}
+    assert values(frame, "decode step, batch 2, range")["exact"] == 2
+    assert {size: len(same) for size, same in prompts.items()} == {1: 1, 2: 1}
+    variants = [name for name, size in asked if size == 1]
+    assert variants == ["default", "exact", "stock", "stock", "exact", "default"] * 2
+    assert not frame.duplicated(["variant", "quantity"]).any()
+
+
+def test_time_of_a_decode_step(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    class Worker(QualityWorker):
+        def __init__(self) -> None:
+            pass
+
+        def timed(self, ids: list[list[int]], new: int) -> float:
+            seen.append((len(ids), new))
+            return 1.0 + 0.002 * new
+
+    assert Worker().pace([[1], [2]], 50)["ms"] == pytest.approx(2.0)
+    assert seen == [(2, 8), (2, 58)]
+
+
+def test_only_timed_commands_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of engines in two processes: answers run beside each other, a timing beside nothing."""
+    from bench.turns import turn
+
+    monkeypatch.setenv("BENCH_LOCK", str(tmp_path / "lock"))
+    told: list[str] = []
+
+    def take(timed: bool) -> Thread:
+        def run() -> None:
+            with turn(timed):  # a second open file, as another process has it
+                told.append("timed" if timed else "beside")
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        return thread
+
+    with turn(timed=False):
+        take(timed=False).join(5)
+        other = take(timed=True)
+        other.join(0.2)
+        told.append("done")
+    other.join(5)
+    assert told == ["beside", "done", "timed"]
+    assert quality.QualityEngine.untimed == {"answers", "text", "distributions", "status"}
 
 
 # -- the measures ---------------------------------------------------------------------------------

@@ -116,16 +116,20 @@ def test_tokenizer(trained: Path):
     assert made.decode(ids) == text
 
 
-def test_balance_is_one_where_experts_share(trained: Path):
-    class Router(torch.nn.Module):
-        def forward(self, probabilities: Any, chosen: Any) -> Any:
-            return probabilities, None, chosen
+class Router(torch.nn.Module):
+    """In the place of transformers': says what it is given."""
 
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.router = Router()
+    def forward(self, probabilities: Any, chosen: Any) -> Any:
+        return probabilities, None, chosen
 
+
+class Layer(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = Router()
+
+
+def test_balance_is_one_where_experts_share():
     layer = Layer()
     balance = train_small.Balance(layer)
     probabilities = torch.full((4, 4), 0.25, requires_grad=True)
@@ -141,6 +145,26 @@ def test_balance_is_one_where_experts_share(trained: Path):
     balance.remove()
     layer.router(probabilities, torch.tensor([[0, 1]]))
     assert balance.take() == 0.0
+
+
+def test_balance_counts_more_than_bf16_can():
+    """Of 8 experts one gets half of 4096 choices; bf16 has no integer behind 256 that is odd."""
+    layer = Layer()
+    balance = train_small.Balance(layer)
+    chosen = torch.arange(4096) % 14 % 8  # the first six experts get two of 14
+    chosen[:2048] = 0
+    shares = chosen.bincount(minlength=8) / 4096
+    probabilities = shares.bfloat16().expand(4096, 8).clone().requires_grad_()
+    layer.router(probabilities, chosen[:, None])
+    spread = torch.as_tensor(balance.take())
+    expected = 8 * (shares * shares.bfloat16().float()).sum()
+    torch.testing.assert_close(spread, expected, atol=0, rtol=1e-5)
+    spread.backward()
+    assert probabilities.grad is not None
+    assert probabilities.grad[0, 0] > 4 * probabilities.grad[0, 7] > 0
+    layer.router(probabilities, chosen[:, None])
+    (load,) = balance.remove()
+    torch.testing.assert_close(load, shares)
 
 
 def test_schedule():
