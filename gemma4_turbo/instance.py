@@ -20,6 +20,7 @@ ENGINE = Engine(
     CATALOGUE,
     PORTS,
     own_models=any_line.GEMMA4_MODELS,
+    own_kinds=any_line.GEMMA4_KINDS,
     ways_in="gemma4_turbo.ports.any.ways_in",
     measured=gpu_profile.decisions,
 )

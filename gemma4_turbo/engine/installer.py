@@ -15,7 +15,8 @@ import os
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.catalogue import Patch
@@ -50,6 +51,19 @@ class _FirstImport:
             callback()
 
 
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _forked() -> None:
+    """Another thread may have been at it in the parent; there is none here to let go of the lock."""
+    for engine in list(_engines):
+        engine._lock = threading.RLock()
+        engine._untold = None
+
+
+os.register_at_fork(after_in_child=_forked)
+
+
 class Engine:
     """All patches of a catalogue in this process."""
 
@@ -58,6 +72,7 @@ class Engine:
         catalogue: Iterable[Patch],
         ports: Ports,
         own_models: str = "",
+        own_kinds: Container[str] | None = None,
         ways_in: str = "",
         measured: Callable[[], Mapping[str, Decision]] = dict,
     ) -> None:
@@ -66,7 +81,8 @@ class Engine:
         Args:
             catalogue: the patches.
             ports: for each of them, by name, its ports.
-            own_models: how the module of a model begins that the patches are for.
+            own_models: how the modules begin that belong to the models that the patches are for.
+            own_kinds: what follows in those that define such a model; None: anything.
             ways_in: our module of gates, with ``register``, ``install`` and ``remove``, each given the
                 engine; imported with the first module of SGLang's. None if empty.
             measured: by patch, what was measured on this machine; asked for where a patch is decided.
@@ -86,13 +102,14 @@ class Engine:
         self._armed = False
         self._finder: Any = None
         self.gates: dict[str, Swap] = {}  # of gemma4_turbo.engine.gates
-        self.models = Models(own_models)
+        self.models = Models(own_models, own_kinds)
         self._ways_in = ways_in
         self._measured = measured
         self.mistakes: list[str] = []  # exceptions of ours that were swallowed; for strict mode
         self._ready: set[str] = set()  # modules that have been run to their end
         self._half: set[str] = set()  # modules that were being run when we came
         self._untold: bool | None = None  # within `_told_once`: whether there is something to tell
+        _engines.add(self)
 
     # -- the public calls -------------------------------------------------------------------
 

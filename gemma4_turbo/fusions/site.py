@@ -26,8 +26,10 @@ class Site:
         self.key = key  # sites of equal key share a comparison, which is about code, not data
         self.norm = norm  # one of the module's norms
         self.kinds = NOT_COMPARED
-        self.covers: dict[str, tuple[Any, ...]] = {}  # the modules that each patch goes round
+        # The modules that each patch goes round, and the classes that they were of.
+        self.covers: dict[str, tuple[tuple[Any, type], ...]] = {}
         self._parts: tuple[tuple[dict[str, Any], str, Any], ...] = ()
+        self.of: Any = None  # the module: a shallow copy of one brings its site along
 
     def made_for(self, *parts: tuple[Any, str]) -> None:
         """Attributes, ``(object, name)``, whose replacement ends the site; more of them at each call.
@@ -45,13 +47,17 @@ class Site:
 
     def cover(self, name: str, *modules: Any) -> None:
         """The modules that a patch goes round, or calls on something else than stock does."""
-        self.covers[name] = tuple(m for m in modules if isinstance(m, torch.nn.Module))
+        self.covers[name] = tuple((m, type(m)) for m in modules if isinstance(m, torch.nn.Module))
 
     def hooks_unfit(self, name: str) -> str | None:
         """Why the modules that a patch goes round have to be called, or None. Asked at every call."""
-        for module in self.covers.get(name, ()):
+        for module, kind in self.covers.get(name, ()):
             if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return HOOKED.format(f"a {type(module).__name__}")
+                return HOOKED.format(f"a {kind.__name__}")
+            if module._compiled_call_impl is not None:
+                return HOOKED.format(f"a {kind.__name__}")
+            if type(module) is not kind:  # in place, as parametrisations and FSDP do it
+                return f"a {kind.__name__} has become a {type(module).__name__}"
         return HOOKED.format("every module") if FOR_ALL[0] or FOR_ALL[1] else None
 
 
@@ -66,16 +72,25 @@ def _place(of: Any, name: str) -> tuple[dict[str, Any], str, Any]:
 def site_of(module: Any, make: Callable[..., T], *more: Any) -> T:
     """The module's site; a new one, ``make(module, *more)``, when a part of it was replaced."""
     site: T | None = module.__dict__.get(SITE)
-    if site is None or (not torch.compiler.is_compiling() and site.moved()):
-        site = module.__dict__[SITE] = make(module, *more)
+    if site is None or (
+        not torch.compiler.is_compiling() and (site.of is not module or site.moved())
+    ):
+        site = _new(module, make, *more)
     return site
 
 
 def eager_site_of(module: Any, make: Callable[..., T], *more: Any) -> T:
     """`site_of` in code that is never traced: bound by CPU overhead."""
     site: T | None = module.__dict__.get(SITE)
-    if site is None or site.moved():
-        site = module.__dict__[SITE] = make(module, *more)
+    if site is None or site.of is not module or site.moved():
+        site = _new(module, make, *more)
+    return site
+
+
+def _new(module: Any, make: Callable[..., T], *more: Any) -> T:
+    site = make(module, *more)
+    site.of = module
+    module.__dict__[SITE] = site
     return site
 
 

@@ -2,8 +2,9 @@
 
 A fusion goes round modules: it does not call them, or calls them on other tensors. It declines where
 one of them has a hook: ``register_forward_hook`` and ``register_forward_pre_hook``, SGLang's
-``--forward-hooks`` and debug dumps (which are such hooks), hooks for all modules, or a ``forward``
-that was set on the module itself. Asked at every call, as hooks come and go: no result is kept.
+``--forward-hooks`` and debug dumps (which are such hooks), hooks for all modules, a ``forward`` that was
+set on the module itself, or what ``module.compile()`` has put in its place. Asked at every call, as
+hooks come and go: no result is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ FOR_ALL: tuple[Any, Any] = (
 )
 
 HOOKED = "{} has forward hooks"
+COMPILED = "_compiled_call_impl"  # on a module: what ``module.compile()`` has it run
 
 
 def hooked(*modules: Any) -> bool:
@@ -28,6 +30,8 @@ def hooked(*modules: Any) -> bool:
     for module in modules:
         state = module.__dict__
         if state.get("_forward_hooks") or state.get("_forward_pre_hooks") or "forward" in state:
+            return True
+        if state.get(COMPILED) is not None:
             return True
     return False
 
@@ -65,5 +69,7 @@ class Watched:
         self.changed()
         for state in self._states:
             if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                return True
+            if state.get(COMPILED) is not None:
                 return True
         return False

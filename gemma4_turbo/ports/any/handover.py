@@ -62,4 +62,6 @@ def _hooked(layer: Module, after: Module) -> bool:
         or FOR_ALL[1]
         or "forward" in layer.__dict__
         or "forward" in after.__dict__
+        or layer._compiled_call_impl is not None
+        or after._compiled_call_impl is not None
     )

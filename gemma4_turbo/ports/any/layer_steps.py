@@ -95,7 +95,13 @@ class LayerSite(Site):
         self.mlp_stream: str | None = apart  # no arithmetic to compare
         more = apart or sglang_types.reduction_unfit(layer.moe.experts)
         self.experts_sum: str | None = first_unfit([*reasons, more])
-        self.following: tuple[Norm | None, str | None] = (None, None)
+        # The norm, its class, the function that it has chosen, and why it is not ours to run.
+        self.following: tuple[Norm | None, type | None, object, str | None] = (
+            None,
+            None,
+            None,
+            None,
+        )
 
         routing = (layer.router, layer.router.norm) if self.layer_norms is UNPROVEN and moe else ()
         experts = (layer.moe, layer.moe.experts) if apart is None else ()
@@ -120,9 +126,19 @@ class LayerSite(Site):
 
     def following_unfit(self, norm: Norm) -> str | None:
         """Why the norm that reads the layer's result is not ours to run, or None."""
-        if self.following[0] is not norm:
-            self.following = norm, sglang_types.norm_unfit(norm)
-        return self.following[1] or sglang_types.hooks_unfit(norm)
+        known, kind, method, reason = self.following
+        traced = torch.compiler.is_compiling()
+        if (
+            known is not norm
+            or type(norm) is not kind
+            or not (traced or norm.__dict__.get("_forward_method") is method)
+        ):
+            reason = sglang_types.norm_unfit(
+                norm
+            )  # in some lines the norm chooses its function here
+            chosen = None if traced else norm.__dict__.get("_forward_method")
+            self.following = norm, type(norm), chosen, reason
+        return reason or sglang_types.hooks_unfit(norm)
 
 
 def _modules(layer: DecoderLayer, names: list[str]) -> tuple[Norm, ...]:

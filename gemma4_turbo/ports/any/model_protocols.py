@@ -26,6 +26,7 @@ class Module(Protocol):
 
     _forward_hooks: dict[int, Callable[..., Any]]
     _forward_pre_hooks: dict[int, Callable[..., Any]]
+    _compiled_call_impl: Callable[..., Any] | None
 
     @property
     def _parameters(self) -> Mapping[str, torch.Tensor | None]: ...

@@ -6,6 +6,7 @@ from gemma4_turbo.engine.port import Port
 
 HERE = __package__
 GEMMA4_MODELS = "sglang.srt.models.gemma4_"  # how the modules of its models begin
+GEMMA4_KINDS = frozenset({"causal", "mm", "unified", "mtp"})  # DiffusionGemma is beside them
 
 
 # The vision encoder is the same from 0.5.11 on; its linear layers and backends change later.

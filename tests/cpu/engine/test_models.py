@@ -17,6 +17,7 @@ from gemma4_turbo.engine.served_models import Models
 from gemma4_turbo.engine.swap import Swap
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import ways_in
+from gemma4_turbo.ports.any.sources import GEMMA4_KINDS, GEMMA4_MODELS
 from tests.cpu.conftest import patched_sglang, state_by_default
 
 
@@ -31,7 +32,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_models(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(ENGINE, "models", Models("sglang.srt.models.gemma4_"))
+    monkeypatch.setattr(ENGINE, "models", Models(GEMMA4_MODELS, GEMMA4_KINDS))
     ENGINE.apply()
     ENGINE.give_up_waiting()
     yield
@@ -67,6 +68,7 @@ def built(model: Any) -> Any:
         ("Gemma3ForConditionalGeneration", "sglang.srt.models.gemma3_mm"),
         ("TransformersForCausalLM", "sglang.srt.models.transformers"),
         ("Gemma4ForCausalLM", "somebody.elses_gemma4"),
+        ("DiffusionGemmaForBlockDiffusion", "sglang.srt.models.gemma4_diffusion"),
     ],
 )
 def test_another_model_runs_stock(name: str, module: str):
@@ -92,6 +94,7 @@ def test_a_gemma_4_keeps_its_patches():
     for name, module in (
         ("Gemma4ForCausalLM", "sglang.srt.models.gemma4_causal"),
         ("Gemma4ForConditionalGeneration", "sglang.srt.models.gemma4_mm"),
+        ("Gemma4UnifiedForConditionalGeneration", "sglang.srt.models.gemma4_unified"),
         ("Gemma4AssistantForCausalLM", "sglang.srt.models.gemma4_mtp"),
     ):
         model = built(made(name, module))
@@ -115,9 +118,10 @@ def test_beside_a_gemma_4_only_shared_functions_are_stocks():
 
 
 def test_a_gemma_4_after_another_model():
+    """That was let go, though it still holds itself."""
     other = built(made("LlamaForCausalLM", "sglang.srt.models.llama"))
+    other.itself = other.__dict__
     del other
-    gc.collect()
     model = built(made("Gemma4ForCausalLM", "sglang.srt.models.gemma4_causal"))
     ENGINE.give_up_waiting()
     for row in ENGINE.status():

@@ -7,6 +7,7 @@ import importlib.machinery
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -826,3 +827,32 @@ def test_what_waits_for_a_module_that_is_nowhere_is_told_when_the_model_stands(
     assert one.reason.endswith(f"has no {gone}")
     world.imported("later")
     assert engine.status()[1].state == states.ACTIVE
+
+
+# -- forks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_fork_while_another_thread_is_at_it(world: World) -> None:
+    """Nobody in the child could let go of the lock: its imports and `status` are not to wait for that."""
+    engine = one_patch(world)
+    engine.apply()
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with engine._lock:
+            held.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait(60)
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)  # a child that hangs is ended by it
+        answer = world.imported().answer(1)
+        os._exit(0 if answer == "ours" and only_row(engine).state == states.ACTIVE else 1)
+    _, status = os.waitpid(pid, 0)
+    done.set()
+    thread.join()
+    assert status == 0

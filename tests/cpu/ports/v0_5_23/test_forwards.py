@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.fusions.site import SITE, UNPROVEN
+from gemma4_turbo.fusions.site import SITE, UNPROVEN, site_of
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.ports.any import attention, layer_steps, linear, sglang_types
@@ -179,7 +180,8 @@ def test_several_gpus_are_stocks(monkeypatch: pytest.MonkeyPatch):
         from gemma4_turbo.ports.v0_5_23 import decoder_layer
 
         for layer in model.layers:
-            layer.__dict__[SITE] = decoder_layer.LayerSite(layer)
+            layer.__dict__.pop(SITE, None)
+            site_of(layer, decoder_layer.LayerSite)
     before = counted()
     near(models.run(model), expected)
     assert engaged_since(before).keys() <= {"skinny_gemm"}  # of the attention, which sums nothing
@@ -219,6 +221,75 @@ def test_a_hook_sees_what_stock_gives_it(of: str):
     near(hooked_run(), expected) if of != "layer" else hooked_run()
     assert len(calls) == 2 * count > 0
     near(models.run(model), plain)
+
+
+def _doubling(inner: Any, calls: list[Any]) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        found = inner(*args, **kwargs)
+        return tuple(found) if isinstance(found, tuple) else found * 2
+
+    return call
+
+
+def _compiled(module: Any, calls: list[Any]) -> None:
+    module.compile(backend="eager")
+    module._compiled_call_impl = _doubling(module._call_impl, calls)  # no compiler is the matter
+
+
+def _of_another_class(module: Any, calls: list[Any]) -> None:
+    kind = type(module)
+
+    def forward(self: Any, *args: Any) -> Any:
+        return _doubling(kind.forward.__get__(self), calls)(*args)
+
+    module.__class__ = type(f"{kind.__name__}OfSomebody", (kind,), {"forward": forward})
+
+
+def _of_another_method(module: Any, calls: list[Any]) -> None:
+    module._forward_method = _doubling(sglang_types.rules().running(module), calls)
+
+
+NORMS = ["post_attention_layernorm", "post_feedforward_layernorm", "input_layernorm"]
+CALLED = [*NORMS, "mlp", "mlp.gate_up_proj", "self_attn.o_proj"]
+
+
+@pytest.mark.parametrize(
+    ("change", "of"),
+    [
+        *((_compiled, of) for of in CALLED),
+        *((_of_another_class, of) for of in CALLED),
+        *((_of_another_method, of) for of in NORMS),  # what a platform's function may be set on
+    ],
+)
+def test_a_module_that_is_changed_in_place_is_called(change: Any, of: str):
+    """After the first look: `torch.nn.Module.compile`, a class of its own, a function of its own."""
+    model, calls = models.build("dense"), []
+    ENGINE.apply(only=ON)
+    models.run(model)
+    change(model.layers[1].get_submodule(of), calls)
+    found, ours = models.run(model), len(calls)
+    ENGINE.revert()
+    near(found, models.run(model))
+    assert 2 * ours == len(calls) > 0
+
+
+def test_a_shallow_copy_of_a_module_is_looked_at_by_itself():
+    """It brings the attributes of the first one along, and has a forward of its own."""
+    model, calls = models.build("dense"), []
+    ENGINE.apply(only=ON)
+    models.run(model)
+    mlp = model.layers[1].mlp
+    mlp.down_proj = copy.copy(mlp.down_proj)
+    inner = mlp.down_proj.forward
+
+    def forward(*args: Any) -> Any:
+        calls.append(args)
+        return inner(*args)
+
+    mlp.down_proj.forward = forward
+    models.run(model)
+    assert len(calls) == 1
 
 
 @pytest.mark.parametrize("at", [0, 1])
