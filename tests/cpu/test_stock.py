@@ -17,7 +17,7 @@ import pytest
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.engine import fingerprints
 from gemma4_turbo.instance import PORTS, every_port
-from tests.cpu.conftest import REPOSITORY, state_by_default
+from tests.cpu.conftest import REPOSITORY, state_by_default, warm
 
 RELEASE = metadata.version("sglang")
 ALONE = "decode_attention"
@@ -161,28 +161,31 @@ def found(
         "SGLANG_PLUGINS": "another_plugin",  # so that only sitecustomize can have done it
         "GEMMA4_TURBO_STATE_DIR": str(folder / "site state"),
     }
-    results = {}
-    processes = {}
-    for name, code, variables in (("parent", PARENT, common), ("site", SITE, site)):
-        script = folder / f"{name}.py"
-        script.write_text(code)
-        processes[name] = subprocess.Popen(
-            [sys.executable, str(script)],
-            env=variables,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    try:
-        for name, process in processes.items():
+    scripts = {"parent": PARENT, "site": SITE}
+    for name, code in scripts.items():
+        (folder / f"{name}.py").write_text(code)
+    # In a Python of its own: what comes first in it is what is asked.
+    with subprocess.Popen(
+        [sys.executable, str(folder / "site.py")],
+        env=site,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            # It and what it spawns are forks that have the libraries under SGLang, and no SGLang.
+            parent = warm(environment).run(
+                **{"script": str(folder / "parent.py"), "arguments": [], "spawns": True},
+                **{"env": common, "cwd": str(folder), "timeout": 500},
+            )
+            assert parent.returncode == 0, parent.stderr
             out, err = process.communicate(timeout=500)
             assert process.returncode == 0, err
-            results[name] = json.loads(out.splitlines()[-1])
-    finally:
-        for process in processes.values():
+        finally:
             process.kill()
-            process.wait()
+    results = {"parent": parent.stdout, "site": out}
+    results = {name: json.loads(told.splitlines()[-1]) for name, told in results.items()}
     return {**results["parent"], "sitecustomize": results["site"]}
 
 
