@@ -90,9 +90,10 @@ def look():
 CHILD = f"""
 ALONE = {ALONE!r}
 
-def child(results, done):
+def child(results, begin, done):
     from sglang.srt.plugins import load_plugins
     assert "gemma4_turbo" not in sys.modules
+    begin.wait(300)  # until the parent has looked at itself: the states of children outweigh its own
     load_plugins()
     found = look()
     from gemma4_turbo.instance import ENGINE
@@ -117,8 +118,9 @@ if __name__ == "__main__":
     found["applied after the import"] = (gemma4_turbo.apply(), look())[1]
     found["applied twice"] = (gemma4_turbo.apply(), look())[1]
     context = multiprocessing.get_context("spawn")
-    done, patched, reverted = context.Event(), context.Queue(), context.Queue()
-    children = [context.Process(target=child, args=(patched, done), daemon=True)]
+    begin, done = context.Event(), context.Event()
+    patched, reverted = context.Queue(), context.Queue()
+    children = [context.Process(target=child, args=(patched, begin, done), daemon=True)]
     children[0].start()
     gemma4_turbo.revert()
     found["reverted"] = look()
@@ -127,10 +129,11 @@ if __name__ == "__main__":
     found["switched off after the import"] = look()
     del os.environ[{SWITCH!r}]
     gemma4_turbo.revert()
-    children.append(context.Process(target=child, args=(reverted, done), daemon=True))
+    children.append(context.Process(target=child, args=(reverted, begin, done), daemon=True))
     children[1].start()
     gemma4_turbo.apply()
     found["applied again"] = look()
+    begin.set()
     found["child"] = patched.get(timeout=300)
     found["child of a reverted process"] = reverted.get(timeout=300)
     found["with children"] = look()

@@ -29,6 +29,7 @@ LIBRARIES = (
     *("torch._dynamo", "torch._inductor.compile_fx", "torchao", "flashinfer", "scipy.optimize"),
     *("openai", "fastapi", "compressed_tensors", "xgrammar", "triton_kernels"),
     *("aiohttp", "uvicorn", "uvloop", "zmq", "IPython", "mistral_common", "watchfiles"),
+    *("pandas", "typer"),  # and under the benchmarks
 )
 OURS = ("sglang", "sgl_kernel", "gemma4_turbo")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
