@@ -234,11 +234,12 @@ def main() -> None:
     """Import, then a request a line and its answer a line."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
+    from tests import distributions, interpreter
+
+    distributions.quicken()
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    from tests import interpreter
-
     interpreter.quicken()
     assert not set(OURS) & set(sys.modules)
     repository = os.getcwd()
