@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
     reason="this Python's rule is another one",
 )
 
+
 def site(folder: Path) -> None:
     """What is declared, inferred, gone, hidden, of two distributions, and listed in no RECORD."""
     wheels = {

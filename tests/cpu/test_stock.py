@@ -6,8 +6,6 @@ Importing its models takes long, so few processes do it and print all that the t
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -167,28 +165,20 @@ def found(
     scripts = {"parent": PARENT, "site": SITE}
     for name, code in scripts.items():
         (folder / f"{name}.py").write_text(code)
-    # In a Python of its own: what comes first in it is what is asked.
-    with subprocess.Popen(
-        [sys.executable, str(folder / "site.py")],
-        env=site,
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            # It and what it spawns are forks that have the libraries under SGLang, and no SGLang.
-            parent = warm(environment).run(
-                **{"script": str(folder / "parent.py"), "arguments": [], "spawns": True},
-                **{"env": common, "cwd": str(folder), "timeout": 500},
-            )
-            assert parent.returncode == 0, parent.stderr
-            out, err = process.communicate(timeout=500)
-            assert process.returncode == 0, err
-        finally:
-            process.kill()
-    results = {"parent": parent.stdout, "site": out}
-    results = {name: json.loads(told.splitlines()[-1]) for name, told in results.items()}
+    # They and what they spawn are forks that have the libraries under SGLang, and nothing of SGLang.
+    processes = {
+        name: warm(environment).start(
+            **{"script": str(folder / f"{name}.py"), "arguments": [], "spawns": True},
+            **{"env": variables, "cwd": str(folder), "timeout": 500},
+            files=[str(folder / f"{name}.{stream}") for stream in ("out", "err")],
+        )
+        for name, variables in (("parent", common), ("site", site))
+    }
+    results = {}
+    for name, process in processes.items():
+        code = process.wait()
+        assert code == 0, (folder / f"{name}.err").read_text()
+        results[name] = json.loads((folder / f"{name}.out").read_text().splitlines()[-1])
     return {**results["parent"], "sitecustomize": results["site"]}
 
 
