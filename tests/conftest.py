@@ -14,8 +14,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from tests import interpreter, releases
+from tests import distributions, interpreter, releases
 
+distributions.quicken()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     interpreter.quicken()

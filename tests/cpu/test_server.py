@@ -2,6 +2,8 @@
 
 Nothing here is about arithmetic, all about processes. A small Gemma 4 with random weights is loaded,
 which is when the patches say what they did; a small GPT-2 also answers, as its forward needs no GPU.
+Three processes import SGLang for each server, two minutes of a core: all but one server are forks of
+a process that has imported the libraries under it, and what they spawn is too.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from bench import checkpoints
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.instance import PORTS
 from tests import releases
-from tests.cpu.conftest import REPOSITORY, state_by_default
+from tests.cpu.conftest import REPOSITORY, state_by_default, warm
+from tests.cpu.warm import Child, Warm
 
 pytestmark = pytest.mark.server
 
@@ -68,6 +71,7 @@ DRIVER = (
     "cuMemUnmap",
     "cuPointerGetAttribute",
 )
+DRIVERS_NAME = "libcuda.so.1"
 BAD_VALUE = "GEMMA4_TURBO_{}='maybe' is not one of 0, 1"
 SPAWNED = "Load weight begin"  # only a scheduler process says that
 
@@ -75,8 +79,23 @@ SPAWNED = "Load weight begin"  # only a scheduler process says that
 class Server:
     """A started server, its output in a file, its whole process group ours to end."""
 
-    def __init__(self, arguments: list[str], environ: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, arguments: list[str], environ: dict[str, str], log: Path, of: Warm | None
+    ) -> None:
+        """``of``: the process that it is a fork of; else a Python is started for it."""
         self._log = log
+        log.touch()
+        self.process: subprocess.Popen[bytes] | Child
+        if of is not None:
+            folders = environ.get("LD_LIBRARY_PATH", "").split(":")
+            drivers = [Path(folder, DRIVERS_NAME) for folder in folders if folder]
+            self.process = of.start(
+                **{"module": "sglang.launch_server", "arguments": arguments, "env": environ},
+                **{"cwd": str(log.parent), "files": [str(log)] * 2, "spawns": True},
+                libraries=[str(driver) for driver in drivers if driver.exists()][:1],
+                timeout=2 * START_LIMIT,
+            )
+            return
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-u", "-m", "sglang.launch_server", *arguments],
@@ -122,7 +141,7 @@ class Server:
         """SIGKILL to every process of the group, whatever state they are in."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(timeout=30)
+        self.process.wait()
 
 
 Launch = Callable[..., Server]
@@ -132,7 +151,7 @@ Launch = Callable[..., Server]
 def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """LD_LIBRARY_PATH to a stand-in for the CUDA driver where the machine has none."""
     try:
-        ctypes.CDLL("libcuda.so.1")
+        ctypes.CDLL(DRIVERS_NAME)
     except OSError:
         pass
     else:
@@ -140,8 +159,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("driver")
     source = folder / "driver.c"
     source.write_text("".join(f"int {name}(void) {{ return 999; }}\n" for name in DRIVER))
-    library = str(folder / "libcuda.so.1")
-    options = ["-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library]
+    library = str(folder / DRIVERS_NAME)
+    options = ["-shared", "-fPIC", f"-Wl,-soname,{DRIVERS_NAME}", "-o", library]
     subprocess.run(["gcc", *options, str(source)], check=True, timeout=60)
     inherited = os.environ.get("LD_LIBRARY_PATH")
     return {"LD_LIBRARY_PATH": ":".join(filter(None, (str(folder), inherited)))}
@@ -149,7 +168,10 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def launch(environment: dict[str, str], driver: dict[str, str], tmp_path: Path) -> Iterator[Launch]:
-    """Starts the server with the given environment variables; all of it is killed afterwards."""
+    """Starts the server with the given environment variables; all of it is killed afterwards.
+
+    ``fresh``: in a Python of its own, as a user does.
+    """
     servers: list[Server] = []
     rotary = tmp_path / "rotary"
     (rotary / "vllm").mkdir(parents=True)
@@ -157,7 +179,11 @@ def launch(environment: dict[str, str], driver: dict[str, str], tmp_path: Path) 
     (rotary / "vllm" / "_custom_ops.py").write_text(ROTARY)
 
     def launched(
-        config: dict[str, Any], port: int | None = None, site: str = "", **variables: str
+        config: dict[str, Any],
+        port: int | None = None,
+        site: str = "",
+        fresh: bool = False,
+        **variables: str,
     ) -> Server:
         model = tmp_path / f"model{len(servers)}"
         model.mkdir()
@@ -171,7 +197,8 @@ def launch(environment: dict[str, str], driver: dict[str, str], tmp_path: Path) 
         variables["PYTHONPATH"] = ":".join(filter(None, (site, str(rotary))))
         state = {"GEMMA4_TURBO_STATE_DIR": str(tmp_path / "state"), "HF_HUB_OFFLINE": "1"}
         environ = environment | driver | state | variables
-        servers.append(Server(arguments, environ, tmp_path / f"server{len(servers)}.log"))
+        log = tmp_path / f"server{len(servers)}.log"
+        servers.append(Server(arguments, environ, log, None if fresh else warm(environment)))
         return servers[-1]
 
     yield launched
@@ -299,7 +326,8 @@ def test_a_bad_value_and_drift_with_strict_spawn_nothing(launch: Launch, tmp_pat
     shown with stand-ins for SGLang.
     """
     drifted = site(tmp_path, DRIFT)
-    server = launch(GPT2, GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_ROPE_STORE="maybe", site=drifted)
+    variables = {"GEMMA4_TURBO_STRICT": "1", "GEMMA4_TURBO_ROPE_STORE": "maybe"}
+    server = launch(GPT2, site=drifted, fresh=True, **variables)
     assert server.exit_code() == 1
     (error,) = [line for line in server.output.splitlines() if "StrictModeError:" in line]
     assert BAD_VALUE.format("ROPE_STORE") in error

@@ -6,8 +6,6 @@ Importing its models takes long, so few processes do it and print all that the t
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.engine import fingerprints
 from gemma4_turbo.instance import PORTS, every_port
-from tests.cpu.conftest import REPOSITORY, state_by_default
+from tests.cpu.conftest import REPOSITORY, state_by_default, warm
 
 RELEASE = metadata.version("sglang")
 ALONE = "decode_attention"
@@ -90,9 +88,10 @@ def look():
 CHILD = f"""
 ALONE = {ALONE!r}
 
-def child(results, done):
+def child(results, begin, done):
     from sglang.srt.plugins import load_plugins
     assert "gemma4_turbo" not in sys.modules
+    begin.wait(300)  # until the parent has looked at itself: the states of children outweigh its own
     load_plugins()
     found = look()
     from gemma4_turbo.instance import ENGINE
@@ -117,8 +116,9 @@ if __name__ == "__main__":
     found["applied after the import"] = (gemma4_turbo.apply(), look())[1]
     found["applied twice"] = (gemma4_turbo.apply(), look())[1]
     context = multiprocessing.get_context("spawn")
-    done, patched, reverted = context.Event(), context.Queue(), context.Queue()
-    children = [context.Process(target=child, args=(patched, done), daemon=True)]
+    begin, done = context.Event(), context.Event()
+    patched, reverted = context.Queue(), context.Queue()
+    children = [context.Process(target=child, args=(patched, begin, done), daemon=True)]
     children[0].start()
     gemma4_turbo.revert()
     found["reverted"] = look()
@@ -127,10 +127,11 @@ if __name__ == "__main__":
     found["switched off after the import"] = look()
     del os.environ[{SWITCH!r}]
     gemma4_turbo.revert()
-    children.append(context.Process(target=child, args=(reverted, done), daemon=True))
+    children.append(context.Process(target=child, args=(reverted, begin, done), daemon=True))
     children[1].start()
     gemma4_turbo.apply()
     found["applied again"] = look()
+    begin.set()
     found["child"] = patched.get(timeout=300)
     found["child of a reverted process"] = reverted.get(timeout=300)
     found["with children"] = look()
@@ -161,28 +162,23 @@ def found(
         "SGLANG_PLUGINS": "another_plugin",  # so that only sitecustomize can have done it
         "GEMMA4_TURBO_STATE_DIR": str(folder / "site state"),
     }
-    results = {}
-    processes = {}
-    for name, code, variables in (("parent", PARENT, common), ("site", SITE, site)):
-        script = folder / f"{name}.py"
-        script.write_text(code)
-        processes[name] = subprocess.Popen(
-            [sys.executable, str(script)],
-            env=variables,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+    scripts = {"parent": PARENT, "site": SITE}
+    for name, code in scripts.items():
+        (folder / f"{name}.py").write_text(code)
+    # They and what they spawn are forks that have the libraries under SGLang, and nothing of SGLang.
+    processes = {
+        name: warm(environment).start(
+            **{"script": str(folder / f"{name}.py"), "arguments": [], "spawns": True},
+            **{"env": variables, "cwd": str(folder), "timeout": 500},
+            files=[str(folder / f"{name}.{stream}") for stream in ("out", "err")],
         )
-    try:
-        for name, process in processes.items():
-            out, err = process.communicate(timeout=500)
-            assert process.returncode == 0, err
-            results[name] = json.loads(out.splitlines()[-1])
-    finally:
-        for process in processes.values():
-            process.kill()
-            process.wait()
+        for name, variables in (("parent", common), ("site", site))
+    }
+    results = {}
+    for name, process in processes.items():
+        code = process.wait()
+        assert code == 0, (folder / f"{name}.err").read_text()
+        results[name] = json.loads((folder / f"{name}.out").read_text().splitlines()[-1])
     return {**results["parent"], "sitecustomize": results["site"]}
 
 

@@ -55,7 +55,7 @@ def pack(archive: Path, replaced: dict[str, str | None] | None = None) -> Path:
 
 
 def asked(python: Python, place: Path, *arguments: str) -> dict[str, Any]:
-    """The answers of a fresh process that has the package from there."""
+    """The answers of a process that has the package from there, and had none of it before."""
     done = python(ASK, *arguments, PYTHONPATH=str(place))
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
@@ -63,10 +63,10 @@ def asked(python: Python, place: Path, *arguments: str) -> dict[str, Any]:
     return found
 
 
-def test_everything_is_found_in_the_zip(python: Python, tmp_path: Path) -> None:
+def test_everything_is_found_in_the_zip(warm_python: Python, tmp_path: Path) -> None:
     """The same answers as from the folder."""
-    found = asked(python, pack(tmp_path / "package.zip"))
-    expected = asked(python, REPOSITORY)
+    found = asked(warm_python, pack(tmp_path / "package.zip"))
+    expected = asked(warm_python, REPOSITORY)
     assert found.pop("file") != expected.pop("file")
     assert found == expected
     assert found["refusals"] == []
@@ -77,7 +77,7 @@ def test_everything_is_found_in_the_zip(python: Python, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [None, "{"])
 def test_tables_missing_or_damaged_in_the_zip(
-    python: Python, tmp_path: Path, content: str | None
+    warm_python: Python, tmp_path: Path, content: str | None
 ) -> None:
     """The states say so; nothing is raised."""
     name = moe_tables.file_name(H200, down=False)
@@ -86,7 +86,7 @@ def test_tables_missing_or_damaged_in_the_zip(
     installed = f"{installed_release()}.json"
     replaced = {installed: content} if content else dict.fromkeys(tables)
     place = pack(tmp_path / "package.zip", replaced)
-    found = asked(python, place)
+    found = asked(warm_python, place)
     assert {state for state, _ in found["outlook"].values()} == {states.FAILED}
     assert all(
         f"fingerprints/{installed}" in reason or reason.startswith("fingerprints cannot be used: ")
@@ -96,7 +96,7 @@ def test_tables_missing_or_damaged_in_the_zip(
     assert len(found["refusals"]) == len(on)
     code = f"from gemma4_turbo.kernels import moe_tables as m; print(m.load(m.{H200!r}, m.TABLES / 'triton_3_6'))"
     place = pack(tmp_path / "tables.zip", {name: content})
-    done = python(code, PYTHONPATH=str(place))
+    done = warm_python(code, PYTHONPATH=str(place))
     if content is None:
         assert done.stdout == "None\n"
     else:

@@ -1,30 +1,62 @@
 """A Python that has imported the libraries under SGLang, and forks for each script that it is given.
 
 Four fifths of what SGLang takes to be imported are theirs. Nothing of SGLang and nothing of ours is
-in a fork before its script imports it. Kernels run in Triton's interpreter.
+in a fork before its script imports it, nor in the processes that the script spawns, which are forks
+too. Kernels run in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import importlib
 import json
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 LIBRARIES = (
     *("torch", "torchvision", "transformers.modeling_utils", "transformers.processing_utils"),
     *("torch._dynamo", "torch._inductor.compile_fx", "torchao", "flashinfer", "scipy.optimize"),
-    *("openai", "fastapi", "compressed_tensors", "xgrammar"),
+    *("openai", "fastapi", "compressed_tensors", "xgrammar", "triton_kernels"),
+    *("aiohttp", "uvicorn", "uvloop", "zmq", "IPython", "mistral_common", "watchfiles"),
+    *("pandas", "typer"),  # and under the benchmarks
 )
 OURS = ("sglang", "sgl_kernel", "gemma4_turbo")
+_SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
+_LARGEST = 1 << 17  # bytes of a request to spawn: an environment, mostly
+
+
+class Child:
+    """One of its forks: as much of `subprocess.Popen` as tests ask for."""
+
+    def __init__(self, warm: Warm, request: dict[str, Any]) -> None:
+        self._warm, self._request = warm, request
+        self.returncode: int | None = None
+        self.pid = warm.ask(start=request)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._warm.ask(poll=self.pid)
+        return self.returncode
+
+    def wait(self) -> int:
+        """Its exit code; TimeoutExpired after the seconds that it was given."""
+        if self.returncode is None:
+            self.returncode = self._warm.ask(wait=self.pid)
+        assert self.returncode is not None
+        if self.returncode == -signal.SIGALRM:
+            raise subprocess.TimeoutExpired(str(self._request), self._request["timeout"])
+        return self.returncode
 
 
 class Warm:
@@ -41,19 +73,34 @@ class Warm:
             text=True,
         )
 
+    def ask(self, **question: Any) -> Any:
+        """A line there, a line back."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return json.loads(self._process.stdout.readline())
+
+    def start(self, **request: Any) -> Child:
+        """``code``, ``module`` or ``script``, ``arguments``, ``env``, ``cwd``, ``timeout`` in seconds.
+
+        ``files``: for stdout and stderr. ``spawns``: whether it starts processes with
+        multiprocessing. ``libraries``: shared ones that LD_LIBRARY_PATH is too late for.
+        It leads a process group.
+        """
+        return Child(self, request)
+
     def run(self, **request: Any) -> subprocess.CompletedProcess[str]:
-        """``code`` or ``module``, ``arguments``, ``env``, ``cwd`` and ``timeout`` in seconds."""
-        process = self._process
-        assert process.stdin is not None
-        assert process.stdout is not None
+        """As `start`, to its end; what it printed is kept."""
         with tempfile.TemporaryDirectory() as folder:
             files = [Path(folder, name) for name in ("stdout", "stderr")]
-            process.stdin.write(json.dumps({**request, "files": [*map(str, files)]}) + "\n")
-            process.stdin.flush()
-            code = json.loads(process.stdout.readline())
+            child = self.start(**request, files=[*map(str, files)])
+            try:
+                code = child.wait()
+            except subprocess.TimeoutExpired as late:
+                late.output, late.stderr = (file.read_text(errors="replace") for file in files)
+                raise
             told = [file.read_text(errors="replace") for file in files]
-        if code == -signal.SIGALRM:
-            raise subprocess.TimeoutExpired(str(request), request["timeout"], *told)
         return subprocess.CompletedProcess([], code, *told)
 
     def close(self) -> None:
@@ -61,25 +108,35 @@ class Warm:
         self._process.communicate()
 
 
+# -- inside ---------------------------------------------------------------------------------------
+
+
 def _run(request: dict[str, Any]) -> int:
-    """In a fork: what ``python -c code`` or ``python -m module`` does."""
-    signal.alarm(int(request["timeout"]))
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for number, path in enumerate(request["files"], 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+    """In a fork: what ``python -c code``, ``python -m module`` or ``python script`` does."""
+    environ, arguments = request["env"], list(request["arguments"])
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update(environ)
     os.chdir(request["cwd"])
-    here = os.getcwd()
-    paths = request["env"].get("PYTHONPATH", "").split(os.pathsep)
-    sys.path[:] = [here, *filter(None, paths), *(path for path in sys.path if path != here)]
-    sys.argv = ["-c", *request["arguments"]]
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    for library in request.get("libraries", ()):
+        ctypes.CDLL(library)
+    first = str(Path(request["script"]).parent) if "script" in request else os.getcwd()
+    paths = [first, *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
+    sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
+    sys.argv = [request.get("script", "-c"), *arguments]
     try:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module("sitecustomize")  # as a Python that starts does
         if "module" in request:
             runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        elif "script" in request:
+            runpy.run_path(request["script"], run_name="__main__")
         else:
             exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+            return 1
         return int(end.code or 0)
     except BaseException:
         traceback.print_exc()
@@ -87,31 +144,117 @@ def _run(request: dict[str, Any]) -> int:
     return 0
 
 
+def _end_with(request: dict[str, Any]) -> NoReturn:
+    """Run it and leave, with nothing of what the forked process would do at its end."""
+    code = 1
+    try:
+        code = _run(request)
+        # What an interpreter does at its end and `os._exit` does not.
+        if request.get("spawns"):
+            from multiprocessing import util
+
+            util._exit_function()  # type: ignore[attr-defined]
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _start(request: dict[str, Any]) -> NoReturn:
+    """In a fork."""
+    signal.alarm(int(request["timeout"]))
+    os.setsid()
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in enumerate(request["files"], 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
+    if request.get("spawns"):
+        _spawn_forks(request)
+    _end_with(request)
+
+
+def _spawn_forks(request: dict[str, Any]) -> None:
+    """From now on a process that multiprocessing spawns is a fork of this one as it is now."""
+    from multiprocessing import util
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    parent = os.getpid()
+    if not os.fork():
+        ours.close()
+        _fork_when_asked(theirs, parent, request)
+    theirs.close()
+    ctypes.CDLL(None).prctl(_SUBREAPER, 1, 0, 0, 0)  # its grandchildren become our children
+    stock = util.spawnv_passfds  # type: ignore[attr-defined]
+
+    def spawn(path: bytes, arguments: list[str], passed: Any) -> int:
+        if arguments[-1] != "--multiprocessing-fork":
+            return int(stock(path, arguments, passed))  # its tracker of resources
+        descriptors = sorted(map(int, passed))
+        asked = {
+            **{"code": arguments[-2], "arguments": arguments[-1:], "descriptors": descriptors},
+            **{"env": dict(os.environ), "cwd": os.getcwd()},
+        }
+        socket.send_fds(ours, [json.dumps(asked).encode()], descriptors)
+        return int(ours.recv(100))
+
+    util.spawnv_passfds = spawn  # type: ignore[attr-defined]
+
+
+def _fork_when_asked(asked: socket.socket, parent: int, common: dict[str, Any]) -> NoReturn:
+    """Until the parent is gone: a fork for each request, as a child of the parent."""
+    while True:
+        message, descriptors, *_ = socket.recv_fds(asked, _LARGEST, 32)
+        if not message:
+            os._exit(0)
+        request = json.loads(message)
+        request |= {"spawns": True, "libraries": common.get("libraries", ())}
+        between = os.fork()
+        if not between:
+            child = os.fork()
+            if child:
+                asked.send(str(child).encode())
+                os._exit(0)
+            while os.getppid() != parent:
+                time.sleep(0.001)
+            asked.close()
+            # Under the numbers that they have in the parent, by way of numbers that nobody has.
+            high = [fcntl.fcntl(number, fcntl.F_DUPFD, 500) for number in descriptors]
+            for number in descriptors:
+                os.close(number)
+            for number, place in zip(high, request["descriptors"], strict=True):
+                os.dup2(number, place)
+                os.close(number)
+            _spawn_forks(request)
+            _end_with(request)
+        os.waitpid(between, 0)
+        for number in descriptors:
+            os.close(number)
+
+
 def main() -> None:
-    """Import, then a request a line and its exit code a line."""
+    """Import, then a request a line and its answer a line."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print
+    from tests import distributions, interpreter
+
+    distributions.quicken()
     for name in LIBRARIES:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
-    from tests import interpreter
-
     interpreter.quicken()
     assert not set(OURS) & set(sys.modules)
     repository = os.getcwd()
     sys.path[:] = [path for path in sys.path if path != repository]
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            code = 1
-            try:
-                code = _run(json.loads(line))
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
+        ((verb, of),) = json.loads(line).items()
+        answer: int | None
+        if verb == "start":
+            answer = os.fork()
+            if not answer:
+                _start(of)
+        else:
+            ended, status = os.waitpid(of, os.WNOHANG if verb == "poll" else 0)
+            answer = os.waitstatus_to_exitcode(status) if ended else None
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -189,7 +189,8 @@ def undo(run: PatchRun) -> None:
 
 def verify(run: PatchRun, device: str) -> list[Check]:
     """The kernels against plain torch with stock's roundings."""
-    sizes = ((704, 2816), (352, 2816)) if device == "cuda" else ((40, 136),)
+    # In Triton's interpreter a program takes 15 ms: few tiles there.
+    sizes = ((704, 2816), (352, 2816)) if device == "cuda" else ((8, 72),)
     dtype = torch.bfloat16
     found = []
     for width, hidden in sizes:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,8 @@ import pytest
 import typer
 
 from bench import engine
-from tests.cpu.conftest import REPOSITORY
+from tests.cpu.conftest import REPOSITORY, warm
+from tests.cpu.warm import Child
 
 WORKER = """
 import json, os, sys, time
@@ -57,28 +59,33 @@ typer.run(engine.main)
 """
 
 
-def start(tmp_path: Path, calls: int) -> subprocess.Popen[str]:
-    (tmp_path / "engine_worker.py").write_text(WORKER)
-    options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
-    options += [
-        "--equality",
-        "1",
-        "--kl",
-        "1",
-        "--kl-exact",
-        "--breakdown",
-        "0",
-        "--patches",
-        "router",
-    ]
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
-        env={**os.environ, "CALLS": str(calls)},
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+@pytest.fixture
+def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[int], Child]]:
+    """Starts the command with stand-ins for its engines; it prints to `printed`."""
+    started: list[Child] = []
+
+    def run(calls: int) -> Child:
+        (tmp_path / "engine_worker.py").write_text(WORKER)
+        (tmp_path / "printed").touch()
+        options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
+        options += ["--equality", "1", "--kl", "1", "--kl-exact", "--breakdown", "0"]
+        options += ["--patches", "router"]
+        child = warm(environment).start(
+            code=RUN,
+            arguments=[str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
+            env={**os.environ, "CALLS": str(calls)},
+            cwd=str(REPOSITORY),
+            files=[str(tmp_path / "printed")] * 2,
+            timeout=120,
+        )
+        started.append(child)
+        return child
+
+    yield run
+    for child in started:
+        if child.poll() is None:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
 def value(frame: pd.DataFrame, variant: str, quantity: str) -> float:
@@ -86,10 +93,8 @@ def value(frame: pd.DataFrame, variant: str, quantity: str) -> float:
     return float(found)
 
 
-def test_a_run(tmp_path: Path):
-    process = start(tmp_path, 99)
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
+def test_a_run(start: Callable[[int], Child], tmp_path: Path):
+    assert start(99).wait() == 0, (tmp_path / "printed").read_text()
     frame = pd.read_csv(tmp_path / "out.csv")
     steps = frame[frame["quantity"] == "decode step"]
     assert set(steps["round"]) == {0, 1}
@@ -109,18 +114,18 @@ def test_a_run(tmp_path: Path):
     assert value(frame, f"{exact} vs patched", "KL divergence") > moved
 
 
-def test_what_is_known_is_saved_when_a_limit_cuts_it_off(tmp_path: Path):
-    process = start(tmp_path, 1)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if "waiting" in line:  # the patched engine's first round will not end
-            break
-    else:
-        pytest.fail("the stand-in did not come so far")
+def test_what_is_known_is_saved_when_a_limit_cuts_it_off(
+    start: Callable[[int], Child], tmp_path: Path
+):
+    process = start(1)
+    printed = tmp_path / "printed"
+    # Of the stand-in: the patched engine's first round will not end.
+    while "waiting" not in printed.read_text():
+        assert process.poll() is None, printed.read_text()
+        time.sleep(0.1)
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    told, _ = process.communicate(timeout=60)
-    assert process.returncode == 143, told
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 143, printed.read_text()
     frame = pd.read_csv(tmp_path / "out.csv")
     assert value(frame, "stock vs patched", "token_diffs") == 1
     steps = frame[frame["quantity"] == "decode step"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import torch
 
 pytest.importorskip("pandas", reason="the bench's own packages are not installed")
 from bench import checkpoints, hostile
-from tests.cpu.conftest import REPOSITORY
+from tests.cpu.conftest import REPOSITORY, warm
 
 SMALL = checkpoints.Size(
     hidden=128,
@@ -345,7 +343,7 @@ hostile.typer.run(hostile.main)
     ],
 )
 def test_a_whole_run_with_a_stand_in_for_the_server(
-    tmp_path: Path, spoils: str, runs: list[str], said: str
+    environment: dict[str, str], tmp_path: Path, spoils: str, runs: list[str], said: str
 ) -> None:
     package = tmp_path / "fake" / "sglang"
     package.mkdir(parents=True)
@@ -355,12 +353,11 @@ def test_a_whole_run_with_a_stand_in_for_the_server(
     path = os.pathsep.join([str(package.parent), str(REPOSITORY)])
     out = tmp_path / "out"
     fake = {"FAKE_SPOILS": spoils, "FAKE_RUNS": ",".join(runs)}
-    done = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py"), "--start-limit", "120", "--out", str(out)],
-        env=os.environ | {"PYTHONPATH": path, "COLUMNS": "200"} | fake,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    done = warm(environment).run(
+        script=str(tmp_path / "run.py"),
+        arguments=["--start-limit", "120", "--out", str(out)],
+        env={**os.environ, "PYTHONPATH": path, "COLUMNS": "200", **fake},
+        cwd=str(tmp_path),
         timeout=300,
     )
     assert done.returncode == int(bool(spoils)), done.stdout + done.stderr

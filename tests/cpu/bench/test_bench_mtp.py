@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ from bench import assistant, mtp, mtp_worker
 from bench.agreeing import Agreement, fill_assistant, fill_target
 from gemma4_turbo.models import geometry
 from tests.cpu import forward_batch, small_mtp
-from tests.cpu.conftest import REPOSITORY
+from tests.cpu.conftest import REPOSITORY, warm
 
 # -- folders --------------------------------------------------------------------------------------
 
@@ -308,15 +308,18 @@ def test_a_stress_test():
 # -- a run ----------------------------------------------------------------------------------------
 
 WORKER = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1].rsplit("/", 1)[0])
+import json, os, sys, types
+sys.modules["torch"] = types.ModuleType("torch")  # seconds of import; what it would draw is in a file
 from bench.agreeing import Agreement
 
 patched = os.environ["BENCH_PATCHED"] == "1"
 arguments = json.loads(sys.argv[2])
 speculative = "speculative_algorithm" in arguments
 fraction, seed, width = os.environ["BENCH_AGREEING"].split(":")
-agreement = Agreement(262144, float(fraction), int(seed))
+drawn = json.load(open(os.environ["DRAWN"]))
+assert drawn["of"] == [float(fraction), int(seed)]
+agreement = object.__new__(Agreement)
+agreement._lists = drawn["lists"]
 dies = os.environ.get("DIES", "").split(",")
 if patched and "start" in dies:
     open(sys.argv[1], "a").write("RuntimeError: no memory\\n")
@@ -368,23 +371,42 @@ typer.run(mtp.main)
 """
 
 
-def run(tmp_path: Path, *options: str, dies: str = "") -> subprocess.CompletedProcess[str]:
-    (tmp_path / "mtp_worker.py").write_text(WORKER)
-    return subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "DIES": dies},
-        cwd=REPOSITORY,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-    )
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pair of the runs below agrees on."""
+    file = tmp_path_factory.mktemp("drawn") / "drawn.json"
+    lists = Agreement(geometry.VOCABULARY, 0.7, mtp.AGREEMENT_SEED)._lists
+    file.write_text(json.dumps({"of": [0.7, mtp.AGREEMENT_SEED], "lists": lists}))
+    return file
+
+
+@pytest.fixture
+def run(tmp_path: Path, environment: dict[str, str], drawn: Path) -> Run:
+    """The command with stand-ins for its engines; stderr is with stdout."""
+
+    def ran(*options: str, dies: str = "") -> subprocess.CompletedProcess[str]:
+        (tmp_path / "mtp_worker.py").write_text(WORKER)
+        ours = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "DRAWN": str(drawn), "DIES": dies}
+        done = warm(environment).run(
+            code=RUN,
+            arguments=[str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
+            env={**os.environ, **ours},
+            cwd=str(REPOSITORY),
+            timeout=240,
+        )
+        done.stdout += done.stderr
+        return done
+
+    return ran
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_run(tmp_path: Path, together: bool):
+def test_a_run(run: Run, tmp_path: Path, together: bool):
     options = ["--agreeing", "0.7", "--stress", "32", "--rounds", "2", "--equality", "8"]
-    done = run(tmp_path, *options, *(["--together"] if together else []))
+    done = run(*options, *(["--together"] if together else []))
     assert done.returncode == 0, done.stdout
     frame = pd.read_csv(tmp_path / "out.csv")
 
@@ -414,9 +436,9 @@ def test_a_run(tmp_path: Path, together: bool):
         ("greedy", "patched: died in tokens: KeyError: 7"),
     ],
 )
-def test_an_engine_that_dies_leaves_the_others(tmp_path: Path, dies: str, told: str):
+def test_an_engine_that_dies_leaves_the_others(run: Run, tmp_path: Path, dies: str, told: str):
     options = ["--agreeing", "0.7", "--rounds", "1", "--equality", "8", "--together"]
-    done = run(tmp_path, *options, dies=dies)
+    done = run(*options, dies=dies)
     assert done.returncode == 0, done.stdout
     assert told in done.stdout
     frame = pd.read_csv(tmp_path / "out.csv")
@@ -427,6 +449,6 @@ def test_an_engine_that_dies_leaves_the_others(tmp_path: Path, dies: str, told: 
     )
 
 
-def test_what_cannot_be(tmp_path: Path):
+def test_what_cannot_be(run: Run):
     for options in (["--variants", "fast"], ["--agreeing", "0.5", "--centroids"]):
-        assert run(tmp_path, *options).returncode == 2
+        assert run(*options).returncode == 2

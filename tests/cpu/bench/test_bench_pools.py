@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +10,7 @@ import pytest
 
 from bench import pools
 from bench.engine_worker import soak_requests
-from tests.cpu.conftest import REPOSITORY
+from tests.cpu.conftest import REPOSITORY, warm
 
 WORKER = """
 import json, os, sys
@@ -51,15 +49,14 @@ typer.run(pools.main)
 
 
 @pytest.mark.parametrize("damage", [False, True])
-def test_a_run(tmp_path: Path, damage: bool):
+def test_a_run(environment: dict[str, str], tmp_path: Path, damage: bool):
     (tmp_path / "engine_worker.py").write_text(WORKER)
     options = ["--together", "--requests", "8", "--rounds", "1", "--alone", "6"]
-    ran = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
+    ran = warm(environment).run(
+        code=RUN,
+        arguments=[str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
         env={**os.environ, "DAMAGE": str(int(damage))},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
+        cwd=str(REPOSITORY),
         timeout=120,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr

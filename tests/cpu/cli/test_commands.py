@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import socket
@@ -27,7 +28,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import moe_tables
 from gemma4_turbo.models import geometry
 from gemma4_turbo.version import __version__
-from tests.cpu.conftest import REPOSITORY, Python, patched_sglang, state_by_default
+from tests.cpu.conftest import REPOSITORY, Python, patched_sglang, state_by_default, warm
 from tests.cpu.synthetic import clean_environment
 
 STATES = ("active", "upstreamed", "off", "unsupported")
@@ -76,6 +77,19 @@ def looked_for() -> str:
     """The line of a report that names these defects."""
     absent = [patch.name for patch in DEFECTS if state_by_default(patch) == "upstreamed"]
     return f"{len(absent)} defects looked for: none found ({', '.join(absent)})"
+
+
+def warm_command(
+    environment: dict[str, str], *arguments: str, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """The same in a fork of a process that has the libraries under SGLang, and nothing of SGLang."""
+    return warm(environment).run(
+        module="gemma4_turbo",
+        arguments=arguments,
+        env={**environment, **variables},
+        cwd=os.getcwd(),
+        timeout=600,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +217,7 @@ def test_doctor_prints_why_no_server_can_be_seen(monkeypatch, capsys):
 
 def test_doctor_in_a_pipe(environment, answer, tmp_path):
     """Versions first, a line a patch, the verdict last; all there is with ``--all``."""
-    done = command(environment, "doctor", COLUMNS="80", GEMMA4_TURBO_STATE_DIR=str(tmp_path))
+    done = warm_command(environment, "doctor", COLUMNS="80", GEMMA4_TURBO_STATE_DIR=str(tmp_path))
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert lines[0].startswith("gemma4_turbo ")
@@ -335,7 +349,7 @@ def test_sitecustomize_prints_a_folder_that_works(environment, tmp_path):
 
 def test_demo_runs_stock_against_patched(environment):
     """Without a GPU: the report and the comparison, exit 0, no traceback."""
-    done = command(environment, "demo")
+    done = warm_command(environment, "demo")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ids equal, 0 of 128 weights differ" in done.stdout
     assert re.fullmatch(r"demo: \d+ comparisons, all .*", done.stdout.splitlines()[-1])
@@ -345,6 +359,25 @@ def test_demo_runs_stock_against_patched(environment):
     assert "importing SGLang" in done.stderr
     assert "DIFFERENT" not in done.stdout
     assert "Traceback" not in done.stderr
+
+
+INTERPRETED = """
+import sys
+from gemma4_turbo.__main__ import app
+from gemma4_turbo.cli import demo, verify
+assert "triton" not in sys.modules
+verify.prepare_device()
+import triton.language
+print(type(triton.language.cdiv).__name__)
+"""
+
+
+def test_the_interpreter_is_chosen_before_triton_is_imported(environment):
+    """Afterwards is too late: Triton's own functions are made as it is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "InterpretedFunction\n", done.stderr
 
 
 def test_verify_json(answer):

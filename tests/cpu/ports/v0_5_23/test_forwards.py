@@ -100,11 +100,14 @@ def decoder_steps() -> tuple[Any, ...]:
     return (*decoder_layer.STEPS, layer_steps.PLE_INPUT_NORM)
 
 
-@pytest.mark.parametrize("tokens", [1, 65])  # more than skinny_gemm takes
-def test_numbers_of_tokens(tokens: int):
+# One, several, and more than skinny_gemm takes; that alone, as a norm takes a program for each token.
+@pytest.mark.parametrize(
+    ("tokens", "only"), [(1, ON), (9, ON), (65, ["skinny_gemm", "layer_norms"])]
+)
+def test_numbers_of_tokens(tokens: int, only: list[str]):
     model = models.build("dense")
     expected = models.run(model, tokens)
-    ENGINE.apply(only=ON)
+    ENGINE.apply(only=only)
     before = counted()
     found = models.run(model, tokens)
     near(found, expected)
