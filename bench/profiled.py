@@ -78,7 +78,9 @@ class ProfiledEngine(Engine):
     def ignored(self) -> str | None:
         """What the log says of a profile that is not used, or None."""
         lines = self.log.read_text(errors="replace").splitlines()
-        return next((line for line in lines if "GPU profile" in line and "is ignored" in line), None)
+        return next(
+            (line for line in lines if "GPU profile" in line and "is ignored" in line), None
+        )
 
 
 class ProfiledResults(Results):
@@ -91,7 +93,9 @@ def main(
     model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "e4b",
     profile: Annotated[str, typer.Option(help="The GPU profile; empty: where `tune` puts it")] = "",
     batches: Annotated[str, typer.Option(help="Decode batch sizes; empty: none")] = "1,8,32",
-    prefill: Annotated[str, typer.Option(help="Comma list of BATCHxLENGTH; empty: none")] = "4x4096",
+    prefill: Annotated[
+        str, typer.Option(help="Comma list of BATCHxLENGTH; empty: none")
+    ] = "4x4096",
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     bare: Annotated[
         bool, typer.Option(help="A third engine: without the profile, on the unseen GPU")

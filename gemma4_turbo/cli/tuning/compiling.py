@@ -98,7 +98,10 @@ class Compiler:
         if count <= 0:
             return
         pool = ProcessPoolExecutor(
-            count, mp_context=get_context("spawn"), initializer=processes.begin, initargs=(str(kind),)
+            count,
+            mp_context=get_context("spawn"),
+            initializer=processes.begin,
+            initargs=(str(kind),),
         )
         self._pools[kind], self.counts[kind] = pool, count
         for _ in range(count):

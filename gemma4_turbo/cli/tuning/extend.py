@@ -202,7 +202,9 @@ SPLIT: dict[int, tuple[config.Split, ...]] = {
 POINTS: dict[str, tuple[tuple[tuple[int, ...], tuple[int, ...], str], ...]] = {
     config.DENSE_KIND: (((4096,), (0,), ""), ((1024,), (2048,), "")),
     config.MASKED: (
-        ((1024,), (512,), "holes"), ((256, 300), (1000, 0), "holes"), ((3072,), (1024,), "holes"),
+        ((1024,), (512,), "holes"),
+        ((256, 300), (1000, 0), "holes"),
+        ((3072,), (1024,), "holes"),
     ),
     config.SPLIT_KIND: (((4,), (8192,), "tree"), ((4,) * 16, (2048,) * 16, "tree")),
 }
@@ -267,7 +269,9 @@ class Prefill(NamedTuple):
         for lengths, prefixes, mask in POINTS[self.kind]:
             yield PrefillBench(self, self.shape(lengths, prefixes, mask), device)
 
-    def alike(self, tile: config.Dense | config.Split) -> tuple[Prefill, config.Dense | config.Split]:
+    def alike(
+        self, tile: config.Dense | config.Split
+    ) -> tuple[Prefill, config.Dense | config.Split]:
         """Strides are compiled into the kernel: no other shape is."""
         return self, tile
 

@@ -38,7 +38,9 @@ REASONS = (FASTER, WRONG, NONE_RUNS, ERROR)
 QUICK, THOROUGH = 4, 12  # readings
 FINALISTS = 2  # beside the package's own
 NORMAL = 1.4826  # standard deviations in a median absolute deviation, and
-EFFICIENCY = 1.2533  # standard errors of a median in one of a mean, of normally distributed readings
+EFFICIENCY = (
+    1.2533  # standard errors of a median in one of a mean, of normally distributed readings
+)
 
 
 class Bench(Protocol):
