@@ -479,7 +479,7 @@ def test_the_time_counts_from_the_process_start(monkeypatch):
     assert budget.since_start() >= 0
     monkeypatch.setattr(budget, "LONGEST_START_S", float("inf"))
     code = "import time; time.sleep(0.5); from gemma4_turbo.cli.tuning.budget import since_start; print(since_start())"  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert 0.5 <= float(done.stdout) < 60
     monkeypatch.setattr(budget, "LONGEST_START_S", 0.0)
     assert budget.since_start() == 0.0
