@@ -59,7 +59,7 @@ class GraphClock:
 
     def readings(self, calls: Sequence[tuple[Call, int]], count: int) -> list[list[float]]:
         """See there. The first reading of each warms up and is left out."""
-        pool = torch.cuda.graph_pool_handle()  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle()
         timers = [Timer(call, number, pool) for call, number in calls]
         readings(timers, count + 1)
         return [timer.times[1:] for timer in timers]
