@@ -274,6 +274,8 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
         begun = time.monotonic()
         while left:
             session.go_on()
+            if verify.found():
+                session.one("verify", [], lambda: verify.run(session.go_on))
             level = budget.level(session.left() - verify.seconds(), [one.guess for one in left])
             work = next((one for one in left if session.compiler.ready(one.key)), None)
             progress.update(task, description=left[0].title if work is None else work.title)

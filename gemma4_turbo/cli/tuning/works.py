@@ -155,18 +155,22 @@ class Verify:
         """That this process needs for it."""
         return budget.VERIFY_S if self.wanted and self.future is None else 0.0
 
+    def found(self) -> bool:
+        """Whether the other process is done with it. One that was killed counts as none."""
+        if not self.wanted or self.future is None or not self.future.done():
+            return False
+        if self.future.exception() is not None or not isinstance(self.future.result(), list):
+            self.future = None
+        return self.future is not None
+
     def run(self, go_on: GoOn) -> list[Shape]:
         """What was found, when it was."""
         go_on()
-        found: Any = None
-        if self.future is not None:
-            while not self.future.done():
-                go_on()
-                self.compiler.pause()
-            with contextlib.suppress(Exception):  # the process was killed
-                found = self.future.result()
-        if not isinstance(found, list):
-            found = checks(self.device.torch_name)
+        while self.future is not None and not self.found():
+            go_on()
+            self.compiler.pause()
+        self.wanted = False
+        found = checks(self.device.torch_name) if self.future is None else self.future.result()
         return plain.verified(found)
 
 
