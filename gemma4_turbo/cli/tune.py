@@ -262,7 +262,7 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
     verify = works.Verify(session.compiler, session.device)
     if not _verified(session.store):
         verify.begin()
-    left = [
+    left: list[works.Work] = [
         *(works.Tiled(one, session.device, session.compiler) for one in tiled),
         *(works.Tables(pair, session.device, session.compiler) for pair in experts),
     ]
