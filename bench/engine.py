@@ -83,29 +83,34 @@ class Engine:
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
         }
-        path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
+        environment["PYTHONPATH"] = self.path()
         environment["PYTHONSAFEPATH"] = "1"  # bench/kernels.py is not the package kernels
-        if variant == PATCHED:
-            only = ",".join(patches) if patches else "*"
-            environment |= {
-                "BENCH_PATCHED": "1",
-                "GEMMA4_TURBO_STRICT": "1",
-                "GEMMA4_TURBO_SELECTION": f"only={only};skip=",
-            }
-        else:
-            environment |= {"BENCH_PATCHED": "0", "GEMMA4_TURBO": "0"}
-        if variant == EXACT:
-            environment["BENCH_EXACT_ATTENTION"] = "1"
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / self.script), str(log), json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=environment | self.switches(patches),
             start_new_session=True,
         )
         self.ready_s: float | None = None
+
+    def path(self) -> str:
+        """Where the process finds the package."""
+        path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        return os.pathsep.join(part for part in path if part)
+
+    def switches(self, patches: list[str]) -> dict[str, str]:
+        """What the process is told of the patches by its environment."""
+        if self.variant == PATCHED:
+            only = ",".join(patches) if patches else "*"
+            return {
+                "BENCH_PATCHED": "1",
+                "GEMMA4_TURBO_STRICT": "1",
+                "GEMMA4_TURBO_SELECTION": f"only={only};skip=",
+            }
+        exact = {"BENCH_EXACT_ATTENTION": "1"} if self.variant == EXACT else {}
+        return {"BENCH_PATCHED": "0", "GEMMA4_TURBO": "0", **exact}
 
     def wait_ready(self) -> None:
         """Until the engine stands."""
@@ -160,6 +165,9 @@ def fate(engine: Engine) -> str:
 class Results:
     """Rows for the CSV, with everything that identifies the run."""
 
+    pair = (STOCK, PATCHED)
+    """The ratio is of the second to the first."""
+
     def __init__(self, model: str, layers: int | None, patches: list[str], tp: int = 1) -> None:
         self.rows: list[dict[str, Any]] = []
         self.base = {
@@ -193,15 +201,15 @@ class Results:
         return pd.DataFrame(self.rows)
 
     def summary(self) -> pd.DataFrame:
-        """Medians per variant and the ratio patched / stock."""
+        """Medians per variant and the ratio of the `pair`."""
         frame = self.frame()
         if frame.empty:
             return frame
         table = frame.pivot_table(
             index=["quantity", "x", "unit"], columns="variant", values="value", aggfunc="median"
         )
-        if {STOCK, PATCHED} <= set(table.columns):
-            table["ratio"] = table[PATCHED] / table[STOCK]
+        if set(self.pair) <= set(table.columns):
+            table["ratio"] = table[self.pair[1]] / table[self.pair[0]]
         return table.reset_index()
 
     def save(self, out: Path) -> None:
@@ -223,7 +231,7 @@ class Results:
         labels = [f"{q}\n{x}" for q, x in zip(timed["quantity"], timed["x"], strict=True)]
         axes.bar(labels, timed["ratio"])
         axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_ylabel("patched / stock")
+        axes.set_ylabel(" / ".join(reversed(self.pair)))
         axes.set_title(f"{self.base['model']}, {self.base['patches']}, {self.base['gpu']}")
         figure.tight_layout()
         figure.savefig(out.with_suffix(".png"), dpi=120)

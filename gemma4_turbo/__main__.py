@@ -97,7 +97,7 @@ def tune(
         ),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(min=0.1, help="Stop after so long; the same command goes on.")
+        float, typer.Option(min=0.1, help="Stop so long after the start; the same command goes on.")
     ] = 5.0,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what the profile has already.")
@@ -114,7 +114,7 @@ def tune(
     measurement. The GPU must be idle.
 
     Exit 0: measured, or the time is up. Exit 3: no GPU, a busy one, too little free memory, no Gemma 4, or
-    the profile cannot be written. Exit 130: interrupted; what was measured is kept.
+    the profile cannot be written. Exit 130 or 143: interrupted or terminated; what was measured is kept.
     """
     from gemma4_turbo.cli import tune as command
 

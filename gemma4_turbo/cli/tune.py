@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,14 +29,22 @@ if TYPE_CHECKING:
     from gemma4_turbo.cli.tuning.device import Device
     from gemma4_turbo.cli.tuning.subject import Subject
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
+FINISH_S = 3.0
+"""Of the time that is given: to end the other processes, and this one."""
+OVERDUE_S = 5.0
+"""So long after its end what is running is broken off; before, at the next step."""
 CONFIG_BYTES = 1 << 20
 FOLDER = "folder"
 """What a geometry from a folder is called: the profile holds no name of the user's."""
 
 
-class TimeIsUpError(Exception):
-    """The measurement took as long as it may."""
+class TimeIsUpError(BaseException):
+    """The measurement took as long as it may. No error of a kernel's, which would count against it."""
+
+
+class TerminatedError(KeyboardInterrupt):
+    """SIGTERM came."""
 
 
 # -- what is asked for ------------------------------------------------------------------------------
@@ -135,7 +144,7 @@ def destination() -> str:
 
 
 class Session:
-    """One run over subjects. What is measured already is left out."""
+    """One run. What is measured already is left out."""
 
     def __init__(self, device: Device, store: Store, compiler: Compiler, seconds: float) -> None:
         self.device, self.store, self.compiler = device, store, compiler
@@ -143,9 +152,13 @@ class Session:
         self.console = Console(stderr=True)
         self.left_out: list[str] = []
 
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
     def go_on(self) -> None:
         """`TimeIsUpError` if there is no time left."""
-        if time.monotonic() > self.end:
+        if self.left() < 0:
             raise TimeIsUpError
 
     def one(self, title: str, places: Iterable[Place], run: Callable[[], Iterable[Shape]]) -> None:
@@ -156,8 +169,6 @@ class Session:
 
         try:
             shapes = list(run())
-        except TimeIsUpError:
-            raise
         except torch.OutOfMemoryError:
             self._leave_out(title, "the GPU's memory does not suffice")
         except Exception as error:
@@ -185,12 +196,20 @@ class Session:
         self.console.print(report.plain(f"{title}: not measured: {why}", "yellow"), soft_wrap=True)
 
     def _tell(self, title: str, shape: Shape) -> None:
-        if not shape.figures and not shape.reason:
+        figures = shape.figures
+        if not figures and not shape.reason:
             return  # only compared, and right
-        told = shape.reason or f"{shape.figures.get('ratio', float('nan')):.2f} of stock's time"
-        if "of_own" in shape.figures and not shape.reason:
-            told += f", {shape.figures['of_own']:.2f} of the package's own tile's"
+        told = shape.reason or f"{figures.get('ratio', float('nan')):.2f} of stock's time"
+        if "of_own" in figures and not shape.reason:
+            told += f", {figures['of_own']:.2f} of the package's own tile's"
+        if few(shape):
+            told += f"; with {figures['tiles']:.0f} of {figures['of']:.0f}, for want of time"
         self.console.print(report.plain(f"{title}: {told}"), soft_wrap=True)
+
+
+def few(shape: Shape) -> bool:
+    """Whether the time did not suffice for all of a shape's tiles."""
+    return shape.figures.get("tiles", 0) < shape.figures.get("of", 0)
 
 
 def subjects(models: dict[str, Geometry]) -> list[Subject]:
@@ -220,7 +239,7 @@ def tables(models: dict[str, Geometry]) -> list[Any]:
 
 
 def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[], None]) -> None:
-    """All of it, the kernels that a new GPU has most to gain from first.
+    """All of it, a model after the other, and what is compiled before what is not.
 
     Args:
         session: what measures.
@@ -228,87 +247,56 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
         prepare: import SGLang; other processes compile meanwhile.
     """
     from gemma4_turbo.cli.tuning import device as devices
-    from gemma4_turbo.cli.tuning import moe, plain
+    from gemma4_turbo.cli.tuning import works
+    from gemma4_turbo.cli.tuning.budget import Budget
 
-    device, store = session.device, session.store
-    wanted = [one for one in subjects(models) if (one.kernel, one.place) not in store.shapes]
-    experts = [one for one in tables(models) if (one.kernel, one.place) not in store.shapes]
-    devices.require_memory(device, max((one.bytes for one in (*wanted, *experts)), default=0))
-    for one in wanted:
-        tiles = dict.fromkeys(one.candidates(device.gpu))
-        session.compiler.order(
-            (one.kernel, one.place), [(one.compile, (tile, device.torch_name)) for tile in tiles]
-        )
-    memory = device.gpu.shared_memory
-    for pair in experts:
-        session.compiler.order(
-            (pair.kernel, pair.place), [(moe.compile_one, (job,)) for job in pair.jobs(memory)]
-        )
-    prepare()
-    with _progress(session.console) as progress:
-        task = progress.add_task("", total=len(wanted) + len(experts) + 1)
-        compiled: list[tuple[Any, Callable[[], Shape]]] = [
-            *((one, partial(_subject, one, session)) for one in wanted),
-            *((pair, partial(_tables, pair, session)) for pair in experts),
-        ]
-        for one, run in compiled:
-            progress.update(task, description=one.title)
-            place = one.kernel, one.place
-            session.compiler.wait(place, session.go_on)
-            session.one(one.title, [place], lambda run=run: [run()])  # type: ignore[misc]
-            progress.advance(task)
-        progress.update(task, description="kernels without tiles")
-        plains = [case for case in plain.cases(models) if plain.place(case) not in store.shapes]
-        progress.update(task, total=len(wanted) + len(experts) + 1 + len(plains))
-        if not any(shape.shape == (plain.VERIFIED,) for shape in store.shapes.values()):
-            session.go_on()
-            session.one("verify", [], lambda: plain.verified(_checks(device.torch_name)))
-        progress.advance(task)
-        for case in plains:
-            title = f"{case.kernel}, {case.case}, {case.tokens} rows"
-            progress.update(task, description=title)
-            session.one(
-                title,
-                [plain.place(case)],
-                lambda case=case: [  # type: ignore[misc]
-                    plain.measure(case, device.torch_name, device.clock, session.go_on)
-                ],
-            )
-            progress.advance(task)
+    def wanted(one: Any) -> bool:
+        known = session.store.shapes.get((one.kernel, one.place))
+        return known is None or few(known)
 
-
-def _subject(one: Subject, session: Session) -> Shape:
-    from gemma4_turbo.cli.tuning import subject
-
-    device = session.device
-    return subject.measure(
-        one, device.torch_name, device.gpu, device.clock, device.known, session.go_on
+    tiled = list(filter(wanted, subjects(models)))
+    experts = list(filter(wanted, tables(models)))
+    devices.require_memory(
+        session.device, max((one.bytes for one in (*tiled, *experts)), default=0)
     )
+    verify = works.Verify(session.compiler, session.device)
+    if not _verified(session.store):
+        verify.begin()
+    left: list[works.Work] = [
+        *(works.Tiled(one, session.device, session.compiler) for one in tiled),
+        *(works.Tables(pair, session.device, session.compiler) for pair in experts),
+    ]
+    prepare()
+    left += works.plains(models, session.device, session.compiler, session.store.shapes)
+    budget = Budget()
+    with _progress(session.console) as progress:
+        task = progress.add_task("", total=len(left) + 1)
+        begun = time.monotonic()
+        while left:
+            session.go_on()
+            if verify.found():
+                session.one("verify", [], lambda: verify.run(session.go_on))
+            level = budget.level(session.left() - verify.seconds(), [one.guess for one in left])
+            work = next((one for one in left if session.compiler.ready(one.key)), None)
+            progress.update(task, description=left[0].title if work is None else work.title)
+            if work is None:
+                left[0].trim(level)
+                session.compiler.pause()
+                continue
+            left.remove(work)
+            session.one(work.title, [work.key], lambda: work.run(level, session.go_on))  # noqa: B023
+            budget.add(work.guess, level, time.monotonic() - begun)
+            begun = time.monotonic()
+            progress.advance(task)
+        progress.update(task, description="verify")
+        if verify.wanted:
+            session.one("verify", [], lambda: verify.run(session.go_on))
 
 
-def _tables(pair: Any, session: Session) -> Shape:
-    from gemma4_turbo.cli.tuning import moe
-    from gemma4_turbo.kernels import moe_tables
+def _verified(store: Store) -> bool:
+    from gemma4_turbo.cli.tuning import plain
 
-    name = session.device.key.gpu.replace(" ", "_")
-    shipped = None
-    with contextlib.suppress(ValueError):
-        shipped = moe_tables.load(moe_tables.Key(moe.EXPERTS, pair.width, name))
-    found, figures = moe.few(pair, session.device.gpu.shared_memory, shipped, session.go_on)
-    return Shape(pair.kernel, pair.place, moe_tables.numbers(found), "", figures)
-
-
-def _checks(device: str) -> list[Any]:
-    """What ``verify`` compares, with the patches in for so long."""
-    from gemma4_turbo.cli import verify
-    from gemma4_turbo.cli.modules import import_targets
-
-    ENGINE.apply()
-    try:
-        import_targets()
-        return verify.check_all(device)
-    finally:
-        ENGINE.revert()
+    return any(shape.shape == (plain.VERIFIED,) for shape in store.shapes.values())
 
 
 @contextlib.contextmanager
@@ -332,19 +320,85 @@ def run(names: Sequence[str], minutes: float, fresh: bool, share: bool) -> int:
     if share:
         return _share(where)
     models = geometries(names)
-    from gemma4_turbo.cli.tuning import compiling
+    from gemma4_turbo.cli.tuning import budget, compiling
+
+    with signals(minutes * 60 - budget.since_start() + OVERDUE_S):
+        compiler = compiling.Compiler()
+        try:
+            compiler.start(compiling.Kind.OURS, compiling.first_workers())
+            session = _session(where, models, fresh, compiler, minutes * 60)
+            return report_of(session, lambda: measure(session, models, _import_sglang))
+        except TerminatedError:
+            return TERMINATED
+        except TimeIsUpError:
+            raise CannotRunError("the time was up before anything was measured") from None
+        finally:
+            with undisturbed():
+                compiler.close()
+
+
+def _session(
+    where: str, models: dict[str, Geometry], fresh: bool, compiler: Compiler, seconds: float
+) -> Session:
+    from gemma4_turbo.catalogue import by_name
+    from gemma4_turbo.cli.tuning import budget, compiling
     from gemma4_turbo.cli.tuning import device as devices
+    from gemma4_turbo.kernels import pdl
 
     found = devices.find()
     store = Store(where, found.key, fresh)
     # Stock's code is stock's here, and tiles are the package's own: no earlier profile, no patch.
     os.environ[switches.GPU_PROFILE] = switches.NO_GPU_PROFILE
     ENGINE.revert()
+    pdl.wanted = by_name("pdl").default  # ours are launched as a server launches them
     largest = max((one.bytes for one in (*subjects(models), *tables(models))), default=0)
-    count = compiling.workers(found.free - largest - devices.SPARE)
-    compiler = compiling.Compiler(count)
-    session = Session(found, store, compiler, minutes * 60)
-    return report_of(session, lambda: measure(session, models, _import_sglang))
+    for kind, count in compiling.later_workers(found.free - largest - devices.SPARE).items():
+        compiler.start(kind, count)
+    return Session(found, store, compiler, seconds - budget.since_start() - FINISH_S)
+
+
+@contextlib.contextmanager
+def signals(seconds: float) -> Iterator[None]:
+    """SIGTERM ends the command as Ctrl-C does, and so does its time, whatever takes so long.
+
+    Args:
+        seconds: from now.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminated(*_: object) -> None:
+        raise TerminatedError
+
+    def overdue(*_: object) -> None:
+        raise TimeIsUpError
+
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, terminated),
+        signal.SIGALRM: signal.signal(signal.SIGALRM, overdue),
+    }
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No signal breaks off the end."""
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGALRM]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def report_of(session: Session, work: Callable[[], None]) -> int:
@@ -361,17 +415,23 @@ def report_of(session: Session, work: Callable[[], None]) -> int:
             work()
     except TimeIsUpError:
         end = "; the time is up: the same command goes on with what is left"
-    except KeyboardInterrupt:
-        end, status = "; interrupted: the same command goes on with what is left", INTERRUPTED
+    except KeyboardInterrupt as error:
+        end = "; interrupted: the same command goes on with what is left"
+        status = TERMINATED if isinstance(error, TerminatedError) else INTERRUPTED
     finally:
-        session.compiler.close()
-    report.show(Console(), summary(store.profile(), store.where, end))
+        with undisturbed():
+            session.compiler.close()
+    with undisturbed():
+        report.show(Console(), summary(store.profile(), store.where, end))
     return status
 
 
 def _import_sglang() -> None:
+    import logging
+
     from gemma4_turbo.cli import lines
 
+    logging.getLogger("sglang").setLevel(logging.ERROR)  # which tables of its own it does without
     try:
         lines.stock()
         lines.rules()
@@ -394,6 +454,8 @@ def summary(profile: Profile, where: str, end: str = "") -> report.Listing:
             continue
         ratios = sorted(shape.figures["ratio"] for shape in taken)
         of = f", {ratios[0]:.2f} to {ratios[-1]:.2f} of stock's time" if ratios else ""
+        short = sum(map(few, timed))
+        of += f"; {short} with fewer tiles, for want of time" if short else ""
         lines.add(f"  {kernel:<18}{len(taken)} of {len(timed)} measured shapes are ours{of}", 6)
     for name, decision in profile.patches.items():
         word = "on" if decision.on else "off"

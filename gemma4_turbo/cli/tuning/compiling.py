@@ -1,35 +1,79 @@
 """Triton's cache is filled by other processes, while this one imports SGLang and measures.
 
-They compile and launch nothing: a kernel of theirs would run into a measurement. What does not compile
-there is found again where it is tried.
+Three kinds of processes. Those that compile our kernels need neither the GPU nor SGLang, see
+`gemma4_turbo.cli.tuning.processes`; those for stock's kernels need both, and launch nothing; those that run
+calls launch them: what ``verify`` compares, and the first call of kernels that ask stock's results how they
+are to compute. Jobs that are equal are done once. What is not done here is done where it is needed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
-from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
-from typing import Any
+from enum import StrEnum
+from multiprocessing import active_children, get_context
+from typing import Any, NamedTuple
 
-Job = tuple[Callable[..., object], tuple[Any, ...]]
+from gemma4_turbo.cli.tuning import processes
 
-HOST_BYTES = 3 << 30  # of a process with torch, Triton and part of SGLang
-GPU_BYTES = 1 << 30  # of its CUDA context, and of tensors to compile with
+
+class Kind(StrEnum):
+    """Of processes."""
+
+    OURS = "ours"
+    STOCK = "stock"
+    CALLS = "calls"
+
+
+class Job(NamedTuple):
+    """A call in a process."""
+
+    kind: Kind
+    function: Callable[..., object]
+    arguments: tuple[Any, ...]
+
+
+HOST_BYTES = {Kind.OURS: 3 << 29, Kind.STOCK: 4 << 30, Kind.CALLS: 6 << 30}
+"""Of a process: with torch and Triton, and with SGLang."""
+GPU_BYTES = {Kind.OURS: 0, Kind.STOCK: 2 << 30, Kind.CALLS: 4 << 30}
+"""Of its CUDA context and tensors."""
+MOST = {Kind.OURS: 14, Kind.STOCK: 4, Kind.CALLS: 3}
 STEP_S = 0.2
+END_S = 5.0
 
 
-def workers(free_gpu: int) -> int:
-    """How many such processes this machine bears, besides this one.
+def first_workers() -> int:
+    """Processes for our kernels that this machine bears, beside this one and those that need SGLang."""
+    cores = len(os.sched_getaffinity(0)) - 1
+    others = sum(_others(cores).values())
+    return max(0, min(cores - others, MOST[Kind.OURS], _free_host() // HOST_BYTES[Kind.OURS]))
+
+
+def later_workers(free_gpu: int) -> dict[Kind, int]:
+    """Processes of the other kinds; none of a kind whose memory is not free.
 
     Args:
         free_gpu: bytes of GPU memory that nobody will need.
     """
-    cores = len(os.sched_getaffinity(0)) - 1
-    return max(0, min(cores, 14, _free_host() // HOST_BYTES, free_gpu // GPU_BYTES))
+    host = _free_host()
+    found = {}
+    for kind, count in _others(len(os.sched_getaffinity(0)) - 1).items():
+        count = max(0, min(count, host // HOST_BYTES[kind], free_gpu // GPU_BYTES[kind]))
+        host -= count * HOST_BYTES[kind]
+        free_gpu -= count * GPU_BYTES[kind]
+        found[kind] = count
+    return found
+
+
+def _others(cores: int) -> dict[Kind, int]:
+    """A third of the cores for what needs SGLang, which a machine of few cores does itself."""
+    return {
+        Kind.STOCK: min(MOST[Kind.STOCK], cores // 4),
+        Kind.CALLS: min(MOST[Kind.CALLS], cores // 5),
+    }
 
 
 def _free_host() -> int:
@@ -39,50 +83,75 @@ def _free_host() -> int:
     return int(found["MemAvailable"]) * 1024
 
 
-def _prepare() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one
-    os.environ["GEMMA4_TURBO"] = "0"
-    from triton.runtime.jit import JITFunction
-
-    launch = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
-        return launch(self, *args, grid=grid, warmup=True, **options)
-
-    JITFunction.run = compile_only
-
-
-def _run(job: Job) -> None:
-    function, arguments = job
-    with contextlib.suppress(Exception):  # out of shared memory, above all
-        function(*arguments)
-
-
 class Compiler:
     """The processes; none of them: everything is compiled where it is first launched."""
 
-    def __init__(self, count: int) -> None:
-        self._pool = (
-            ProcessPoolExecutor(count, mp_context=get_context("spawn"), initializer=_prepare)
-            if count
-            else None
+    def __init__(self) -> None:
+        self._not_ours = set(active_children())
+        self._pools: dict[Kind, ProcessPoolExecutor] = {}
+        self._futures: dict[Job, Future[Any]] = {}
+        self._wanted: dict[Hashable, list[Job]] = {}
+        self.counts = dict.fromkeys(Kind, 0)
+
+    def start(self, kind: Kind, count: int) -> None:
+        """So many processes of a kind, which begin to import at once."""
+        if count <= 0:
+            return
+        pool = ProcessPoolExecutor(
+            count,
+            mp_context=get_context("spawn"),
+            initializer=processes.begin,
+            initargs=(str(kind),),
         )
-        self._futures: dict[Hashable, list[Future[None]]] = {}
+        self._pools[kind], self.counts[kind] = pool, count
+        for _ in range(count):
+            pool.submit(processes.nothing)
 
-    def order(self, key: Hashable, jobs: Sequence[Job]) -> None:
-        """Have these done, after all that was ordered before."""
-        if self._pool is not None:
+    def order(self, key: Hashable, jobs: Sequence[Job]) -> int:
+        """Have these done, after all that was ordered before. How many of them are new."""
+        new = 0
+        for job in jobs:
+            new += job not in self._futures
+            if self.ask(job) is not None:
+                self._wanted.setdefault(key, []).append(job)
+        return new
+
+    def ask(self, job: Job) -> Future[Any] | None:
+        """A job's result; None if there is no process for it."""
+        pool = self._pools.get(job.kind)
+        if job not in self._futures and pool is not None:
             with contextlib.suppress(BrokenProcessPool, RuntimeError):
-                self._futures[key] = [self._pool.submit(_run, job) for job in jobs]
+                self._futures[job] = pool.submit(processes.run, job.function, job.arguments)
+        return self._futures.get(job)
 
-    def wait(self, key: Hashable, go_on: Callable[[], None]) -> None:
-        """Until a key's jobs are done. What a killed process has not done is done where it is needed."""
-        left = set(self._futures.pop(key, ()))
-        while left:
-            go_on()
-            _, left = wait(left, timeout=STEP_S)
+    def ready(self, key: Hashable) -> bool:
+        """Whether a key's jobs are done. What a killed process has not done is done where it is needed."""
+        left = [job for job in self._wanted.get(key, ()) if not self._futures[job].done()]
+        self._wanted[key] = left
+        return not left
+
+    def keep(self, key: Hashable, jobs: Iterable[Job]) -> None:
+        """The other jobs of a key are not needed, unless by another key."""
+        kept = set(jobs)
+        dropped = [job for job in self._wanted.get(key, ()) if job not in kept]
+        self._wanted[key] = [job for job in self._wanted.get(key, ()) if job in kept]
+        others = {job for every in self._wanted.values() for job in every}
+        for job in dropped:
+            if job not in others and self._futures[job].cancel():
+                del self._futures[job]
+
+    def pause(self) -> None:
+        """Until any job is done, a moment at most."""
+        left = [future for future in self._futures.values() if not future.done()]
+        wait(left, timeout=STEP_S, return_when=FIRST_COMPLETED)
 
     def close(self) -> None:
-        """Drop what has not begun."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        """End the processes now: a kernel takes many seconds to compile."""
+        mine = [child for child in active_children() if child not in self._not_ours]
+        for child in mine:
+            child.kill()
+        for child in mine:
+            child.join(END_S)
+        for pool in self._pools.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._pools = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -26,8 +27,8 @@ BATCHES = (1, 8, 32, 128)
 LENGTHS = (1024, 8192)
 TOKENS = 1 << 18  # of all sequences at one point, at most
 TILES = {  # block_n, warps, stages, keys_first
-    256: ((16, 4, 3, False), (32, 4, 2, False), (32, 4, 3, False), (64, 4, 2, False), (64, 4, 3, True)),
-    512: ((16, 4, 2, False), (16, 4, 3, False), (32, 4, 2, False), (32, 8, 2, False), (64, 4, 2, True)),
+    256: ((64, 4, 2, False), (32, 4, 2, False), (32, 4, 3, False), (16, 4, 3, False), (64, 4, 3, True)),
+    512: ((32, 4, 2, False), (16, 4, 3, False), (16, 4, 2, False), (32, 8, 2, False), (64, 4, 2, True)),
 }  # fmt: skip
 TARGETS = (10, 20, 30, 60)  # tenths of the multiprocessors
 
@@ -131,6 +132,12 @@ class Arena:
         """Relative error (2-norm) against fp64, of the first sequences."""
         self.out.fill_(torch.nan)
         call(0)
+        exact = self.exact
+        return float((self.out[: len(exact)].double() - exact).norm() / exact.norm())
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """In fp64, of the first sequences."""
         rows = min(4, self.q.shape[0])
         bounds = self.indptr.tolist()
         exact = torch.empty(rows, *self.q.shape[1:], dtype=torch.float64, device=self.q.device)
@@ -140,7 +147,7 @@ class Arena:
             heads = slice(head * group, head * group + group)
             logits = self.q[row, heads].double() @ self.k[at, head].double().T * self.scale
             exact[row, heads] = logits.softmax(-1) @ self.v[at, head].double()
-        return float((self.out[:rows].double() - exact).norm() / exact.norm())
+        return exact
 
 
 class Attention(NamedTuple):
@@ -185,8 +192,7 @@ class Attention(NamedTuple):
         """What `choose` has, and others, with that many programs and with more or fewer."""
         s = self.shape
         own = kernel.choose(self.batch, s.kv_heads, s.heads // s.kv_heads, s.dim)
-        found = [own, own._replace(fused=not own.fused)]
-        found += [own._replace(target=target) for target in TARGETS]
+        found = [own]
         for block_n, warps, stages, keys_first in TILES[s.dim]:
             chunk = max(block_n, own.min_chunk)
             found.append(
@@ -198,7 +204,8 @@ class Attention(NamedTuple):
                     keys_first=keys_first,
                 )
             )
-        return found
+        found += [own._replace(target=target) for target in TARGETS]
+        return [*found, own._replace(fused=not own.fused)]
 
     def numbers(self, tile: Config) -> tuple[int, ...]:
         """All of it."""
@@ -211,11 +218,28 @@ class Attention(NamedTuple):
             copies = max(1, min(64, -(-L2_BYTES // (sum(point.seen()) * row))))
             yield Arena(point, device, copies)
 
+    def alike(self, tile: Config) -> tuple[Attention, Config]:
+        """One KV head; batches that differ in nothing but the kernel's constants."""
+        shape = self.shape
+        one = Shape("", shape.heads // shape.kv_heads, 1, shape.dim, None)
+        batch = max(32, 1 << (self.batch - 1).bit_length())
+        same = tile._replace(target=10, min_chunk=max(64, tile.block_n))
+        return Attention(one, batch), same
+
     def compile(self, tile: Config, device: str) -> None:
         """With a token a sequence, and a length that asks for splits."""
         arena = Arena(Point(self.shape._replace(window=1), self.batch, 1, False), device, 1)
         arena.longest = max(point.length for point in self.points)
         arena.ours(tile)(0)
+
+    @property
+    def like_stock(self) -> Attention:
+        """Of any batch."""
+        return Attention(self.shape._replace(name=""), min(BATCHES))
+
+    def compile_stock(self, device: str) -> None:
+        """With a token a sequence."""
+        Arena(Point(self.shape._replace(window=1), self.batch, 1, False), device, 1).stock()(0)
 
 
 def layers(name: str, g: geometry.Geometry) -> list[Attention]:

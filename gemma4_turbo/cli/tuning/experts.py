@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -52,9 +53,10 @@ class FewExperts(NamedTuple):
         return each * (self.experts + 4 * self.choices * max(TOKENS))
 
     def candidates(self, gpu: Gpu) -> list[Tiles]:
-        """What `choose` has, and others; `pdl` is off here, and nothing fetched ahead."""
+        """What `choose` has, and others; fetched ahead is as much as there."""
         own = kernel.choose(self.choices)
-        found = [own, *(own._replace(up=up) for up in UPS), *(own._replace(down=d) for d in DOWNS)]
+        downs = [down._replace(prefetch=own.down.prefetch) for down in DOWNS]
+        found = [own, *(own._replace(up=up) for up in UPS), *(own._replace(down=d) for d in downs)]
         return [tiles for tiles in found if kernel.tiles_unfit(tiles, self.choices) is None]
 
     def numbers(self, tile: Tiles) -> tuple[int, ...]:
@@ -66,10 +68,24 @@ class FewExperts(NamedTuple):
         for tokens in TOKENS:
             yield ExpertsBench(self, tokens, device)
 
+    def alike(self, tile: Tiles) -> tuple[FewExperts, Tiles]:
+        """Widths are compiled into the kernel; a token has no more experts than it chooses."""
+        return self._replace(experts=self.choices), tile
+
     def compile(self, tile: Tiles, device: str) -> None:
-        """With as many experts as a token chooses."""
-        for tokens in TOKENS:
-            ExpertsBench(self._replace(experts=self.choices), tokens, device).ours(tile)(0)
+        """For each number of tokens."""
+        for bench in self.benches(device):
+            bench.ours(tile)(0)
+
+    @property
+    def like_stock(self) -> FewExperts:
+        """This one."""
+        return self
+
+    def compile_stock(self, device: str) -> None:
+        """For each number of tokens."""
+        for bench in self.benches(device):
+            bench.stock()(0)
 
 
 class ExpertsBench:
@@ -129,16 +145,20 @@ class ExpertsBench:
         """Against fp64."""
         got = call(0)
         assert isinstance(got, torch.Tensor)
+        return float((got.double() - self.exact).norm() / self.exact.norm())
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """Of the first call, in fp64."""
         unique: Any = torch.unique
         chosen, places = unique(self.ids[0], return_inverse=True)
-        exact = kernel.reference_experts_few(
+        return kernel.reference_experts_few(
             self.x[0].double(),
             self.w13[chosen].double(),
             self.w2[chosen].double(),
             self.factors[0].double(),
             places.int(),
         )
-        return float((got.double() - exact).norm() / exact.norm())
 
 
 def layers(g: geometry.Geometry) -> list[FewExperts]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -14,11 +14,14 @@ from gemma4_turbo.kernels.gpu import Gpu
 from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
 from gemma4_turbo.models import geometry
 
-TILES = (  # block_n, block_k, stages; the last two are for little shared memory
-    (16, 128, 6), (32, 128, 4), (32, 128, 6), (64, 64, 4), (64, 128, 3), (64, 128, 6), (128, 64, 4),
-    (32, 64, 4), (16, 128, 3),
+TILES = (  # block_n, block_k, stages
+    (64, 128, 3), (32, 128, 4), (32, 128, 6), (64, 128, 6), (128, 64, 4), (64, 64, 4), (16, 128, 6),
 )  # fmt: skip
+SMALL_TILES = ((32, 64, 4), (16, 128, 3), (32, 64, 2))
+"""Where fewer than `ENOUGH` of the others fit into shared memory."""
+ENOUGH = 6
 FILLED = (0.8, 2.0)  # programs for each multiprocessor
+REFILLED = 3  # tiles that are tried with the second number, too
 POINTS = {kernel.FEW_ROWS: (1, kernel.FEW_ROWS), kernel.MAX_ROWS: (32, kernel.MAX_ROWS)}
 COMPARED = 512  # columns of the result
 COPIES = 96  # of a weight at most
@@ -63,15 +66,23 @@ class Linear(NamedTuple):
         own = kernel.choose(
             (self.n, self.k), self.epilogue, gpu.processors, self.most, gpu.shared_memory
         )
-        found = [own]
-        for (block_n, block_k, stages), filled in itertools.product(TILES, FILLED):
-            stage = 2 * block_k * (block_n * self.halves + self.most)
-            if self.k % block_k or stages * stage > gpu.shared_memory:
-                continue
-            count = -(-(self.n // self.halves) // block_n)
-            split = max(1, min(round(filled * gpu.processors / count), self.k // block_k))
-            found.append(Config(block_n, block_k, split, stages))
-        return found
+        fitting = [tile for tile in TILES if self._fits(tile, gpu)]
+        if len(fitting) < ENOUGH:
+            fitting += [tile for tile in SMALL_TILES if self._fits(tile, gpu)]
+        first, second = FILLED
+        found = [own, *(self._cut(tile, first, gpu) for tile in fitting)]
+        return found + [self._cut(tile, second, gpu) for tile in fitting[:REFILLED]]
+
+    def _fits(self, tile: tuple[int, int, int], gpu: Gpu) -> bool:
+        block_n, block_k, stages = tile
+        stage = 2 * block_k * (block_n * self.halves + self.most)
+        return self.k % block_k == 0 and stages * stage <= gpu.shared_memory
+
+    def _cut(self, tile: tuple[int, int, int], filled: float, gpu: Gpu) -> Config:
+        block_n, block_k, stages = tile
+        count = -(-(self.n // self.halves) // block_n)
+        split = max(1, min(round(filled * gpu.processors / count), self.k // block_k))
+        return Config(block_n, block_k, split, stages)
 
     def numbers(self, tile: Config) -> tuple[int, ...]:
         """All of it."""
@@ -82,12 +93,23 @@ class Linear(NamedTuple):
         for rows in POINTS[self.most]:
             yield LinearBench(self, rows, device, _copies(self.n, self.k))
 
+    def alike(self, tile: Config) -> tuple[Linear, Config]:
+        """A small weight of the same divisibility."""
+        n = 512 * self.halves
+        small = Linear("", n, 4 * tile.block_k, self.epilogue, self.most)
+        return small, tile._replace(split=min(tile.split, 2))
+
     def compile(self, tile: Config, device: str) -> None:
-        """Of the same divisibility, with a small weight."""
-        small = self._replace(n=512 * self.halves, k=4 * tile.block_k)
-        for rows in POINTS[self.most]:
-            bench = LinearBench(small, rows, device, 1)
-            bench.ours(tile._replace(split=min(tile.split, 2)))(0)
+        """For each number of rows."""
+        for bench in self.benches(device):
+            bench.ours(tile)(0)
+
+    @property
+    def like_stock(self) -> None:
+        """cuBLAS's kernels are compiled."""
+
+    def compile_stock(self, device: str) -> None:
+        """Nothing."""
 
 
 def _copies(n: int, k: int) -> int:
@@ -140,14 +162,19 @@ class LinearBench:
         """Of some columns, against fp32's sums of the exact products."""
         got = call(0)
         assert isinstance(got, torch.Tensor)
+        exact = self.exact
+        return float((got[:, self.columns].double() - exact).norm() / exact.norm())
+
+    @cached_property
+    def exact(self) -> torch.Tensor:
+        """Some columns in fp64."""
         rows = self.columns
         if self.layer.halves == 2:
             rows = torch.cat([rows, rows + self.layer.n // 2])
         extra = None if self.extra is None else self.extra[:, self.columns].double()
-        exact = kernel.reference_skinny_gemm(
+        return kernel.reference_skinny_gemm(
             self.x.double(), self.weights[0][rows].double(), self.layer.epilogue, extra
         )
-        return float((got[:, self.columns].double() - exact).norm() / exact.norm())
 
 
 def layers(g: geometry.Geometry) -> list[Linear]:

@@ -426,6 +426,8 @@ HANDFUL = {  # n, k, warps, stages; for few rows of a block and for many
     False: ((64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 4), (128, 128, 8, 3), (256, 64, 8, 3), (256, 64, 8, 4)),
 }  # fmt: skip
 HANDFUL_TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+SHORT_TOKENS = (1, 32, 512, 4096)
+"""Where the time is short."""
 NEAR = 2.0**-7
 """Relative difference (2-norm) from stock's tile: two roundings of bf16."""
 
@@ -478,7 +480,11 @@ def handful(m: int, memory: int) -> list[Tile]:
 
 
 def few(
-    subject: Tables, memory: int, shipped: moe_tables.Pair | None, go_on: Callable[[], None]
+    subject: Tables,
+    memory: int,
+    shipped: moe_tables.Pair | None,
+    go_on: Callable[[], None],
+    counts: tuple[int, ...] = (),
 ) -> tuple[moe_tables.Pair, dict[str, float]]:
     """Tables from a handful of variants, stock's and the shipped ones, and microseconds over all.
 
@@ -487,12 +493,14 @@ def few(
         memory: bytes of shared memory that a CTA may have.
         shipped: the package's tables for this GPU and Triton, if it has some.
         go_on: called between steps; raises to end the measurement.
+        counts: numbers of tokens; empty: `HANDFUL_TOKENS`.
     """
+    counts = counts or HANDFUL_TOKENS
     prepare_sglang()
     times = Times(Experts(subject.width), set(), 5)
     pair = moe_tables.Pair({}, {})
     us = stock_us = shipped_us = 0.0
-    for tokens in HANDFUL_TOKENS:
+    for tokens in counts:
         go_on()
         stock = stock_tile(tokens, subject.width)
         wanted = [tile for m in rows_of_a_block(tokens) for tile in handful(m, memory)]
@@ -513,6 +521,7 @@ def few(
                 times.us[tokens, p, t] for p, t in zip((UP, DOWN), theirs, strict=True)
             )
     figures = {"us": us, "stock_us": stock_us, "ratio": us / stock_us}
+    figures |= {"tiles": len(counts), "of": len(HANDFUL_TOKENS)}
     return pair, figures | ({"of_own": us / shipped_us} if shipped_us else {})
 
 

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from statistics import median
 
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli import lines
 from gemma4_turbo.cli.tuning.kernel_cases import CASES, Case, Models
-from gemma4_turbo.cli.tuning.subject import SLOWER, THOROUGH, Clock
+from gemma4_turbo.cli.tuning.subject import Clock, against
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.gpu_profile import Shape
 from gemma4_turbo.engine.switches import Decision
+from gemma4_turbo.kernels import pdl
+from gemma4_turbo.models.geometry import GEOMETRIES
 
 VERIFIED = "compared with stock"
 ROWS = (1, 32, 1024, 4096)
 CALLS = 40  # of a graph
+READINGS = 8
+SLOWER = 1.1
+"""A patch is off from so much of stock's time on: its launches are fewer, and where no CUDA graph replays
+them a step waits for the host, of which a graph's time shows nothing."""
 WITH_TILES = ("skinny_gemm", "decode_attention", "extend_attention", "experts_few", "moe_configs")
 """They are compared at each of their shapes."""
 
@@ -55,9 +62,30 @@ def measure(case: Case, device: str, clock: Clock, go_on: Callable[[], None]) ->
     go_on()
     calls = case.build(device)
     every = [(lambda _: calls.stock(), CALLS), (lambda _: calls.ours(), CALLS)]
-    stock_us, us = clock.us(every, THOROUGH)
-    figures = {"us": us, "stock_us": stock_us, "ratio": us / stock_us}
+    stock_us, us = clock.readings(every, READINGS)
+    found = against([us], [stock_us])
+    figures = {"us": median(us), "stock_us": median(stock_us)}
+    figures |= {"ratio": found.ratio, "noise": found.noise}
     return Shape(*place(case), (), "", figures)
+
+
+def warm(case: tuple[str, str, int], names: tuple[str, ...], device: str, early: bool) -> None:
+    """Have a case's kernels compiled.
+
+    Args:
+        case: its kernel, case and rows.
+        names: of the models' geometries.
+        device: where.
+        early: `gemma4_turbo.kernels.pdl.wanted`.
+    """
+    pdl.wanted = early
+    models = {name: GEOMETRIES[name] for name in names}
+    kernel, *rest = case
+    for one in CASES[kernel](models):
+        if [one.case, one.tokens] == rest:
+            calls = one.build(device)
+            calls.stock()
+            calls.ours()
 
 
 def decisions(shapes: Iterable[Shape]) -> dict[str, Decision]:

@@ -2,13 +2,15 @@
 
 A tile must be as close to the exact result as stock's code is. Of those that are, each is timed beside
 stock's, in turn, at all points of the shape: numbers of rows, or lengths. The package's own tile is the
-first one; another takes its place only where it is faster when both are read again.
+first one. It is read again with the two fastest others, more often; one of them takes its place only if it
+is faster by more than the readings scatter, and at no point slower.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -23,18 +25,22 @@ FARTHER = 1.1
 """Ours may be so much farther from the exact result than stock's: the bound of the kernels' docstrings."""
 ROUNDING = 2.0**-9
 """And always as far as bf16's rounding of the result may put a value."""
-SLOWER = 1.1
-"""Where the package's tiles were measured, stock's code takes a shape back only from so much longer calls:
-a call alone does not show the launches that a whole step saves."""
-GAIN = 0.98
-"""Another tile than the package's own must take no more than this part of its time."""
+MORE = 1.02
+"""What was chosen before stays while it takes no more than this part of what is faster: the package's own
+tile beside another one, and where the package has tiles for the GPU, ours beside stock's code. Calls of ours
+are timed as a server makes them, with programmatic dependent launch where there is some, so a single one
+shows all that a step of a captured graph gains."""
 FASTER = "stock's code is faster here"
 WRONG = "no tile has the right result"
 NONE_RUNS = "no tile runs"
 ERROR = "the GPU reported an error"
 REASONS = (FASTER, WRONG, NONE_RUNS, ERROR)
-QUICK, THOROUGH = 5, 11  # readings
-FINALISTS = 3
+QUICK, THOROUGH = 4, 12  # readings
+FINALISTS = 2  # beside the package's own
+NORMAL = 1.4826  # standard deviations in a median absolute deviation, and
+EFFICIENCY = (
+    1.2533  # standard errors of a median in one of a mean, of normally distributed readings
+)
 
 
 class Bench(Protocol):
@@ -80,15 +86,25 @@ class Subject(Protocol):
     def benches(self, device: str) -> Iterator[Bench]:
         """One for each point."""
 
+    def alike(self, tile: Any) -> tuple[Subject, Any]:
+        """A shape and a tile that are compiled to the same kernels: equal for all that are."""
+
     def compile(self, tile: Any, device: str) -> None:
-        """Launch what a bench would, on little memory."""
+        """Launch what a bench would."""
+
+    @property
+    def like_stock(self) -> Subject | None:
+        """A shape with the same kernels of stock's, equal for all that have; None: nothing to compile."""
+
+    def compile_stock(self, device: str) -> None:
+        """Launch them as a bench would."""
 
 
 class Clock(Protocol):
     """Times calls."""
 
-    def us(self, calls: Sequence[tuple[Call, int]], readings: int) -> list[float]:
-        """Microseconds of each call, given how many of it make a measurement; read in turn."""
+    def readings(self, calls: Sequence[tuple[Call, int]], count: int) -> list[list[float]]:
+        """Microseconds of each call, ``count`` times, read in turn; with it how many make a reading."""
 
 
 class Failed(NamedTuple):
@@ -99,7 +115,13 @@ class Failed(NamedTuple):
 
 
 def measure(
-    subject: Subject, device: str, gpu: Gpu, clock: Clock, known: bool, go_on: Callable[[], None]
+    subject: Subject,
+    device: str,
+    gpu: Gpu,
+    clock: Clock,
+    known: bool,
+    go_on: Callable[[], None],
+    most: int = 1 << 30,
 ) -> Shape:
     """Everything about a subject.
 
@@ -110,83 +132,168 @@ def measure(
         clock: how.
         known: whether the package runs the kernel here without a profile.
         go_on: called between steps; raises to end the measurement.
+        most: tiles that are tried.
     """
-    tiles = list(dict.fromkeys(subject.candidates(gpu)))
-    failed: dict[Any, Failed] = {}
-    errors: dict[Any, float] = {}
-    stock_error = 0.0
-    first = Times(clock, QUICK)
-    for bench in subject.benches(device):
-        go_on()
-        stock = bench.stock()
-        allowed = bench.error(stock)
-        stock_error = max(stock_error, allowed)
-        right = []
-        for tile in [tile for tile in tiles if tile not in failed]:
-            found = _tried(bench, tile, allowed)
-            if isinstance(found, Failed):
-                failed[tile] = found
-                continue
-            errors[tile] = max(errors.get(tile, 0.0), found)
-            right.append(tile)
-        go_on()
-        first.take(bench, stock, right)
-        del bench, stock  # the next one needs the memory
-    alive = [tile for tile in tiles if tile not in failed]
+    every = candidates(subject, gpu)
+    trial = Trial(subject, device, clock, go_on, every[:most])
+    own = every[0]
+    if len(trial.tiles) > FINALISTS + 1:
+        trial.round(trial.tiles, QUICK)
+        trial.finals(own)
+    else:
+        trial.round(trial.tiles, THOROUGH)
+    alive = trial.alive()
+    figures: dict[str, float] = {"tiles": len(trial.tiles), "of": len(every)}
     if not alive:
-        return _without(subject, failed, first.stock, stock_error)
-    own = tiles[0]
-    last = first.best(alive)[:FINALISTS]
-    if own in alive and own not in last:
-        last.append(own)
-    again = Times(clock, THOROUGH)
-    for bench in subject.benches(device):
-        go_on()
-        again.take(bench, bench.stock(), last)
-        del bench
-    tile = again.best(last)[0]
-    if own in last and ratio(again.ours[tile], again.ours[own]) > GAIN:
-        tile = own
-    figures = {
-        "us": sum(again.ours[tile]),
-        "stock_us": sum(again.stock),
-        "ratio": ratio(again.ours[tile], again.stock),
-        "error": errors[tile],
-        "stock_error": stock_error,
+        figures |= {"stock_us": trial.times.stock_us(), "stock_error": trial.stock_error}
+        return _without(subject, trial.failed, figures)
+    times = trial.times
+    tile = times.best(alive)[0]
+    if own in alive and tile != own:
+        against = times.against(tile, own)
+        if not (against.faster and against.worst <= 1.0 + against.noise):
+            tile = own
+    stock = times.against(tile, None)
+    figures |= {
+        "us": times.us(tile),
+        "stock_us": times.stock_us(),
+        "ratio": stock.ratio,
+        "noise": stock.noise,
+        "error": trial.errors[tile],
+        "stock_error": trial.stock_error,
     }
-    if own in last:
-        figures["of_own"] = ratio(again.ours[tile], again.ours[own])
-    if figures["ratio"] > (SLOWER if known else 1.0):
-        reason = f"{FASTER}: ours takes {figures['ratio']:.2f} of its time"
+    if own in alive:
+        figures["of_own"] = times.against(tile, own).ratio
+    # Where stock's code runs without a profile, ours must be no slower; elsewhere stock's must be faster.
+    if stock.slower if known else stock.ratio > 1.0:
+        reason = f"{FASTER}: ours takes {stock.ratio:.2f} of its time"
         return Shape(subject.kernel, subject.place, None, reason, figures)
     return Shape(subject.kernel, subject.place, subject.numbers(tile), "", figures)
 
 
+def candidates(subject: Subject, gpu: Gpu) -> list[Any]:
+    """Each tile once, the package's own first."""
+    return list(dict.fromkeys(subject.candidates(gpu)))
+
+
+class Against(NamedTuple):
+    """One call's time beside another's."""
+
+    ratio: float  # geometric mean over the points
+    noise: float  # two standard errors of it
+    worst: float  # at a single point
+
+    @property
+    def faster(self) -> bool:
+        """By more than noise, and enough."""
+        return self.ratio < 1 / MORE and self.ratio + self.noise < 1.0
+
+    @property
+    def slower(self) -> bool:
+        """By more than noise, and enough."""
+        return self.ratio > MORE and self.ratio - self.noise > 1.0
+
+
+def against(these: Sequence[Sequence[float]], those: Sequence[Sequence[float]]) -> Against:
+    """Readings at each point, made in turn: what slows one reading slows its neighbour, too."""
+    means, squares = [], 0.0
+    for ours, theirs in zip(these, those, strict=True):
+        logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+        middle = median(logs)
+        means.append(middle)
+        deviation = NORMAL * median(abs(one - middle) for one in logs)
+        squares += (EFFICIENCY * deviation) ** 2 / len(logs)
+    ratio = math.exp(sum(means) / len(means))
+    return Against(ratio, 2 * ratio * math.sqrt(squares) / len(means), math.exp(max(means)))
+
+
 class Times:
-    """Microseconds at each point, of stock's code and of tiles."""
+    """Readings at each point, of stock's code and of tiles."""
 
-    def __init__(self, clock: Clock, readings: int) -> None:
-        self.clock, self.readings = clock, readings
-        self.stock: list[float] = []
-        self.ours: dict[Any, list[float]] = {}
+    def __init__(self) -> None:
+        self.stock: list[list[float]] = []
+        self.ours: dict[Any, list[list[float]]] = {}
 
-    def take(self, bench: Bench, stock: Call, tiles: Sequence[Any]) -> None:
+    def take(
+        self, bench: Bench, stock: Call, tiles: Sequence[Any], clock: Clock, count: int
+    ) -> None:
         """One point more."""
         calls = [stock, *map(bench.ours, tiles)]
-        found = self.clock.us([(call, bench.calls) for call in calls], self.readings)
+        found = clock.readings([(call, bench.calls) for call in calls], count)
         self.stock.append(found[0])
-        for tile, us in zip(tiles, found[1:], strict=True):
-            self.ours.setdefault(tile, []).append(us)
+        for tile, readings in zip(tiles, found[1:], strict=True):
+            self.ours.setdefault(tile, []).append(readings)
+
+    def us(self, tile: Any) -> float:
+        """Of all points."""
+        return sum(map(median, self.ours[tile]))
+
+    def stock_us(self) -> float:
+        """Likewise stock's."""
+        return sum(map(median, self.stock))
+
+    def against(self, tile: Any, other: Any) -> Against:
+        """A tile beside another, or stock's code: None."""
+        return against(self.ours[tile], self.stock if other is None else self.ours[other])
 
     def best(self, tiles: Sequence[T]) -> list[T]:
         """Fastest first."""
-        return sorted(tiles, key=lambda tile: ratio(self.ours[tile], self.stock))
+        return sorted(tiles, key=lambda tile: self.against(tile, None).ratio)
 
 
-def ratio(us: Sequence[float], of: Sequence[float]) -> float:
-    """Geometric mean of the ratios at each point."""
-    logs = [math.log(a / b) for a, b in zip(us, of, strict=True)]
-    return math.exp(sum(logs) / len(logs))
+class Trial:
+    """Tiles of a subject, compared and timed."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        device: str,
+        clock: Clock,
+        go_on: Callable[[], None],
+        tiles: list[Any],
+    ) -> None:
+        self.subject, self.device, self.clock, self.go_on = subject, device, clock, go_on
+        self.tiles = tiles
+        self.failed: dict[Any, Failed] = {}
+        self.errors: dict[Any, float] = {}
+        self.stock_error = 0.0
+        self.times = Times()
+
+    def alive(self) -> list[Any]:
+        """Tiles that are right and timed."""
+        return [tile for tile in self.times.ours if tile not in self.failed]
+
+    def round(self, tiles: Sequence[Any], count: int) -> None:
+        """Compare them at each point, and time those that are right everywhere so far."""
+        for bench in self.subject.benches(self.device):
+            self.go_on()
+            stock = bench.stock()
+            allowed = bench.error(stock)
+            self.stock_error = max(self.stock_error, allowed)
+            right = []
+            for tile in [tile for tile in tiles if tile not in self.failed]:
+                found = _tried(bench, tile, allowed)
+                if isinstance(found, Failed):
+                    self.failed[tile] = found
+                    continue
+                self.errors[tile] = max(self.errors.get(tile, 0.0), found)
+                right.append(tile)
+            self.go_on()
+            self.times.take(bench, stock, right, self.clock, count)
+            del bench, stock  # the next one needs the memory
+
+    def finals(self, own: Any) -> None:
+        """The fastest and the package's own, again and more often. The first readings are forgotten."""
+        alive = self.alive()
+        if not alive:
+            return
+        others = [tile for tile in self.times.best(alive) if tile != own][:FINALISTS]
+        last = [own, *others] if own in alive else others
+        self.times = Times()
+        for bench in self.subject.benches(self.device):
+            self.go_on()
+            self.times.take(bench, bench.stock(), last, self.clock, THOROUGH)
+            del bench
 
 
 def _tried(bench: Bench, tile: Any, stock_error: float) -> float | Failed:
@@ -210,11 +317,8 @@ def is_fatal(problem: BaseException) -> bool:
     return "CUDA error" in told or "device-side assert" in told
 
 
-def _without(
-    subject: Subject, failed: dict[Any, Failed], stock_us: list[float], stock_error: float
-) -> Shape:
+def _without(subject: Subject, failed: dict[Any, Failed], figures: dict[str, float]) -> Shape:
     wrong = next((one for one in failed.values() if one.wrong), None)
     why = wrong or next(iter(failed.values()))
     kind = WRONG if wrong else NONE_RUNS
-    figures = {"stock_us": sum(stock_us), "stock_error": stock_error}
     return Shape(subject.kernel, subject.place, None, f"{kind}: {why.reason}"[:300], figures)

@@ -18,14 +18,15 @@ Call = Callable[[int], object]
 class Timer:
     """A CUDA graph of so many calls."""
 
-    def __init__(self, call: Call, calls: int) -> None:
+    def __init__(self, call: Call, calls: int, pool: Any = None) -> None:
+        """``pool``: memory that it shares with other graphs, of which it needs no results."""
         self.calls = calls
         stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
         with torch.cuda.stream(stream):
             call(0)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, pool=pool):
                 for i in range(calls):
                     call(i)
         self.times: list[float] = []
@@ -56,6 +57,9 @@ def readings(timers: list[Timer], replays: int) -> list[float]:
 class GraphClock:
     """`gemma4_turbo.cli.tuning.subject.Clock` on a GPU."""
 
-    def us(self, calls: Sequence[tuple[Call, int]], readings_: int) -> list[float]:
-        """See there."""
-        return readings([Timer(call, count) for call, count in calls], readings_)
+    def readings(self, calls: Sequence[tuple[Call, int]], count: int) -> list[list[float]]:
+        """See there. The first reading of each warms up and is left out."""
+        pool = torch.cuda.graph_pool_handle()
+        timers = [Timer(call, number, pool) for call, number in calls]
+        readings(timers, count + 1)
+        return [timer.times[1:] for timer in timers]

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +21,19 @@ from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli import doctor, tune
 from gemma4_turbo.cli.modules import CannotRunError
-from gemma4_turbo.cli.tuning import compiling, decode, device, experts, extend, linear, moe, plain
+from gemma4_turbo.cli.tuning import (
+    budget,
+    compiling,
+    decode,
+    device,
+    experts,
+    extend,
+    linear,
+    moe,
+    plain,
+    processes,
+    works,
+)
 from gemma4_turbo.cli.tuning import subject as subjects
 from gemma4_turbo.cli.tuning.device import Device
 from gemma4_turbo.engine import gpu_profile, nvml, switches
@@ -42,9 +59,10 @@ class Times:
         self.by_readings = {subjects.QUICK: quick, subjects.THOROUGH: again}
         self.asked: list[int] = []
 
-    def us(self, calls: Sequence[Any], readings: int) -> list[float]:
+    def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
         self.asked.append(len(calls))
-        return [self.by_readings[readings](place) for place in range(len(calls))]
+        by_place = self.by_readings.get(count, self.by_readings[subjects.THOROUGH])
+        return [[by_place(place)] * count for place in range(len(calls))]
 
 
 def even(place: int) -> float:
@@ -73,7 +91,17 @@ class Stand(NamedTuple):
     def benches(self, place: str) -> Iterator[Any]:
         yield from (StandBench(), StandBench())
 
+    @property
+    def like_stock(self) -> None:
+        return None
+
+    def alike(self, tile: float) -> tuple[Stand, float]:
+        return self, tile
+
     def compile(self, tile: float, place: str) -> None:
+        pass
+
+    def compile_stock(self, place: str) -> None:
         pass
 
 
@@ -110,6 +138,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setenv(switches.SELECTION, "")
     monkeypatch.setattr(linear, "POINTS", {16: (1,), 64: (17,)})
     monkeypatch.setattr(linear, "TILES", ((16, 64, 2),))
+    monkeypatch.setattr(linear, "SMALL_TILES", ())
     monkeypatch.setattr(linear, "COPIES", 2)
     monkeypatch.setattr(decode, "BATCHES", (2,))
     monkeypatch.setattr(decode, "LENGTHS", (40,))
@@ -125,7 +154,9 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(experts, "UPS", ())
     monkeypatch.setattr(experts, "DOWNS", ())
     monkeypatch.setattr(plain, "cases", lambda models: [])
-    monkeypatch.setattr(tune, "_checks", lambda place: [])
+    monkeypatch.setattr(works, "checks", lambda place: [])
+    monkeypatch.setattr(compiling, "first_workers", lambda: 0)
+    monkeypatch.setattr(compiling, "later_workers", lambda free: {})
     monkeypatch.setattr(tune, "tables", lambda models: [])
     monkeypatch.setattr(tune, "subjects", lambda models: list(STANDS))
     # The interpreter's stock is decode's equation: its kernel needs a CUDA device.
@@ -141,7 +172,7 @@ def machine(clock: Any = EVEN, known: bool = False, free: int = 1 << 40) -> Devi
 
 def session(where: Path, found: Device | None = None, seconds: float = 1e9) -> tune.Session:
     store = tune.Store(str(where), KEY, False)
-    return tune.Session(found or machine(), store, compiling.Compiler(0), seconds)
+    return tune.Session(found or machine(), store, compiling.Compiler(), seconds)
 
 
 def measured(where: Path, **options: Any) -> int:
@@ -172,6 +203,7 @@ def test_every_kernel_is_compared_timed_and_written(small, capsys, monkeypatch):
         assert shape.tile, shape
         assert shape.figures["ratio"] == pytest.approx(0.5)
         assert shape.figures["of_own"] == 1.0
+        assert shape.figures["tiles"] == shape.figures["of"]
         assert 0 < shape.figures["error"] < 2.0**-7
         assert tuple(map(int, found_by_the_kernel(shape, monkeypatch))) == shape.tile
     out, err = capsys.readouterr()
@@ -225,7 +257,7 @@ def test_a_profile_of_another_gpu_is_replaced_and_named(small, capsys):
 def test_the_time_is_up_and_what_was_measured_stays(small, capsys):
     """The same command goes on with what is left."""
     one = session(small)
-    rest = iter([1] * 8)
+    rest = iter([1] * 7)
 
     def go_on() -> None:
         if next(rest, None) is None:
@@ -240,10 +272,10 @@ def test_the_time_is_up_and_what_was_measured_stays(small, capsys):
 
 def test_ctrl_c_keeps_what_was_measured(small, capsys):
     class Interrupted(Times):
-        def us(self, calls: Sequence[Any], readings: int) -> list[float]:
-            if len(self.asked) == 9:  # two points, read twice, of two shapes
+        def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
+            if len(self.asked) == 4:  # two points of two shapes
                 raise KeyboardInterrupt
-            return super().us(calls, readings)
+            return super().readings(calls, count)
 
     assert measured(small, found=machine(Interrupted(even, even))) == tune.INTERRUPTED
     assert len(gpu_profile.load(str(small)).shapes) == 2
@@ -288,8 +320,10 @@ def test_an_error_of_the_gpu_ends_the_run_and_is_not_met_again(small, monkeypatc
 # -- one subject ------------------------------------------------------------------------------------
 
 
-def decided(tiles: tuple[float, ...], clock: Any, known: bool = False) -> Shape:
-    return subjects.measure(Stand(tiles), "cpu", SMALL_GPU, clock, known, lambda: None)
+def decided(
+    tiles: tuple[float, ...], clock: Any, known: bool = False, most: int = 1 << 30
+) -> Shape:
+    return subjects.measure(Stand(tiles), "cpu", SMALL_GPU, clock, known, lambda: None, most)
 
 
 def listed(*us: float) -> Callable[[int], float]:
@@ -297,25 +331,78 @@ def listed(*us: float) -> Callable[[int], float]:
 
 
 def test_the_fastest_is_taken_if_it_is_so_again():
-    """10 is the package's own; 30 is the fastest at first, but 20 is when both are read again."""
-    clock = Times(listed(100, 60, 40, 30), listed(100, 50, 30, 60))
-    found = decided((10, 20, 30), clock)  # read again in order of speed: 30, 20, 10
-    assert found.tile == (20,)
+    """10 is the package's own; 40 is the fastest at first, but 30 is when the best are read again."""
+    clock = Times(listed(100, 60, 90, 40, 30), listed(100, 60, 50, 30))
+    found = decided((10, 20, 30, 40), clock)  # read again: 10, then in order of speed 40 and 30
+    assert found.tile == (30,)
     assert found.figures["ratio"] == pytest.approx(0.3)
     assert found.figures["of_own"] == pytest.approx(0.5)
+    assert clock.asked == [5, 5, 4, 4]
 
 
-def test_another_tile_must_be_faster_by_more_than_noise():
-    clock = Times(listed(100, 60, 40), listed(100, 59, 60))
-    assert decided((10, 20), clock).tile == (10,)
-    clock = Times(listed(100, 60, 40), listed(100, 58, 60))
-    assert decided((10, 20), clock).tile == (20,)
+def test_few_tiles_are_read_once_and_well():
+    clock = Times(listed(), listed(100, 60, 50, 40))
+    assert decided((10, 20, 30), clock).tile == (30,)
+    assert clock.asked == [4, 4]
+
+
+def test_another_tile_must_be_enough_faster():
+    for us, taken in ((59, 10), (58.5, 20)):
+        clock = Times(listed(), listed(100, 60, us))
+        assert decided((10, 20), clock).tile == (taken,)
+
+
+class Scattered(Times):
+    """The second tile's readings alternate around a twentieth less than the own tile's."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__(even, even)
+        self.by = by
+
+    def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
+        other = [95.0 * (1 + self.by * (-1 if i % 2 else 1)) for i in range(count)]
+        return [[200.0] * count, [100.0] * count, other]
+
+
+@pytest.mark.parametrize(("by", "taken"), [(0.01, 20), (0.2, 10)])
+def test_another_tile_must_be_faster_by_more_than_noise(by, taken):
+    assert decided((10, 20), Scattered(by)).tile == (taken,)
+
+
+def test_what_slows_a_reading_slows_its_neighbours():
+    """A clock that falls by half meets all calls that are read in turn."""
+    slow = [1.0, 2.0] * 6
+    found = subjects.against([[95.0 * one for one in slow]], [[100.0 * one for one in slow]])
+    assert found.ratio == pytest.approx(0.95)
+    assert found.noise == pytest.approx(0, abs=1e-9)
+    assert found.faster
+
+
+def test_another_tile_must_not_be_slower_anywhere():
+    """Half the time at one point does not outweigh a twentieth more at the other."""
+    times = iter([listed(100, 60, 30), listed(100, 60, 63)])
+
+    class Points(Times):
+        def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
+            here = next(times)
+            return [[here(place)] * count for place in range(len(calls))]
+
+    assert decided((10, 20), Points(even, even)).tile == (10,)
+
+
+def test_fewer_tiles_are_tried_for_want_of_time():
+    clock = Times(even, even)
+    found = decided((10, 20, 30, 40), clock, most=1)
+    assert (found.figures["tiles"], found.figures["of"]) == (1, 4)
+    assert tune.few(found)
+    assert clock.asked == [2, 2]
+    assert not tune.few(decided((10, 20, 30, 40), Times(even, even)))
 
 
 def test_the_own_tile_is_read_again_however_slow_it_was():
-    clock = Times(listed(100, 99, 4, 3, 2, 1), listed(100, 10, 10, 10, 10))
+    clock = Times(listed(100, 99, 4, 3, 2, 1), listed(100, 10, 10, 10))
     assert decided((10, 20, 30, 40, 50), clock).tile == (10,)
-    assert clock.asked == [6, 6, 5, 5]
+    assert clock.asked == [6, 6, 4, 4]
 
 
 def test_a_wrong_tile_is_not_timed():
@@ -323,7 +410,7 @@ def test_a_wrong_tile_is_not_timed():
     clock = Times(even, even)
     found = decided((10.02, 20.0101), clock)
     assert found.tile == (20,)
-    assert clock.asked == [2, 2, 2, 2]
+    assert clock.asked == [2, 2]
     assert "of_own" not in found.figures
     wrong = decided((10.02,), clock)
     assert (wrong.tile, wrong.reason) == (
@@ -340,7 +427,7 @@ def test_a_tile_that_does_not_run_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("us", "known", "taken"), [(101, False, False), (99, False, True), (109, True, True), (111, True, False)]
+    ("us", "known", "taken"), [(101, False, False), (99, False, True), (101, True, True), (103, True, False)]
 )  # fmt: skip
 def test_a_new_gpu_takes_what_is_faster_and_a_known_one_keeps_what_is_not_slower(us, known, taken):
     clock = Times(listed(100, us), listed(100, us))
@@ -348,6 +435,145 @@ def test_a_new_gpu_takes_what_is_faster_and_a_known_one_keeps_what_is_not_slower
     assert (found.tile is not None) == taken
     if not taken:
         assert found.reason == f"stock's code is faster here: ours takes {us / 100:.2f} of its time"
+
+
+# -- time -------------------------------------------------------------------------------------------
+
+
+def test_what_is_left_is_measured_with_fewer_tiles_before_any_of_it_is_left_out(small, monkeypatch, capsys):  # fmt: skip
+    stands = [Stand((10, 20, 30, 40), place=(i,)) for i in range(5)]
+    monkeypatch.setattr(tune, "subjects", lambda models: stands)
+    now = [0.0]
+    monkeypatch.setattr(tune.time, "monotonic", lambda: now[0])
+
+    class Slow(Times):
+        def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
+            now[0] += 5.0 * (len(calls) - 1)
+            return super().readings(calls, count)
+
+    monkeypatch.setattr(budget, "TRUST_S", 0.1)
+    assert measured(small, found=machine(Slow(even, even)), seconds=140.0) == 0
+    found = gpu_profile.load(str(small)).shapes
+    assert [int(shape.figures["tiles"]) for shape in found] == [4, 1, 1, 1, 1]
+    out, err = capsys.readouterr()
+    assert "4 with fewer tiles, for want of time" in out
+    assert "1.00 of the package's own tile's; with 1 of 4, for want of time" in err
+    # The same command goes on with these.
+    clock = Times(even, even)
+    assert measured(small, found=machine(clock)) == 0
+    assert len(clock.asked) == 4 * 4
+    assert not any(map(tune.few, gpu_profile.load(str(small)).shapes))
+
+
+class Late(compiling.Compiler):
+    """The first shape's kernels are compiled when the others are measured; so is what ``verify`` finds."""
+
+    def __init__(self, found: Any) -> None:
+        super().__init__()
+        self.found, self.pauses = found, 0
+
+    def ready(self, key: Any) -> bool:
+        return key != ("skinny_gemm", (0,)) or self.pauses > 1
+
+    def pause(self) -> None:
+        self.pauses += 1
+
+    def ask(self, job: compiling.Job) -> Any:
+        if job.function is not works.checks:
+            return None
+        future: Future[Any] = Future()
+        if self.found is not None:
+            future.set_result(self.found)
+        return future
+
+
+def with_others(small: Path, found: Any, seconds: float = 1e9) -> list[Shape]:
+    """The profile of a run beside such processes."""
+    one = session(small, seconds=seconds)
+    one.compiler = Late(found)
+    assert tune.report_of(one, lambda: tune.measure(one, {"e4b": SMALL}, lambda: None)) == 0
+    return list(gpu_profile.load(str(small)).shapes)
+
+
+CHECKS = [Check("layer_norms", "rows", "stock", 8, 0, "no bit", True)]
+
+
+def test_what_is_compiled_comes_before_what_is_not(small):
+    found = with_others(small, CHECKS)
+    assert [shape.shape for shape in found] == [(plain.VERIFIED,), (1,), (2,), (0,)]
+
+
+def test_what_verify_could_not_do_beside_is_done_here(small, monkeypatch):
+    monkeypatch.setattr(works, "checks", lambda place: [CHECKS[0]._replace(patch="router")])
+    failed = processes.Failed("RuntimeError: the process was killed")
+    assert with_others(small, failed)[-1].kernel == "router"
+
+
+def test_verify_is_waited_for_until_the_time_is_up(small, capsys):
+    """What it has not found is undecided; all else is kept."""
+    assert len(with_others(small, None, seconds=2.0)) == len(STANDS)
+    assert "the time is up" in capsys.readouterr().out
+
+
+def test_guesses_are_trusted_less_the_longer_it_takes():
+    one = budget.guess("skinny_gemm", [2, 1, 1, 1], 4)
+    assert one.seconds == pytest.approx((0.3 + 0.2 + 1.25, 0.3 + 0.15 + 1.0, 0.3 + 0.05 + 0.5))
+    kept = budget.Budget()
+    assert kept.level(10 * one.seconds[0], [one] * 10) == 0
+    assert kept.level(10 * one.seconds[1], [one] * 10) == 1
+    assert kept.level(0, [one] * 10) == 2
+    for _ in range(100):
+        kept.add(one, 0, 2 * one.seconds[0])
+    assert kept.level(10 * one.seconds[0], [one] * 10) == 2
+
+
+def test_the_time_counts_from_the_process_start(monkeypatch):
+    assert budget.since_start() >= 0
+    monkeypatch.setattr(budget, "LONGEST_START_S", float("inf"))
+    code = "import time; time.sleep(0.5); from gemma4_turbo.cli.tuning.budget import since_start; print(since_start())"  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert 0.5 <= float(done.stdout) < 300
+    monkeypatch.setattr(budget, "LONGEST_START_S", 0.0)
+    assert budget.since_start() == 0.0
+
+
+def test_sigterm_keeps_what_was_measured(small, capsys):
+    class Killed(Times):
+        def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
+            if len(self.asked) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            return super().readings(calls, count)
+
+    with tune.signals(60):
+        assert measured(small, found=machine(Killed(even, even))) == tune.TERMINATED
+    assert len(gpu_profile.load(str(small)).shapes) == 1
+    assert "interrupted: the same command goes on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_what_takes_too_long_is_broken_off(small, capsys):
+    """A single step, such as a kernel that is compiled; it is no error of the kernel's."""
+
+    class Stuck(Times):
+        def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
+            if len(self.asked) == 2:
+                time.sleep(60)
+            return super().readings(calls, count)
+
+    begun = time.monotonic()
+    with tune.signals(1):
+        assert measured(small, found=machine(Stuck(even, even))) == 0
+    assert time.monotonic() - begun < 30
+    assert "the time is up" in capsys.readouterr().out
+    assert len(gpu_profile.load(str(small)).shapes) == 1
+
+
+def test_no_signal_breaks_off_the_end():
+    with tune.undisturbed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
 
 
 # -- patches ----------------------------------------------------------------------------------------

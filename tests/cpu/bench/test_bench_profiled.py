@@ -1,0 +1,116 @@
+"""bench/profiled.py with a stand-in for the engines: which package and profile each has, and what it concludes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from bench import profiled
+from gemma4_turbo.engine.gpu_profile import Key, Profile, save
+from tests.cpu.conftest import REPOSITORY
+
+WORKER = """
+import json, os, sys
+from importlib.util import find_spec
+from pathlib import Path
+
+profile = os.environ["GEMMA4_TURBO_GPU_PROFILE"]
+kernels = Path(find_spec("gemma4_turbo").origin).with_name("kernels")
+known = "\\nKNOWN = (9,)\\n" in (kernels / "measured.py").read_text()
+tables = any((kernels / "moe_configs").glob("triton_*"))
+assert known == tables, "half a copy"
+kind = "shipped" if known else "bare" if profile == "0" else "profiled"
+with open(sys.argv[1], "a") as log:
+    if os.environ.get("IGNORED") and kind == "profiled":
+        log.write(f"gemma4_turbo: the GPU profile {profile} is ignored: for a test\\n")
+print(json.dumps({"ready_s": 1.0}), flush=True)
+calls = 0
+for line in sys.stdin:
+    command = json.loads(line)
+    calls += 1
+    ms = {"shipped": 2.0, "profiled": float(os.environ["MS"]), "bare": 3.0}[kind]
+    print(json.dumps({"value": ms * (100 if calls == 1 else 1)}), flush=True)
+"""
+RUN = """
+import sys
+from pathlib import Path
+
+import typer
+
+from bench import engine, profiled
+
+worker, stale = Path(sys.argv.pop(1)), sys.argv.pop(1)
+profiled.gpu_profile.stale = lambda key: stale or None
+engine.Engine.script = str(worker)  # an absolute path stays one
+typer.run(profiled.main)
+"""
+
+
+def run(
+    tmp_path: Path, ms: float, *options: str, stale: str = "", **environment: str
+) -> tuple[int, str]:
+    """The exit status and what was said."""
+    profile = tmp_path / "profile.json"
+    save(str(profile), Profile(Key("g", "1", "2", "3", "4", "5"), {}, ()))
+    (tmp_path / "worker.py").write_text(WORKER)
+    done = subprocess.run(
+        [
+            sys.executable, "-c", RUN, str(tmp_path / "worker.py"), stale, "--profile", str(profile),
+            "--rounds", "2", "--batches", "1,8", "--prefill", "2x64", *options,
+            "--out", str(tmp_path / "out.csv"),
+        ],
+        env={**os.environ, "COLUMNS": "200", "MS": str(ms), **environment},
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+def test_a_profile_that_is_as_fast(tmp_path):
+    status, said = run(tmp_path, 2.02, "--bare")
+    assert status == 0, said
+    assert "at most 1.010 of the shipped package's time, 1.02 is allowed" in said
+    frame = pd.read_csv(tmp_path / "out.csv")
+    assert frame.groupby("variant")["value"].agg(["min", "max"]).T.to_dict("list") == {
+        "shipped": [2.0, 2.0], "profile, unseen GPU": [2.02, 2.02], "unseen GPU": [3.0, 3.0],
+    }  # fmt: skip
+    assert set(zip(frame["quantity"], frame["x"], strict=True)) == {
+        ("decode step", 1), ("decode step", 8), ("prefill of 64", 2),
+    }  # fmt: skip
+
+
+def test_a_profile_that_is_slower(tmp_path):
+    status, said = run(tmp_path, 2.1)
+    assert status == 1, said
+    assert "at most 1.050" in said
+
+
+def test_a_profile_that_is_not_used_proves_nothing(tmp_path):
+    status, said = run(tmp_path, 2.0, IGNORED="1")
+    assert status == 1
+    assert "is ignored: for a test" in said
+
+
+def test_a_profile_of_another_machine_is_refused_at_once(tmp_path):
+    status, said = run(tmp_path, 2.0, stale="it was measured on an L4")
+    assert status == 2
+    assert "is not for this machine: it was measured on an L4" in said
+
+
+def test_there_must_be_a_profile(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "bench/profiled.py", "--profile", str(tmp_path / "none")],
+        cwd=REPOSITORY, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "--profile: there is no profile at" in done.stderr
+
+
+def test_a_package_that_knows_gpus_otherwise_is_no_copy(tmp_path, monkeypatch):
+    monkeypatch.setattr(profiled, "KNOWN", "KNOWN = (8,)")
+    with pytest.raises(ValueError, match=r"measured\.py must have 'KNOWN = \(8,\)' once"):
+        profiled.unseen(tmp_path / "copy")
