@@ -1,15 +1,18 @@
 """Counters of what the patches did, readable from other processes.
 
 SGLang runs the model in spawned processes and ends them with SIGKILL, so nothing can be asked of
-them at exit. Each process that installs a patch therefore keeps its counters in a small mapped
-file and its states in a JSON file beside it, in the folder of `gemma4_turbo.engine.state_folder`. Where
-that folder cannot be used, the counters are kept in memory and only this process sees them.
+them at exit. Each process that installs a patch therefore keeps its counters in shared memory and writes
+its states into a JSON file, in the folder of `gemma4_turbo.engine.state_folder`. The memory is an anonymous
+file that is sealed: nobody can shorten it and no disk is too full for it, either of which would end the
+process at its next count (SIGBUS). The JSON file has its descriptor, under which others find it in /proc.
+Where the folder or the memory cannot be used, only this process sees its counters.
 """
 
 from __future__ import annotations
 
 import array
 import atexit
+import fcntl
 import json
 import mmap
 import os
@@ -20,7 +23,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from gemma4_turbo.engine import processes, state_folder
+from gemma4_turbo.engine import guarded, processes, state_folder
 from gemma4_turbo.engine.processes import Process
 from gemma4_turbo.engine.state_folder import Folder, file_head, file_name
 from gemma4_turbo.engine.states import STATES
@@ -34,6 +37,7 @@ _HEAD = 256  # bytes before the counters
 _BYTES = _HEAD + 8 * _CELLS
 _MAX_NAME, _MAX_REASON = 64, 1000  # characters
 _MAX_STATES = 2 << 20  # bytes: more than `_MAX_PATCHES` of them take
+_MAX_DESCRIPTOR = 1 << 20
 
 
 class _Cells(Protocol):
@@ -52,7 +56,7 @@ class Counters:
         self._base = index * _PER_PATCH
 
     def add_engaged(self, captured: bool) -> None:
-        """Count one call of the patch's code. Cheap: additions in mapped memory."""
+        """Count one call of the patch's code. Cheap: additions in memory."""
         self.cells[self._base + ENGAGED] += 1
         if captured:
             self.cells[self._base + CAPTURED] += 1
@@ -93,7 +97,7 @@ _ledgers: weakref.WeakSet[Ledger] = weakref.WeakSet()
 
 
 class Ledger:
-    """This process's counters and states. One file pair, opened at the first thing to report."""
+    """This process's counters and states. Memory and file are made at the first thing to report."""
 
     def __init__(self) -> None:
         self._handed: dict[int, Counters] = {}
@@ -107,7 +111,8 @@ class Ledger:
         self._lock = threading.RLock()
         self._pid = 0
         self._process: Process | None = None
-        self._file: os.stat_result | None = None
+        self._memory: tuple[int, os.stat_result] | None = None  # descriptor of the counters
+        self._file: os.stat_result | None = None  # of the states
         self._failed: str | None = None
         self._lost: str | None = None
         self._switch(_Unopened(self))
@@ -123,7 +128,7 @@ class Ledger:
         return self._failed or self._lost
 
     def open(self) -> None:
-        """Map the counters into the state folder; on failure keep them in memory."""
+        """Share the counters with other processes; on failure only this one sees them."""
         with self._lock:
             if self._pid != os.getpid():
                 if self._pid:  # a fork that Python was not told of
@@ -148,61 +153,79 @@ class Ledger:
                 self.open()
 
     def look(self) -> str | None:
-        """`problem`, after a look whether the files are there still."""
+        """`problem`, after a look whether file and memory are there still."""
         with self._lock:
             if self._pid == os.getpid():
                 held = False
                 if self._process is not None and self._file is not None:
                     with suppress(OSError), state_folder.opened(where=self._where) as folder:
-                        held = folder.holds(file_name(self._process, "counters"), self._file)
-                if not held or self._failed:
+                        held = folder.holds(file_name(self._process, "json"), self._file)
+                if not (held and self._is_shared()) or self._failed:
                     self._write()
             return self.problem
 
     def _write(self) -> None:
-        """The states, and before them the counters' file where it is not there (any more)."""
+        """The states, and before them the memory where it is not there (any more)."""
         try:
             with state_folder.opened(create=True, where=self._where) as folder:
                 me = processes.own()
-                name = file_name(me, "counters")
-                if self._file is None or not folder.holds(name, self._file):
+                if self._file is None or not folder.holds(file_name(me, "json"), self._file):
                     if self._file is not None:
                         self._lost = (
                             f"{STATE_DIR}: {folder.where!r} was emptied or moved "
                             "while it was in use, and who has not written since is not seen"
                         )
+                        self._file = None
                     folder.sweep(me)
-                    self._map(folder, me)
+                self._process, self._where = me, folder.where
+                if not self._is_shared():
+                    self._share(me)
                 if self._patches is not None:
                     self._write_states(folder, me)
                 self._failed = None
         except OSError as error:
             self._failed = str(error)
 
-    def _map(self, folder: Folder, me: Process) -> None:
-        descriptor = folder.renew(me, "counters")
+    def _is_shared(self) -> bool:
+        """Whether the descriptor is still that of the counters: somebody may have closed it."""
+        if self._memory is None:
+            return False
+        descriptor, memory = self._memory
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(descriptor), memory)
+        return False
+
+    def _share(self, me: Process) -> None:
+        if not hasattr(os, "memfd_create"):
+            raise OSError("this system has no anonymous files: os.memfd_create")
+        descriptor = os.memfd_create("gemma4_turbo", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            state_folder.fill(descriptor, file_head(me, "counters"), _BYTES)
+            state_folder.write(descriptor, file_head(me, "counters").ljust(_BYTES, b"\0"))
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
             mapped = memoryview(mmap.mmap(descriptor, _BYTES))[_HEAD:].cast("q")
-            self._file = os.fstat(descriptor)
+            memory = os.fstat(descriptor)
         except BaseException:
-            folder.discard(file_name(me, "counters"))
-            raise
-        finally:
             os.close(descriptor)
+            raise
         for index in range(_CELLS):
             mapped[index] = self.cells[index]
-        self._process, self._where = me, folder.where
+        self._memory = descriptor, memory
         self._switch(mapped)
 
+    def _unshare(self) -> None:
+        if self._memory is not None and self._is_shared():
+            os.close(self._memory[0])
+        self._memory = None
+
     def _write_states(self, folder: Folder, me: Process) -> None:
-        content = (
-            file_head(me, "json") + b', "patches": ' + json.dumps(self._patches).encode() + b"}"
-        )
+        assert self._memory is not None
+        more = {"counters": self._memory[0], "patches": self._patches}
+        content = file_head(me, "json") + b", " + json.dumps(more).encode()[1:]
         descriptor = folder.renew(me, "tmp")
         try:
             state_folder.write(descriptor, content)
             folder.rename(me, "tmp", "json")
+            self._file = os.fstat(descriptor)
         except BaseException:
             folder.discard(file_name(me, "tmp"))
             raise
@@ -210,18 +233,19 @@ class Ledger:
             os.close(descriptor)
 
     def close(self) -> None:
-        """Remove this process's files. Nothing else is needed: a dead process's are swept."""
+        """Remove this process's file. Nothing else is needed: a dead process's is swept."""
         with self._lock:
             if self._process is None or self._pid != os.getpid():
                 return
             with suppress(OSError), state_folder.opened(where=self._where) as folder:
-                for kind in ("json", "counters"):
-                    folder.remove(self._process, kind)
+                folder.remove(self._process, "json")
+            self._unshare()
             self._process = self._file = None
 
 
 def _forked() -> None:
     for ledger in list(_ledgers):
+        ledger._unshare()
         ledger._start_over()
 
 
@@ -261,12 +285,9 @@ def _patches(folder: Folder, process: Process) -> list[dict[str, Any]]:
     record = json.loads(
         folder.read(file_name(process, "json"), _MAX_STATES), parse_constant=_no_constant
     )
-    counted = folder.read(file_name(process, "counters"), _BYTES)
-    head = file_head(process, "counters")
     if record["process"] != str(process) or record["gemma4_turbo_states"] != 1:
         raise ValueError("states of another process")
-    if len(counted) != _BYTES or not counted.startswith(head):
-        raise ValueError("counters of another process")
+    counted = _counted(process, record["counters"])
     cells = array.array("q", counted[_HEAD:])
     written = record["patches"]
     if not isinstance(written, list) or len(written) > _MAX_PATCHES or min(cells) < 0:
@@ -282,6 +303,17 @@ def _patches(folder: Folder, process: Process) -> list[dict[str, Any]]:
         }
         for i, patch in enumerate(written)
     ]
+
+
+def _counted(process: Process, descriptor: Any) -> bytes:
+    """The memory that a process shares; ValueError if it is something else."""
+    if type(descriptor) is not int or not 0 <= descriptor < _MAX_DESCRIPTOR:
+        raise ValueError("no descriptor")
+    with guarded.shared(f"/proc/{process.pid}/fd/{descriptor}") as memory:
+        counted = guarded.content("counters", memory, _BYTES)
+    if len(counted) != _BYTES or not counted.startswith(file_head(process, "counters")):
+        raise ValueError("counters of another process")
+    return counted
 
 
 def _no_constant(text: str) -> None:

@@ -7,7 +7,6 @@ ours if its name and its first bytes both carry the process that wrote it; other
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import stat
@@ -26,11 +25,10 @@ _PREFIX = "gemma4_turbo-"
 _HEADS = {
     "json": '{{"gemma4_turbo_states": 1, "process": "{}"',
     "tmp": '{{"gemma4_turbo_states": 1, "process": "{}"',
-    "counters": "gemma4_turbo counters 1 {}\n",
+    "counters": "gemma4_turbo counters 1 {}\n",  # of memory; a file of versions before
     "trial": "gemma4_turbo trial 1 {}\n",
 }
 _TRIAL_BYTES = 1 << 14
-_NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV)
 
 _failed: dict[str, str] = {}  # what went wrong at the last attempt to write, by folder
 _said: set[str] = set()
@@ -127,7 +125,7 @@ def problem(trial: bool = True) -> str | None:
             folder.files(me)
             descriptor = folder.renew(me, "trial")
             try:
-                fill(descriptor, file_head(me, "trial"), _TRIAL_BYTES)
+                write(descriptor, file_head(me, "trial").ljust(_TRIAL_BYTES, b"\0"))
             finally:
                 os.close(descriptor)
                 folder.discard(file_name(me, "trial"))
@@ -330,17 +328,6 @@ class Folder:
         for process, kind in self.files(me):
             if processes.lives(process, me) is False:
                 self.remove(process, kind)
-
-
-def fill(descriptor: int, head: bytes, size: int) -> None:
-    """Write ``head`` and zeros. Afterwards no full disk can take the space away: a mapping's writes
-    cannot fail, they kill the process."""
-    try:
-        os.posix_fallocate(descriptor, 0, size)
-    except OSError as error:
-        if error.errno not in _NO_PREALLOCATION:
-            raise
-    write(descriptor, head.ljust(size, b"\0"))
 
 
 def write(descriptor: int, content: bytes) -> None:

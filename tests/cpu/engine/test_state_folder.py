@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,19 +58,40 @@ def dead() -> Process:
     return processes.own()._replace(pid=child.pid, start=1)
 
 
-@pytest.fixture
-def alive() -> Iterator[Process]:
+@pytest.fixture(scope="module")
+def memory() -> Iterator[int]:
+    """Shared with every child of `sleeping`, under the same number there as here."""
+    descriptor = os.memfd_create("test")
+    yield descriptor
+    os.close(descriptor)
+
+
+SHARED: dict[int, int] = {}  # by process: the descriptor of its counters
+
+
+@contextmanager
+def sleeping(memory: int) -> Iterator[tuple[subprocess.Popen[bytes], Process]]:
     """A child that counts nothing by itself."""
-    with subprocess.Popen(["sleep", "60"]) as child:
+    with subprocess.Popen(["sleep", "60"], pass_fds=(memory,)) as child:
         fields = processes._stat_fields(child.pid)
         assert fields is not None
-        yield processes.own()._replace(pid=child.pid, start=int(fields[19]))
+        SHARED[child.pid] = memory
+        yield child, processes.own()._replace(pid=child.pid, start=int(fields[19]))
         child.kill()
+        del SHARED[child.pid]
 
 
-def states_of(process: Process, *patches: Any) -> bytes:
+@pytest.fixture
+def alive(memory: int) -> Iterator[Process]:
+    """Whose counters are what `leave` writes."""
+    with sleeping(memory) as (_, process):
+        yield process
+
+
+def states_of(process: Process, *patches: Any, counters: Any = 0) -> bytes:
     """As the process would write them."""
-    return file_head(process, "json") + f', "patches": {json.dumps(patches)}}}'.encode()
+    more = json.dumps({"counters": counters, "patches": patches})
+    return file_head(process, "json") + b", " + more.encode()[1:]
 
 
 def counters_of(process: Process, *cells: int) -> bytes:
@@ -81,9 +103,18 @@ def counters_of(process: Process, *cells: int) -> bytes:
 
 
 def leave(folder: Path, process: Process, *cells: int) -> None:
-    """Both files."""
-    (folder / file_name(process, "json")).write_bytes(states_of(process, ROW))
-    (folder / file_name(process, "counters")).write_bytes(counters_of(process, *cells))
+    """The states, and the counters of one that lives."""
+    memory = SHARED.get(process.pid)
+    written = states_of(process, ROW, counters=memory or 0)
+    (folder / file_name(process, "json")).write_bytes(written)
+    if memory is not None:
+        share(memory, counters_of(process, *cells))
+
+
+def share(memory: int, content: bytes) -> None:
+    """Whatever it held before."""
+    os.ftruncate(memory, 0)
+    os.pwrite(memory, content, 0)
 
 
 def everything(folder: Path) -> dict[str, Any]:
@@ -467,32 +498,26 @@ def test_the_dead_are_swept_file_by_file(folder: Path, ledger: Ledger, dead: Pro
     leave(folder, dead)
     (folder / file_name(dead, "tmp")).write_bytes(states_of(dead)[:-5])
     (folder / file_name(dead, "trial")).write_bytes(file_head(dead, "trial"))
-    for start, kind in ((2, "json"), (3, "counters")):
-        one = dead._replace(start=start)
-        leave(folder, one)
-        (folder / file_name(one, kind)).unlink()
+    # Versions before this one left counters in files.
+    old = dead._replace(start=2)
+    (folder / file_name(old, "counters")).write_bytes(counters_of(old))
     ledger.publish([ROW])
-    me = processes.own()
-    assert set(everything(folder)) == {file_name(me, "json"), file_name(me, "counters")}
+    assert set(everything(folder)) == {file_name(processes.own(), "json")}
 
 
-def test_a_zombie_is_gone(folder: Path, ledger: Ledger) -> None:
+def test_a_zombie_is_gone(folder: Path, ledger: Ledger, memory: int) -> None:
     """Nobody has waited for it yet."""
     folder.mkdir(mode=0o700)
-    child = subprocess.Popen(["sleep", "60"])
-    fields = processes._stat_fields(child.pid)
-    assert fields is not None
-    process = processes.own()._replace(pid=child.pid, start=int(fields[19]))
-    leave(folder, process)
-    assert [found.pid for found in live_processes()] == [child.pid]
-    child.kill()
-    deadline = time.monotonic() + 10
-    while processes._stat_fields(child.pid)[0] != b"Z" and time.monotonic() < deadline:  # type: ignore[index]
-        time.sleep(0.01)
-    assert live_processes() == []
-    ledger.publish([ROW])
-    assert not (folder / file_name(process, "json")).exists()
-    child.wait()
+    with sleeping(memory) as (child, process):
+        leave(folder, process)
+        assert [found.pid for found in live_processes()] == [child.pid]
+        child.kill()
+        deadline = time.monotonic() + 10
+        while processes._stat_fields(child.pid)[0] != b"Z" and time.monotonic() < deadline:  # type: ignore[index]
+            time.sleep(0.01)
+        assert live_processes() == []
+        ledger.publish([ROW])
+        assert not (folder / file_name(process, "json")).exists()
 
 
 def test_a_process_that_proc_hides_is_not_judged(
@@ -539,7 +564,7 @@ def test_another_boot_is_not_judged(
     monkeypatch.setattr(processes, "boot", lambda: here)
     assert live_processes() == []
     ledger.publish([ROW])
-    assert len(list(folder.iterdir())) == 4
+    assert len(list(folder.iterdir())) == 2
     monkeypatch.setattr(processes, "boot", lambda: "f" * 32)
     there.close()
 
@@ -584,7 +609,7 @@ def a_file_there(place: Path, victim: Path) -> None:
     place.write_bytes(b"x" * 5000)
 
 
-@pytest.mark.parametrize("kind", ["counters", "tmp", "json"])
+@pytest.mark.parametrize("kind", ["tmp", "json"])
 @pytest.mark.parametrize(
     "plant",
     [
@@ -691,15 +716,18 @@ def changed(**fields: Any) -> bytes:
     ],
     ids=lambda value: value[:40].decode(errors="replace"),
 )
-def test_states_that_are_none_are_skipped(folder: Path, alive: Process, patches: bytes) -> None:
+def test_states_that_are_none_are_skipped(
+    folder: Path, ledger: Ledger, alive: Process, patches: bytes
+) -> None:
     """File by file: the next one is read."""
     folder.mkdir(mode=0o700)
     leave(folder, alive, 1)
-    me = processes.own()
-    leave(folder, me, 2)
+    ledger.publish([ROW])
     assert len(live_processes()) == 2
-    head = file_head(alive, "json")
-    (folder / file_name(alive, "json")).write_bytes(head + b', "patches": ' + patches + b"}")
+    head = file_head(alive, "json") + b', "counters": %d, "patches": ' % SHARED[alive.pid]
+    (folder / file_name(alive, "json")).write_bytes(head + json.dumps([ROW]).encode() + b"}")
+    assert len(live_processes()) == 2
+    (folder / file_name(alive, "json")).write_bytes(head + patches + b"}")
     (found,) = live_processes()
     assert found.pid == os.getpid()
     assert descendants() == []
@@ -729,18 +757,94 @@ def test_the_longest_reason_is_read(folder: Path, ledger: Ledger) -> None:
     ids=["truncated", "longer", "empty", "zeros", "another head", "below zero", "missing"],
 )
 def test_counters_that_are_none_are_skipped(
-    folder: Path, alive: Process, change: Callable[[bytes], bytes] | None
+    folder: Path, alive: Process, memory: int, change: Callable[[bytes], bytes] | None
 ) -> None:
     """Nothing is told of a process whose counters cannot be read."""
     folder.mkdir(mode=0o700)
     leave(folder, alive, 1)
     assert len(live_processes()) == 1
-    path = folder / file_name(alive, "counters")
     if change is None:
-        path.unlink()
+        written = states_of(alive, ROW, counters=memory + 1)  # which the child has not
+        (folder / file_name(alive, "json")).write_bytes(written)
     else:
-        path.write_bytes(change(path.read_bytes()))
+        share(memory, change(counters_of(alive, 1)))
     assert live_processes() == []
+
+
+@pytest.mark.parametrize("descriptor", [-1, 1 << 40, True, "../../../etc/passwd", None, 1.0])
+def test_what_is_no_descriptor_is_not_followed(
+    folder: Path, alive: Process, descriptor: Any
+) -> None:
+    folder.mkdir(mode=0o700)
+    written = states_of(alive, ROW, counters=descriptor)
+    (folder / file_name(alive, "json")).write_bytes(written)
+    assert live_processes() == []
+
+
+def test_a_descriptor_of_something_else_is_not_read(folder: Path) -> None:
+    """A pipe that nobody writes to would block, a terminal or device may do things."""
+    folder.mkdir(mode=0o700)
+    reading, writing = os.pipe()
+    try:
+        with sleeping(reading) as (_, process):
+            written = states_of(process, ROW, counters=reading)
+            (folder / file_name(process, "json")).write_bytes(written)
+            assert live_processes() == []
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+def test_nobody_can_shorten_what_is_counted_in(ledger: Ledger) -> None:
+    """A count behind the end would end the process: SIGBUS."""
+    mine = ledger.counters(0)
+    ledger.publish([ROW])
+    assert ledger.problem is None
+    assert ledger._memory is not None
+    theirs = os.open(f"/proc/self/fd/{ledger._memory[0]}", os.O_RDWR)
+    try:
+        for change in (lambda: os.ftruncate(theirs, 0), lambda: os.ftruncate(theirs, 1 << 20)):
+            with pytest.raises(PermissionError):
+                change()
+        with pytest.raises(PermissionError):
+            os.truncate(f"/proc/self/fd/{theirs}", 0)
+    finally:
+        os.close(theirs)
+    mine.add_engaged(captured=False)
+    (found,) = live_processes()
+    assert found.patches[0]["engaged"] == 1
+
+
+def test_a_descriptor_that_somebody_closed(ledger: Ledger) -> None:
+    """As who becomes a daemon does: counting goes on, the next word brings all counts back."""
+    mine = ledger.counters(0)
+    ledger.publish([ROW])
+    mine.add_engaged(captured=False)
+    assert ledger._memory is not None
+    os.close(ledger._memory[0])
+    with open(os.devnull) as another:  # which gets its number
+        mine.add_engaged(captured=False)
+        assert live_processes() == []
+        assert ledger.look() is None
+        ledger.close()
+        assert os.fstat(another.fileno())
+        ledger.publish([ROW])
+        (found,) = live_processes()
+        assert found.patches[0]["engaged"] == 2
+
+
+def test_no_memory_to_share(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting goes on, and what is missing is told."""
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "memfd_create")
+        ledger.counters(0).add_engaged(captured=False)
+        ledger.publish([ROW])
+        assert "os.memfd_create" in str(ledger.problem)
+        assert ledger.counters(0).engaged == 1
+        assert live_processes() == []
+    assert ledger.look() is None
+    (found,) = live_processes()
+    assert found.patches[0]["engaged"] == 1
 
 
 def given_away(place: Path, victim: Path) -> None:
@@ -748,7 +852,6 @@ def given_away(place: Path, victim: Path) -> None:
     os.chown(place, NOBODY, NOBODY)
 
 
-@pytest.mark.parametrize("kind", ["json", "counters"])
 @pytest.mark.parametrize(
     "plant",
     [
@@ -764,13 +867,12 @@ def test_what_is_no_file_of_ours_is_not_read(
     alive: Process,
     monkeypatch: pytest.MonkeyPatch,
     plant: Callable[[Path, Path], None],
-    kind: str,
 ) -> None:
     """Through a link its content would be right."""
     folder.mkdir(mode=0o700)
     monkeypatch.chdir(folder)
     leave(folder, alive, 1)
-    path = folder / file_name(alive, kind)
+    path = folder / file_name(alive, "json")
     aside = path.rename(folder / "aside")
     plant(path, aside)
     assert live_processes() == []
@@ -805,13 +907,10 @@ def full(*args: Any, **kwargs: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("function", ["write", "posix_fallocate"])
-def test_a_full_disk(
-    folder: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, function: str
-) -> None:
+def test_a_full_disk(folder: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing half-written stays behind; when there is room again, what was counted is there."""
     with monkeypatch.context() as patch:
-        patch.setattr(os, function, full)
+        patch.setattr(os, "write", full)
         ledger.counters(0).add_engaged(captured=False)
         ledger.publish([ROW])
         for problem in (
@@ -843,20 +942,6 @@ def test_full_only_later(folder: Path, ledger: Ledger, monkeypatch: pytest.Monke
     ledger.publish([dict(ROW, state="failed")])
     assert ledger.problem is None
     assert live_processes()[0].patches[0]["state"] == "failed"
-
-
-def test_a_file_system_that_cannot_reserve(
-    folder: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The zeros are written anyway."""
-
-    def unable(*args: Any) -> None:
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-    monkeypatch.setattr(os, "posix_fallocate", unable)
-    ledger.publish([ROW])
-    assert ledger.problem is None
-    assert len(live_processes()) == 1
 
 
 def test_a_write_in_pieces(folder: Path, ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
