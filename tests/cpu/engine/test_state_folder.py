@@ -886,7 +886,8 @@ def test_how_many_files_are_looked_at(
     for number in range(20):
         (folder / f"{number}").write_text("")
     leave(folder, alive)
-    leave(folder, alive._replace(start=2))  # in any order, something comes after the first of two
+    # In whatever order they are read, something comes after the first of two.
+    (folder / file_name(alive._replace(start=2), "json")).write_bytes(states_of(alive, ROW))
     assert len(live_processes()) == 1
     for limit, value in (("MAX_ENTRIES", 20), ("MAX_FILES", 1)):
         with monkeypatch.context() as patch:
