@@ -64,6 +64,11 @@ class Piecewise(StrEnum):
     NEITHER = "neither"
 
 
+CLASSES = {
+    "sums over GPUs": r"nccl|cross_device_reduce|all_?reduce|one_shot|two_shot|multimem",
+    "norms": r"norm|_tail",
+}
+"""Kernels by name, whose share of a step is shown and kept; a name is of the first class that fits."""
 EAGER = {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
 console = Console(width=150)
 
@@ -297,6 +302,18 @@ def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, fl
         if len(means) > 1:
             error = np.std(means, ddof=1) / len(means) ** 0.5
             found[f"{name}, standard error"] = float(error) * VOCABULARY
+    return found
+
+
+def by_class(kernels: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """Launches and microseconds of each of `CLASSES`, of all that a profile has counted."""
+    found = dict.fromkeys(CLASSES, (0.0, 0.0))
+    for name, (count, microseconds) in kernels.items():
+        for kind, pattern in CLASSES.items():
+            if re.search(pattern, name, re.IGNORECASE):
+                before = found[kind]
+                found[kind] = before[0] + count, before[1] + microseconds
+                break
     return found
 
 
@@ -610,6 +627,14 @@ def show(
                     f"{microseconds / count:.2f}",
                 )
             console.print(table)
+            span = profile[stage]["span_us"]
+            for kind, (count, microseconds) in by_class(kernels).items():
+                console.print(
+                    f"  {kind}: {count / steps:.1f} launches and {microseconds / steps:.0f} us a step, "
+                    f"{microseconds / span:.1%} of it"
+                )
+                share = f"{kind}, share of a {stage} step"
+                results.add(variant, share, layers, 0, microseconds / span * 100, "%")
     console.print(results.summary().to_string(index=False, float_format=lambda v: f"{v:.3f}"))
 
 
