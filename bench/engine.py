@@ -42,6 +42,7 @@ from gemma4_turbo.models import geometry  # noqa: E402
 
 VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
+BITS = "patched, bitwise"  # with the patches that have stock's bits, and no other
 PIECEWISE = "stock, piecewise"
 CHUNKS = "stock, chunks of "  # and how many tokens
 EXACT = "stock, attention in fp32"
@@ -90,8 +91,9 @@ class Engine:
         path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
         environment["PYTHONSAFEPATH"] = "1"  # bench/kernels.py is not the package kernels
-        if variant == PATCHED:
-            only = ",".join(patches) if patches else "*"
+        if variant in (PATCHED, BITS):
+            names = patches_of("exact") if variant == BITS else patches
+            only = ",".join(names) if names else "*"
             environment |= {
                 "BENCH_PATCHED": "1",
                 "GEMMA4_TURBO_STRICT": "1",
@@ -380,6 +382,9 @@ def main(
     control: Annotated[
         bool, typer.Option(help="Also compare stock with a second stock engine")
     ] = True,
+    bits: Annotated[
+        bool, typer.Option(help="Also compare stock with an engine that has the bitwise patches alone")
+    ] = False,
     breakdown: Annotated[
         int, typer.Option(help="Profile decoding at this batch size; 0: none")
     ] = 32,
@@ -537,11 +542,11 @@ def main(
                             if round_ == 0:
                                 once(live[variant])
                         progress.advance(task)
-            if equality and control:
-                progress.update(task, description=CONTROL)
-                with engines(make, [CONTROL]) as live:
-                    rows = live[CONTROL]("tokens", **compared)["rows"]
-                    answers[CONTROL] = rows
+            for variant, wanted in ((BITS, bits), (CONTROL, control)):
+                if equality and wanted:
+                    progress.update(task, description=variant)
+                    with engines(make, [variant]) as live:
+                        answers[variant] = live[variant]("tokens", **compared)["rows"]
             for variant, wanted in ((f"{CHUNKS}{kl_chunk}", kl_chunk), (EXACT, kl_exact)):
                 if kl and wanted:
                     progress.update(task, description=variant)
@@ -581,7 +586,7 @@ def show(
         console.print(
             report.table(process["patches"], f"pid {process['pid']}: {process['command'][:80]}")
         )
-    for other in (PATCHED, CONTROL):
+    for other in (PATCHED, BITS, CONTROL):
         if STOCK in answers and other in answers:
             found = differences(answers[STOCK], answers[other])
             console.print(f"{STOCK} against {other}: {found}")

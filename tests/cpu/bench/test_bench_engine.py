@@ -199,3 +199,19 @@ def test_kernels_of_a_profile_by_class():
         "void moe_sum_reduce_kernel": [3, 3.0],
     }
     assert engine.by_class(kernels) == {"sums over GPUs": (6, 55.0), "norms": (5, 11.0)}
+
+
+def test_an_engine_with_the_bitwise_patches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the patches of the measurement are."""
+    asked: dict[str, str] = {}
+
+    def popen(command: list[str], env: dict[str, str], **kwargs: object) -> None:
+        asked.update(env)
+
+    monkeypatch.setattr(engine.subprocess, "Popen", popen)
+    engine.Engine(engine.BITS, [], {}, tmp_path / "log")
+    only = asked["GEMMA4_TURBO_SELECTION"].removeprefix("only=").partition(";")[0].split(",")
+    assert only == engine.patches_of("exact")
+    assert "layer_norms" in only
+    assert "skinny_gemm" not in only
+    assert asked["BENCH_PATCHED"] == "1"
