@@ -383,7 +383,8 @@ def main(
         bool, typer.Option(help="Also compare stock with a second stock engine")
     ] = True,
     bits: Annotated[
-        bool, typer.Option(help="Also compare stock with an engine that has the bitwise patches alone")
+        bool,
+        typer.Option(help="Also compare stock with an engine that has the bitwise patches alone"),
     ] = False,
     breakdown: Annotated[
         int, typer.Option(help="Profile decoding at this batch size; 0: none")
