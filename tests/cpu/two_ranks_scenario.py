@@ -231,6 +231,11 @@ def faults(rank: int) -> dict[str, Any]:
     from gemma4_turbo.fusions.skinny_gemm import SkinnyGemm
 
     found: dict[str, Any] = {}
+    launch = SkinnyGemm.launch
+
+    def rounded(self: Any, args: Any, kind: int) -> torch.Tensor:
+        """Another result of the kernel's, within its bounds: on a CPU it has stock's bits too often."""
+        return launch(self, args, kind) * (1 + 2**-7)
 
     def here(where: Any, what: str, how: Callable[..., Any], patch: pytest.MonkeyPatch) -> None:
         if rank == 1:
@@ -238,10 +243,12 @@ def faults(rank: int) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:  # its comparison cannot be made
         here(SkinnyGemm, "like", _no_memory, patch)
+        patch.setattr(SkinnyGemm, "launch", rounded)
         found["self-check"] = told(patched(built("ple", rank), "skinny_gemm", "ple_tail"))
     found["afterwards"] = told(patched(built("ple", rank), "skinny_gemm", "ple_tail"))
     with pytest.MonkeyPatch.context() as patch:  # and nobody tells the other one
         here(SkinnyGemm, "like", _no_memory, patch)
+        patch.setattr(SkinnyGemm, "launch", rounded)
         patch.setattr(ranks, "_group_of", [])
         patch.setattr(ranks, "told_by", lambda group: None)
         found["alone"] = told(patched(built("ple", rank), "skinny_gemm", "ple_tail"))
