@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed.distributed_c10d import Store
 
 PATIENCE_S = 60.0
 """For the slowest of the others. SGLang ends a server whose step takes 300 s, PyTorch after 600 s."""

@@ -64,6 +64,10 @@ def _fits(module: Any) -> str | None:
     return None
 
 
+def _no_sum(module: Any) -> None:
+    return None
+
+
 def _never() -> str | None:
     return None
 
@@ -83,9 +87,8 @@ class Rules(NamedTuple):
     now_unfit: Callable[[], str | None] = _never  # why no module runs its own function at present
     norm_unfit: Callable[[Any], str | None] = _fits  # more options of a norm
     linear_unfit: Callable[[Any], str | None] = _fits  # and of a linear layer
-    sum_of: Callable[[Any], Callable[[torch.Tensor], torch.Tensor] | None] = (
-        _fits  # its own, over GPUs
-    )
+    sum_of: Callable[[Any], Callable[[torch.Tensor], torch.Tensor] | None] = _no_sum
+    """A linear layer's own sum over GPUs."""
 
 
 _types: list[Types] = []

@@ -66,7 +66,7 @@ def _sum_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
         return None
     from sglang.srt.layers import linear
 
-    return lambda part: linear.tensor_model_parallel_all_reduce(part)  # type: ignore[no-any-return]
+    return lambda part: linear.tensor_model_parallel_all_reduce(part)
 
 
 def _parallel_unfit(moe: Any) -> str | None:
