@@ -42,6 +42,7 @@ from gemma4_turbo.models import geometry  # noqa: E402
 
 VOCABULARY = geometry.VOCABULARY
 STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
+BITS = "patched, bitwise"  # with the patches that have stock's bits, and no other
 PIECEWISE = "stock, piecewise"
 CHUNKS = "stock, chunks of "  # and how many tokens
 EXACT = "stock, attention in fp32"
@@ -64,6 +65,11 @@ class Piecewise(StrEnum):
     NEITHER = "neither"
 
 
+CLASSES = {
+    "sums over GPUs": r"nccl|cross_device_reduce|all_?reduce|one_shot|two_shot|multimem",
+    "norms": r"norm|_tail",
+}
+"""Kernels by name, whose share of a step is shown and kept; a name is of the first class that fits."""
 EAGER = {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
 console = Console(width=150)
 
@@ -102,8 +108,9 @@ class Engine:
 
     def switches(self, patches: list[str]) -> dict[str, str]:
         """What the process is told of the patches by its environment."""
-        if self.variant == PATCHED:
-            only = ",".join(patches) if patches else "*"
+        if self.variant in (PATCHED, BITS):
+            names = patches_of("exact") if self.variant == BITS else patches
+            only = ",".join(names) if names else "*"
             return {
                 "BENCH_PATCHED": "1",
                 "GEMMA4_TURBO_STRICT": "1",
@@ -309,6 +316,18 @@ def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, fl
     return found
 
 
+def by_class(kernels: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
+    """Launches and microseconds of each of `CLASSES`, of all that a profile has counted."""
+    found = dict.fromkeys(CLASSES, (0.0, 0.0))
+    for name, (count, microseconds) in kernels.items():
+        for kind, pattern in CLASSES.items():
+            if re.search(pattern, name, re.IGNORECASE):
+                before = found[kind]
+                found[kind] = before[0] + count, before[1] + microseconds
+                break
+    return found
+
+
 def patches_of(text: str) -> list[str]:
     """Names of a comma list; ``exact``: of every bitwise patch that is on by default."""
     if text == "exact":
@@ -372,6 +391,10 @@ def main(
     control: Annotated[
         bool, typer.Option(help="Also compare stock with a second stock engine")
     ] = True,
+    bits: Annotated[
+        bool,
+        typer.Option(help="Also compare stock with an engine that has the bitwise patches alone"),
+    ] = False,
     breakdown: Annotated[
         int, typer.Option(help="Profile decoding at this batch size; 0: none")
     ] = 32,
@@ -529,11 +552,11 @@ def main(
                             if round_ == 0:
                                 once(live[variant])
                         progress.advance(task)
-            if equality and control:
-                progress.update(task, description=CONTROL)
-                with engines(make, [CONTROL]) as live:
-                    rows = live[CONTROL]("tokens", **compared)["rows"]
-                    answers[CONTROL] = rows
+            for variant, wanted in ((BITS, bits), (CONTROL, control)):
+                if equality and wanted:
+                    progress.update(task, description=variant)
+                    with engines(make, [variant]) as live:
+                        answers[variant] = live[variant]("tokens", **compared)["rows"]
             for variant, wanted in ((f"{CHUNKS}{kl_chunk}", kl_chunk), (EXACT, kl_exact)):
                 if kl and wanted:
                     progress.update(task, description=variant)
@@ -573,7 +596,7 @@ def show(
         console.print(
             report.table(process["patches"], f"pid {process['pid']}: {process['command'][:80]}")
         )
-    for other in (PATCHED, CONTROL):
+    for other in (PATCHED, BITS, CONTROL):
         if STOCK in answers and other in answers:
             found = differences(answers[STOCK], answers[other])
             console.print(f"{STOCK} against {other}: {found}")
@@ -619,6 +642,14 @@ def show(
                     f"{microseconds / count:.2f}",
                 )
             console.print(table)
+            span = profile[stage]["span_us"]
+            for kind, (count, microseconds) in by_class(kernels).items():
+                console.print(
+                    f"  {kind}: {count / steps:.1f} launches and {microseconds / steps:.0f} us a step, "
+                    f"{microseconds / span:.1%} of it"
+                )
+                share = f"{kind}, share of a {stage} step"
+                results.add(variant, share, layers, 0, microseconds / span * 100, "%")
     console.print(results.summary().to_string(index=False, float_format=lambda v: f"{v:.3f}"))
 
 

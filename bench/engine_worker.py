@@ -234,7 +234,8 @@ class Worker:
             found: dict[str, Any] = {}
             deadline = time.monotonic() + 90
             while time.monotonic() < deadline and len(found) < 2:
-                for path in glob.glob(f"{folder}/*.trace.json.gz"):
+                # Of several GPUs the first one's. A sum over them is as long as it waits for the others.
+                for path in glob.glob(f"{folder}/*TP-0*.trace.json.gz"):
                     stage = "decode" if "DECODE" in path else "prefill"
                     try:
                         with gzip.open(path, "rt") as file:

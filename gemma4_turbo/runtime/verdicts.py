@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from gemma4_turbo.catalogue import BITWISE
 from gemma4_turbo.engine import states
+from gemma4_turbo.runtime import ranks
 from gemma4_turbo.runtime.attempts import attempt
 
 if TYPE_CHECKING:
@@ -24,6 +27,9 @@ class Verdicts(dict[tuple[Any, ...], str | None]):
     ) -> str | None:
         """Why a kernel may not run for this key, or None. A look-up but for the first time.
 
+        A kernel with stock's bits may run on one GPU of tensor parallelism and not on another. Of the
+        others the first time is a question to all of them: `gemma4_turbo.runtime.ranks`.
+
         Args:
             run: becomes `failed` where the comparison finds a difference, or cannot be made.
             key: what decides about the numbers.
@@ -38,7 +44,15 @@ class Verdicts(dict[tuple[Any, ...], str | None]):
 
             with torch.no_grad():
                 found, broken = attempt(run, f"self-check for {key}", compare)
-            self[key] = found or broken
             if found is not None:
                 run.set(states.FAILED, found)
+            unfit = found or broken
+            if run.patch.numerics != BITWISE:
+                unfit = ranks.agreed(f"{run.patch.name} {_on_any_gpu(key)}", unfit)
+            self[key] = unfit
         return self[key]
+
+
+def _on_any_gpu(key: tuple[Any, ...]) -> str:
+    """The key without the number of the GPU, the same text in every process."""
+    return re.sub(r"\bcuda:\d+", "cuda", " ".join(str(part) for part in key))

@@ -7,7 +7,7 @@ stock's calls for that part. How a release hands hidden states from layer to lay
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -43,6 +43,13 @@ Ends = tuple[torch.Tensor, torch.Tensor | None]
 
 MLP_STREAM_ROWS = 64
 """Above this many tokens the two branches no longer leave room for each other."""
+
+
+class Sums(NamedTuple):
+    """What sums a part of the layer's feed-forward over GPUs, where its modules do not do so themselves."""
+
+    mlp: Callable[[torch.Tensor], torch.Tensor]
+    experts: Callable[[torch.Tensor], torch.Tensor]
 
 
 class Summing:
@@ -92,8 +99,13 @@ class LayerSite(Site):
         self.ple_tail: str | None = first_unfit(reasons)
         self.input_norm: str | None = first_unfit(reasons)
         apart = sglang_types.experts_unfit(layer.moe) if moe else "the layer has no experts"
-        self.mlp_stream: str | None = apart  # no arithmetic to compare
-        more = apart or sglang_types.reduction_unfit(layer.moe.experts)
+        # No arithmetic to compare.
+        self.mlp_stream: str | None = apart or sglang_types.rules().branches_unfit(layer.moe)
+        more = (
+            apart
+            or sglang_types.rules().parallel_unfit(layer.moe)
+            or sglang_types.reduction_unfit(layer.moe.experts)
+        )
         self.experts_sum: str | None = first_unfit([*reasons, more])
         # The norm, its class, the function that it has chosen, and why it is not ours to run.
         self.following: tuple[Norm | None, type | None, object, str | None] = (
@@ -173,8 +185,12 @@ def after_attention(
     per_layer_input: torch.Tensor | None,
     following: RMSNorm | None,
     router_of: Callable[[DecoderLayer], Router],
+    sums: Sums | None = None,
 ) -> Ends:
     """The layer from the attention's output on; ``residual``, its input, is overwritten, as by stock.
+
+    ``sums``: over GPUs, of what the MLP and the experts leave to the layer. They are launched one after the
+    other, on one stream, in stock's order: GPUs that sum in different orders wait for each other for ever.
 
     Returns:
         the layer's result; of ``following``, the norm that reads it, the normed rows or None.
@@ -190,6 +206,8 @@ def after_attention(
 
     if not self.enable_moe_block:
         mlp_output = linear.mlp(self.mlp, mlp_input)
+        if sums is not None:
+            mlp_output = sums.mlp(mlp_output)
         return _finish(self, site, mlp_output, None, residual, per_layer_input, following)
 
     side = _side_stream(self, site, mlp_input)
@@ -200,6 +218,8 @@ def after_attention(
             mlp_output = linear.mlp(self.mlp, mlp_input)
     else:
         mlp_output = linear.mlp(self.mlp, mlp_input)
+        if sums is not None:
+            mlp_output = sums.mlp(mlp_output)
     if router_input is not None:
         router_logits = router_few.logits(self, router_input)
     else:
@@ -210,6 +230,10 @@ def after_attention(
         router_few.done(self, residual)
     if side is not None:
         main.wait_stream(side)
+        if sums is not None:
+            mlp_output = sums.mlp(mlp_output)
+    if sums is not None:
+        experts_output = sums.experts(experts_output)
     return _finish(self, site, mlp_output, experts_output, residual, per_layer_input, following)
 
 

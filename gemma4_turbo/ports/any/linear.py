@@ -38,6 +38,7 @@ class LinearSite(Site):
             key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
             self.few = kernel.cut(weight, epilogue)
             self.many = kernel.cut(weight, epilogue, kernel.MAX_ROWS)
+            self.sum = sglang_types.rules().sum_of(module)  # over GPUs, where the layer makes it
         super().__init__(key, None)
         self.cover(NAME, module)
         parts = [(module, name) for name in ("quant_method", "weight", "bias")]
@@ -124,7 +125,8 @@ def _run(
         count = max(kernel.tiles(weight, epilogue, cut) for cut in (site.few, site.many))
         site.arrived = zeros_of(module, count, weight.device)
     args = skinny_gemm.Args(x, weight, site.few, site.many, epilogue, extra, site.arrived)
-    return SKINNY_GEMM(site, args)
+    found = SKINNY_GEMM(site, args)
+    return found if found is None or site.sum is None else site.sum(found)
 
 
 def zeros_of(module: Linear, count: int, device: torch.device) -> torch.Tensor | None:

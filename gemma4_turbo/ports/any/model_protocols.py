@@ -81,6 +81,8 @@ class Linear(Module, Protocol):
     bias: torch.Tensor | None
     quant_method: object
     tp_size: int  # not of a ReplicatedLinear
+    reduce_results: bool  # of a RowParallelLinear
+    use_dp_attention_reduce: bool  # of a RowParallelLinear
 
     def __call__(self, x: torch.Tensor, /) -> tuple[torch.Tensor, torch.Tensor | None]: ...
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from gemma4_turbo.ports.any import ranks
 from gemma4_turbo.runtime.hooks import HOOKED, hooked
 
 if TYPE_CHECKING:
@@ -63,6 +64,10 @@ def _fits(module: Any) -> str | None:
     return None
 
 
+def _no_sum(module: Any) -> None:
+    return None
+
+
 def _never() -> str | None:
     return None
 
@@ -74,10 +79,16 @@ class Rules(NamedTuple):
     """The function that such a module runs when it is called now; None: another one each time."""
     output_unfit: Callable[[Any], str | None]  # of a linear layer: put together from several GPUs
     parallel_unfit: Callable[[Any], str | None]  # of experts: spread over several GPUs
+    branches_unfit: Callable[
+        [Any], str | None
+    ]  # of them: summed over GPUs where two streams are open
     sums_from_zero: Callable[[], bool]  # does the sum over a token's experts, for few tokens
+    tp_group: Callable[[], Any]  # SGLang's group of tensor parallelism
     now_unfit: Callable[[], str | None] = _never  # why no module runs its own function at present
     norm_unfit: Callable[[Any], str | None] = _fits  # more options of a norm
     linear_unfit: Callable[[Any], str | None] = _fits  # and of a linear layer
+    sum_of: Callable[[Any], Callable[[torch.Tensor], torch.Tensor] | None] = _no_sum
+    """A linear layer's own sum over GPUs."""
 
 
 _types: list[Types] = []
@@ -87,6 +98,7 @@ _rules: list[Rules] = []
 def load(rules: Rules) -> None:
     """Look the classes up, for the process's one line. While a patch is built, never in traced code."""
     _rules[:] = [rules]
+    ranks.load(rules.tp_group)
     if _types:
         return
     from sglang.srt.layers import activation, layernorm, linear, radix_attention
@@ -279,7 +291,7 @@ def experts_unfit(moe: object) -> str | None:
         return f"the experts' block is a {name(moe)}"
     if type(moe.experts) is not known.fused_moe:
         return f"the experts are a {name(moe.experts)}"
-    return rules().parallel_unfit(moe)
+    return None
 
 
 def reduction_unfit(experts: FusedMoE) -> str | None:

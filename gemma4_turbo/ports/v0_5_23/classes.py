@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.v0_5_23 import sums
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,12 +26,20 @@ def load() -> None:
             running,
             _output_unfit,
             _parallel_unfit,
+            _branches_unfit,
             lambda: bool(fused_moe.is_arch_support_pdl()),
+            _tp_group,
             now_unfit,
             _norm_unfit,
             _linear_unfit,
         )
     )
+
+
+def _tp_group() -> Any:
+    from sglang.srt.runtime_context import get_parallel
+
+    return get_parallel().tp_group
 
 
 def running(module: Any) -> Callable[..., Any]:
@@ -73,15 +82,30 @@ def _linear_unfit(module: Any) -> str | None:
 def _output_unfit(module: Any) -> str | None:
     from sglang.srt.layers.linear import get_group_rank_size
 
-    group = getattr(module, "tp_group", None)
-    if group is not None and get_group_rank_size(group)[1] > 1:
-        return "the layer is spread over several GPUs"
     if getattr(module, "use_decode_attn_tp", False):
         return "the layer's weight is cut otherwise for decoding"
-    return None
+    group = getattr(module, "tp_group", None)
+    if group is None or get_group_rank_size(group)[1] == 1:
+        return None
+    if getattr(module, "gather_output", False):
+        return "the output is gathered from several GPUs"
+    if type(module) is sglang_types.types().row_linear:
+        from sglang.srt.distributed.device_communicators import pynccl_allocator
+
+        if module.reduce_results:  # Gemma 4's leave the sum to their layer
+            return "the output is reduced over several GPUs"
+        if pynccl_allocator.is_symmetric_memory_enabled():
+            return "the output is reduced over several GPUs in symmetric memory"
+    return sums.parallel_unfit()
 
 
 def _parallel_unfit(moe: Any) -> str | None:
     if moe.experts.moe_tp_size > 1 or moe.experts.moe_ep_size > 1:
         return "the experts' outputs are summed over several GPUs"
+    return None
+
+
+def _branches_unfit(moe: Any) -> str | None:
+    if moe.experts.moe_ep_size > 1 or moe.experts.reduce_results:
+        return "the experts sum their outputs over several GPUs"
     return None

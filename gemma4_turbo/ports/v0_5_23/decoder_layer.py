@@ -1,8 +1,8 @@
 """``Gemma4DecoderLayer.forward`` of 0.5.22 and 0.5.23.
 
-Stock's layer boundaries write and read a residual stream. On one GPU they move nothing and sum nothing:
-the stream's residual is the layer's input, and its result is written as the stream for the next one.
-Elsewhere the layer is stock's.
+Stock's layer boundaries write and read a residual stream, and sum over GPUs. On one GPU, and under plain
+tensor parallelism, they move nothing: the stream's residual is the layer's input, and its result is written
+as the stream for the next one. The sums are made as stock makes them (`sums`). Elsewhere the layer is stock's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.ports.any import handover, layer_steps, linear, router_few, sglang_types
-from gemma4_turbo.ports.v0_5_23 import classes
+from gemma4_turbo.ports.v0_5_23 import classes, sums
 from gemma4_turbo.ports.v0_5_23 import stock as calls
 
 if TYPE_CHECKING:
@@ -49,17 +49,19 @@ OF_A_BOUNDARY = ("plan", "declaration")
 
 
 class LayerSite(layer_steps.LayerSite):
-    """And whether the layer's boundaries are stock's, alone on their GPU, with the layer's norms."""
+    """And whether the layer's boundaries are stock's, with the layer's norms, and what they sum."""
 
     def __init__(self, layer: StagedLayer) -> None:
         super().__init__(layer)
         attn, ffn = layer.attn_boundary, layer.ffn_boundary
         self.stocks = (
-            _parallel_unfit()
+            sums.parallel_unfit()
             or sglang_types.device_unfit(layer.layer_scalar)
             or _boundaries_unfit(layer)
             or _result_unfit(layer)
+            or sums.boundary_unfit(layer)
         )
+        self.sums = sums.many()
         self.made_for(
             (layer, "_next_stream"),
             (layer, "attn_boundary"),
@@ -67,18 +69,6 @@ class LayerSite(layer_steps.LayerSite):
             *((of, name) for of in (attn, ffn) for name in (*OF_A_BOUNDARY, "prepare", "finish")),
             (ffn, "sum_part"),
         )
-
-
-def _parallel_unfit() -> str | None:
-    """Why the layer's boundaries do more than write down the residual, or None."""
-    from sglang.srt.runtime_context import get_parallel
-
-    parallel = get_parallel()
-    if parallel.tp_size > 1:
-        return "tensor parallelism: the layer's boundaries sum over GPUs"
-    if parallel.pp_group.world_size > 1:
-        return "pipeline parallelism: the residual stream goes from GPU to GPU"
-    return None
 
 
 def _boundaries_unfit(layer: StagedLayer) -> str | None:
@@ -116,6 +106,7 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     _stock[TARGET], _boundary[:], _classes[:] = stock[TARGET], [batch], [StageBoundary]
     _result[:] = [Gemma4DecoderLayer._next_stream]
     classes.load()
+    sums.load()
     handover.made_for(forward)
     layer_steps.enable(fusions, run)
     return {TARGET: forward}
@@ -162,18 +153,17 @@ def forward(
             self, positions, hidden_states, per_layer_input, forward_batch, capture_output, **kwargs
         )
     before = pdl.launches
+    attended = self.self_attn(
+        positions=positions,
+        hidden_states=self.input_layernorm(hidden_states) if normed is None else normed,
+        forward_batch=forward_batch,
+    )
+    later = None
+    if site.sums:
+        attended = sums.attention(self, attended, forward_batch)
+        later = sums.later(self, forward_batch)
     out, after = layer_steps.after_attention(
-        self,
-        site,
-        self.self_attn(
-            positions=positions,
-            hidden_states=self.input_layernorm(hidden_states) if normed is None else normed,
-            forward_batch=forward_batch,
-        ),
-        hidden_states,
-        per_layer_input,
-        following,
-        _router,
+        self, site, attended, hidden_states, per_layer_input, following, _router, later
     )
     layer_steps.count_early_launches(before, hidden_states.device)
     _boundary[0].set_written(out, forward_batch)

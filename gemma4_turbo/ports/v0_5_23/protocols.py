@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from enum import Enum
 from typing import Any, Protocol
 
 import torch
@@ -30,16 +31,47 @@ class OutputTransform(Protocol):
     apply: Callable[[torch.Tensor], torch.Tensor]
 
 
+class ResidualUpdate(Protocol):
+    """``sglang.srt.layers.layer_boundary.residual.ResidualUpdate``."""
+
+    quantized_sum: bool
+
+
 class StageDeclaration(Protocol):
     """``sglang.srt.layers.layer_boundary.factories.StageDeclaration``."""
 
     output_transform: OutputTransform | None
+    update: ResidualUpdate
+
+
+class EntryPath(Protocol):
+    """``sglang.srt.layers.layer_boundary.contracts.EntryPath``."""
+
+    prepare: Callable[..., Any]
+    input_move: Callable[..., Any] | None
+    declared_sum: object
+
+
+class OutputContract(Protocol):
+    """``sglang.srt.layers.layer_boundary.contracts.OutputContract``."""
+
+    group: object
+    always_partial: bool
+    sum_impl: object
+
+
+class StagePath(Protocol):
+    """``sglang.srt.layers.layer_boundary.contracts.StagePath``."""
+
+    entry: EntryPath
+    output: OutputContract
 
 
 class StagePlan(Protocol):
     """``sglang.srt.layers.layer_boundary.construction.StagePlan``."""
 
     norm: object
+    paths: dict[Enum, StagePath]
 
 
 class StageBoundary(Protocol):
@@ -47,6 +79,8 @@ class StageBoundary(Protocol):
 
     declaration: StageDeclaration
     plan: StagePlan
+
+    def sum_part(self, part: torch.Tensor, batch: Any, group: object, /) -> torch.Tensor: ...
 
 
 class StagedLayer(protocols.DecoderLayer, Protocol):

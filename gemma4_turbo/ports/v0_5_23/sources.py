@@ -12,8 +12,12 @@ _MODEL = "sglang.srt.models.gemma4_causal"
 _OP = "sglang.kernels.fused_op:BaseFusedOp.forward"
 _RESIDUAL = "sglang.srt.layers.layer_boundary.residual"
 
-# What a layer's boundaries do on one GPU, which the layer's forward stands for.
+# What a layer's boundaries do on one GPU and under tensor parallelism, which the layer's forward stands for.
 _BOUNDARIES = (
+    "sglang.srt.layers.layer_boundary.prepare:_reduce_update_read",
+    "sglang.srt.layers.layer_boundary.boundary:_select_entry_step",
+    "sglang.srt.layers.layer_boundary.ops:attn_tp_all_reduce",
+    "sglang.srt.layers.moe.utils:sum_post_experts_output",
     f"{_MODEL}:Gemma4DecoderLayer._next_stream",
     f"{_MODEL}:Gemma4DecoderLayer.stage_facts",
     "sglang.srt.layers.layer_boundary.prepare:_update_read",

@@ -189,3 +189,34 @@ def test_arguments_have_the_names_of_the_release():
     assert named_here(given, later) == {"cuda_graph_max_bs_decode": 8, "disable_cuda_graph": False}
     with pytest.raises(ValueError, match="no argument disable_piecewise_cuda_graph"):
         named_here({"disable_piecewise_cuda_graph": True}, later)
+
+
+def test_kernels_of_a_profile_by_class():
+    """Sums over GPUs by NCCL and by SGLang's own kernels; a norm inside one is counted once, as a sum."""
+    kernels = {
+        "void sglang::cross_device_reduce_1stage<__nv_bfloat16, 2>(RankData*)": [4, 20.0],
+        "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)": [1, 30.0],
+        "allreduce_fusion_kernel_oneshot_rmsnorm": [1, 5.0],
+        "_layer_norms_kernel": [2, 4.0],
+        "_layer_tail_kernel": [2, 6.0],
+        "kernel_cutlass_RMSNormKernel_object": [1, 1.0],
+        "nvjet_tst_64x8_64x16_4x1_v_bz_TNT": [9, 900.0],
+        "void moe_sum_reduce_kernel": [3, 3.0],
+    }
+    assert engine.by_class(kernels) == {"sums over GPUs": (6, 55.0), "norms": (5, 11.0)}
+
+
+def test_an_engine_with_the_bitwise_patches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever the patches of the measurement are."""
+    asked: dict[str, str] = {}
+
+    def popen(command: list[str], env: dict[str, str], **kwargs: object) -> None:
+        asked.update(env)
+
+    monkeypatch.setattr(engine.subprocess, "Popen", popen)
+    engine.Engine(engine.BITS, [], {}, tmp_path / "log")
+    only = asked["GEMMA4_TURBO_SELECTION"].removeprefix("only=").partition(";")[0].split(",")
+    assert only == engine.patches_of("exact")
+    assert "layer_norms" in only
+    assert "skinny_gemm" not in only
+    assert asked["BENCH_PATCHED"] == "1"

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo.catalogue import PATCHES
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.fusions.fusion import Fusion
@@ -74,6 +75,8 @@ def test_off_a_gpu_there_is_nothing_to_compare_with():
 
 class Counted:
     """Stands in for a patch's run."""
+
+    patch = PATCHES[0]
 
     def __init__(self) -> None:
         self.states: list[tuple[str, str]] = []

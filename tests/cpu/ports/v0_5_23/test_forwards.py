@@ -171,24 +171,63 @@ def test_a_stream_with_a_sum_to_come_is_stocks():
     near(found, expected)
 
 
-def test_several_gpus_are_stocks(monkeypatch: pytest.MonkeyPatch):
-    from sglang.srt import runtime_context
+def spread(**widths: Any) -> Any:
+    """SGLang's answer to who shares the work: two GPUs by tensor parallelism, but for these widths."""
+    widths = {"attn_tp_size": 2, "moe_ep_size": 1, "moe_dp_size": 1, "stages": 1, **widths}
+    stages = SimpleNamespace(world_size=widths.pop("stages"))
+    return lambda: SimpleNamespace(tp_size=2, pp_group=stages, **widths)
+
+
+@pytest.mark.parametrize(
+    ("widths", "reason"),
+    [
+        ({}, None),
+        ({"attn_tp_size": 1}, "attention is not spread over all GPUs"),
+        ({"moe_ep_size": 2}, "whole experts"),
+        ({"moe_dp_size": 2}, "whole experts"),
+        ({"stages": 2}, "pipeline parallelism"),
+    ],
+)
+def test_ways_to_share_the_work(
+    monkeypatch: pytest.MonkeyPatch, widths: dict[str, int], reason: str | None
+):
+    from gemma4_turbo.ports.v0_5_23 import sums
+
+    models.prepare_sglang()
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", spread(**widths))
+    found = sums.parallel_unfit()
+    assert found is None if reason is None else reason in str(found)
+
+
+@pytest.mark.parametrize("switch", ["sequence parallelism", "LoRA"])
+def test_switches_that_share_the_work_otherwise(monkeypatch: pytest.MonkeyPatch, switch: str):
+    from gemma4_turbo.ports.v0_5_23 import sums
+
+    models.prepare_sglang()
+    on = SimpleNamespace(sp=SimpleNamespace(enabled=True), enable_lora=True)
+    which = "get_flags" if switch == "sequence parallelism" else "get_lora"
+    monkeypatch.setattr(f"sglang.srt.runtime_context.{which}", lambda: on)
+    assert sums.parallel_unfit() is None  # one GPU
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", spread())
+    assert switch in str(sums.parallel_unfit())
+
+
+def test_boundaries_that_sum_otherwise_are_stocks(monkeypatch: pytest.MonkeyPatch):
+    """Here those of one GPU, whose entry of the feed-forward sums nothing."""
+    from gemma4_turbo.ports.v0_5_23 import decoder_layer
 
     model = models.build("dense")
     expected = models.run(model)
     ENGINE.apply(only=[*LAYER])
-    parallel = SimpleNamespace(tp_size=2, pp_group=SimpleNamespace(world_size=1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime_context, "get_parallel", lambda: parallel)
-        from gemma4_turbo.ports.v0_5_23 import decoder_layer
-
+        patch.setattr("sglang.srt.runtime_context.get_parallel", spread())
         for layer in model.layers:
             layer.__dict__.pop(SITE, None)
             site_of(layer, decoder_layer.LayerSite)
     before = counted()
     near(models.run(model), expected)
     assert engaged_since(before).keys() <= {"skinny_gemm"}  # of the attention, which sums nothing
-    assert "tensor parallelism" in ENGINE.runs["layer_norms"].full_reason()
+    assert "another way than by an all-reduce" in ENGINE.runs["layer_norms"].full_reason()
 
 
 # -- hooks, captures, weights ---------------------------------------------------------------------

@@ -1,0 +1,32 @@
+"""Which of SGLang's processes compute a layer together, for `gemma4_turbo.runtime.ranks`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gemma4_turbo.runtime import ranks
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+def load(tp_group: Callable[[], Any]) -> None:
+    """Tell it. While a patch is built, never in traced code.
+
+    ``tp_group``: SGLang's group of tensor parallelism, as the line has it.
+    """
+    ranks.told_by(lambda: _group(tp_group))
+
+
+def _group(tp_group: Callable[[], Any]) -> ranks.Group | None:
+    """Of tensor parallelism, or None: one process, none yet, or batches of their own (DP attention)."""
+    from sglang.srt.layers.dp_attention import is_dp_attention_enabled
+
+    try:
+        found = tp_group()
+    except (AssertionError, RuntimeError, ValueError):  # before a server has made it
+        return None
+    if found.world_size == 1 or is_dp_attention_enabled():
+        return None
+    name = "-".join(str(rank) for rank in found.ranks)
+    return ranks.Group(name, found.rank_in_group, found.world_size)
