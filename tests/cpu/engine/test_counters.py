@@ -119,11 +119,11 @@ def test_gone_and_swept_after_sigkill(start: Start, folder: Path) -> None:
     process = start(CHILD)
     kill(process)
     assert live_processes() == []
-    assert len(list(folder.iterdir())) == 2
+    (left,) = folder.iterdir()
     survivor = Ledger()
     survivor.publish([])
-    mine = {file_name(processes.own(), kind) for kind in ("json", "counters")}
-    assert {path.name for path in folder.iterdir()} == mine
+    assert not left.exists()
+    assert [path.name for path in folder.iterdir()] == [file_name(processes.own(), "json")]
     survivor.close()
     assert list(folder.iterdir()) == []
 
@@ -138,15 +138,11 @@ def test_the_living_are_not_swept(start: Start, folder: Path) -> None:
     assert len(live_processes()) == 2
 
 
-def test_counters_without_states_are_swept_too(folder: Path) -> None:
+def test_counters_without_states_leave_nothing(folder: Path) -> None:
     """Of a process that was killed between opening its counters and publishing its states."""
     code = "import os; from gemma4_turbo.engine.counters import Ledger; Ledger().open(); os.kill(os.getpid(), 9)"
-    in_another_process(code)
-    (orphan,) = folder.iterdir()
-    survivor = Ledger()
-    survivor.publish([])
-    survivor.close()
-    assert not orphan.exists()
+    assert in_another_process(code).returncode == -signal.SIGKILL
+    assert list(folder.iterdir()) == []
 
 
 def test_without_a_folder_counts_in_memory(folder: Path) -> None:
@@ -182,10 +178,9 @@ def test_a_later_process_with_the_same_pid_is_another(start: Start, folder: Path
     assert first is not None
     assert first.pid == process.pid
     earlier = first._replace(start=first.start - 1)
-    for kind in ("json", "counters"):
-        content = (folder / file_name(first, kind)).read_bytes()
-        content = content.replace(str(first).encode(), str(earlier).encode())
-        (folder / file_name(earlier, kind)).write_bytes(content)
+    content = (folder / file_name(first, "json")).read_bytes()
+    content = content.replace(str(first).encode(), str(earlier).encode())
+    (folder / file_name(earlier, "json")).write_bytes(content)
     assert len(live_processes()) == 1
     mine = Ledger()
     mine.publish([])
