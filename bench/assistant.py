@@ -65,6 +65,17 @@ def config(name: str, centroids: bool = False) -> dict[str, Any]:
     return made
 
 
+def speculation(draft: Path, tokens: int) -> dict[str, Any]:
+    """SGLang's arguments for one candidate of so many drafted tokens a step."""
+    return {
+        "speculative_algorithm": "FROZEN_KV_MTP",
+        "speculative_draft_model_path": str(draft),
+        "speculative_num_steps": tokens,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": tokens + 1,
+    }
+
+
 def write_pair(
     folder: Path, name: str, layers: int | None, centroids: bool = False, agreeing: bool = False
 ) -> tuple[Path, Path]:

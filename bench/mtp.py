@@ -403,13 +403,7 @@ def main(
         "disable_cuda_graph": not graphs,
         "disable_piecewise_cuda_graph": True,
     }
-    speculation = {
-        "speculative_algorithm": "FROZEN_KV_MTP",
-        "speculative_draft_model_path": str(draft),
-        "speculative_num_steps": DRAFT_STEPS,
-        "speculative_eagle_topk": 1,
-        "speculative_num_draft_tokens": DRAFT_STEPS + 1,
-    }
+    speculation = assistant.speculation(draft, DRAFT_STEPS)
 
     def make(variant: str) -> Engine:
         log = out.with_name(f"{out.stem}-{variant.replace(' ', '_')}.log")

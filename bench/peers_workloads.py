@@ -163,13 +163,7 @@ def arguments(engine: str, folder: Path, kind: str, draft: Path | None) -> dict[
             "num_speculative_tokens": DRAFT_TOKENS,
         }
     elif draft is not None:
-        found |= {
-            "speculative_algorithm": "FROZEN_KV_MTP",
-            "speculative_draft_model_path": str(draft),
-            "speculative_num_steps": DRAFT_TOKENS,
-            "speculative_eagle_topk": 1,
-            "speculative_num_draft_tokens": DRAFT_TOKENS + 1,
-        }
+        found |= assistant.speculation(draft, DRAFT_TOKENS)
     return found
 
 

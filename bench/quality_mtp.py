@@ -38,6 +38,7 @@ import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from bench import quality, small_tasks  # noqa: E402
+from bench.assistant import speculation as speculation_of  # noqa: E402
 from bench.engine import PATCHED, STOCK, Engine, Results, console, end_on_sigterm, in_turn  # noqa: E402
 from bench.mtp import DRAFT_STEPS, PLAIN, MtpEngine, Rows, accept_length  # noqa: E402
 
@@ -215,13 +216,7 @@ def main(
     sizes = [int(size) for size in batches.split(",") if size]
     arguments = quality.arguments_of(folder, max([*sizes, *BATCHES.values()]), 32_768)
     arguments["disable_piecewise_cuda_graph"] = True
-    speculation = {
-        "speculative_algorithm": "FROZEN_KV_MTP",
-        "speculative_draft_model_path": str(draft),
-        "speculative_num_steps": DRAFT_STEPS,
-        "speculative_eagle_topk": 1,
-        "speculative_num_draft_tokens": DRAFT_STEPS + 1,
-    }
+    speculation = speculation_of(draft, DRAFT_STEPS)
 
     def make(variant: str) -> Engine:
         log = out.with_name(f"{out.stem}-{notes['model']}-{variant.replace(' ', '-')}.log")

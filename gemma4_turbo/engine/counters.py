@@ -309,7 +309,7 @@ def _counted(process: Process, descriptor: Any) -> bytes:
     """The memory that a process shares; ValueError if it is something else."""
     if type(descriptor) is not int or not 0 <= descriptor < _MAX_DESCRIPTOR:
         raise ValueError("no descriptor")
-    with guarded.shared(f"/proc/{process.pid}/fd/{descriptor}") as memory:
+    with guarded.regular(f"/proc/{process.pid}/fd/{descriptor}", follow=True) as memory:
         counted = guarded.content("counters", memory, _BYTES)
     if len(counted) != _BYTES or not counted.startswith(file_head(process, "counters")):
         raise ValueError("counters of another process")

@@ -10,14 +10,18 @@ from contextlib import contextmanager
 
 @contextmanager
 def regular(
-    name: str, folder: int | None = None, owners: Container[int] | None = None
+    name: str,
+    folder: int | None = None,
+    owners: Container[int] | None = None,
+    follow: bool = False,
 ) -> Iterator[int]:
-    """Descriptor of a regular file; no link is followed, and a pipe or device is not opened.
+    """Descriptor of a regular file; a pipe or device is not opened.
 
     Args:
         name: a path; relative to ``folder``, if that is given.
         folder: descriptor of a directory.
         owners: user ids that the file may belong to; None: this process's own.
+        follow: links, as those below /proc, which lead to what a process has open. Else none is.
 
     Raises:
         OSError: if it cannot be opened.
@@ -25,27 +29,12 @@ def regular(
     """
     owners = (os.geteuid(),) if owners is None else owners
     # Looked at before it is opened: opening a device may do things. It may change in between.
-    _require(name, os.stat(name, dir_fd=folder, follow_symlinks=False), owners)
-    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    _require(name, os.stat(name, dir_fd=folder, follow_symlinks=follow), owners)
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    flags |= 0 if follow else os.O_NOFOLLOW
     descriptor = os.open(name, flags, dir_fd=folder)
     try:
         _require(name, os.fstat(descriptor), owners)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def shared(name: str) -> Iterator[int]:
-    """Descriptor of an anonymous file of another process, read from its start; as `regular`, but by a link.
-
-    Args:
-        name: below /proc, where links lead to what a process has open, whatever that is.
-    """
-    _require(name, os.stat(name), (os.geteuid(),))
-    descriptor = os.open(name, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-    try:
-        _require(name, os.fstat(descriptor), (os.geteuid(),))
         yield descriptor
     finally:
         os.close(descriptor)

@@ -52,9 +52,12 @@ class Site:
     def hooks_unfit(self, name: str) -> str | None:
         """Why the modules that a patch goes round have to be called, or None. Asked at every call."""
         for module, kind in self.covers.get(name, ()):
-            if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-                return HOOKED.format(f"a {kind.__name__}")
-            if module._compiled_call_impl is not None:
+            if (
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or "forward" in module.__dict__
+                or module._compiled_call_impl is not None
+            ):
                 return HOOKED.format(f"a {kind.__name__}")
             if type(module) is not kind:  # in place, as parametrisations and FSDP do it
                 return f"a {kind.__name__} has become a {type(module).__name__}"

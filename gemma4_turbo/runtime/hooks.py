@@ -29,9 +29,12 @@ def hooked(*modules: Any) -> bool:
         return True
     for module in modules:
         state = module.__dict__
-        if state.get("_forward_hooks") or state.get("_forward_pre_hooks") or "forward" in state:
-            return True
-        if state.get(COMPILED) is not None:
+        if (
+            state.get("_forward_hooks")
+            or state.get("_forward_pre_hooks")
+            or "forward" in state
+            or state.get(COMPILED) is not None
+        ):
             return True
     return False
 
@@ -68,8 +71,11 @@ class Watched:
             return True
         self.changed()
         for state in self._states:
-            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
-                return True
-            if state.get(COMPILED) is not None:
+            if (
+                state["_forward_hooks"]
+                or state["_forward_pre_hooks"]
+                or "forward" in state
+                or state.get(COMPILED) is not None
+            ):
                 return True
         return False

@@ -145,9 +145,8 @@ class LayerSite(Site):
             or type(norm) is not kind
             or not (traced or norm.__dict__.get("_forward_method") is method)
         ):
-            reason = sglang_types.norm_unfit(
-                norm
-            )  # in some lines the norm chooses its function here
+            # In some lines the norm chooses its function in here.
+            reason = sglang_types.norm_unfit(norm)
             chosen = None if traced else norm.__dict__.get("_forward_method")
             self.following = norm, type(norm), chosen, reason
         return reason or sglang_types.hooks_unfit(norm)

@@ -79,9 +79,8 @@ class Rules(NamedTuple):
     """The function that such a module runs when it is called now; None: another one each time."""
     output_unfit: Callable[[Any], str | None]  # of a linear layer: put together from several GPUs
     parallel_unfit: Callable[[Any], str | None]  # of experts: spread over several GPUs
-    branches_unfit: Callable[
-        [Any], str | None
-    ]  # of them: summed over GPUs where two streams are open
+    branches_unfit: Callable[[Any], str | None]
+    """Of experts: summed over GPUs where two streams are open."""
     sums_from_zero: Callable[[], bool]  # does the sum over a token's experts, for few tokens
     tp_group: Callable[[], Any]  # SGLang's group of tensor parallelism
     now_unfit: Callable[[], str | None] = _never  # why no module runs its own function at present

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from bench import small_models, train_assistant
-from gemma4_turbo.cli.small_moe import prepare_sglang
 from tests.cpu import forward_batch
 from tests.cpu.ports.any import test_small_checkpoints as small
 
@@ -33,25 +32,9 @@ class Pair(NamedTuple):
 
 def stock_assistant(folder: Path, patch: pytest.MonkeyPatch) -> tuple[Any, set[str]]:
     """By SGLang's own loader from the files."""
-    from sglang.srt.configs.device_config import DeviceConfig
-    from sglang.srt.configs.load_config import LoadConfig
-    from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.model_loader.loader import get_model_loader
     from sglang.srt.models.gemma4_mtp import Gemma4AssistantForCausalLM
 
-    prepare_sglang()
-    patch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)
-    named: set[str] = set()
-    load_weights = Gemma4AssistantForCausalLM.load_weights
-
-    def heard(self: Any, weights: Any) -> Any:
-        named.update(load_weights(self, weights))
-        return named
-
-    patch.setattr(Gemma4AssistantForCausalLM, "load_weights", heard)
-    config = ModelConfig(str(folder), dtype="float32", is_draft_model=True)
-    loader = get_model_loader(LoadConfig(), config)
-    return loader.load_model(model_config=config, device_config=DeviceConfig("cpu")), named
+    return small.by_stock(Gemma4AssistantForCausalLM, folder, patch, is_draft_model=True)
 
 
 @pytest.fixture(scope="module", params=small.SIZES)

@@ -49,25 +49,33 @@ def random_weights(model: Any) -> None:
 
 
 def stock_model(folder: Path, patch: pytest.MonkeyPatch) -> tuple[Any, set[str]]:
-    """By SGLang's own loader from the files."""
+    """By SGLang's own loader from the files; and what `load_weights` says that it loaded."""
+    from sglang.srt.models.gemma4_causal import Gemma4ForCausalLM
+
+    return by_stock(Gemma4ForCausalLM, folder, patch)
+
+
+def by_stock(
+    kind: Any, folder: Path, patch: pytest.MonkeyPatch, **of_config: Any
+) -> tuple[Any, set[str]]:
+    """As `stock_model`, of this class and with these fields of SGLang's ``ModelConfig``."""
     from sglang.srt.configs.device_config import DeviceConfig
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_loader.loader import get_model_loader
-    from sglang.srt.models.gemma4_causal import Gemma4ForCausalLM
 
     prepare_sglang()
     # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
     patch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)
     named: set[str] = set()
-    load_weights = Gemma4ForCausalLM.load_weights
+    load_weights = kind.load_weights
 
     def heard(self: Any, weights: Any) -> Any:
         named.update(load_weights(self, weights))
         return named
 
-    patch.setattr(Gemma4ForCausalLM, "load_weights", heard)
-    config = ModelConfig(str(folder), dtype="float32")
+    patch.setattr(kind, "load_weights", heard)
+    config = ModelConfig(str(folder), dtype="float32", **of_config)
     loader = get_model_loader(LoadConfig(), config)
     return loader.load_model(model_config=config, device_config=DeviceConfig("cpu")), named
 
