@@ -271,26 +271,39 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
     budget = Budget()
     with _progress(session.console) as progress:
         task = progress.add_task("", total=len(left) + 1)
-        begun = time.monotonic()
-        while left:
-            session.go_on()
-            if verify.found():
-                session.one("verify", [], lambda: verify.run(session.go_on))
-            level = budget.level(session.left() - verify.seconds(), [one.guess for one in left])
-            work = next((one for one in left if session.compiler.ready(one.key)), None)
-            progress.update(task, description=left[0].title if work is None else work.title)
-            if work is None:
-                left[0].trim(level)
-                session.compiler.pause()
-                continue
-            left.remove(work)
-            session.one(work.title, [work.key], lambda: work.run(level, session.go_on))  # noqa: B023
-            budget.add(work.guess, level, time.monotonic() - begun)
+
+        def through(left: list[works.Work]) -> None:
             begun = time.monotonic()
-            progress.advance(task)
+            while left:
+                session.go_on()
+                if verify.found():
+                    session.one("verify", [], lambda: verify.run(session.go_on))
+                level = budget.level(session.left() - verify.seconds(), [one.guess for one in left])
+                work = next((one for one in left if session.compiler.ready(one.key)), None)
+                progress.update(task, description=left[0].title if work is None else work.title)
+                if work is None:
+                    left[0].trim(level)
+                    session.compiler.pause()
+                    continue
+                left.remove(work)
+                session.one(work.title, [work.key], lambda: work.run(level, session.go_on))  # noqa: B023
+                budget.add(work.guess, level, time.monotonic() - begun)
+                begun = time.monotonic()
+                progress.advance(task)
+
+        through(left)
         progress.update(task, description="verify")
         if verify.wanted:
             session.one("verify", [], lambda: verify.run(session.go_on))
+        # What had fewer tiles when the time looked short, now that there is time left.
+        for one in tiled:
+            short = session.store.shapes.get((one.kernel, one.place))
+            if short is None or not few(short):
+                continue
+            again = works.Tiled(one, session.device, session.compiler)
+            if budget.level(session.left(), [again.guess]) == 0:
+                progress.update(task, total=(progress.tasks[task].total or 0) + 1)
+                through([again])
 
 
 def _verified(store: Store) -> bool:

@@ -465,6 +465,18 @@ def test_what_is_left_is_measured_with_fewer_tiles_before_any_of_it_is_left_out(
     assert not any(map(tune.few, gpu_profile.load(str(small)).shapes))
 
 
+def test_fewer_tiles_are_measured_again_when_time_is_left_after_all(small, monkeypatch, capsys):
+    stands = [Stand((10, 20, 30, 40), place=(i,)) for i in range(3)]
+    monkeypatch.setattr(tune, "subjects", lambda models: stands)
+    short = iter([1, 0, 0, 0])  # the first guess is that of a machine that was still compiling
+    monkeypatch.setattr(budget.Budget, "level", lambda self, seconds, left: next(short, 0))
+    clock = Times(even, even)
+    assert measured(small, found=machine(clock)) == 0
+    found = gpu_profile.load(str(small)).shapes
+    assert [int(shape.figures["tiles"]) for shape in found] == [4, 4, 4]
+    assert "want of time" not in capsys.readouterr().out
+
+
 class Late(compiling.Compiler):
     """The first shape's kernels are compiled when the others are measured; so is what ``verify`` finds."""
 
