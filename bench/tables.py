@@ -402,6 +402,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "quality": lambda: tables_quality.quality(RESULTS),
     "quality-quantised": lambda: tables_quality.quality(RESULTS, quantised=True),
     "quality-calls": lambda: tables_quality.calls(RESULTS),
+    "quality-times": lambda: tables_quality.step_times(RESULTS),
     "quality-mtp": lambda: tables_quality.speculation(RESULTS),
     "quality-mtp-times": lambda: tables_quality.speculation_times(RESULTS),
     "peers": lambda: tables_peers.peers(RESULTS),

@@ -155,32 +155,49 @@ def _speculated(values: pd.DataFrame, kind: str, how: str) -> list[str]:
 
 def speculation_times(results: Path) -> str | None:
     """Tokens a second and milliseconds a step with their ranges; None where nothing is measured."""
-    runs = newest_runs(results / "quality-mtp.csv")
-    header = ["SGLang", "model", "requests", "", "no speculation", "stock MTP", "patched MTP"]
-    rows = []
-    for release, model, run in runs:
+    names: list[tuple[str, tuple[str, ...], int]] = [("tokens a second", ("tokens a second",), 0)]
+    names += [("a step, ms", ("verify step", "decode step"), 2)]
+    engines = {PLAIN: PLAIN, STOCK: "stock MTP", PATCHED: "patched MTP"}
+    return _times(results / "quality-mtp.csv", engines, names)
+
+
+def step_times(results: Path) -> str | None:
+    """Milliseconds of a decode step with their ranges; None where nothing is measured.
+
+    Of a file of its own: a run that is made for them can ask few questions, and counts for nothing else.
+    """
+    engines = {name: name for name in (STOCK, EXACT, DEFAULT)}
+    return _times(results / "quality-times.csv", engines, [("a step, ms", ("decode step",), 3)])
+
+
+def _times(
+    path: Path,
+    engines: dict[str, str],
+    quantities: list[tuple[str, tuple[str, ...], int]],
+) -> str | None:
+    header = ["SGLang", "model", "requests", "", *engines.values()]
+    rows, used = [], []
+    for release, model, run in newest_runs(path):
         values = run.set_index(["variant", "quantity"])["value"].to_dict()
         for size in (1, 8):
-            for names, digits in ((("tokens a second",), 0), (("verify step", "decode step"), 2)):
+            for what, names, digits_ in quantities:
                 line = []
-                for variant in (PLAIN, STOCK, PATCHED):
+                for variant in engines:
                     found = [f"{name}, batch {size}" for name in names]
                     name = next((one for one in found if (variant, one) in values), None)
-                    line.append(
-                        "-"
-                        if name is None
-                        else f"{values[variant, name]:,.{digits}f} "
-                        f"({values[variant, f'{name}, range']:,.{digits}f})"
-                    )
+                    if name is None:
+                        line.append("-")
+                        continue
+                    value, spread = values[variant, name], values[variant, f"{name}, range"]
+                    line.append(f"{value:,.{digits_}f} ({spread:,.{digits_}f})")
                 if set(line) != {"-"}:
-                    what = names[0] if len(names) == 1 else "a step, ms"
                     rows.append([release, model, str(size), what, *line])
+                    used.append(run)
     if not rows:
         return None
-    used = origins(pd.concat([run for _, _, run in runs]))
     return (
         f"{markdown(header, rows)}\n\nMedians of rounds in which engines take turns; in brackets from the "
-        f"least to the greatest of the rounds. {used}."
+        f"least to the greatest of the rounds. {origins(pd.concat(used))}."
     )
 
 

@@ -422,6 +422,21 @@ def test_environment_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert alone["GEMMA4_TURBO_SELECTION"] == "only=qkv_proj;skip="
 
 
+def test_an_engine_is_stopped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Behind the first time its number can be another process group's."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    killed: list[int] = []
+    monkeypatch.setattr("bench.engine.subprocess.Popen", lambda *_, **__: child)
+    monkeypatch.setattr("bench.mtp.os.killpg", lambda group, _: killed.append(group))
+    engine = quality.QualityEngine("stock", None, {}, tmp_path / "log")
+    engine.stop()
+    assert child.poll() is not None
+    engine.stop()
+    assert killed == [child.pid]
+
+
 def patch_row(name: str, engaged: int, state: str = "active") -> dict[str, Any]:
     return {"name": name, "state": state, "engaged": engaged, "reason": ""}
 
