@@ -91,6 +91,8 @@ def _gpu_profile(device: str | None) -> dict[str, Any]:
         for on in (True, False):
             names = [name for name, one in profile.patches.items() if one.on == on]
             told += f"; {'on' if on else 'off'}: {', '.join(names)}" if names else ""
+        if device not in (None, profile.key.gpu):
+            told += f"; {device} takes none of the tiles"
     elif reason:
         told = f"{where} is ignored: {reason}; {measure}"
     elif device is None:

@@ -35,6 +35,14 @@ WRONG = "no tile has the right result"
 NONE_RUNS = "no tile runs"
 ERROR = "the GPU reported an error"
 REASONS = (FASTER, WRONG, NONE_RUNS, ERROR)
+FATAL = (
+    "CUDA error",  # torch's; Triton tells the driver's words alone
+    "device-side assert",
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "unspecified launch failure",
+)
 QUICK, THOROUGH = 4, 12  # readings
 FINALISTS = 2  # beside the package's own
 NORMAL = 1.4826  # standard deviations in a median absolute deviation, and
@@ -311,10 +319,10 @@ def _tried(bench: Bench, tile: Any, stock_error: float) -> float | Failed:
     return Failed(f"relative error {error:.1e}, stock's is {stock_error:.1e}", True)
 
 
-def is_fatal(problem: BaseException) -> bool:
+def is_fatal(problem: BaseException | str) -> bool:
     """Whether nothing can be done on the GPU any more in this process."""
     told = str(problem)
-    return "CUDA error" in told or "device-side assert" in told
+    return "out of memory" not in told and any(words in told for words in FATAL)
 
 
 def _without(subject: Subject, failed: dict[Any, Failed], figures: dict[str, float]) -> Shape:
