@@ -210,9 +210,10 @@ class Session:
 
         try:
             shapes = list(run())
-        except torch.OutOfMemoryError:
-            self._leave_out(title, "the GPU's memory does not suffice")
         except Exception as error:
+            if subject.wants_memory(error):
+                self._leave_out(title, "the GPU's memory does not suffice")
+                return
             told = plain.printable(f"{type(error).__name__}: {error}".splitlines()[0][:200])
             if not subject.is_fatal(error):
                 self._leave_out(title, told)

@@ -9,7 +9,7 @@ from statistics import median
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli import lines
 from gemma4_turbo.cli.tuning.kernel_cases import CASES, Case, Models
-from gemma4_turbo.cli.tuning.subject import ERROR, Clock, against, is_fatal
+from gemma4_turbo.cli.tuning.subject import ERROR, Clock, against, is_fatal, wants_memory
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.gpu_profile import Shape
 from gemma4_turbo.engine.switches import Decision
@@ -31,6 +31,8 @@ def verified(checks: Iterable[Check]) -> list[Shape]:
     """What ``verify`` found, a row for each patch; of none after one that brought the GPU to an error."""
     failed: dict[str, str] = {}
     for check in checks:
+        if not check.passed and wants_memory(check.allowed):
+            continue
         told = f"{check.what} against {check.against}: {check.allowed}"
         if check.patch not in WITH_TILES:
             failed[check.patch] = failed.get(check.patch) or ("" if check.passed else told)

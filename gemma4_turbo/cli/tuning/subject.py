@@ -308,10 +308,8 @@ def _tried(bench: Bench, tile: Any, stock_error: float) -> float | Failed:
     """The error of a tile, or why it cannot be taken."""
     try:
         error = bench.error(bench.ours(tile))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as problem:
-        if is_fatal(problem):
+        if is_fatal(problem) or wants_memory(problem):
             raise
         return Failed(f"{type(problem).__name__}: {problem}".splitlines()[0][:200], False)
     if error <= max(FARTHER * stock_error, ROUNDING):  # written so that a NaN fails
@@ -321,8 +319,12 @@ def _tried(bench: Bench, tile: Any, stock_error: float) -> float | Failed:
 
 def is_fatal(problem: BaseException | str) -> bool:
     """Whether nothing can be done on the GPU any more in this process."""
-    told = str(problem)
-    return "out of memory" not in told and any(words in told for words in FATAL)
+    return not wants_memory(problem) and any(words in str(problem) for words in FATAL)
+
+
+def wants_memory(problem: BaseException | str) -> bool:
+    """Whether the GPU's memory did not suffice: torch's allocator says so, or the driver."""
+    return isinstance(problem, torch.OutOfMemoryError) or "out of memory" in str(problem)
 
 
 def _without(subject: Subject, failed: dict[Any, Failed], figures: dict[str, float]) -> Shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -298,6 +299,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     [
         (ImportError("cannot import name 'decode_attention_fwd'"), "ImportError: cannot import"),
         (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not suffice"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU's memory does not suffice"),
     ],
 )
 def test_what_fails_alone_is_left_out(error, said, small, monkeypatch, capsys):
@@ -424,6 +426,21 @@ def test_a_tile_that_does_not_run_is_left_out():
     assert decided((-1, 20), Times(even, even)).tile == (20,)
     none = decided((-1,), Times(even, even))
     assert none.reason == "no tile runs: RuntimeError: out of resource: shared memory -1"
+
+
+def test_want_of_memory_is_held_against_no_tile(monkeypatch):
+    """As it is with torch's own exception: the shape is left out, and measured the next time."""
+
+    def call(self: StandBench, call: Any) -> float:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    bench = StandBench()
+    monkeypatch.setattr(bench, "error", lambda call: 0.0 if call == "stock" else call(0), raising=False)  # fmt: skip
+    monkeypatch.setattr(bench, "stock", lambda: "stock", raising=False)
+    monkeypatch.setattr(bench, "ours", lambda tile: functools.partial(call, bench), raising=False)
+    monkeypatch.setattr(Stand, "benches", lambda self, place: iter([bench]))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decided((10,), EVEN)
 
 
 @pytest.mark.parametrize(
@@ -746,6 +763,16 @@ def test_verify_after_an_error_of_the_gpu_finds_nothing():
     assert plain.verified(of_tiles) == []
 
 
+@pytest.mark.parametrize("said", ["OutOfMemoryError: CUDA out of memory", "AcceleratorError: CUDA error: out of memory"])  # fmt: skip
+def test_want_of_memory_is_held_against_no_patch(said):
+    """``verify`` runs beside the measurements, which need the memory themselves."""
+    checks = [
+        Check("layer_norms", "the comparison", "-", 0, 0, said, False),
+        Check("input_norm", "rows", "stock", 8, 0, "no bit", True),
+    ]
+    assert [shape.kernel for shape in plain.verified(checks)] == ["input_norm"]
+
+
 @pytest.mark.parametrize("figures", [{"ratio": 0.0}, {"ratio": -1.0}, {}])
 def test_figures_that_cannot_be_decide_nothing(figures, monkeypatch):
     shapes = [Shape("router", (1,), (), "", figures), Shape("experts_few", (1,), (1,), "", figures)]
@@ -1064,6 +1091,11 @@ def test_doctor_names_the_profile_or_says_what_it_would_take(small, monkeypatch)
     measured(small)
     assert "is ignored: it was measured with" in told()
     monkeypatch.setattr(gpu_profile, "stale", lambda key: None)
+    whole = gpu_profile.load(str(small))
+    patches = {name: switches.Decision(False, "") for name in ("input_norm", "of_a_later_version")}
+    gpu_profile.save(str(small), whole._replace(patches=patches))
+    assert told().endswith("on NVIDIA L4; off: input_norm")
+    gpu_profile.save(str(small), whole)
     assert told("NVIDIA H200").endswith("on NVIDIA L4; NVIDIA H200 takes none of the tiles")
     count = len(STANDS)
     assert told() == f"{small}: {count} tiles of {count} measurements on NVIDIA L4"
