@@ -87,7 +87,7 @@ class Warm:
     def start(self, **request: Any) -> Child:
         """``code``, ``module`` or ``script``, ``arguments``, ``env``, ``cwd``, ``timeout`` in seconds.
 
-        ``files``: for stdout and stderr. ``spawns``: whether it starts processes with
+        ``files``: for stdout and stderr; ``stdin`` is empty without one. ``spawns``: whether it starts processes with
         multiprocessing. ``libraries``: shared ones that LD_LIBRARY_PATH is too late for.
         It leads a process group.
         """
@@ -120,6 +120,7 @@ def _run(request: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(request["cwd"])
+    sys.stdin = open(0)  # noqa: SIM115: the warm process has read ahead in its own
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for library in request.get("libraries", ()):
         ctypes.CDLL(library)
@@ -167,7 +168,7 @@ def _start(request: dict[str, Any]) -> NoReturn:
     """In a fork."""
     signal.alarm(int(request["timeout"]))
     os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(request.get("stdin", os.devnull), os.O_RDONLY), 0)
     for number, path in enumerate(request["files"], 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     if request.get("spawns"):
