@@ -164,10 +164,11 @@ def _see_what_is_alike(interpreter: Any) -> None:
         TritonSemantic.binary_op_type_checking_impl,
         TritonSemantic.broadcast_impl_value,
     )
-    unwrap = core._unwrap_if_constexpr
+    unwrap, equal = core._unwrap_if_constexpr, core.dtype.__eq__
     never_widened = frozenset(("fp32", "fp64", "int1", "int32", "int64"))
     plain = never_widened | {"fp16", "bf16"}  # which are divided as fp32
-    as_they_are = frozenset((core.tensor, int, float, bool, str, type(None)))
+    holders = (core.constexpr, core.tuple, list, tuple)  # of what is to be unwrapped
+    holds: dict[type, bool] = {}
 
     numbers: dict[Any, Any] = {}  # by the other operand's type: as a block, which nobody writes to
 
@@ -202,14 +203,42 @@ def _see_what_is_alike(interpreter: Any) -> None:
             data.flags.writeable = False
             numbers[key] = number
 
+    plans: dict[tuple[str, str], Any] = {}  # by both types: what each becomes, if it changes
+
     def broadcast_value(self: Any, lhs: Any, rhs: Any) -> Any:
-        return (lhs, rhs) if lhs.type.name == rhs.type.name else broadcast(self, lhs, rhs)
+        names = lhs.type.name, rhs.type.name
+        if names[0] == names[1]:
+            return lhs, rhs
+        plan = plans.get(names)
+        if plan is not None:
+            return wide(self, lhs, plan[0]), wide(self, rhs, plan[1])
+        found = broadcast(self, lhs, rhs)
+        ranks = {len(one.type.shape) for one in (lhs, rhs) if one.type.is_block()}
+        if len(ranks) == 1:  # another axis is stock's to put in
+            plans[names] = tuple(
+                None if new is old else (new.type, new.type.to_ir(self.builder), [*new.type.shape])
+                for old, new in zip((lhs, rhs), found, strict=True)
+            )
+        return found
+
+    def wide(self: Any, value: Any, to: Any) -> Any:
+        if to is None:
+            return value
+        kind, of_builder, shape = to
+        if value.type.is_block():
+            return self.tensor(self.builder.create_broadcast(value.handle, shape), kind)
+        return self.tensor(self.builder.create_splat(of_builder, value.handle), kind)
 
     def unwrap_if_constexpr(value: Any) -> Any:
         kind = type(value)
         if kind is core.constexpr:
             return value.value
-        return value if kind in as_they_are else unwrap(value)
+        if kind not in holds:
+            holds[kind] = issubclass(kind, holders)
+        return unwrap(value) if holds[kind] else value
+
+    def equal_types(self: Any, other: Any) -> bool:
+        return self is other or equal(self, other)
 
     def init_handle(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
         self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
@@ -221,6 +250,7 @@ def _see_what_is_alike(interpreter: Any) -> None:
     _swap(TritonSemantic, "binary_op_type_checking_impl", binary_op_type_checking)
     _swap(TritonSemantic, "broadcast_impl_value", broadcast_value)
     _swap(core, "_unwrap_if_constexpr", unwrap_if_constexpr)
+    _swap(core.dtype, "__eq__", equal_types)
     _swap(interpreter.TensorHandle, "__init__", init_handle)
 
 
