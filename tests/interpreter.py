@@ -242,10 +242,9 @@ def _see_what_is_alike(interpreter: Any) -> None:
 
     def init_handle(self: Any, data: Any, dtype: Any, attr: Any = None) -> None:
         self.data, self.dtype, self.attr = data, dtype, {} if attr is None else attr
-        size = data.itemsize
-        if size > 1 and not isinstance(dtype, tl.pointer_type):
-            if size * 8 > dtype.primitive_bitwidth:
-                self.__post_init__()  # which says so
+        bits = 8 * data.itemsize
+        if bits > 8 and not isinstance(dtype, tl.pointer_type) and bits > dtype.primitive_bitwidth:
+            self.__post_init__()  # which says so
 
     _swap(TritonSemantic, "binary_op_type_checking_impl", binary_op_type_checking)
     _swap(TritonSemantic, "broadcast_impl_value", broadcast_value)

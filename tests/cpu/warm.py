@@ -120,7 +120,7 @@ def _run(request: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(request["cwd"])
-    sys.stdin = open(0)  # noqa: SIM115: the warm process has read ahead in its own
+    sys.stdin = os.fdopen(0)  # the warm process has read ahead in its own
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for library in request.get("libraries", ()):
         ctypes.CDLL(library)

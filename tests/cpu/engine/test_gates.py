@@ -219,7 +219,9 @@ def test_strict_refuses_after_loading_what_shows_only_then(
 
 
 @pytest.mark.parametrize("code", [LAUNCH, LOAD])
-def test_strict_refuses_a_value_that_cannot_be_read(warm_python: Python, tree: Path, code: str) -> None:
+def test_strict_refuses_a_value_that_cannot_be_read(
+    warm_python: Python, tree: Path, code: str
+) -> None:
     """At both gates, with the sentence that names variable and choices."""
     done = ran(warm_python, tree, code, GEMMA4_TURBO_STRICT="yes")
     assert done.returncode == 1
