@@ -30,7 +30,7 @@ LIBRARIES = (
     *("torch._dynamo", "torch._inductor.compile_fx", "torchao", "flashinfer", "scipy.optimize"),
     *("openai", "fastapi", "compressed_tensors", "xgrammar", "triton_kernels"),
     *("aiohttp", "uvicorn", "uvloop", "zmq", "IPython", "mistral_common", "watchfiles"),
-    *("openai.types.realtime", "triton_kernels.tensor", "torchcodec", "gguf", "wrapt"),
+    *("openai.types.realtime", "triton_kernels.tensor", "gguf", "wrapt"),
     *("flashinfer.comm", "fsspec.asyn", "msgspec", "jsonschema", "partial_json_parser"),
     *("pandas", "typer", "rich.console"),  # and under the benchmarks
 )

@@ -75,7 +75,7 @@ for dtype in sys.argv[1:]:
     source = ASTSource(
         kernel._vision_rope_kernel, signature | dict.fromkeys(constants, "constexpr"), constants
     )
-    print(f"-- {dtype}")
+    print(f"#### {dtype}")
     print(triton.compile(source, target=target, options=kernel.OPTIONS).asm["ptx"])
 """
 
@@ -92,7 +92,7 @@ def test_compiled_products_are_rounded_before_the_sum():
         timeout=120,
     )
     assert ran.returncode == 0, ran.stderr
-    said, *compiled = ran.stdout.split("-- ")
+    said, *compiled = ran.stdout.split("#### ")
     assert (said, [ptx.partition("\n")[0] for ptx in compiled]) == ("", ["bf16", "fp16"])
     for ptx in compiled:
         assert "mul" in ptx
