@@ -46,6 +46,28 @@ def _kernel(x, y, numbers, floats, integers, stride, columns, BLOCK: tl.constexp
     tl.store(integers + row * BLOCK + at, found, there)
 
 
+@triton.jit
+def _edges_kernel(x, halves, wide, narrow, BLOCK: tl.constexpr):
+    """Both ways between bf16 and fp32 down to subnormals; quotients of halves; numbers beside blocks."""
+    at = tl.arange(0, BLOCK)
+    a, b, h = tl.load(x + at), tl.load(x + (at ^ 1)), tl.load(halves + at)
+    tl.store(wide + at, a.to(tl.float32))
+    tl.store(wide + BLOCK + at, (h / (h + 1)).to(tl.float32) * 3)
+    near = (2 - a.to(tl.float32)) * 0.5 + (3 - a.to(tl.float32))
+    tl.store(wide + 2 * BLOCK + at, near + 1 / (at + 3) + (at < 5) * -0.0)
+    tl.store(narrow + at, (a.to(tl.float32) * 0.01).to(tl.bfloat16))
+    tl.store(narrow + BLOCK + at, (a / b - 1).to(tl.bfloat16))
+    tl.store(narrow + 2 * BLOCK + at, tl.where(at % 2 == 0, a, b))
+
+
+def edges() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.randn(16, generator=torch.Generator().manual_seed(3)).bfloat16()
+    x[:6] = torch.tensor([torch.inf, torch.nan, 1e-40, -3e-39, -0.0, 2e-38])
+    wide, narrow = torch.zeros(3, 16), torch.zeros(3, 16, dtype=torch.bfloat16)
+    _edges_kernel[(1,)](x, x.half() + 1, wide, narrow, BLOCK=16)
+    return wide.view(torch.int32), narrow.view(torch.int16)
+
+
 def launched() -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(3, 40, generator=generator).to(torch.bfloat16)[:, 3:]
@@ -59,7 +81,7 @@ def launched() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_same_bits():
-    assert len(interpreter._swaps) == 7
+    assert len(interpreter._swaps) == 13
     with interpreter.as_triton_has_it():
         floats, integers = launched()
     assert len(floats.unique()) > 20
@@ -67,6 +89,16 @@ def test_same_bits():
         found, numbers = launched()
         assert torch.equal(found, floats)
         assert torch.equal(numbers, integers)
+
+
+def test_same_bits_at_the_edges():
+    """Where a quicker way could go wrong: subnormals, signed zeros, and halves, which are divided as fp32."""
+    with interpreter.as_triton_has_it():
+        expected = edges()
+    assert ((expected[0][0] & 0x7F800000 == 0) & (expected[0][0] & 0x7FFFFF != 0)).any()
+    for _ in range(2):
+        for found, theirs in zip(edges(), expected, strict=True):
+            assert torch.equal(found, theirs)
 
 
 def test_the_language_is_put_back():

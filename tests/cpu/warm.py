@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib
 import json
 import os
@@ -29,7 +30,9 @@ LIBRARIES = (
     *("torch._dynamo", "torch._inductor.compile_fx", "torchao", "flashinfer", "scipy.optimize"),
     *("openai", "fastapi", "compressed_tensors", "xgrammar", "triton_kernels"),
     *("aiohttp", "uvicorn", "uvloop", "zmq", "IPython", "mistral_common", "watchfiles"),
-    *("pandas", "typer"),  # and under the benchmarks
+    *("openai.types.realtime", "triton_kernels.tensor", "gguf", "wrapt"),
+    *("flashinfer.comm", "fsspec.asyn", "msgspec", "jsonschema", "partial_json_parser"),
+    *("pandas", "typer", "rich.console"),  # and under the benchmarks
 )
 OURS = ("sglang", "sgl_kernel", "gemma4_turbo")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
@@ -84,7 +87,7 @@ class Warm:
     def start(self, **request: Any) -> Child:
         """``code``, ``module`` or ``script``, ``arguments``, ``env``, ``cwd``, ``timeout`` in seconds.
 
-        ``files``: for stdout and stderr. ``spawns``: whether it starts processes with
+        ``files``: for stdout and stderr; ``stdin`` is empty without one. ``spawns``: whether it starts processes with
         multiprocessing. ``libraries``: shared ones that LD_LIBRARY_PATH is too late for.
         It leads a process group.
         """
@@ -117,6 +120,7 @@ def _run(request: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(request["cwd"])
+    sys.stdin = os.fdopen(0)  # the warm process has read ahead in its own
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for library in request.get("libraries", ()):
         ctypes.CDLL(library)
@@ -164,7 +168,7 @@ def _start(request: dict[str, Any]) -> NoReturn:
     """In a fork."""
     signal.alarm(int(request["timeout"]))
     os.setsid()
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(os.open(request.get("stdin", os.devnull), os.O_RDONLY), 0)
     for number, path in enumerate(request["files"], 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), number)
     if request.get("spawns"):
@@ -244,6 +248,8 @@ def main() -> None:
     assert not set(OURS) & set(sys.modules)
     repository = os.getcwd()
     sys.path[:] = [path for path in sys.path if path != repository]
+    gc.collect()
+    gc.freeze()  # a fork that collected garbage would copy the pages of all that was imported
     for line in sys.stdin:
         ((verb, of),) = json.loads(line).items()
         answer: int | None

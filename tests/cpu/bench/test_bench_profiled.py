@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -12,7 +11,7 @@ import pytest
 
 from bench import profiled
 from gemma4_turbo.engine.gpu_profile import Key, Profile, save
-from tests.cpu.conftest import REPOSITORY
+from tests.cpu.conftest import REPOSITORY, warm
 
 WORKER = """
 import json, os, sys
@@ -51,27 +50,34 @@ typer.run(profiled.main)
 """
 
 
-def run(
-    tmp_path: Path, ms: float, *options: str, stale: str = "", **environment: str
-) -> tuple[int, str]:
-    """The exit status and what was said."""
+Run = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, environment: dict[str, str]) -> Run:
+    """The command: its exit status and what was said."""
     profile = tmp_path / "profile.json"
     save(str(profile), Profile(Key("g", "1", "2", "3", "4", "5"), {}, ()))
     (tmp_path / "worker.py").write_text(WORKER)
-    done = subprocess.run(
-        [
-            sys.executable, "-c", RUN, str(tmp_path / "worker.py"), stale, "--profile", str(profile),
-            "--rounds", "2", "--batches", "1,8", "--prefill", "2x64", *options,
-            "--out", str(tmp_path / "out.csv"),
-        ],
-        env={**os.environ, "COLUMNS": "200", "MS": str(ms), **environment},
-        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=400,
-    )  # fmt: skip
-    return done.returncode, done.stdout
+
+    def ran(ms: float, *options: str, stale: str = "", **variables: str) -> tuple[int, str]:
+        told = ["--rounds", "2", "--batches", "1,8", "--prefill", "2x64", *options]
+        told += ["--profile", str(profile), "--out", str(tmp_path / "out.csv")]
+        done = warm(environment).run(
+            code=RUN,
+            arguments=[str(tmp_path / "worker.py"), stale, *told],
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "MS": str(ms)}
+            | variables,
+            cwd=str(REPOSITORY),
+            timeout=400,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return ran
 
 
-def test_a_profile_that_is_as_fast(tmp_path):
-    status, said = run(tmp_path, 2.02, "--bare")
+def test_a_profile_that_is_as_fast(run, tmp_path):
+    status, said = run(2.02, "--bare")
     assert status == 0, said
     assert "at most 1.010 of the shipped package's time, 1.02 is allowed" in said
     frame = pd.read_csv(tmp_path / "out.csv")
@@ -83,29 +89,32 @@ def test_a_profile_that_is_as_fast(tmp_path):
     }  # fmt: skip
 
 
-def test_a_profile_that_is_slower(tmp_path):
-    status, said = run(tmp_path, 2.1)
+def test_a_profile_that_is_slower(run):
+    status, said = run(2.1)
     assert status == 1, said
     assert "at most 1.050" in said
 
 
-def test_a_profile_that_is_not_used_proves_nothing(tmp_path):
-    status, said = run(tmp_path, 2.0, IGNORED="1")
+def test_a_profile_that_is_not_used_proves_nothing(run):
+    status, said = run(2.0, IGNORED="1")
     assert status == 1
     assert "is ignored: for a test" in said
 
 
-def test_a_profile_of_another_machine_is_refused_at_once(tmp_path):
-    status, said = run(tmp_path, 2.0, stale="it was measured on an L4")
+def test_a_profile_of_another_machine_is_refused_at_once(run):
+    status, said = run(2.0, stale="it was measured on an L4")
     assert status == 2
     assert "is not for this machine: it was measured on an L4" in said
 
 
-def test_there_must_be_a_profile(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "bench/profiled.py", "--profile", str(tmp_path / "none")],
-        cwd=REPOSITORY, env={**os.environ, "COLUMNS": "200"}, capture_output=True, text=True, timeout=400,
-    )  # fmt: skip
+def test_there_must_be_a_profile(tmp_path, environment):
+    done = warm(environment).run(
+        script=str(REPOSITORY / "bench" / "profiled.py"),
+        arguments=["--profile", str(tmp_path / "none")],
+        env={**os.environ, "COLUMNS": "200"},
+        cwd=str(REPOSITORY),
+        timeout=400,
+    )
     assert done.returncode == 2
     assert "--profile: there is no profile at" in done.stderr
 

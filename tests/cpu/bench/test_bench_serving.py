@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.engine.switches import Selection, read
 from gemma4_turbo.models import geometry_mm
+from tests.cpu.conftest import REPOSITORY, warm
 
 typer = pytest.importorskip("typer")
 servers = pytest.importorskip("bench.servers")
@@ -90,10 +94,38 @@ class Answers(BaseHTTPRequestHandler):
         self.send("text/event-stream", "".join(f"data: {json.dumps(x)}\n\n" for x in told))
 
 
+class Fork:
+    """As much of a `subprocess.Popen` as the client asks for: a fork that has the libraries under SGLang."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        pipes = [str(folder / name) for name in ("stdin", "stdout")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        self.child = warm(environment).start(
+            **{"script": load_client.__file__, "arguments": [], "stdin": pipes[0]},
+            **{"env": serving.environment(folder) | environment, "cwd": str(REPOSITORY)},
+            **{"files": [pipes[1], str(folder / "stderr")], "timeout": 400},
+        )
+        self.pid, self.poll, self.wait = self.child.pid, self.child.poll, self.child.wait
+        self.stdin, self.stdout = open(pipes[0], "w"), open(pipes[1])  # noqa: SIM115
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    def communicate(self) -> None:
+        self.child.wait()
+        self.stdin.close()
+        self.stdout.close()
+
+
 @pytest.fixture(scope="module")
-def client(tmp_path_factory):
+def client(tmp_path_factory, environment):
     """One process: it imports SGLang's load generator once."""
-    found = load_client.LoadClient(serving.environment(tmp_path_factory.mktemp("client")))
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("client")
+        forks = SimpleNamespace(Popen=lambda *_, **__: Fork(folder, environment), PIPE=None)
+        patch.setattr(load_client, "subprocess", forks)
+        found = load_client.LoadClient({})
     yield found
     found.stop()
 

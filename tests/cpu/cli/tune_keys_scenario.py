@@ -39,13 +39,17 @@ def launch(one: Any, tile: Any) -> None:
             bench.ours(tile)(-1)
 
 
-def main(early: bool, models: list[str]) -> None:
-    """See the module."""
+def prepare() -> None:
+    """Nothing is drawn, compiled or launched."""
     processes.draw_nothing()
     decode.L2_BYTES = 1
     JITFunction._do_compile = note
     run = JITFunction.run
     JITFunction.run = lambda self, *a, grid, warmup, **o: run(self, *a, grid=grid, warmup=True, **o)
+
+
+def main(early: bool, models: list[str]) -> None:
+    """See the module."""
     processes.stand_in(tuple(GPU), early)
     jobs, compiled, timed = set(), set(), set()
     for one in tune.subjects({name: GEOMETRIES[name] for name in models}):
@@ -67,4 +71,6 @@ def main(early: bool, models: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] == "1", sys.argv[2:])
+    prepare()
+    for early in (False, True):
+        main(early, sys.argv[1:])

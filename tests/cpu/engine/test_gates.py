@@ -1,5 +1,6 @@
 """The two gates, on a stand-in tree named sglang that has only what they stand in.
 
+Each process is a fork that has torch and other libraries, and neither SGLang's name nor ours.
 On the real server: ``test_server.py``.
 """
 
@@ -76,9 +77,9 @@ def tree(tmp_path: Path) -> Path:
     return root
 
 
-def ran(python: Python, tree: Path, code: str, **variables: str) -> Any:
+def ran(warm_python: Python, tree: Path, code: str, **variables: str) -> Any:
     """The finished process; the code runs after `START`."""
-    return python(START + code, PYTHONPATH=f"{tree}:{REPOSITORY}", **variables)
+    return warm_python(START + code, PYTHONPATH=f"{tree}:{REPOSITORY}", **variables)
 
 
 def last(done: Any) -> Any:
@@ -87,7 +88,7 @@ def last(done: Any) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_installed_transparently_and_removed(python: Python, tree: Path) -> None:
+def test_installed_transparently_and_removed(warm_python: Python, tree: Path) -> None:
     """Arguments, class and result pass through; revert puts the very same objects back."""
     code = """
 e, r = engine(), runner()
@@ -102,16 +103,16 @@ same = [vars(e.Engine)["_launch_subprocesses"] is stock[0],
 gemma4_turbo.apply()
 print(json.dumps([found, calls, same, gates()]))
 """
-    found, calls, same, again = last(ran(python, tree, code))
+    found, calls, same, again = last(ran(warm_python, tree, code))
     assert found == again == OURS
     assert calls == [["Engine", 1, 2], ["RayEngine", 3, None], "model"]
     assert same == [True, True]
 
 
-def test_the_summary_is_one_line_when_the_model_stands(python: Python, tree: Path) -> None:
+def test_the_summary_is_one_line_when_the_model_stands(warm_python: Python, tree: Path) -> None:
     """What runs and what stands aside and why, by the process that knows."""
     code = "gemma4_turbo.apply()\nimport sglang.srt.models.gemma4_causal, sglang.srt.layers.moe.topk\nrunner().ModelRunner().load_model()"
-    done = ran(python, tree, code)
+    done = ran(warm_python, tree, code)
     assert done.returncode == 0, done.stderr
     *_, loaded, summary = done.stdout.splitlines()
     assert loaded == "LOADED"
@@ -129,12 +130,12 @@ def test_the_summary_is_one_line_when_the_model_stands(python: Python, tree: Pat
         "import sglang; gemma4_turbo.apply(); gemma4_turbo.revert()",
     ],
 )
-def test_none_after_revert(python: Python, tree: Path, code: str) -> None:
+def test_none_after_revert(warm_python: Python, tree: Path, code: str) -> None:
     """Also where SGLang is imported only then: stock again means all of it."""
-    assert last(ran(python, tree, code + "\nprint(json.dumps(gates()))")) == STOCK
+    assert last(ran(warm_python, tree, code + "\nprint(json.dumps(gates()))")) == STOCK
 
 
-def test_none_in_the_children_of_a_reverted_process(python: Python, tree: Path) -> None:
+def test_none_in_the_children_of_a_reverted_process(warm_python: Python, tree: Path) -> None:
     """They inherit the revert and bootstrap through the entry point."""
     code = """
 import os, subprocess
@@ -142,19 +143,19 @@ gemma4_turbo.apply(); gemma4_turbo.revert()
 child = sys.argv[1] + "gemma4_turbo.bootstrap(); print(json.dumps(gates()))"
 subprocess.run([sys.executable, "-c", child], check=True)
 """
-    done = python(START + code, START, PYTHONPATH=f"{tree}:{REPOSITORY}")
+    done = warm_python(START + code, START, PYTHONPATH=f"{tree}:{REPOSITORY}")
     assert last(done) == STOCK
 
 
-def test_none_with_everything_off(python: Python, tree: Path) -> None:
+def test_none_with_everything_off(warm_python: Python, tree: Path) -> None:
     """``GEMMA4_TURBO=0`` is stock: no patch is on that strict mode could watch."""
     code = "gemma4_turbo.apply()\nprint(json.dumps(gates()))"
-    assert last(ran(python, tree, code, GEMMA4_TURBO="0")) == STOCK
-    assert last(ran(python, tree, code)) == OURS
-    assert last(ran(python, tree, code, GEMMA4_TURBO="0", GEMMA4_TURBO_STRICT="1")) == STOCK
+    assert last(ran(warm_python, tree, code, GEMMA4_TURBO="0")) == STOCK
+    assert last(ran(warm_python, tree, code)) == OURS
+    assert last(ran(warm_python, tree, code, GEMMA4_TURBO="0", GEMMA4_TURBO_STRICT="1")) == STOCK
     # A value that cannot be read switches off too, but that must be told.
-    assert last(ran(python, tree, code, GEMMA4_TURBO="banana")) == OURS
-    assert last(ran(python, tree, code, GEMMA4_TURBO_ROUTER="0")) == OURS
+    assert last(ran(warm_python, tree, code, GEMMA4_TURBO="banana")) == OURS
+    assert last(ran(warm_python, tree, code, GEMMA4_TURBO_ROUTER="0")) == OURS
 
 
 LAUNCH = "gemma4_turbo.apply()\nengine().Engine._launch_subprocesses(1)"
@@ -162,10 +163,10 @@ LOAD = "gemma4_turbo.apply()\nrunner().ModelRunner().load_model()"
 
 
 def test_strict_refuses_a_drifted_patch_before_anything_is_launched(
-    python: Python, tree: Path
+    warm_python: Python, tree: Path
 ) -> None:
     """Told from the sources: the models are not imported in this process."""
-    done = ran(python, tree, LAUNCH, GEMMA4_TURBO_STRICT="1")
+    done = ran(warm_python, tree, LAUNCH, GEMMA4_TURBO_STRICT="1")
     assert done.returncode == 1
     assert "LAUNCHED" not in done.stdout
     error = done.stderr.splitlines()[-1]
@@ -185,71 +186,73 @@ def test_strict_refuses_a_drifted_patch_before_anything_is_launched(
     ],
 )
 def test_launches_where_strict_has_no_say(
-    python: Python, tree: Path, variables: dict[str, str]
+    warm_python: Python, tree: Path, variables: dict[str, str]
 ) -> None:
     """Not strict, or the drifted patch is switched off."""
     for code, word in ((LAUNCH, "LAUNCHED"), (LOAD, "LOADED")):
-        done = ran(python, tree, code, **variables)
+        done = ran(warm_python, tree, code, **variables)
         assert done.returncode == 0, done.stderr
         assert word in done.stdout
 
 
-def test_strict_passes_an_unsupported_patch(python: Python, tree: Path) -> None:
+def test_strict_passes_an_unsupported_patch(warm_python: Python, tree: Path) -> None:
     """A release without Gemma 4 has nothing to speed up, and nothing is wrong."""
     (tree / "sglang/srt/models/gemma4_causal.py").unlink()
-    done = ran(python, tree, LAUNCH, GEMMA4_TURBO_STRICT="1")
+    done = ran(warm_python, tree, LAUNCH, GEMMA4_TURBO_STRICT="1")
     assert done.returncode == 0, done.stderr
     assert "LAUNCHED" in done.stdout
 
 
 @pytest.mark.parametrize("state", ["drifted", "conflict", "failed"])
 def test_strict_refuses_after_loading_what_shows_only_then(
-    python: Python, tree: Path, state: str
+    warm_python: Python, tree: Path, state: str
 ) -> None:
     """In a scheduler: the model stands, but a patch that is on does not do its work."""
     code = f"gemma4_turbo.apply()\nrun = instance.ENGINE.runs['router']\nrun.set({state!r}, 'as found')\nrunner().ModelRunner().load_model()"
-    done = ran(python, tree, code, GEMMA4_TURBO_STRICT="1")
+    done = ran(warm_python, tree, code, GEMMA4_TURBO_STRICT="1")
     assert done.returncode == 1
     assert "LOADED" in done.stdout
     assert done.stderr.splitlines()[-1].endswith(
         f"StrictModeError: GEMMA4_TURBO_STRICT=1: router is {state}: as found"
     )
-    assert ran(python, tree, code).returncode == 0
+    assert ran(warm_python, tree, code).returncode == 0
 
 
 @pytest.mark.parametrize("code", [LAUNCH, LOAD])
-def test_strict_refuses_a_value_that_cannot_be_read(python: Python, tree: Path, code: str) -> None:
+def test_strict_refuses_a_value_that_cannot_be_read(
+    warm_python: Python, tree: Path, code: str
+) -> None:
     """At both gates, with the sentence that names variable and choices."""
-    done = ran(python, tree, code, GEMMA4_TURBO_STRICT="yes")
+    done = ran(warm_python, tree, code, GEMMA4_TURBO_STRICT="yes")
     assert done.returncode == 1
     assert "GEMMA4_TURBO_STRICT='yes' is not one of 0, 1" in done.stderr.splitlines()[-1]
     assert "LAUNCHED" not in done.stdout
 
 
-def test_spawned_processes_that_would_stay_stock(python: Python, tree: Path) -> None:
+def test_spawned_processes_that_would_stay_stock(warm_python: Python, tree: Path) -> None:
     """No entry point allowed, no sitecustomize: a warning, or with strict a refusal."""
     (tree / "sglang/srt/models/gemma4_causal.py").unlink()
-    lenient = ran(python, tree, LAUNCH, SGLANG_PLUGINS="other")
+    lenient = ran(warm_python, tree, LAUNCH, SGLANG_PLUGINS="other")
     assert lenient.returncode == 0, lenient.stderr
     assert "WARNING gemma4_turbo: spawned processes would stay stock" in lenient.stdout
     assert "LAUNCHED" in lenient.stdout
-    strict = ran(python, tree, LAUNCH, SGLANG_PLUGINS="other", GEMMA4_TURBO_STRICT="1")
+    strict = ran(warm_python, tree, LAUNCH, SGLANG_PLUGINS="other", GEMMA4_TURBO_STRICT="1")
     assert strict.returncode == 1
     assert "StrictModeError" in strict.stderr.splitlines()[-1]
     assert "SGLANG_PLUGINS" in strict.stderr.splitlines()[-1]
     assert "LAUNCHED" not in strict.stdout
 
 
-def test_without_its_gate_strict_ends_the_process(python: Python, tree: Path) -> None:
+def test_without_its_gate_strict_ends_the_process(warm_python: Python, tree: Path) -> None:
     """A release that renamed the function: strict mode could not keep its word."""
     path = tree / "sglang/srt/entrypoints/engine.py"
     path.write_text(ENGINE.replace("_launch_subprocesses", "_launch_workers"))
     code = "gemma4_turbo.apply()\ntry:\n    engine()\nexcept Exception:\n    print('SWALLOWED')\nprint('WENT ON')"
-    strict = ran(python, tree, code, GEMMA4_TURBO_STRICT="1")
+    strict = ran(warm_python, tree, code, GEMMA4_TURBO_STRICT="1")
     assert strict.returncode == 1
     assert "strict mode has no hold on sglang.srt.entrypoints.engine" in strict.stderr
     assert "WENT ON" not in strict.stdout
-    lenient = ran(python, tree, code)
+    lenient = ran(warm_python, tree, code)
     assert lenient.returncode == 0, lenient.stderr
     assert "WARNING gemma4_turbo: no summary will be logged" in lenient.stdout
     assert lenient.stdout.splitlines()[-1] == "WENT ON"
@@ -293,15 +296,15 @@ def supported(tree: Path) -> Path:
 
 @pytest.mark.parametrize("first", ["", "gemma4_turbo.apply()\n"])
 def test_a_launch_that_loads_us_only_as_it_goes(
-    python: Python, supported: Path, first: str
+    warm_python: Python, supported: Path, first: str
 ) -> None:
     """As `http_server.launch_server` from Python; looked at once, whether we came before or not."""
     code = f"{first}engine().Engine._launch_subprocesses(1000)"
-    lenient = ran(python, supported, code, SGLANG_PLUGINS="other")
+    lenient = ran(warm_python, supported, code, SGLANG_PLUGINS="other")
     assert lenient.returncode == 0, lenient.stderr
     assert lenient.stdout.count("spawned processes would stay stock") == 1
     assert "LAUNCHED" in lenient.stdout
-    strict = ran(python, supported, code, SGLANG_PLUGINS="other", GEMMA4_TURBO_STRICT="1")
+    strict = ran(warm_python, supported, code, SGLANG_PLUGINS="other", GEMMA4_TURBO_STRICT="1")
     assert strict.returncode == 1
     last_line = strict.stderr.splitlines()[-1]
     assert last_line.startswith(
@@ -312,7 +315,7 @@ def test_a_launch_that_loads_us_only_as_it_goes(
 
 
 @pytest.mark.parametrize("first", ["", "gemma4_turbo.apply()\n"])
-def test_ray(python: Python, supported: Path, first: str) -> None:
+def test_ray(warm_python: Python, supported: Path, first: str) -> None:
     """Its actors load no plugins: said, and refused by strict mode."""
     package = supported / "sglang/srt/ray"
     package.mkdir()
@@ -324,13 +327,13 @@ def test_ray(python: Python, supported: Path, first: str) -> None:
     code = (
         code if first else code.replace("from sglang", "import sglang.srt.entrypoints\nfrom sglang")
     )
-    lenient = ran(python, supported, code)
+    lenient = ran(warm_python, supported, code)
     assert lenient.returncode == 0, lenient.stderr
     assert (
         lenient.stdout.count("WARNING gemma4_turbo: --use-ray: the schedulers would be stock") == 1
     )
     assert "LAUNCHED" in lenient.stdout
-    strict = ran(python, supported, code, GEMMA4_TURBO_STRICT="1")
+    strict = ran(warm_python, supported, code, GEMMA4_TURBO_STRICT="1")
     assert strict.returncode == 1
     assert "StrictModeError: GEMMA4_TURBO_STRICT=1: --use-ray" in strict.stderr.splitlines()[-1]
     assert "LAUNCHED" not in strict.stdout
@@ -344,7 +347,7 @@ def test_ray(python: Python, supported: Path, first: str) -> None:
     ],
 )
 def test_where_another_gate_holds_strict_mode_refuses_there(
-    python: Python, supported: Path, file: str, old: str, call: str
+    warm_python: Python, supported: Path, file: str, old: str, call: str
 ) -> None:
     """A release that renamed one function: importing it ends nothing, starting a server does."""
     path = supported / "sglang/srt" / file
@@ -353,18 +356,18 @@ def test_where_another_gate_holds_strict_mode_refuses_there(
         text + ("    def __init__(self):\n        pass\n" if old == "load_model" else "")
     )
     code = f"gemma4_turbo.apply()\nengine(), runner()\nprint('WENT ON')\n{call}\nprint('STARTED')"
-    strict = ran(python, supported, code, GEMMA4_TURBO_STRICT="1")
+    strict = ran(warm_python, supported, code, GEMMA4_TURBO_STRICT="1")
     assert strict.returncode == 1
     assert "WENT ON" in strict.stdout
     assert "STARTED" not in strict.stdout
     assert "StrictModeError" in strict.stderr.splitlines()[-1]
     assert "strict mode has no hold on sglang" in strict.stderr.splitlines()[-1]
-    lenient = ran(python, supported, code)
+    lenient = ran(warm_python, supported, code)
     assert lenient.returncode == 0, lenient.stderr
     assert "STARTED" in lenient.stdout
 
 
-def test_applied_while_sglang_is_being_imported(python: Python, supported: Path) -> None:
+def test_applied_while_sglang_is_being_imported(warm_python: Python, supported: Path) -> None:
     """Half a module has no function to replace yet: the gate is put in at the launch."""
     path = supported / "sglang/srt/model_executor/model_runner.py"
     path.write_text("import gemma4_turbo\ngemma4_turbo.apply()\n" + RUNNER)
@@ -374,7 +377,7 @@ found = [gates()["load"]]
 engine().Engine._launch_subprocesses(1000)
 print(json.dumps([*found, gates()["load"]]))
 """
-    found = last(ran(python, supported, code, GEMMA4_TURBO_STRICT="1"))
+    found = last(ran(warm_python, supported, code, GEMMA4_TURBO_STRICT="1"))
     assert found == ["function", "FunctionWrapper"]
 
 
@@ -424,7 +427,7 @@ def test_sglangs_own_encoder_and_grpc_servers(warm_python: Python) -> None:
 
 @pytest.mark.parametrize(("code", "word"), [(LAUNCH, "LAUNCHED"), (LOAD, "LOADED")])
 def test_a_state_folder_that_cannot_be_used(
-    python: Python, tree: Path, tmp_path: Path, code: str, word: str
+    warm_python: Python, tree: Path, tmp_path: Path, code: str, word: str
 ) -> None:
     """Strict mode refuses; otherwise it is said once, and the server goes on."""
     (tree / "sglang/srt/models/gemma4_causal.py").unlink()
@@ -432,18 +435,18 @@ def test_a_state_folder_that_cannot_be_used(
     (tmp_path / "link").symlink_to("elsewhere")
     state = str(tmp_path / "link")
     count = "\ninstance.ENGINE.runs['router'].set('active', 'as if')\ngemma4_turbo.status()"
-    lenient = ran(python, tree, code + count, GEMMA4_TURBO_STATE_DIR=state)
+    lenient = ran(warm_python, tree, code + count, GEMMA4_TURBO_STATE_DIR=state)
     assert lenient.returncode == 0, lenient.stderr
     assert word in lenient.stdout
     warnings = [line for line in lenient.stdout.splitlines() if line.startswith("WARNING")]
     assert len(warnings) == 1
     assert f"GEMMA4_TURBO_STATE_DIR: {state!r} is a symbolic link" in warnings[0]
-    strict = ran(python, tree, code, GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_STATE_DIR=state)
+    strict = ran(warm_python, tree, code, GEMMA4_TURBO_STRICT="1", GEMMA4_TURBO_STATE_DIR=state)
     assert strict.returncode == 1
     assert "LAUNCHED" not in strict.stdout
     error = strict.stderr.splitlines()[-1]
     assert "StrictModeError: GEMMA4_TURBO_STRICT=1: GEMMA4_TURBO_STATE_DIR: " in error
     assert "is a symbolic link" in error
     assert list((tmp_path / "elsewhere").iterdir()) == []
-    good = ran(python, tree, code, GEMMA4_TURBO_STRICT="1")
+    good = ran(warm_python, tree, code, GEMMA4_TURBO_STRICT="1")
     assert good.returncode == 0, good.stderr

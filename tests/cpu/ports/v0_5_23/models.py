@@ -107,7 +107,7 @@ def build(kind: str, layers: int = 2, uniform: bool = True) -> Any:
     return model
 
 
-def run(model: Any, tokens: int = 2, **fields: Any) -> torch.Tensor:
+def run(model: Any, tokens: int = 1, **fields: Any) -> torch.Tensor:
     """One step. A program of the interpreter takes as long for every token: two are several."""
     for layer in model.layers:
         layer.self_attn.attn.seen.clear()

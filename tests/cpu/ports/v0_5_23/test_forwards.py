@@ -57,12 +57,12 @@ def near(found: torch.Tensor, expected: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_patched_model_agrees_with_stock_and_every_step_runs(kind: str):
     model = models.build(kind)
-    expected = models.run(model)
+    expected = models.run(model, 2)
     seen = [layer.self_attn.attn.seen[:] for layer in model.layers]
     ENGINE.apply(only=ON)
     assert {ENGINE.runs[name].state for name in BOTH} == {states.ACTIVE}
     before = counted()
-    found = models.run(model)
+    found = models.run(model, 2)
     assert engaged_since(before) == STEPS[kind]
     for layer, theirs in zip(model.layers, seen, strict=True):
         ours = layer.self_attn.attn.seen
@@ -76,10 +76,10 @@ def test_each_patch_alone(name: str):
     """Its forward is shared with patches that are off: those parts are stock's."""
     kind = "ple" if name == "ple_tail" else "moe"
     model = models.build(kind)
-    expected = models.run(model)
+    expected = models.run(model, 2)
     ENGINE.apply(only=[name, "qkv_norm"])
     assert ENGINE.runs[name].state == states.ACTIVE, ENGINE.runs[name].reason
-    near(models.run(model), expected)
+    near(models.run(model, 2), expected)
 
 
 def test_without_any_step_the_bits_are_stocks():
@@ -292,16 +292,18 @@ def _of_another_method(module: Any, calls: list[Any]) -> None:
     module._forward_method = _doubling(sglang_types.rules().running(module), calls)
 
 
-NORMS = ["post_attention_layernorm", "post_feedforward_layernorm", "input_layernorm"]
-CALLED = [*NORMS, "mlp", "mlp.gate_up_proj", "self_attn.o_proj"]
+# Of the modules that a site covers each once, as one condition looks at all of them; every change of the
+# next layer's norm and of the feed-forward, which are looked at by themselves. A method of its own is what
+# a platform's function may be set on: norms alone have it.
+FIRST, TAIL, FOLLOWING = "post_attention_layernorm", "post_feedforward_layernorm", "input_layernorm"
 
 
 @pytest.mark.parametrize(
     ("change", "of"),
     [
-        *((_compiled, of) for of in CALLED),
-        *((_of_another_class, of) for of in CALLED),
-        *((_of_another_method, of) for of in NORMS),  # what a platform's function may be set on
+        *((_compiled, of) for of in (FIRST, FOLLOWING, "mlp", "self_attn.o_proj")),
+        *((_of_another_class, of) for of in (TAIL, FOLLOWING, "mlp", "mlp.gate_up_proj")),
+        *((_of_another_method, of) for of in (FIRST, TAIL, FOLLOWING)),
     ],
 )
 def test_a_module_that_is_changed_in_place_is_called(change: Any, of: str):
@@ -404,8 +406,10 @@ def test_the_routers_scale_is_folded_once_as_by_stock():
     near(changed, models.run(model))
 
 
-@pytest.mark.parametrize("seen_before", [True, False])  # the switches may be thrown at any time
-@pytest.mark.parametrize("switch", ["forced", "trace"])
+# The switches may be thrown at any time; which of the two it is does not matter to that.
+@pytest.mark.parametrize(
+    ("switch", "seen_before"), [("forced", True), ("forced", False), ("trace", True)]
+)
 def test_fused_ops_that_are_forced_or_written_down_are_stocks(
     monkeypatch: pytest.MonkeyPatch, switch: str, seen_before: bool
 ):
@@ -436,8 +440,10 @@ def test_fused_ops_that_are_forced_or_written_down_are_stocks(
 BOUND = ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm"]
 
 
-@pytest.mark.parametrize("seen_before", [True, False])
-@pytest.mark.parametrize("name", BOUND)
+# Each norm in a layer that was looked at; one of them also in a layer that was not.
+@pytest.mark.parametrize(
+    ("name", "seen_before"), [*((name, True) for name in BOUND), (BOUND[0], False)]
+)
 def test_a_norm_put_in_the_place_of_a_layers_is_what_stock_makes_of_it(
     name: str, seen_before: bool
 ):
