@@ -37,6 +37,7 @@ MAX_TOKENS = 8
 CHOICES = (1, 2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16)
 
+
 class Up(NamedTuple):
     """How the first launch is cut."""
 

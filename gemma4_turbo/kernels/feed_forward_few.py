@@ -274,9 +274,7 @@ def _dense(
     held = tl.arange(0, T * ROWS)[:, None]
     token = held // ROWS
     m = tile * (ROWS * ACROSS) + (held % ROWS) * ACROSS + tl.arange(0, ACROSS)[None, :]
-    tl.store(
-        d_ptr + token * M + m, round_to(d, dtype, PTX), mask=(m < M) & (token < tokens)
-    )
+    tl.store(d_ptr + token * M + m, round_to(d, dtype, PTX), mask=(m < M) & (token < tokens))
 
 
 @triton.jit
@@ -500,7 +498,9 @@ def weights_unfit(weights: Weights, topk: int) -> str | None:
     if w13.dim() != 3 or w13.shape[0] != experts or w13.shape[2] != hidden:
         return f"w13 must be [{experts}, 2 N, {hidden}], got {tuple(w13.shape)}"
     if w13.shape[1] % (2 * VECTOR) or not w13.shape[1]:
-        return f"w13 must be [{experts}, a multiple of {2 * VECTOR}, {hidden}], got {tuple(w13.shape)}"
+        return (
+            f"w13 must be [{experts}, a multiple of {2 * VECTOR}, {hidden}], got {tuple(w13.shape)}"
+        )
     shapes = {"down": (hidden, width), "w2": (experts, hidden, w13.shape[1] // 2)}
     for name, shape in shapes.items():
         if getattr(weights, name).shape != shape:
@@ -682,7 +682,12 @@ def reference_feed_forward_few(inputs: Inputs, weights: Weights, topk: int) -> F
     dense = skinny_gemm.reference_skinny_gemm(
         inputs.mlp, weights.gate_up, skinny_gemm.Epilogue.GELU_AND_MUL
     )
-    experts = experts_few.reference_experts_few(
+    mlp_output = torch.nn.functional.linear(dense, weights.down)
+    return Found(mlp_output, reference_experts(inputs, weights, routed), routed)
+
+
+def reference_experts(inputs: Inputs, weights: Weights, routed: router_few.Routed) -> torch.Tensor:
+    """The experts' output of this routing, likewise."""
+    return experts_few.reference_experts_few(
         inputs.experts, weights.w13, weights.w2, routed.weights, routed.ids
     )
-    return Found(torch.nn.functional.linear(dense, weights.down), experts, routed)

@@ -37,9 +37,7 @@ def inside(row, END: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def products(
-    w, x, HELD: tl.constexpr, REPEAT: tl.constexpr, SIDE: tl.constexpr, PTX: tl.constexpr
-):
+def products(w, x, HELD: tl.constexpr, REPEAT: tl.constexpr, SIDE: tl.constexpr, PTX: tl.constexpr):
     """Summed over what one thread holds only: the lanes' sums are added up once, at the end."""
     found = to_float(w, PTX) * to_float(x, PTX)
     found = tl.reshape(found, (HELD, REPEAT, SIDE // 8, 8))

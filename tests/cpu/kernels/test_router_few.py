@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gemma4_turbo.kernels import router_few as kernel
+from gemma4_turbo.kernels import routing
 from tests.router_inputs import KINDS, logits
 
 pytestmark = [
