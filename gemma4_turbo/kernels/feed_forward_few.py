@@ -679,15 +679,21 @@ def launch_feed_forward_few(
 def reference_feed_forward_few(inputs: Inputs, weights: Weights, topk: int) -> Found:
     """Stock's calls in plain torch, rounding where they round."""
     routed = router_few.reference_router_few(inputs.router, weights.router, weights.scale, topk)
+    mlp_output = reference_mlp(inputs, weights)
+    return Found(mlp_output, reference_experts(inputs, weights, routed), routed)
+
+
+def reference_mlp(inputs: Inputs, weights: Weights) -> torch.Tensor:
+    """The dense MLP's output, likewise; with everything in fp64 nothing is rounded."""
     dense = skinny_gemm.reference_skinny_gemm(
         inputs.mlp, weights.gate_up, skinny_gemm.Epilogue.GELU_AND_MUL
     )
-    mlp_output = torch.nn.functional.linear(dense, weights.down)
-    return Found(mlp_output, reference_experts(inputs, weights, routed), routed)
+    return torch.nn.functional.linear(dense, weights.down)
 
 
 def reference_experts(inputs: Inputs, weights: Weights, routed: router_few.Routed) -> torch.Tensor:
     """The experts' output of this routing, likewise."""
+    factors = routed.weights.to(torch.promote_types(inputs.experts.dtype, torch.float32))
     return experts_few.reference_experts_few(
-        inputs.experts, weights.w13, weights.w2, routed.weights, routed.ids
+        inputs.experts, weights.w13, weights.w2, factors, routed.ids
     )
