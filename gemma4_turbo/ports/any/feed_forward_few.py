@@ -55,10 +55,10 @@ def unfit(layer: DecoderLayer) -> str | None:
         or sglang_types.rules().parallel_unfit(moe)
         or sglang_types.reduction_unfit(moe.experts)
         or router_few.unfit(layer)
-        or linear.mlp_unfit(mlp)
-        or linear.module_unfit(mlp.gate_up_proj)
-        or linear.module_unfit(mlp.down_proj)
     )
+    if reason is None and type(mlp) is not sglang_types.types().mlp:
+        reason = f"the dense MLP is a {sglang_types.name(mlp)}"
+    reason = reason or linear.module_unfit(mlp.gate_up_proj) or linear.module_unfit(mlp.down_proj)
     if reason is not None:
         return reason
     for name in ("w13_weight", "w2_weight"):
@@ -137,7 +137,11 @@ def outputs(
     counts = linear.zeros_of(moe, kernel.COUNTS, mlp_input.device)
     topk = moe.topk.topk_config.top_k
     args = feed_forward_few.Args(inputs, site.weights, topk, counts)
-    declined = sglang_types.batch_invariant_unfit() or FEED_FORWARD_FEW.unfit(args)
+    declined = (
+        sglang_types.batch_invariant_unfit()
+        or linear.mlp_unfit(layer.mlp)
+        or FEED_FORWARD_FEW.unfit(args)
+    )
     if FEED_FORWARD_FEW.admit(site, declined, lambda: args) is None:
         return None
     found = FEED_FORWARD_FEW.launch(args, 0)

@@ -181,13 +181,21 @@ def test_equal_logits_choose_the_lower_expert():
 
 
 def test_the_activations_are_stocks():
-    """The dense MLP's GELU is the tanh form, the experts' the erf form: they differ by more than a rounding."""
-    inputs, weights, topk = operands(1)
-    big = weights._replace(gate_up=weights.gate_up * 2, w13=weights.w13 * 2)
-    found = kernel.feed_forward_few(inputs, big, topk, None, TILES)
-    expected = kernel.reference_feed_forward_few(inputs, big, topk)
-    for ours, theirs in zip(found[:2], expected[:2], strict=True):
-        assert (ours.float() - theirs.float()).abs().max() <= 2**-8 * theirs.float().abs().max()
+    """GELU of -3: a tenth apart in the dense MLP's tanh form and the experts' erf form."""
+    inputs, weights, topk = operands(1, 8, 8, 8, 1, 1)
+    for x in inputs:
+        x[:] = torch.eye(8)[:1]
+    for both in (weights.gate_up, weights.w13[0]):
+        both[:] = 0
+        both[:, 0] = torch.tensor([-3.0] * 8 + [1.0] * 8)
+    for down in (weights.down, weights.w2[0]):
+        down[:] = torch.eye(8)
+    weights.scale[:] = 1
+    found = kernel.feed_forward_few(inputs, weights, topk, None, TILES)
+    gate = torch.tensor(-3.0)
+    for output, form in ((found.mlp_output, "tanh"), (found.experts_output, "none")):
+        expected = torch.nn.functional.gelu(gate, approximate=form).bfloat16()
+        assert output.tolist() == [[float(expected)] * 8]
 
 
 def part(of: Any, **changes: Any) -> Any:
