@@ -65,6 +65,9 @@ class MtpEngine(Engine):
     script = "mtp_worker.py"
 
     def stop(self) -> None:
+        assert self.process.stdin is not None
+        if self.process.stdin.closed:
+            return  # stopped before; its number can be another's by now
         super().stop()
         with contextlib.suppress(ProcessLookupError):  # what a scheduler that died left
             os.killpg(self.process.pid, signal.SIGKILL)

@@ -8,7 +8,9 @@ The folder is one that `train_small.py` wrote, or `quantise_small.py`: fp32 then
 weights stand for, so that the distance is the engine's and not that of rounding weights. Engines: stock,
 the `exact` profile, all patches that are on by default, each ``--patches`` alone, and stock with smaller
 prefill chunks. Each answers the same questions greedily, and says what it thinks of the same held-out
-text. Stock also answers in other batches: how far it is from itself is its floor. Rows of a CSV:
+text. When all have, stock answers some of the questions once more, and in other batches: how far it is from
+itself is its floor. Rows of a CSV, written as soon as they are known, so that a run which is cut off leaves
+what it had; a comparison needs stock's part of it. Rows:
 
 * questions answered exactly, and McNemar's exact test of that against stock: of the questions that one of
   the two got right, is either's part more than chance?
@@ -32,9 +34,11 @@ import json
 import math
 import sys
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Annotated, Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent
@@ -42,6 +46,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
 sys.path.insert(0, str(HERE.parent))
 
 import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
@@ -60,6 +65,7 @@ from bench.engine import (  # noqa: E402
     patches_of,
 )
 from bench.mtp import MtpEngine, outlived, started  # noqa: E402
+from bench.tables_quality import in_order  # noqa: E402
 from bench.turns import turn  # noqa: E402
 from gemma4_turbo.catalogue import by_name  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
@@ -105,9 +111,9 @@ class Asked(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What one engine said; fields that it was not asked for are None."""
+    """What one engine said, or a part of it; fields that are not told are None."""
 
-    rows: list[list[int]]  # answers to the questions
+    rows: list[list[int]] | None = None  # answers to the questions, or to the first of them
     nats: np.ndarray | None = None  # [pieces, length - 1] of the text
     prompt: np.ndarray | None = None  # [prompts, tail, vocabulary] log-probabilities
     generated: np.ndarray | None = None  # [prompts, new, vocabulary]
@@ -184,16 +190,28 @@ def rights(rows: list[list[int]], questions: list[small_tasks.Question]) -> list
 
 
 class Findings:
-    """Rows of the CSV, in the order in which engines are done; stock must be first."""
+    """Rows of the CSV, as engines come to tell; what must be compared with stock waits for stock."""
 
-    def __init__(self, results: Results, asked: Asked, judge: Judge) -> None:
-        self.results, self.asked, self.judge = results, asked, judge
+    def __init__(self, results: Results, asked: Asked, judge: Judge, out: Path) -> None:
+        self.results, self.asked, self.judge, self.out = results, asked, judge, out
         self.questions = asked.questions()
-        self.stock: Answer | None = None
+        self.stock: list[list[int]] = []  # its answers
         self.right: dict[str, list[bool]] = {}
         self.far: dict[tuple[str, str], np.ndarray] = {}
+        self.waiting: list[tuple[str, Answer]] = []
+        self.written = 0
+        self.lock = Lock()
         first = len(asked.prompts[0]) - asked.tail - 1
         self.prompt = judge.distributions(asked.prompts, first)[:, :-1]
+
+    def save(self) -> None:
+        """Append to the CSV what it has not."""
+        with self.lock:
+            new = self.results.rows[self.written :]
+            self.written += len(new)
+            if new:
+                frame = pd.DataFrame(new)
+                frame.to_csv(self.out, mode="a", header=not self.out.exists(), index=False)
 
     def add(self, variant: str, quantity: str, x: int, value: float, unit: str) -> None:
         """One row."""
@@ -202,12 +220,13 @@ class Findings:
     def answered(self, variant: str, right: list[bool]) -> None:
         """Questions answered exactly, in all and by kind, and the test against stock."""
         self.right[variant] = right
+        questions = self.questions[: len(right)]
         self.add(variant, "answered exactly", len(right), sum(right), "questions")
         for kind in small_tasks.KINDS:
-            of_kind = [r for r, one in zip(right, self.questions, strict=True) if one.kind == kind]
+            of_kind = [r for r, one in zip(right, questions, strict=True) if one.kind == kind]
             self.add(variant, f"answered exactly, {kind}", len(of_kind), sum(of_kind), "questions")
         if STOCK in self.right and variant != STOCK:
-            ours, theirs, p = mcnemar(right, self.right[STOCK])
+            ours, theirs, p = mcnemar(right, self.right[STOCK][: len(right)])
             self.add(variant, "right where stock is wrong", len(right), ours, "questions")
             self.add(variant, "wrong where stock is right", len(right), theirs, "questions")
             self.add(variant, "McNemar's p", ours + theirs, p, "probability")
@@ -232,20 +251,37 @@ class Findings:
         self.add(variant, f"same token as fp32, {where}", positions, agreement(p, q), "part")
 
     def take(self, variant: str, answer: Answer) -> None:
-        """All of an engine."""
+        """A part of what an engine said."""
+        if variant != STOCK and not self._stock_told(answer):
+            self.waiting.append((variant, answer))
+            return
+        self._compare(variant, answer)
         if variant == STOCK:
-            self.stock = answer
-        self.answered(variant, rights(answer.rows, self.questions))
-        if self.stock is not None and variant != STOCK:
-            pairs = zip(answer.rows, self.stock.rows, strict=True)
-            differing = sum(one != other for one, other in pairs)
-            self.add(
-                variant,
-                "answers that differ from stock's",
-                len(answer.rows),
-                differing,
-                "questions",
-            )
+            waiting, self.waiting = self.waiting, []
+            for other, part in waiting:
+                self.take(other, part)
+
+    def without_stock(self) -> None:
+        """What waits for a part that stock will never tell."""
+        for variant, answer in self.waiting:
+            self._compare(variant, answer)
+        self.waiting = []
+
+    def _stock_told(self, answer: Answer) -> bool:
+        told = {"rows": bool(self.stock), "nats": True}
+        told |= {where: (STOCK, where) in self.far for where in (PROMPT, GENERATED)}
+        return all(getattr(answer, name) is None or there for name, there in told.items())
+
+    def _compare(self, variant: str, answer: Answer) -> None:
+        if answer.rows is not None:
+            self.answered(variant, rights(answer.rows, self.questions[: len(answer.rows)]))
+            if variant == STOCK:
+                self.stock = answer.rows
+            elif self.stock:
+                pairs = zip(answer.rows, self.stock[: len(answer.rows)], strict=True)
+                differing = sum(one != other for one, other in pairs)
+                name = "answers that differ from stock's"
+                self.add(variant, name, len(answer.rows), differing, "questions")
         if answer.nats is not None:
             self.text(variant, float(answer.nats.mean()))
         if answer.prompt is not None:
@@ -258,34 +294,49 @@ class Findings:
             first = len(self.asked.prompts[0]) - 1
             p = self.judge.distributions(rows, first)
             self.distances(variant, GENERATED, p, answer.generated)
+        self.save()
 
     def judged(self, right: list[bool], nats: float) -> None:
         """The judge's own answers."""
         self.answered(JUDGE, right)
         self.text(JUDGE, nats)
+        self.save()
 
 
 # -- engines --------------------------------------------------------------------------------------
 
 
-def ask(engine: Engine, asked: Asked, scratch: Path, group: int = 0) -> Answer:
-    """Everything, of one engine; ``group``: so many requests at a time, 0: all at once."""
+def answers_of(engine: Engine, asked: Asked, group: int = 0, first: int = 0) -> Answer:
+    """To the ``first`` questions, 0: all; ``group``: so many requests at a time, 0: all at once."""
+    count = min(first or asked.count, asked.count)
+    said = engine("answers", count=count, seed=asked.seed, group=group, longest=asked.longest)
+    return Answer(rows=said["rows"])
 
-    def array(do: str, **arguments: Any) -> tuple[dict[str, Any], np.ndarray]:
-        out = scratch / f"{engine.variant}-{group}-{do}-{arguments.get('tail', 0)}.npy".replace(
-            " ", "_"
-        )
-        said = engine(do, out=str(out), **arguments)
+
+def distributions_of(
+    engine: Engine, asked: Asked, scratch: Path, group: int = 0
+) -> Iterator[Answer]:
+    """Those of prompts, then those of what is generated; ``group``: so many prompts at a time."""
+
+    def array(tail: int, new: int) -> tuple[dict[str, Any], np.ndarray]:
+        out = scratch / f"{engine.variant}-{group}-{tail}.npy".replace(" ", "_")
+        few = {"pieces": asked.prompts, "group": group, "tail": tail, "new": new}
+        said = engine("distributions", out=str(out), **few)
         return said, np.load(out)
 
-    rows = engine(
-        "answers", count=asked.count, seed=asked.seed, group=group, longest=asked.longest
-    )["rows"]
-    _, nats = array("text", pieces=asked.text)
-    few = {"pieces": asked.prompts, "group": group and max(1, group // 8)}
-    _, prompt = array("distributions", tail=asked.tail, new=1, **few)
-    said, generated = array("distributions", tail=0, new=asked.new, **few)
-    return Answer(rows, nats, prompt[:, : asked.tail], generated, said["ids"])
+    _, prompt = array(asked.tail, 1)
+    yield Answer(prompt=prompt[:, : asked.tail])
+    said, generated = array(0, asked.new)
+    yield Answer(generated=generated, ids=said["ids"])
+
+
+def ask(engine: Engine, asked: Asked, scratch: Path) -> Iterator[Answer]:
+    """What every engine is asked, part by part; what tells most first."""
+    yield answers_of(engine, asked)
+    out = scratch / f"{engine.variant}-text.npy".replace(" ", "_")
+    engine("text", pieces=asked.text, out=str(out))
+    yield Answer(nats=np.load(out))
+    yield from distributions_of(engine, asked, scratch)
 
 
 def arguments_of(folder: Path, running: int, pool: int = 131_072) -> dict[str, Any]:
@@ -333,47 +384,61 @@ def measure(
     make: Callable[[str], Engine],
     names: list[str],
     together: int,
-    talk: Callable[[Engine], dict[str, Any]],
-    take: Callable[[str, Any], None],
+    talk: Callable[[Engine], None],
+    more: dict[str, Callable[[Engine], None]] | None = None,
     last: Callable[[dict[str, Engine]], None] = lambda live: None,
 ) -> dict[str, str]:
     """Engines in groups, each asked in a thread of its own; causes of death of those that died.
 
-    ``last``: what is asked of a group's engines when all have answered; one that dies ends the run.
+    Args:
+        make: starts an engine.
+        names: of all engines.
+        together: how many at once; 0: all.
+        talk: asks an engine what every engine is asked.
+        more: by name, what is asked of one when all engines have answered; it lives until then.
+        last: what is asked of a group's engines at the end; one that dies ends the run.
     """
     died: dict[str, str] = {}
+    more = more or {}
     size = together or len(names)
-    for start in range(0, len(names), size):
-        group = names[start : start + size]
-        console.print(f"starting {', '.join(group)}")
-        with started(make, group) as live:
+    groups = [names[start : start + size] for start in range(0, len(names), size)]
+    kept: dict[str, Engine] = {}
+
+    def survived(name: str, cause: str | None) -> bool:
+        if cause is not None:
+            console.print(f"{name}: died: {cause}")
+            died[name] = cause
+        return cause is None
+
+    with contextlib.ExitStack() as stack:
+        for group in groups:
+            console.print(f"starting {', '.join(group)}")
+            live = stack.enter_context(started(make, group))
             died |= {name: "did not start" for name in group if name not in live}
-            said: dict[str, dict[str, Any]] = {}
-
-            def one(name: str, live: Any = live, said: Any = said) -> str | None:
-                def do() -> None:
-                    said[name] = talk(live[name])
-
-                return outlived(live[name], do)
-
-            try:
-                with ThreadPoolExecutor(max(1, len(live))) as pool:
-                    try:
-                        causes = dict(zip(live, pool.map(one, live), strict=True))
-                    except BaseException:
-                        for engine in live.values():
-                            engine.process.kill()  # or its thread would wait for it
-                        raise
-            finally:
-                for name in live:
-                    for variant, answer in said.get(name, {}).items():
-                        take(variant, answer)
-            last({name: live[name] for name, cause in causes.items() if cause is None})
-        for name, cause in causes.items():
-            if cause is not None:
-                console.print(f"{name}: died: {cause}")
-                died[name] = cause
+            causes = _at_once(live, talk)
+            live = {name: live[name] for name, cause in causes.items() if survived(name, cause)}
+            kept |= {name: engine for name, engine in live.items() if name in more}
+            if group is groups[-1]:
+                for name, engine in kept.items():
+                    if not survived(name, outlived(engine, partial(more[name], engine))):
+                        live.pop(name, None)
+            last(live)
+            for name, engine in live.items():
+                if name not in more:
+                    engine.stop()
     return died
+
+
+def _at_once(live: dict[str, Engine], talk: Callable[[Engine], None]) -> dict[str, str | None]:
+    """Each engine in a thread of its own: what it died of, or None."""
+    with ThreadPoolExecutor(max(1, len(live))) as pool:
+        try:
+            causes = pool.map(lambda engine: outlived(engine, partial(talk, engine)), live.values())
+            return dict(zip(live, causes, strict=True))
+        except BaseException:
+            for engine in live.values():
+                engine.process.kill()  # or its thread would wait for it
+            raise
 
 
 def results_of(notes: dict[str, Any], config: dict[str, Any], patches: str) -> Results:
@@ -398,12 +463,15 @@ class Pace(NamedTuple):
     def __call__(self, live: dict[str, Engine], results: Results) -> None:
         """Median and range of the rounds of each engine and size; the first, which warms up, is left out."""
         found: dict[tuple[str, int], list[float]] = {}
-        for round_ in range(-1, self.rounds if self.sizes else -1):
-            for engine in in_turn(live, round_):
-                for size in self.sizes:
-                    ms = engine("pace", ids=self.prompts[:size], new=self.new)["ms"]
-                    if round_ >= 0:
-                        found.setdefault((engine.variant, size), []).append(ms)
+        if not self.sizes:
+            return
+        with turn():  # all rounds in one go
+            for round_ in range(-1, self.rounds):
+                for engine in in_turn(live, round_):
+                    for size in self.sizes:
+                        ms = engine("pace", ids=self.prompts[:size], new=self.new)["ms"]
+                        if round_ >= 0:
+                            found.setdefault((engine.variant, size), []).append(ms)
         for (variant, size), times in found.items():
             name = f"decode step, batch {size}"
             results.add(variant, name, size, 0, float(np.median(times)), "ms")
@@ -445,7 +513,7 @@ def table(results: Results) -> Table:
         if not name.endswith("range")
     }
     made = Table("", *columns)
-    for variant in dict.fromkeys(frame["variant"]):
+    for variant in in_order(frame["variant"]):
         cells = []
         for quantity, form in columns.values():
             value = values.get((variant, quantity))
@@ -467,6 +535,9 @@ def main(
     tail: Annotated[int, typer.Option(min=1, help="Positions of each prompt")] = 128,
     new: Annotated[int, typer.Option(min=2, help="Tokens generated after each")] = 64,
     group: Annotated[int, typer.Option(min=1, help="Stock's other batches have so many")] = 24,
+    floor: Annotated[
+        int, typer.Option(min=0, help="Questions of stock's other batches, and once more; 0: all")
+    ] = 1002,
     chunk: Annotated[int, typer.Option(help="Stock's other chunks; 0: none")] = 256,
     time: Annotated[str, typer.Option(help="Batch sizes of timed decode steps; empty: none")] = "",
     running: Annotated[int, typer.Option(help="Requests that run at once, at most")] = 64,
@@ -511,47 +582,55 @@ def main(
     end_on_sigterm()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory(prefix="gemma4_turbo-quality-") as scratch:
+        console.print(f"{JUDGE}: reading the text")
+        findings = Findings(results, asked, Judge(folder, device), out)
+        pace = Pace(sizes, small_tasks.windows(text, max([*sizes, 1]), min(256, longest) - 1))
+        judged = ThreadPoolExecutor(1).submit(findings.judge.answer, asked)  # while engines start
+        taken = ThreadPoolExecutor(1)  # in one thread, one after the other
+        taking: list[Future[None]] = []
 
-        def talk(engine: Engine) -> dict[str, Answer]:
-            said = {engine.variant: ask(engine, asked, Path(scratch))}
-            if engine.variant == STOCK:
-                again = engine(
-                    "answers", count=asked.count, seed=asked.seed, group=0, longest=asked.longest
-                )
-                said[AGAIN] = Answer(again["rows"])
-                said[BATCHES] = ask(engine, asked, Path(scratch), group)
-            elif wanted[engine.variant][0] is not None:
+        def say(variant: str, answer: Answer) -> None:
+            taking.append(taken.submit(findings.take, variant, answer))
+
+        def talk(engine: Engine) -> None:
+            for part in ask(engine, asked, Path(scratch)):
+                say(engine.variant, part)
+            if wanted[engine.variant][0] is not None:
                 reports[engine.variant] = engine("status")
             console.print(f"{engine.variant}: answered")
-            return said
 
-        console.print(f"{JUDGE}: reading the text")
-        findings = Findings(results, asked, Judge(folder, device))
-        pace = Pace(sizes, small_tasks.windows(text, max([*sizes, 1]), min(256, longest) - 1))
-        pool = ThreadPoolExecutor(1)
-        judged = pool.submit(findings.judge.answer, asked)  # while engines start
+        def floors(stock: Engine) -> None:
+            say(AGAIN, answers_of(stock, asked, first=floor))
+            say(BATCHES, answers_of(stock, asked, group, floor))
+            for part in distributions_of(stock, asked, Path(scratch), max(1, group // 8)):
+                say(BATCHES, part)
+
+        def timed(live: dict[str, Engine]) -> None:
+            pace(live, results)
+            findings.save()
+
         try:
-            died = measure(
-                make,
-                list(wanted),
-                together,
-                talk,
-                findings.take,
-                lambda live: pace(live, results),
-            )
-            findings.judged(*judged.result())
+            died = measure(make, list(wanted), together, talk, {STOCK: floors}, timed)
+            judged.result()
         finally:  # where a limit on its time cuts a run off, what there is still counts
+            taken.shutdown()
+            findings.without_stock()
+            if judged.done() and judged.exception() is None:
+                findings.judged(*judged.result())
             for variant, status in reports.items():
                 add_calls(results, variant, status)
             with contextlib.suppress(KeyError):
                 for process in reports[DEFAULT]["processes"]:
                     console.print(report.table(process["patches"], f"{DEFAULT}: {process['pid']}"))
+            findings.save()
             if results.rows:
                 console.print(table(results))
-                frame = results.frame()
-                frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+        for part in taking:
+            part.result()
     if STOCK in died:
-        raise SystemExit(f"quality.py: stock {died[STOCK]}: nothing was compared with it")
+        raise SystemExit(
+            f"quality.py: stock died ({died[STOCK]}): nothing is compared with what it did not tell"
+        )
     if died:
         raise SystemExit(f"quality.py: {', '.join(died)} died; their logs lie beside {out}")
 

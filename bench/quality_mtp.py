@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -41,6 +42,7 @@ from bench import quality, small_tasks  # noqa: E402
 from bench.assistant import speculation as speculation_of  # noqa: E402
 from bench.engine import PATCHED, STOCK, Engine, Results, console, end_on_sigterm, in_turn  # noqa: E402
 from bench.mtp import DRAFT_STEPS, PLAIN, MtpEngine, Rows, accept_length  # noqa: E402
+from bench.turns import turn  # noqa: E402
 
 TEXT, QUESTIONS = "text", "questions"
 BATCHES = {"alone": 1, "in batches of 8": 8}
@@ -84,20 +86,19 @@ class Findings:
         """One row."""
         self.results.add(variant, quantity, x, 0, value, unit)
 
-    def take(self, variant: str, answers: dict[tuple[str, str], Rows]) -> None:
-        """All of an engine."""
-        for (kind, how), rows in answers.items():
-            self.said[variant, kind, how] = rows
-            length = accept_length(rows)
-            if length is not None:
-                self.add(variant, f"accept length, {kind}, {how}", len(rows), length, "tokens")
-            if kind == QUESTIONS:
-                right = sum(quality.rights([row["ids"] for row in rows], self.questions))
-                self.add(variant, f"answered exactly, {how}", len(rows), right, "questions")
+    def take(self, variant: str, kind: str, how: str, rows: Rows) -> None:
+        """One part of what an engine said."""
+        self.said[variant, kind, how] = rows
+        length = accept_length(rows)
+        if length is not None:
+            self.add(variant, f"accept length, {kind}, {how}", len(rows), length, "tokens")
+        if kind == QUESTIONS:
+            right = sum(quality.rights([row["ids"] for row in rows], self.questions))
+            self.add(variant, f"answered exactly, {how}", len(rows), right, "questions")
 
     def compare(self) -> None:
         """All pairs of engines, and stock's own floors."""
-        kinds = {kind: None for _, kind, _ in self.said}
+        kinds = [kind for kind in (TEXT, QUESTIONS) if any(kind in key for key in self.said)]
         for kind in kinds:
             for how in BATCHES:
                 for one, other in PAIRS:
@@ -123,15 +124,12 @@ class Findings:
         self.add(name, f"answers that differ, {what}", len(truth), answers, "answers")
 
 
-def ask(engine: Engine, asked: dict[str, Asked]) -> dict[tuple[str, str], Rows]:
-    """Everything, of one engine."""
-    return {
-        (kind, how): engine(
-            "continued", ids=one.prompts, new=one.new, batch=batch, to_eos=one.to_eos
-        )["rows"]
-        for kind, one in asked.items()
-        for how, batch in BATCHES.items()
-    }
+def ask(engine: Engine, asked: dict[str, Asked]) -> Iterator[tuple[str, str, Rows]]:
+    """Everything, of one engine, part by part: kind, how it was asked, and what it said."""
+    for kind, one in asked.items():
+        for how, batch in BATCHES.items():
+            given = {"ids": one.prompts, "new": one.new, "batch": batch, "to_eos": one.to_eos}
+            yield kind, how, engine("continued", **given)["rows"]
 
 
 class Pace(NamedTuple):
@@ -145,16 +143,19 @@ class Pace(NamedTuple):
     def __call__(self, live: dict[str, Engine], results: Results) -> None:
         """Medians and ranges over rounds of each engine and size; the first, which warms up, is left out."""
         found: dict[tuple[str, str, int], list[float]] = {}
-        for round_ in range(-1, self.rounds if self.sizes else -1):
-            for engine in in_turn(live, round_):
-                for size in self.sizes:
-                    said = engine("step", ids=self.prompts[:size], new=self.new)
-                    if round_ >= 0 and said["steps"] > 0 and said["seconds"] > 0:
-                        for name, value in (
-                            ("tokens a second", said["tokens"] / said["seconds"]),
-                            ("verify step", said["seconds"] / said["steps"] * 1e3),
-                        ):
-                            found.setdefault((engine.variant, name, size), []).append(value)
+        if not self.sizes:
+            return
+        with turn():  # all rounds in one go
+            for round_ in range(-1, self.rounds):
+                for engine in in_turn(live, round_):
+                    for size in self.sizes:
+                        said = engine("step", ids=self.prompts[:size], new=self.new)
+                        if round_ >= 0 and said["steps"] > 0 and said["seconds"] > 0:
+                            for name, value in (
+                                ("tokens a second", said["tokens"] / said["seconds"]),
+                                ("verify step", said["seconds"] / said["steps"] * 1e3),
+                            ):
+                                found.setdefault((engine.variant, name, size), []).append(value)
         for (variant, name, size), values in found.items():
             unit = "ms" if name == "verify step" else "1/s"
             if (variant, name) == (PLAIN, "verify step"):
@@ -228,17 +229,17 @@ def main(
     pace = Pace(sizes, asked[TEXT].prompts, new, rounds)
     reports: dict[str, Any] = {}
 
-    def talk(engine: Engine) -> dict[str, Any]:
-        said = {engine.variant: ask(engine, asked)}
+    def talk(engine: Engine) -> None:
+        for kind, how, rows in ask(engine, asked):
+            findings.take(engine.variant, kind, how, rows)
         if engine.variant == PATCHED:
             reports[PATCHED] = engine("status")
         console.print(f"{engine.variant}: answered")
-        return said
 
     end_on_sigterm()
     try:
         died = quality.measure(
-            make, [PLAIN, STOCK, PATCHED], 0, talk, findings.take, lambda live: pace(live, results)
+            make, [PLAIN, STOCK, PATCHED], 0, talk, last=lambda live: pace(live, results)
         )
     finally:  # where a limit on its time cuts a run off, what there is still counts
         findings.compare()

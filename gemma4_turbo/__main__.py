@@ -97,7 +97,10 @@ def tune(
         ),
     ] = None,
     minutes: Annotated[
-        float, typer.Option(min=0.1, help="Stop so long after the start; the same command goes on.")
+        float,
+        typer.Option(
+            min=0.1, max=1440, help="Stop so long after the start; the same command goes on."
+        ),
     ] = 5.0,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Measure again what the profile has already.")
@@ -113,8 +116,8 @@ def tune(
     The profile says which patches are on here, and with which tiles. It is written after each
     measurement. The GPU must be idle.
 
-    Exit 0: measured, or the time is up. Exit 3: no GPU, a busy one, too little free memory, no Gemma 4, or
-    the profile cannot be written. Exit 130 or 143: interrupted or terminated; what was measured is kept.
+    Exit 0: measured, or the time is up. Exit 3: no GPU, a busy one, too little free memory, no Gemma 4,
+    another tune, or the profile cannot be written. Exit 130 or 143: interrupted or terminated; what was measured is kept.
     """
     from gemma4_turbo.cli import tune as command
 

@@ -89,8 +89,11 @@ def _gpu_profile(device: str | None) -> dict[str, Any]:
         tiled = sum(bool(shape.tile) for shape in profile.shapes)
         told = f"{where}: {tiled} tiles of {len(profile.shapes)} measurements on {profile.key.gpu}"
         for on in (True, False):
-            names = [name for name, one in profile.patches.items() if one.on == on]
+            known = (name for name in profile.patches if name in ENGINE.runs)
+            names = [name for name in known if profile.patches[name].on == on]
             told += f"; {'on' if on else 'off'}: {', '.join(names)}" if names else ""
+        if device not in (None, profile.key.gpu):
+            told += f"; {device} takes none of the tiles"
     elif reason:
         told = f"{where} is ignored: {reason}; {measure}"
     elif device is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -71,6 +72,8 @@ def _of_folder(name: str) -> Geometry:
     names = ", ".join(GEOMETRIES)
     path = Path(name) / "config.json"
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("its config.json is no file")
         with path.open("rb") as file:
             content = file.read(CONFIG_BYTES + 1)
     except OSError as error:
@@ -100,14 +103,31 @@ class Store:
         """``fresh``: keep nothing of an earlier run."""
         self.where, self.key = where, key
         self.shapes: dict[Place, Shape] = {}
-        self.replaced = ""  # what an earlier profile held for, if not for the same
-        with contextlib.suppress(FileNotFoundError, gpu_profile.UnfitError):
-            before = gpu_profile.load(where)
-            if before.key != key:
-                self.replaced = f"{before.key.gpu}, SGLang {before.key.sglang}"
-            elif not fresh:
-                self.shapes = {(shape.kernel, shape.shape): shape for shape in before.shapes}
+        self.replaced = ""  # an earlier profile, if it is not gone on with
+        with contextlib.suppress(FileNotFoundError):
+            self._go_on(fresh)
         self.save()
+
+    def _go_on(self, fresh: bool) -> None:
+        """With an earlier run's; `CannotRunError` if what is there is no profile: the variable may be wrong."""
+        try:
+            before = gpu_profile.load(self.where)
+        except gpu_profile.UnfitError as error:
+            self.replaced = f"one that is not used: {error}"
+            try:
+                ours = gpu_profile.is_one(self.where)
+            except OSError:
+                return  # to read; `save` says whether it can be written
+            if not ours and os.path.getsize(self.where):
+                raise CannotRunError(
+                    f"{self.where} is left alone: it is no GPU profile; remove it, or set "
+                    f"{switches.GPU_PROFILE} to another path"
+                ) from None
+            return
+        if before.key != self.key:
+            self.replaced = f"one for {before.key.gpu}, SGLang {before.key.sglang}"
+        elif not fresh:
+            self.shapes = {(shape.kernel, shape.shape): shape for shape in before.shapes}
 
     def add(self, *shapes: Shape) -> None:
         """More that was measured."""
@@ -140,6 +160,27 @@ def destination() -> str:
     return where
 
 
+@contextlib.contextmanager
+def alone(where: str) -> Iterator[None]:
+    """No other ``tune`` writes the same profile meanwhile: `CannotRunError` if one does."""
+    folder = os.path.dirname(where)
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise CannotRunError(f"{where} cannot be written: {error.strerror or error}") from None
+    try:
+        # The folder, as the file itself is replaced. Not every file system has locks.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CannotRunError(f"another tune writes {where}: times would be wrong") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 # -- measuring --------------------------------------------------------------------------------------
 
 
@@ -169,9 +210,10 @@ class Session:
 
         try:
             shapes = list(run())
-        except torch.OutOfMemoryError:
-            self._leave_out(title, "the GPU's memory does not suffice")
         except Exception as error:
+            if subject.wants_memory(error):
+                self._leave_out(title, "the GPU's memory does not suffice")
+                return
             told = plain.printable(f"{type(error).__name__}: {error}".splitlines()[0][:200])
             if not subject.is_fatal(error):
                 self._leave_out(title, told)
@@ -334,13 +376,16 @@ def run(names: Sequence[str], minutes: float, fresh: bool, share: bool) -> int:
         return _share(where)
     models = geometries(names)
     from gemma4_turbo.cli.tuning import budget, compiling
+    from gemma4_turbo.cli.tuning import device as devices
 
     with signals(minutes * 60 - budget.since_start() + OVERDUE_S):
         compiler = compiling.Compiler()
         try:
             compiler.start(compiling.Kind.OURS, compiling.first_workers())
-            session = _session(where, models, fresh, compiler, minutes * 60)
-            return report_of(session, lambda: measure(session, models, _import_sglang))
+            found = devices.find()
+            with alone(where):
+                session = _session(found, where, models, fresh, compiler, minutes * 60)
+                return report_of(session, lambda: measure(session, models, _import_sglang))
         except TerminatedError:
             return TERMINATED
         except TimeIsUpError:
@@ -351,14 +396,18 @@ def run(names: Sequence[str], minutes: float, fresh: bool, share: bool) -> int:
 
 
 def _session(
-    where: str, models: dict[str, Geometry], fresh: bool, compiler: Compiler, seconds: float
+    found: Device,
+    where: str,
+    models: dict[str, Geometry],
+    fresh: bool,
+    compiler: Compiler,
+    seconds: float,
 ) -> Session:
     from gemma4_turbo.catalogue import by_name
     from gemma4_turbo.cli.tuning import budget, compiling
     from gemma4_turbo.cli.tuning import device as devices
     from gemma4_turbo.kernels import pdl
 
-    found = devices.find()
     store = Store(where, found.key, fresh)
     # Stock's code is stock's here, and tiles are the package's own: no earlier profile, no patch.
     os.environ[switches.GPU_PROFILE] = switches.NO_GPU_PROFILE
@@ -422,7 +471,7 @@ def report_of(session: Session, work: Callable[[], None]) -> int:
     told = Console(stderr=True)
     told.print(report.plain(f"Profile: {store.where}"), soft_wrap=True)
     if store.replaced:
-        told.print(report.plain(f"It replaces one for {store.replaced}", "yellow"), soft_wrap=True)
+        told.print(report.plain(f"It replaces {store.replaced}", "yellow"), soft_wrap=True)
     try:
         with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
             work()

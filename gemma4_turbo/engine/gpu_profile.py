@@ -8,9 +8,11 @@ here raises into a server. Neither torch nor Triton is imported.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
+import math
 import os
 import stat
 from collections.abc import Iterable, Mapping
@@ -106,7 +108,7 @@ def decoded(content: bytes) -> Profile:
     import json
 
     try:
-        whole = json.loads(content)
+        whole = json.loads(content, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise UnfitError(f"it is no JSON: {type(error).__name__}") from None
     if not isinstance(whole, dict) or whole.get(MARK) != FORMAT:
@@ -135,7 +137,8 @@ def _shape(row: Any) -> Shape:
         raise UnfitError("tile must be null or a list of whole numbers")
     figures = row.get("figures", {})
     if not isinstance(figures, dict) or not all(
-        isinstance(value, float) or _whole(value) for value in figures.values()
+        _whole(value) or (isinstance(value, float) and math.isfinite(value))
+        for value in figures.values()
     ):
         raise UnfitError("figures must be numbers")
     return Shape(
@@ -147,6 +150,10 @@ def _shape(row: Any) -> Shape:
     )
 
 
+def _no_number(name: str) -> None:
+    raise ValueError(name)  # NaN and its like, which Python writes and JSON does not know
+
+
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 31
 
@@ -155,6 +162,14 @@ def _text(value: Any, what: str) -> str:
     if not isinstance(value, str) or len(value) > MAX_TEXT or not value.isprintable():
         raise UnfitError(f"{what} must be printable and no longer than {MAX_TEXT}")
     return value
+
+
+def is_one(where: str) -> bool:
+    """Whether a file is a profile, be it damaged or of another format; OSError if it cannot be read."""
+    if os.path.islink(where) or not os.path.isfile(where):  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "no regular file")
+    with open(where, "rb") as file:
+        return f'"{MARK}"'.encode() in file.read(MAX_BYTES)
 
 
 def _of(record: Any, field: str, kind: type) -> Any:
@@ -168,12 +183,10 @@ def encoded(profile: Profile) -> bytes:
     """The inverse of `decoded`, a line for each shape."""
     import json
 
-    lines = [
-        json.dumps(
-            shape._asdict() | {"figures": {k: round(v, 6) for k, v in shape.figures.items()}}
-        )
-        for shape in profile.shapes
-    ]
+    lines = []
+    for shape in profile.shapes:
+        figures = {k: round(v, 6) for k, v in shape.figures.items() if math.isfinite(v)}
+        lines.append(json.dumps(shape._asdict() | {"figures": figures}))
     patches = {name: one._asdict() for name, one in profile.patches.items()}
     head = f'"{MARK}": {FORMAT},\n "key": {json.dumps(profile.key._asdict())}'
     rows = ",\n  ".join(lines)
@@ -231,7 +244,8 @@ def save(where: str, profile: Profile) -> None:
             os.fsync(file.fileno())
         os.replace(beside, where)
     except BaseException:
-        os.unlink(beside)
+        with contextlib.suppress(FileNotFoundError):  # it is in place already
+            os.unlink(beside)
         raise
 
 
@@ -243,7 +257,7 @@ def versions() -> dict[str, str]:
     found = {"gemma4_turbo": __version__}
     for package in ("sglang", "torch", "triton"):
         try:
-            found[package] = metadata.version(package)
+            found[package] = metadata.version(package) or ""  # None of a broken installation
         except metadata.PackageNotFoundError:
             found[package] = ""
     return found

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from gemma4_turbo.kernels import measured
+from gemma4_turbo.kernels.gpu import gpu
 
 TABLES = resources.files("gemma4_turbo.kernels") / "moe_configs"  # in a zip, if the package is
 REQUIRED = (
@@ -152,8 +153,22 @@ def made(flat: tuple[int, ...]) -> Pair:
 
 
 def found_here(experts: int, width: int, device: torch.device) -> measured.Row[Pair] | None:
-    """What was measured on this GPU; None if nothing was."""
-    return measured.look("moe_configs", device, (experts, width), made)
+    """What was measured on this GPU; None if nothing was, or stock's kernel would not start with it.
+
+    A launch of stock's is not ours to catch. Triton keeps a block in shared memory for each stage, or for
+    all but one.
+    """
+    row = measured.look("moe_configs", device, (experts, width), made)
+    if row is None or row.tile is None:
+        return row
+    most = max(map(_bytes, (config for table in row.tile for config in table.values())))
+    return row if most <= gpu(device).shared_memory else None
+
+
+def _bytes(config: dict[str, int]) -> int:
+    """Of shared memory that a launch needs at least, with numbers of two bytes."""
+    edges = config["BLOCK_SIZE_M"] + config["BLOCK_SIZE_N"]
+    return (config["num_stages"] - 1) * edges * config["BLOCK_SIZE_K"] * 2
 
 
 def save(key: Key, pair: Pair, folder: Path | None = None) -> list[Path]:

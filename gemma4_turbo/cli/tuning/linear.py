@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from typing import NamedTuple
@@ -132,7 +133,8 @@ class LinearBench:
         times = layer.epilogue == Epilogue.GELU_TIMES
         self.extra = randn(rows, layer.n) if times else None
         width = layer.n // layer.halves
-        self.columns = torch.arange(0, width, max(1, width // COMPARED), device=device)
+        # An odd step: a fragment of a matrix product holds every second, fourth or eighth column.
+        self.columns = torch.arange(0, width, width // COMPARED | 1, device=device)
 
     def ours(self, tile: Config) -> Call:
         """The kernel."""
@@ -159,9 +161,12 @@ class LinearBench:
         return call
 
     def error(self, call: Call) -> float:
-        """Of some columns, against fp32's sums of the exact products."""
+        """Of some columns of a second call, against fp64: the first one leaves counters behind."""
+        call(0)
         got = call(0)
         assert isinstance(got, torch.Tensor)
+        if not got.isfinite().all():
+            return math.nan
         exact = self.exact
         return float((got[:, self.columns].double() - exact).norm() / exact.norm())
 

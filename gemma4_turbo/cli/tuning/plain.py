@@ -9,7 +9,7 @@ from statistics import median
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli import lines
 from gemma4_turbo.cli.tuning.kernel_cases import CASES, Case, Models
-from gemma4_turbo.cli.tuning.subject import Clock, against
+from gemma4_turbo.cli.tuning.subject import ERROR, Clock, against, is_fatal, wants_memory
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.gpu_profile import Shape
 from gemma4_turbo.engine.switches import Decision
@@ -28,12 +28,16 @@ WITH_TILES = ("skinny_gemm", "decode_attention", "extend_attention", "experts_fe
 
 
 def verified(checks: Iterable[Check]) -> list[Shape]:
-    """What ``verify`` found, a row for each patch."""
+    """What ``verify`` found, a row for each patch; of none after one that brought the GPU to an error."""
     failed: dict[str, str] = {}
     for check in checks:
+        if not check.passed and wants_memory(check.allowed):
+            continue
         told = f"{check.what} against {check.against}: {check.allowed}"
         if check.patch not in WITH_TILES:
             failed[check.patch] = failed.get(check.patch) or ("" if check.passed else told)
+        if not check.passed and is_fatal(check.allowed):
+            break
     return [
         Shape(name, (VERIFIED,), None if why else (), printable(why), {})
         for name, why in failed.items()
@@ -99,14 +103,17 @@ def decisions(shapes: Iterable[Shape]) -> dict[str, Decision]:
         if shape.shape == (VERIFIED,) and shape.tile is None:
             reason = f"its result differs from stock's on this GPU: {shape.reason}"
             found[shape.kernel] = Decision(False, reason[:300])
-        elif "ratio" in shape.figures:
+        elif shape.tile is None and shape.reason.startswith(ERROR):
+            found.setdefault(shape.kernel, Decision(False, shape.reason))
+        elif shape.figures.get("ratio", 0.0) > 0.0:  # the file may have been edited
             ratios.setdefault(shape.kernel, []).append(shape.figures["ratio"])
     for patch, every in ratios.items():
         mean = math.exp(sum(map(math.log, every)) / len(every))
         if mean > SLOWER and patch not in found:
             found[patch] = Decision(False, f"measured here: {mean:.2f} of stock's time")
     if few and all(shape.tile is not None for shape in few) and not by_name("experts_few").default:
-        worst = max(shape.figures["ratio"] for shape in few)
-        if worst <= 1.0:
+        every = [shape.figures.get("ratio", 0.0) for shape in few]
+        worst = max(every)
+        if min(every) > 0.0 and worst <= 1.0:
             found["experts_few"] = Decision(True, f"measured here: {worst:.2f} of stock's time")
     return found

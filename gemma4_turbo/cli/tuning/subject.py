@@ -35,6 +35,14 @@ WRONG = "no tile has the right result"
 NONE_RUNS = "no tile runs"
 ERROR = "the GPU reported an error"
 REASONS = (FASTER, WRONG, NONE_RUNS, ERROR)
+FATAL = (
+    "CUDA error",  # torch's; Triton tells the driver's words alone
+    "device-side assert",
+    "illegal memory access",
+    "illegal instruction",
+    "misaligned address",
+    "unspecified launch failure",
+)
 QUICK, THOROUGH = 4, 12  # readings
 FINALISTS = 2  # beside the package's own
 NORMAL = 1.4826  # standard deviations in a median absolute deviation, and
@@ -300,10 +308,8 @@ def _tried(bench: Bench, tile: Any, stock_error: float) -> float | Failed:
     """The error of a tile, or why it cannot be taken."""
     try:
         error = bench.error(bench.ours(tile))
-    except torch.OutOfMemoryError:
-        raise
     except Exception as problem:
-        if is_fatal(problem):
+        if is_fatal(problem) or wants_memory(problem):
             raise
         return Failed(f"{type(problem).__name__}: {problem}".splitlines()[0][:200], False)
     if error <= max(FARTHER * stock_error, ROUNDING):  # written so that a NaN fails
@@ -311,10 +317,14 @@ def _tried(bench: Bench, tile: Any, stock_error: float) -> float | Failed:
     return Failed(f"relative error {error:.1e}, stock's is {stock_error:.1e}", True)
 
 
-def is_fatal(problem: BaseException) -> bool:
+def is_fatal(problem: BaseException | str) -> bool:
     """Whether nothing can be done on the GPU any more in this process."""
-    told = str(problem)
-    return "CUDA error" in told or "device-side assert" in told
+    return not wants_memory(problem) and any(words in str(problem) for words in FATAL)
+
+
+def wants_memory(problem: BaseException | str) -> bool:
+    """Whether the GPU's memory did not suffice: torch's allocator says so, or the driver."""
+    return isinstance(problem, torch.OutOfMemoryError) or "out of memory" in str(problem)
 
 
 def _without(subject: Subject, failed: dict[Any, Failed], figures: dict[str, float]) -> Shape:

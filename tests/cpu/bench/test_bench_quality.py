@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from threading import Thread
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -19,6 +22,7 @@ import torch
 from bench import quality, quality_worker, small_models, small_tasks, train_small
 from bench.quality_worker import QualityWorker
 
+REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH, TAIL, NEW = 40, 6, 3
 
 
@@ -141,25 +145,29 @@ class StandIn:
         pass
 
 
+GIVEN: dict[str, Any] = {
+    "patches": "qkv_proj",
+    "count": 6,
+    "seed": 1,
+    "pieces": 2,
+    "prompts": 3,
+    "length": LENGTH,
+    "tail": TAIL,
+    "new": NEW,
+    "group": 4,
+    "floor": 0,
+    "chunk": 16,
+    "time": "",
+    "running": 4,
+    "together": 2,
+    "prefill_graphs": True,
+}
+
+
 def run(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **given: Any) -> pd.DataFrame:
     monkeypatch.setattr(quality, "QualityEngine", StandIn)
     monkeypatch.setattr(quality, "end_on_sigterm", lambda: None)
-    arguments = {
-        "patches": "qkv_proj",
-        "count": 6,
-        "seed": 1,
-        "pieces": 2,
-        "prompts": 3,
-        "length": LENGTH,
-        "tail": TAIL,
-        "new": NEW,
-        "group": 4,
-        "chunk": 16,
-        "running": 4,
-        "together": 2,
-        "prefill_graphs": True,
-    }
-    quality.main(folder, **{**arguments, **given}, out=out)
+    quality.main(folder, **GIVEN | given, out=out)
     return pd.read_csv(out)
 
 
@@ -179,7 +187,7 @@ def test_engines_that_are_right_are_no_distance_away(
         assert max(far.values()) < 1e-9
         assert set(values(frame, f"same token as fp32, {where}").values()) == {1.0}
     nats = values(frame, "held-out text")
-    assert set(nats) == engines | {quality.JUDGE}
+    assert set(nats) == engines - {quality.BATCHES} | {quality.JUDGE}
     assert max(nats.values()) - min(nats.values()) < 1e-5
     assert values(frame, "perplexity")["stock"] == pytest.approx(math.exp(nats["stock"]))
     differing = values(frame, "answers that differ from stock's")
@@ -204,6 +212,158 @@ def test_engines_that_are_wrong_show(folder: Path, tmp_path: Path, monkeypatch: 
     assert values(frame, "answers that differ from stock's")["default"] > 0
 
 
+def test_stocks_floors_come_when_all_have_answered(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its engine lives until the last group has answered, the others of its group do not."""
+    told: list[tuple[str, str]] = []
+
+    class Seen(StandIn):
+        def __call__(self, do: str, **arguments: Any) -> Any:
+            told.append((self.variant, do))
+            if do == "answers" and arguments["count"] < 6:
+                assert arguments["count"] == 5
+                told[-1] = (self.variant, f"first, {arguments['group']}")
+                # Noise in the floors alone, so that they are seen to be compared.
+                self.worker.engine.noise = 3.0
+            return super().__call__(do, **arguments)
+
+        def stop(self) -> None:
+            told.append((self.variant, "stop"))
+
+    monkeypatch.setattr("tests.cpu.bench.test_bench_quality.StandIn", Seen)
+    frame = run(folder, tmp_path / "q.csv", monkeypatch, floor=5)
+    at = {event: told.index(event) for event in told}
+    engines = ["stock", "exact", "default", "qkv_proj", "stock, chunks of 16"]
+    answered = max(at[name, "distributions"] for name in engines)
+    assert answered < at["stock", "first, 0"] < at["stock", "first, 4"] < at["stock", "stop"]
+    assert at["exact", "stop"] < at["default", "answers"]
+    right = frame[frame["quantity"] == "answered exactly"].set_index("variant")["x"].to_dict()
+    floors = {quality.AGAIN: 5, quality.BATCHES: 5}
+    assert right == dict.fromkeys([*engines, quality.JUDGE], 6) | floors
+    differing = frame[frame["quantity"] == "answers that differ from stock's"]
+    assert differing.set_index("variant").loc[quality.AGAIN, ["value", "x"]].tolist() == [5, 5]
+
+
+def test_stock_that_dies_in_its_floors(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What others said is compared with what it had said before."""
+
+    class Dies(StandIn):
+        def __call__(self, do: str, **arguments: Any) -> Any:
+            if do == "answers" and arguments["count"] == 5:
+                raise SystemExit("the engine died")
+            return super().__call__(do, **arguments)
+
+    monkeypatch.setattr("tests.cpu.bench.test_bench_quality.StandIn", Dies)
+    out = tmp_path / "q.csv"
+    with pytest.raises(SystemExit, match=r"^quality.py: stock died \("):
+        run(folder, out, monkeypatch, floor=5)
+    frame = pd.read_csv(out)
+    assert set(values(frame, "McNemar's p")) >= {"exact", "default", "qkv_proj", quality.JUDGE}
+    assert quality.AGAIN not in set(frame["variant"])
+
+
+class Judge:
+    """Says that every token is as likely as the others."""
+
+    def distributions(self, rows: list[list[int]], first: int) -> np.ndarray:
+        shape = (len(rows), len(rows[0]) - first, 10)
+        return np.full(shape, -math.log(10), np.float32)
+
+
+def findings_of(out: Path) -> quality.Findings:
+    asked = quality.Asked(4, 1, 64, [[1, 2, 3]], [[1, 2, 3, 4]] * 2, 2, 2)
+    results = SimpleNamespace(rows=[])
+
+    def add(variant: str, quantity: str, x: int, round_: int, value: float, unit: str) -> None:
+        row = {"variant": variant, "quantity": quantity, "x": x, "value": value, "unit": unit}
+        results.rows.append(row)
+
+    results.add = add
+    return quality.Findings(results, asked, Judge(), out)  # type: ignore[arg-type]
+
+
+def test_whoever_answers_before_stock_waits_for_it(tmp_path: Path):
+    """Part by part; what needs no comparison is written at once."""
+    out = tmp_path / "q.csv"
+    found = findings_of(out)
+    uniform = np.full((2, 2, 10), -math.log(10), np.float32)
+    right = [question.tokens()[1] for question in found.questions]
+    found.take("default", quality.Answer(rows=right))
+    found.take("default", quality.Answer(prompt=uniform))
+    assert not out.exists()
+    found.take("default", quality.Answer(nats=np.ones((1, 2), np.float32)))
+    assert values(pd.read_csv(out), "held-out text") == {"default": 1.0}
+    found.take("stock", quality.Answer(rows=[[], *right[1:]]))
+    frame = pd.read_csv(out)
+    assert values(frame, "right where stock is wrong") == {"default": 1}
+    assert values(frame, "answers that differ from stock's") == {"default": 1}
+    assert not values(frame, "KL divergence from fp32, prompt")
+    found.without_stock()  # which was cut off before it told of prompts
+    frame = pd.read_csv(out)
+    assert values(frame, "KL divergence from fp32, prompt")["default"] == pytest.approx(0, abs=1e-9)
+    assert not values(frame, "KL divergence beyond stock's, prompt")
+    assert len(frame) == len(found.results.rows)
+
+
+STUCK = """
+import sys
+from threading import Event
+from pathlib import Path
+from tests.cpu.bench import test_bench_quality as here
+
+class Stuck(here.StandIn):
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.killed = Event()
+        self.process.kill = self.killed.set
+
+    def __call__(self, do, **arguments):
+        if self.variant == "stock" and do == "text":
+            self.killed.wait()
+            raise SystemExit("the engine died")
+        return super().__call__(do, **arguments)
+
+here.quality.QualityEngine = Stuck
+here.quality.main(Path(sys.argv[1]), **here.GIVEN | {"together": 0}, out=Path(sys.argv[2]))
+"""
+
+
+def test_what_is_known_is_saved_when_a_limit_cuts_it_off(folder: Path, tmp_path: Path):
+    """A process of its own, and SIGTERM: stock had answered its questions and no more."""
+    out = tmp_path / "q.csv"
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(folder), str(out)],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wanted = {f"{name}: answered" for name in ("exact", "default", "qkv_proj")}
+        assert process.stdout is not None
+        for line in process.stdout:
+            wanted.discard(line.strip())
+            if not wanted:
+                break
+        assert not wanted
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 143, printed
+    frame = pd.read_csv(out)
+    assert set(values(frame, "McNemar's p")) >= {"exact", "default", "qkv_proj"}
+    assert set(values(frame, "held-out text")) >= {"exact", "default", "qkv_proj"}
+    assert "stock" not in values(frame, "held-out text")
+    assert set(values(frame, "KL divergence from fp32, prompt")) >= {"exact", "default"}
+    assert not values(frame, "KL divergence beyond stock's, prompt")
+    assert not frame.duplicated(["variant", "quantity"]).any()
+
+
 @pytest.mark.parametrize("when", ["start", "text"])
 def test_an_engine_that_dies(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
@@ -213,9 +373,12 @@ def test_an_engine_that_dies(
     out = tmp_path / "q.csv"
     with pytest.raises(SystemExit, match=r"^quality.py: exact died"):
         run(folder, out, monkeypatch)
-    found = set(pd.read_csv(out)["variant"])
-    assert "exact" not in found
-    assert {"stock", "default", "qkv_proj"} <= found
+    frame = pd.read_csv(out)
+    others = {"stock", "default", "qkv_proj"}
+    assert others <= set(values(frame, "perplexity"))
+    assert "exact" not in values(frame, "perplexity")
+    # What it told before counts.
+    assert ("exact" in values(frame, "answered exactly")) == (when == "text")
 
 
 def test_what_engines_are_started_with(folder: Path, tmp_path: Path, monkeypatch: Any):
@@ -257,6 +420,21 @@ def test_environment_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert stock["GEMMA4_TURBO"] == "0"
     assert default["GEMMA4_TURBO_SELECTION"] == "only=*;skip="
     assert alone["GEMMA4_TURBO_SELECTION"] == "only=qkv_proj;skip="
+
+
+def test_an_engine_is_stopped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Behind the first time its number can be another process group's."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    killed: list[int] = []
+    monkeypatch.setattr("bench.engine.subprocess.Popen", lambda *_, **__: child)
+    monkeypatch.setattr("bench.mtp.os.killpg", lambda group, _: killed.append(group))
+    engine = quality.QualityEngine("stock", None, {}, tmp_path / "log")
+    engine.stop()
+    assert child.poll() is not None
+    engine.stop()
+    assert killed == [child.pid]
 
 
 def patch_row(name: str, engaged: int, state: str = "active") -> dict[str, Any]:
@@ -320,29 +498,7 @@ def test_time_of_a_decode_step(monkeypatch: pytest.MonkeyPatch):
     assert seen == [(2, 8), (2, 58)]
 
 
-def test_only_timed_commands_are_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of engines in two processes: answers run beside each other, a timing beside nothing."""
-    from bench.turns import turn
-
-    monkeypatch.setenv("BENCH_LOCK", str(tmp_path / "lock"))
-    told: list[str] = []
-
-    def take(timed: bool) -> Thread:
-        def run() -> None:
-            with turn(timed):  # a second open file, as another process has it
-                told.append("timed" if timed else "beside")
-
-        thread = Thread(target=run, daemon=True)
-        thread.start()
-        return thread
-
-    with turn(timed=False):
-        take(timed=False).join(5)
-        other = take(timed=True)
-        other.join(0.2)
-        told.append("done")
-    other.join(5)
-    assert told == ["beside", "done", "timed"]
+def test_untimed_commands():
     assert quality.QualityEngine.untimed == {"answers", "text", "distributions", "status"}
 
 

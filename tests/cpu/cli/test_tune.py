@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -298,6 +299,7 @@ def broken(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     [
         (ImportError("cannot import name 'decode_attention_fwd'"), "ImportError: cannot import"),
         (torch.OutOfMemoryError("CUDA out of memory"), "the GPU's memory does not suffice"),
+        (RuntimeError("CUDA error: out of memory"), "the GPU's memory does not suffice"),
     ],
 )
 def test_what_fails_alone_is_left_out(error, said, small, monkeypatch, capsys):
@@ -426,6 +428,21 @@ def test_a_tile_that_does_not_run_is_left_out():
     assert none.reason == "no tile runs: RuntimeError: out of resource: shared memory -1"
 
 
+def test_want_of_memory_is_held_against_no_tile(monkeypatch):
+    """As it is with torch's own exception: the shape is left out, and measured the next time."""
+
+    def call(self: StandBench, call: Any) -> float:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    bench = StandBench()
+    monkeypatch.setattr(bench, "error", lambda call: 0.0 if call == "stock" else call(0), raising=False)  # fmt: skip
+    monkeypatch.setattr(bench, "stock", lambda: "stock", raising=False)
+    monkeypatch.setattr(bench, "ours", lambda tile: functools.partial(call, bench), raising=False)
+    monkeypatch.setattr(Stand, "benches", lambda self, place: iter([bench]))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        decided((10,), EVEN)
+
+
 @pytest.mark.parametrize(
     ("us", "known", "taken"), [(101, False, False), (99, False, True), (101, True, True), (103, True, False)]
 )  # fmt: skip
@@ -435,6 +452,95 @@ def test_a_new_gpu_takes_what_is_faster_and_a_known_one_keeps_what_is_not_slower
     assert (found.tile is not None) == taken
     if not taken:
         assert found.reason == f"stock's code is faster here: ours takes {us / 100:.2f} of its time"
+
+
+@pytest.mark.parametrize(
+    ("said", "fatal"),
+    [
+        ("CUDA error: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: an illegal memory access was encountered", True),
+        ("Triton Error [CUDA]: misaligned address", True),
+        ("CUDA error: out of memory", False),
+        ("out of resource: shared memory, Required: 131072, Hardware limit: 101376", False),
+        ("Triton Error [CUDA]: invalid argument", False),
+    ],
+)
+def test_after_which_errors_nothing_runs_any_more(said, fatal):
+    assert subjects.is_fatal(RuntimeError(said)) == fatal
+
+
+# -- what is compared -------------------------------------------------------------------------------
+
+
+def test_every_kind_of_column_is_compared():
+    """A fragment of a matrix product holds every second, fourth or eighth column."""
+    layer = linear.Linear("", 2048, 64, linear.Epilogue.NONE, 16)
+    bench = linear.LinearBench(layer, 1, "cpu", 2)
+    for every in (2, 4, 8, 16):
+
+        def wrong(i: int, every: int = every) -> torch.Tensor:
+            found = torch.as_tensor(bench.stock()(i))
+            found[:, every - 1 :: every] = 0
+            return found
+
+        assert bench.error(wrong) > 0.1
+    assert bench.error(bench.stock()) < 2.0**-8
+
+
+def test_what_a_second_call_finds_is_compared():
+    """Counters that the first one left behind."""
+    layer = linear.Linear("", 128, 64, linear.Epilogue.NONE, 16)
+    bench = linear.LinearBench(layer, 1, "cpu", 2)
+    done = []
+
+    def once(i: int) -> torch.Tensor:
+        done.append(i)
+        found = torch.as_tensor(bench.stock()(i))
+        return found if len(done) == 1 else found * 0
+
+    assert bench.error(once) > 0.9
+
+
+def attended(arena: decode.Arena, block: int, rows: int) -> Callable[[int], None]:
+    """Decode's equation over whole blocks of keys and the first rows alone."""
+
+    def call(i: int) -> None:
+        bounds = arena.indptr.tolist()
+        for row in range(min(rows, len(bounds) - 1)):
+            at = arena.indices[0][bounds[row] : bounds[row + 1]]
+            at = at[: max(1, len(at) // block * block)]
+            logits = arena.q[row].double() @ arena.k[at, 0].double().T * arena.scale
+            arena.out[row] = (logits.softmax(-1) @ arena.v[at, 0].double()).to(arena.out.dtype)
+
+    return call
+
+
+def test_a_tile_that_does_not_run_leaves_the_lengths_as_they_are():
+    arena = decode.Arena(decode.Point(decode.Shape("", 2, 1, 256, None), 2, 64, False), "cpu", 1)
+
+    def fails(i: int) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    with pytest.raises(RuntimeError):
+        arena.error(fails)
+    assert arena.indptr.tolist() == [0, 64, 128]
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_decode_is_compared_at_lengths_that_are_no_whole_blocks(batch):
+    """All lengths that are timed are; a server's are not."""
+    shape = decode.Shape("", 2, 1, 256, None)
+    arena = decode.Arena(decode.Point(shape, batch, 64, False), "cpu", 1)
+    before = arena.indptr.clone()
+    assert arena.error(attended(arena, 1, batch)) < 2.0**-8
+    assert arena.error(attended(arena, 16, batch)) > 0.05
+    assert torch.equal(arena.indptr, before)
+
+
+def test_the_last_sequence_is_compared():
+    shape = decode.Shape("", 2, 1, 256, None)
+    arena = decode.Arena(decode.Point(shape, 8, 64, False), "cpu", 1)
+    assert not arena.error(attended(arena, 1, 7)) < 1
 
 
 # -- time -------------------------------------------------------------------------------------------
@@ -582,6 +688,21 @@ def test_what_takes_too_long_is_broken_off(small, capsys):
     assert len(gpu_profile.load(str(small)).shapes) == 1
 
 
+@pytest.mark.parametrize("minutes", ["inf", "1e9", "nan", "0"])
+def test_a_time_that_is_none_is_an_option_that_is_wrong(minutes):
+    done = CliRunner().invoke(app, ["tune", "--minutes", minutes])
+    assert done.exit_code == 2, done.output
+    assert "--minutes" in done.output
+
+
+def test_ctrl_c_before_anything_is_measured(gpu, monkeypatch):
+    def pressed() -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(device, "find", pressed)
+    assert CliRunner().invoke(app, ["tune"]).exit_code == tune.INTERRUPTED
+
+
 def test_no_signal_breaks_off_the_end():
     before = signal.getsignal(signal.SIGINT)
     with tune.undisturbed():
@@ -611,6 +732,53 @@ def test_a_patch_is_off_where_it_is_wrong_or_slow():
     assert {name: one.on for name, one in found.items()} == {"layer_norms": False, "router": False}
     assert "differs from stock's on this GPU: rows against stock" in found["layer_norms"].reason
     assert found["router"].reason == "measured here: 1.20 of stock's time"
+
+
+def test_a_patch_that_brought_the_gpu_to_an_error_is_off(small):
+    """As the command says of it; the next run does not measure it again, and a server must not meet it."""
+    case = ("layer_norms", ("e4b", 32))
+
+    def run() -> list[Shape]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(CannotRunError, match="left to stock's code"):
+        session(small).one("layer_norms", [case], run)
+    found = gpu_profile.load(str(small)).patches["layer_norms"]
+    assert not found.on
+    assert found.reason.startswith("the GPU reported an error: RuntimeError: CUDA error")
+
+
+def test_verify_after_an_error_of_the_gpu_finds_nothing():
+    """All that is compared after it fails too, and is not to blame."""
+    said = "AcceleratorError: CUDA error: an illegal memory access was encountered"
+    checks = [
+        Check("input_norm", "rows", "stock", 8, 0, "no bit", True),
+        Check("layer_norms", "the comparison", "-", 0, 0, said, False),
+        Check("router", "the comparison", "-", 0, 0, said, False),
+        Check("skinny_gemm", "the comparison", "-", 0, 0, said, False),
+    ]
+    found = {shape.kernel: shape.tile for shape in plain.verified(checks)}
+    assert found == {"input_norm": (), "layer_norms": None}
+    of_tiles = [checks[3], checks[0]]
+    assert plain.verified(of_tiles) == []
+
+
+@pytest.mark.parametrize("said", ["OutOfMemoryError: CUDA out of memory", "AcceleratorError: CUDA error: out of memory"])  # fmt: skip
+def test_want_of_memory_is_held_against_no_patch(said):
+    """``verify`` runs beside the measurements, which need the memory themselves."""
+    checks = [
+        Check("layer_norms", "the comparison", "-", 0, 0, said, False),
+        Check("input_norm", "rows", "stock", 8, 0, "no bit", True),
+    ]
+    assert [shape.kernel for shape in plain.verified(checks)] == ["input_norm"]
+
+
+@pytest.mark.parametrize("figures", [{"ratio": 0.0}, {"ratio": -1.0}, {}])
+def test_figures_that_cannot_be_decide_nothing(figures, monkeypatch):
+    shapes = [Shape("router", (1,), (), "", figures), Shape("experts_few", (1,), (1,), "", figures)]
+    off = by_name("experts_few")._replace(default=False)
+    monkeypatch.setattr(plain, "by_name", lambda name: off)
+    assert plain.decisions(shapes) == {}
 
 
 def test_what_is_off_by_default_is_on_where_all_of_it_is_faster(monkeypatch):
@@ -779,6 +947,48 @@ def test_a_profile_that_cannot_be_written(gpu, small, monkeypatch):
     monkeypatch.undo()
 
 
+def test_a_file_that_is_no_profile_is_left_alone(gpu, small):
+    """The variable may name the wrong file."""
+    small.parent.mkdir()
+    small.write_text('{"model_type": "gemma4"}')
+    assert refused().startswith(f"{small} is left alone: it is no GPU profile")
+    assert small.read_text() == '{"model_type": "gemma4"}'
+
+
+def test_a_damaged_profile_is_replaced_and_named(small):
+    small.parent.mkdir()
+    small.write_bytes(gpu_profile.encoded(gpu_profile.Profile(KEY, {}, ()))[:-5])
+    assert tune.Store(str(small), KEY, False).replaced == (
+        "one that is not used: it is no JSON: JSONDecodeError"
+    )
+    assert gpu_profile.load(str(small)).key == KEY
+
+
+def test_a_pipe_in_the_profiles_place_is_not_waited_for(gpu, small):
+    small.parent.mkdir()
+    os.mkfifo(small)
+    assert refused().startswith(
+        f"{small} cannot be written: it is a symbolic link or no regular file"
+    )
+
+
+def test_two_at_the_same_time(gpu, small):
+    """Each would slow the other's kernels and write over what it has written."""
+    with tune.alone(str(small)):
+        assert refused() == f"another tune writes {small}: times would be wrong"
+    with tune.alone(str(small)):
+        pass
+
+
+def test_a_file_system_without_locks(small, monkeypatch):
+    def none(*_: Any) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(tune.fcntl, "flock", none)
+    with tune.alone(str(small)):
+        pass
+
+
 def test_no_place_for_a_profile(monkeypatch):
     monkeypatch.setenv(switches.GPU_PROFILE, "0")
     assert (
@@ -801,6 +1011,12 @@ def test_a_folder_that_is_no_gemma(tmp_path):
     ):
         config.write_text(content)
         assert refused("--model", str(tmp_path)).endswith(told)
+
+
+def test_a_config_that_is_a_pipe(tmp_path):
+    """Nobody may ever write into it."""
+    os.mkfifo(tmp_path / "config.json")
+    assert refused("--model", str(tmp_path)).endswith("no model folder: its config.json is no file")
 
 
 @pytest.mark.parametrize(
@@ -875,6 +1091,12 @@ def test_doctor_names_the_profile_or_says_what_it_would_take(small, monkeypatch)
     measured(small)
     assert "is ignored: it was measured with" in told()
     monkeypatch.setattr(gpu_profile, "stale", lambda key: None)
+    whole = gpu_profile.load(str(small))
+    patches = {name: switches.Decision(False, "") for name in ("input_norm", "of_a_later_version")}
+    gpu_profile.save(str(small), whole._replace(patches=patches))
+    assert told().endswith("on NVIDIA L4; off: input_norm")
+    gpu_profile.save(str(small), whole)
+    assert told("NVIDIA H200").endswith("on NVIDIA L4; NVIDIA H200 takes none of the tiles")
     count = len(STANDS)
     assert told() == f"{small}: {count} tiles of {count} measurements on NVIDIA L4"
     monkeypatch.setenv(switches.GPU_PROFILE, "0")

@@ -101,6 +101,32 @@ def test_a_save_that_fails_leaves_the_old_one(place, monkeypatch):
     assert len(list(place.parent.iterdir())) == 1
 
 
+def test_ctrl_c_once_it_is_in_place_is_ctrl_c(place, monkeypatch):
+    replace = os.replace
+
+    def pressed(source: str, target: str) -> None:
+        replace(source, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_profile.save(str(place), PROFILE)
+    assert gpu_profile.load(str(place)) == PROFILE
+
+
+def test_what_is_no_number_is_not_written(place):
+    odd = SHAPES[0]._replace(figures={"us": float("nan"), "ratio": float("inf"), "of": 3.0})
+    gpu_profile.save(str(place), PROFILE._replace(shapes=(odd,)))
+    assert gpu_profile.load(str(place)).shapes[0].figures == {"of": 3.0}
+
+
+def test_a_package_without_a_version_is_as_one_that_is_not_there(monkeypatch):
+    """What a broken installation leaves behind."""
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu_profile.metadata, "version", lambda package: None)
+    assert gpu_profile.versions()["torch"] == ""
+
+
 def test_none_is_no_news(place, caplog):
     assert gpu_profile.found() == Found(str(place), None, "")
     assert gpu_profile.decisions() == gpu_profile.tiles("NVIDIA L4") == {}
@@ -122,6 +148,8 @@ WRONG: dict[str, Any] = {
     "shape": {"shapes": [{"kernel": "router", "shape": [1.5], "tile": None, "reason": ""}]},
     "tile": {"shapes": [{"kernel": "router", "shape": [], "tile": [1 << 40], "reason": ""}]},
     "tile ": {"shapes": [{"kernel": "router", "shape": [], "tile": [1] * 600, "reason": ""}]},
+    "it is no JSON": b'{"gemma4_turbo_gpu_profile": NaN}',
+    "figures must be numbers": gpu_profile.encoded(PROFILE).replace(b"10.5", b"1e999"),
     "figures": {
         "shapes": [{"kernel": "a", "shape": [], "tile": None, "reason": "", "figures": {"us": "1"}}]
     },
@@ -141,6 +169,7 @@ def test_a_malformed_file_is_ignored_aloud_and_once(name, place, caplog):
     (told,) = [one.getMessage() for one in caplog.records]
     assert told.startswith(f"gemma4_turbo: the GPU profile {place} is ignored: ")
     assert told.endswith("measure again: python -m gemma4_turbo tune")
+    assert name not in ("it is no JSON", "figures must be numbers") or name in told
     assert "\n" not in told
 
 

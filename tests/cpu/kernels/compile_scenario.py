@@ -23,10 +23,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from gemma4_turbo.kernels import moe_align, pdl, qkv, router, skinny_gemm, step_prologue
+from gemma4_turbo.kernels import (
+    experts_few,
+    moe_align,
+    pdl,
+    qkv,
+    router,
+    router_few,
+    skinny_gemm,
+    step_prologue,
+    vision_rope,
+)
 from gemma4_turbo.kernels.attention import decode, extend, extend_tiles, window
 from gemma4_turbo.kernels.gpu import Gpu
-from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail
+from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail, router_norm
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
 
 KIB = 1024
@@ -90,6 +100,19 @@ def decoding(batch: int, kv_heads: int, size: int) -> None:
     )  # fmt: skip
 
 
+def few_experts(tokens: int) -> Any:
+    x, w13, w2 = rows(tokens, HIDDEN), rows(8, 1408, HIDDEN), rows(8, HIDDEN, 704)
+    factors, ids = rows(tokens, 8, dtype=torch.float32), ints(tokens, 8)
+    tiles = experts_few.choose(8)
+    return experts_few.launch_experts_few(x, w13, w2, factors, ids, None, tiles)
+
+
+def projected() -> Any:
+    return step_prologue.launch_project(
+        rows(8, 42 * 256), rows(1), rows(256), EPS, rows(8, 42, 256), rows(1), 0
+    )
+
+
 def extending(size: int, custom: bool, longest: int = 64) -> None:
     q, kv = rows(longest, 16, size), rows(longest, 8 if size == 256 else 2, size)
     masked = {
@@ -124,6 +147,18 @@ def plain(gpu: Gpu) -> dict[str, Callable[[], Any]]:
         "gather": lambda: step_prologue.launch_gather(
             ints(8, dtype=torch.int64), rows(64, 2560), 1.0, 64
         ),
+        "gelu_mul": lambda: ple_tail.launch_gelu_mul(rows(8, 256), rows(8, 256)),
+        "router_norm": lambda: router_norm.launch_router_norm(
+            rows(8, HIDDEN), rows(HIDDEN), rows(1), EPS, 0
+        ),
+        "router_few": lambda: router_few.launch_router_few(
+            rows(4, HIDDEN), rows(128, HIDDEN), rows(128), 8, ints(1)
+        ),
+        "project": projected,
+        "vision_rope": lambda: vision_rope.launch_vision_rope(
+            rows(64, 16, 72), *(rows(64, 1, 72, dtype=torch.float32) for _ in range(2))
+        ),
+        "experts_few": lambda: few_experts(4),
     }
 
 
@@ -133,6 +168,8 @@ def products(gpu: Gpu) -> dict[str, Callable[[], Any]]:
         "skinny_gemm 16": lambda: product(16, Epilogue.NONE, gpu),
         "skinny_gemm 64": lambda: product(64, Epilogue.GELU_AND_MUL, gpu),
         "decode 256": lambda: decoding(8, 8, 256),
+        "decode 512": lambda: decoding(32, 2, 512),
+        "decode 512, one": lambda: decoding(1, 2, 512),  # with a second launch
     }
 
 

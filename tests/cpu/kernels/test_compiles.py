@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -55,3 +56,14 @@ def test_kernels_of_a_gpu(capability: int, rows: list[dict[str, Any]]):
             if took["shared"] > GPUS[capability].shared_memory or took["spilled"] > SPILLED:
                 wrong.append((row["case"], name, took))
     assert wrong == []
+
+
+def test_no_kernel_is_left_out(rows: list[dict[str, Any]]):
+    """For the oldest GPU or the newest, at least."""
+    launched = {
+        name
+        for path in (REPOSITORY / "gemma4_turbo").rglob("*.py")
+        for name in re.findall(r"^\s*(_\w+_kernel)\[", path.read_text(), re.MULTILINE)
+    }
+    assert len(launched) > 15
+    assert launched == {name for row in rows for name, _ in row["kernels"]}

@@ -50,7 +50,7 @@ def l4(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measured, "impossible", lambda argument, device: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     here = Gpu((8, 9), 58, 99 * 1024)
-    for module in (skinny_gemm, extend, tiles, decode):
+    for module in (skinny_gemm, extend, tiles, decode, moe_tables):
         monkeypatch.setattr(module, "gpu", lambda device: here)
     for module in (skinny_gemm, extend, decode, experts_few):
         monkeypatch.setattr(module, "INTERPRETED", False)
@@ -121,6 +121,17 @@ def test_every_number_of_a_tile_is_looked_at(made):
             continue  # a number of tokens may be any
         with pytest.raises(ValueError, match=r"tile|must|entry"):
             made(numbers)
+
+
+def test_tables_that_do_not_fit_are_not_used(l4, rows):
+    """Stock launches its kernel itself: an exception there would end the server."""
+    for stages, fits in ((3, True), (8, False)):
+        rows["moe_configs", (128, 704)] = (8, *(64, 128, 64, 8, 4, stages) * 2), ""
+        measured.forget()
+        assert (moe_tables.found_here(128, 704, CPU) is not None) == fits
+    rows["moe_configs", (128, 704)] = None, FASTER
+    measured.forget()
+    assert moe_tables.found_here(128, 704, CPU) == measured.Row(None, FASTER)
 
 
 def test_tables_and_back():
