@@ -91,7 +91,7 @@ class Layers:
             [skinny_gemm.cut(weight, epilogue) for weight, epilogue in self._products(w)]
             for w in self.weights
         ]
-        self.zeros = torch.zeros(4096, dtype=torch.int32, device=DEVICE)
+        self.zeros = torch.zeros(8192, dtype=torch.int32, device=DEVICE)
         self.side = torch.cuda.Stream() if DEVICE == "cuda" else None  # type: ignore[no-untyped-call]
 
     @staticmethod

@@ -40,12 +40,17 @@ from gemma4_turbo.kernels.routing import route
 MAX_TOKENS = 4
 DTYPES = (torch.bfloat16, torch.float16)
 
-ROUTER, ROUTED, DENSE, ENDED, CHOSEN = range(5)
-EXPERTS = CHOSEN + MAX_TOKENS
-COUNTS = EXPERTS + MAX_TOKENS * max(experts_few.CHOICES)
+APART = 32
+"""Numbers of a cache line. Each count has one of its own: programs ask for them thousands of times."""
+READERS = 8
+"""Lines that say the same, so that not all programs ask for one."""
+ROUTER, ROUTED, DENSE, ENDED, CHOSEN = (APART * line for line in range(5))
+READY = CHOSEN + APART * MAX_TOKENS
+EXPERTS = READY + APART * MAX_TOKENS * READERS
+COUNTS = EXPERTS + APART * MAX_TOKENS * max(experts_few.CHOICES)
 """Numbers that are zero between launches: how many of the router's programs have ended, whether the tokens
 are routed, programs of the dense gate and up, programs that nobody waits for, programs of the experts' gate
-and up of each token, and for each choice of a token one more than its expert."""
+and up of each token, whether these are all, and for each choice of a token one more than its expert."""
 
 # Acquired once it is there: each time the L1 cache is emptied.
 POLL: tl.constexpr = tl.constexpr("""{
@@ -55,7 +60,7 @@ ld.acquire.gpu.global.b32 count, [$1];
 setp.ge.s32 there, count, $2;
 @there bra done;
 again:
-nanosleep.u32 32;
+nanosleep.u32 64;
 ld.relaxed.gpu.global.b32 count, [$1];
 setp.ge.s32 there, count, $2;
 @!there bra again;
@@ -71,7 +76,7 @@ again:
 ld.relaxed.gpu.global.b32 number, [$1];
 setp.ne.s32 there, number, 0;
 @there bra done;
-nanosleep.u32 32;
+nanosleep.u32 64;
 bra again;
 done:
 mov.b32 $0, number;
@@ -239,7 +244,7 @@ def _router(
     TILES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
     BLOCK_E: tl.constexpr, P: tl.constexpr, ACROSS: tl.constexpr, REPEAT: tl.constexpr, LINE: tl.constexpr,
     LANES: tl.constexpr, ROUTER: tl.constexpr, ROUTED: tl.constexpr, EXPERTS: tl.constexpr,
-    PDL: tl.constexpr, PTX: tl.constexpr,
+    APART: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Some experts' logits; the last of these programs routes."""
     sums = _product(
@@ -255,7 +260,8 @@ def _router(
         slot = tl.arange(0, T)[:, None] * K + tl.arange(0, P)[None, :]
         taken = (slot < tokens * K) & (tl.arange(0, P)[None, :] < K)
         numbers = tl.load(ids_ptr + slot, mask=taken, other=0) + 1
-        tl.atomic_xchg(counts_ptr + EXPERTS + slot, numbers, mask=taken, sem="relaxed")
+        experts_ptr = counts_ptr + EXPERTS + slot * APART
+        tl.atomic_xchg(experts_ptr, numbers, mask=taken, sem="relaxed")
         _count(counts_ptr + ROUTED, "release")
 
 
@@ -279,13 +285,13 @@ def _dense(
 
 @triton.jit
 def _chosen(
-    x_ptr, stride_x, w_ptr, h_ptr, experts_ptr, slot, tile,
+    x_ptr, stride_x, w_ptr, h_ptr, expert_ptr, slot, tile,
     N: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
     REPEAT: tl.constexpr, LINE: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """An expert's activations, some columns of one token."""
     pdl.wait(PDL)
-    expert = _expert_of(experts_ptr + slot, PTX)
+    expert = _expert_of(expert_ptr, PTX)
     there = expert >= 0
     expert = tl.maximum(expert, 0).to(tl.int64)
     x_ptr += (slot // K).to(tl.int64) * stride_x
@@ -323,7 +329,7 @@ def _dense_down(
 
 @triton.jit
 def _chosen_down(
-    h_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr, routed_ptr, chosen_ptr, target, token, tile,
+    h_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr, routed_ptr, ready_ptr, token, tile,
     H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, ACROSS: tl.constexpr,
     REPEAT: tl.constexpr, LINE: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
@@ -345,7 +351,7 @@ def _chosen_down(
         left = N
         w = load(at, n, left, MASKED)
         if first == 0:
-            there = there & _wait_for(chosen_ptr, target, PTX)
+            there = there & _wait_for(ready_ptr, 1, PTX)
         h_at = h_ptr + (slot * N + n)
         sums = tl.zeros([GROUP, SIDE // 8], tl.float32)
         for _ in tl.range(STEP, N, STEP, num_stages=1):
@@ -388,7 +394,9 @@ def _feed_forward_few_kernel(
     GROUP: tl.constexpr, GROUP_REPEAT: tl.constexpr, GROUP_LINE: tl.constexpr,
     LANES: tl.constexpr,
     ROUTER: tl.constexpr, ROUTED: tl.constexpr, DENSE: tl.constexpr, ENDED: tl.constexpr,
-    CHOSEN: tl.constexpr, EXPERTS: tl.constexpr,
+    CHOSEN: tl.constexpr, READY: tl.constexpr, EXPERTS: tl.constexpr, COUNTS: tl.constexpr,
+    APART: tl.constexpr, READERS: tl.constexpr,
+    BLOCK_LINES: tl.constexpr,  # power of two >= COUNTS / APART
     PDL: tl.constexpr,
     PTX: tl.constexpr,  # False in Triton's interpreter
 ):  # fmt: skip
@@ -414,7 +422,7 @@ def _feed_forward_few_kernel(
         _router(
             router_input_ptr, stride_router, tokens, router_ptr, scale_ptr, logits_ptr, weights_ptr, ids_ptr,
             counts_ptr, number, ROUTER_TILES, H, E, K, BLOCK_T, BLOCK_E, P, ROUTER_ACROSS, ROUTER_REPEAT,
-            ROUTER_LINE, LANES, ROUTER, ROUTED, EXPERTS, PDL, PTX,
+            ROUTER_LINE, LANES, ROUTER, ROUTED, EXPERTS, APART, PDL, PTX,
         )  # fmt: skip
     elif number < FIRST:
         _dense(
@@ -425,11 +433,18 @@ def _feed_forward_few_kernel(
     elif number < FIRST + slots * CHOSEN_TILES:
         slot = (number - FIRST) % slots
         _chosen(
-            experts_input_ptr, stride_experts, w13_ptr, chosen_ptr, counts_ptr + EXPERTS, slot,
+            experts_input_ptr, stride_experts, w13_ptr, chosen_ptr, counts_ptr + EXPERTS + slot * APART, slot,
             (number - FIRST) // slots, N, H, K, CHOSEN_ROWS, CHOSEN_ACROSS, CHOSEN_REPEAT, CHOSEN_LINE, LANES,
             PDL, PTX,
         )  # fmt: skip
-        _count(counts_ptr + CHOSEN + slot // K, "release")
+        token = slot // K
+        chosen_count_ptr = counts_ptr + CHOSEN + token * APART
+        if _count(chosen_count_ptr, "release") == K * CHOSEN_TILES - 1:
+            # The last one has all that the others have stored, and hands it on.
+            there = _wait_for(chosen_count_ptr, K * CHOSEN_TILES, PTX)
+            line = token * READERS + tl.arange(0, READERS)
+            ones = tl.full([READERS], 1, tl.int32) + tl.where(there, 0, 1)  # 2: see `_wait_for`
+            tl.atomic_xchg(counts_ptr + READY + line * APART, ones, sem="release")
     else:
         last = number - FIRST - slots * CHOSEN_TILES
         if last < DOWN_TILES:
@@ -439,23 +454,18 @@ def _feed_forward_few_kernel(
             )  # fmt: skip
         else:
             which = (last - DOWN_TILES) % tokens
+            tile = (last - DOWN_TILES) // tokens
+            ready_ptr = counts_ptr + READY + (which * READERS + tile % READERS) * APART
             _chosen_down(
-                chosen_ptr, w2_ptr, ids_ptr, weights_ptr, experts_output_ptr, counts_ptr + ROUTED,
-                counts_ptr + CHOSEN + which, K * CHOSEN_TILES, which, (last - DOWN_TILES) // tokens,
-                H, N, K, GROUP, GROUP_ACROSS, GROUP_REPEAT, GROUP_LINE, LANES, PDL, PTX,
+                chosen_ptr, w2_ptr, ids_ptr, weights_ptr, experts_output_ptr, counts_ptr + ROUTED, ready_ptr,
+                which, tile, H, N, K, GROUP, GROUP_ACROSS, GROUP_REPEAT, GROUP_LINE, LANES, PDL, PTX,
             )  # fmt: skip
         # Each of these has read all that it waited for.
         if _count(counts_ptr + ENDED, "relaxed") == DOWN_TILES + tokens * GROUP_TILES - 1:
             # Nobody waits any more: zeros for the next launch.
-            tl.store(counts_ptr + ROUTER, 0)
-            tl.store(counts_ptr + ROUTED, 0)
-            tl.store(counts_ptr + DENSE, 0)
-            tl.store(counts_ptr + ENDED, 0)
-            token = tl.arange(0, BLOCK_T)
-            tl.store(counts_ptr + CHOSEN + token, tl.zeros([BLOCK_T], tl.int32))
-            slot = token[:, None] * K + tl.arange(0, P)[None, :]
-            zeros = tl.zeros([BLOCK_T, P], tl.int32)
-            tl.store(counts_ptr + EXPERTS + slot, zeros, mask=tl.arange(0, P)[None, :] < K)
+            line = tl.arange(0, BLOCK_LINES)
+            zeros = tl.zeros([BLOCK_LINES], tl.int32)
+            tl.store(counts_ptr + line * APART, zeros, mask=line < COUNTS // APART)
 
 
 INTERPRETED = not isinstance(_feed_forward_few_kernel, triton.JITFunction)
@@ -668,7 +678,12 @@ def launch_feed_forward_few(
         DENSE=DENSE,
         ENDED=ENDED,
         CHOSEN=CHOSEN,
+        READY=READY,
         EXPERTS=EXPERTS,
+        COUNTS=COUNTS,
+        APART=APART,
+        READERS=READERS,
+        BLOCK_LINES=1 << (COUNTS // APART - 1).bit_length(),
         PTX=not INTERPRETED,
         num_warps=1,
         **pdl.options(like),

@@ -191,7 +191,8 @@ def test_the_activations_are_stocks():
     for down in (weights.down, weights.w2[0]):
         down[:] = torch.eye(8)
     weights.scale[:] = 1
-    found = kernel.feed_forward_few(inputs, weights, topk, None, TILES)
+    tiles = TILES._replace(chosen_down=TILES.chosen_down._replace(rows=1))
+    found = kernel.feed_forward_few(inputs, weights, topk, None, tiles)
     gate = torch.tensor(-3.0)
     for output, form in ((found.mlp_output, "tanh"), (found.experts_output, "none")):
         expected = torch.nn.functional.gelu(gate, approximate=form).bfloat16()
@@ -223,8 +224,8 @@ X = torch.zeros(2, 72, dtype=BF16)
         (lambda i, w, k: (i, part(w, w13=w.w13[:, :24]), k), "w13 must be [6, a multiple of 16"),
         (lambda i, w, k: (i, part(w, scale=w.scale[:5]), k), "scale must be [6]"),
         (lambda i, w, k: (i, part(w, router=w.router.repeat(1, 2)[:, ::2]), k), "router must be contiguous"),
-        (lambda i, w, k: (i, w, k, torch.zeros(3, dtype=torch.int32)), "counts must be 40 int32"),
-        (lambda i, w, k: (i, w, k, torch.zeros(40)), "counts must be 40 int32"),
+        (lambda i, w, k: (i, w, k, torch.zeros(3, dtype=torch.int32)), f"counts must be {kernel.COUNTS} int32"),
+        (lambda i, w, k: (i, w, k, torch.zeros(40)), f"counts must be {kernel.COUNTS} int32"),
         (lambda i, w, k: (i, w, k, None, part(TILES, dense=Product(3, 1, 64))), "tiles must be powers of two"),
         (lambda i, w, k: (i, w, k, None, part(TILES, dense=Product(2, 1, 512))), "tiles must have lines"),
         (lambda i, w, k: (i, w, k, None, part(TILES, router=Product(2, 1, 64))), "tiles must have one row"),
