@@ -40,6 +40,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
             "router_few",
             "moe_align",
             "experts_few",
+            "feed_forward_few",
             "experts_sum",
             "moe_configs",
         ),

@@ -125,6 +125,12 @@ PATCHES: tuple[Patch, ...] = (
         default=True,
     ),
     Patch(
+        name="feed_forward_few",
+        summary="Router, dense MLP and experts of up to four tokens in one launch",
+        numerics=TOLERANCE,
+        default=False,
+    ),
+    Patch(
         name="mlp_stream",
         summary="Dense MLP on a second CUDA stream, concurrent with the experts, inside CUDA graphs",
         numerics=BITWISE,

@@ -15,12 +15,9 @@ whatever else is in the batch. A choice with a negative id is none of this rank'
 
 Stock sorts the slots by expert, pads each expert to 16 rows for the tensor cores, and writes the gate and
 up projections, the activations and each expert's result to memory: five launches. With a few tokens most
-experts have one row, so that a program here is a product of a matrix with a vector. Its tile has three
-dimensions: rows (or choices) and blocks of K, which one thread holds, all loaded before the first is used;
-then ``across`` lines side by side, 16 bytes of them in each lane of all warps and no more: with that, any
-Triton gives the weight and the vector the same layout. A line lies within one warp, so that nothing goes
-through shared memory. Slots are the grid's fastest dimension: tokens that share an expert read the same
-rows of it at the same time, once from memory.
+experts have one row, so that a program here is a product of a matrix with a vector, by tiles of
+`gemma4_turbo.kernels.matvec`. Slots are the grid's fastest dimension: tokens that share an expert read the
+same rows of it at the same time, once from memory.
 """
 
 from __future__ import annotations
@@ -33,15 +30,12 @@ import triton.language as tl
 
 from gemma4_turbo.kernels import measured, pdl
 from gemma4_turbo.kernels.gelu import gelu_erf
-from gemma4_turbo.kernels.interpreted import to_float
+from gemma4_turbo.kernels.matvec import LANES, VECTOR, inside, load, over_lanes, products
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 MAX_TOKENS = 8
 CHOICES = (1, 2, 4, 8)
 DTYPES = (torch.bfloat16, torch.float16)
-LANES = 32
-VECTOR = 8
-"""Numbers in 16 bytes, what a lane loads at once."""
 
 
 class Up(NamedTuple):
@@ -68,38 +62,6 @@ class Tiles(NamedTuple):
 
     up: Up
     down: Down
-
-
-@triton.jit
-def _load(pointers, k, left, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(pointers, mask=k < left, other=0.0)
-    else:
-        return tl.load(pointers)
-
-
-@triton.jit
-def _inside(row, END: tl.constexpr, BLOCK: tl.constexpr):
-    # A row past the end repeats the last one: cheaper than a mask on every load of the weight.
-    if END % BLOCK:
-        return tl.minimum(row, END - 1)
-    else:
-        return row
-
-
-@triton.jit
-def _products(
-    w, x, HELD: tl.constexpr, REPEAT: tl.constexpr, SIDE: tl.constexpr, PTX: tl.constexpr
-):
-    # Summed over what one thread holds only: the lanes' sums are added up once, at the end.
-    products = to_float(w, PTX) * to_float(x, PTX)
-    products = tl.reshape(products, (HELD, REPEAT, SIDE // 8, 8))
-    return tl.sum(tl.sum(products, axis=3), axis=1)
-
-
-@triton.jit
-def _over_lanes(sums, HELD: tl.constexpr, ACROSS: tl.constexpr, LINE: tl.constexpr):
-    return tl.sum(tl.reshape(sums, (HELD, ACROSS, LINE // 8)), axis=2)
 
 
 @triton.jit
@@ -133,31 +95,31 @@ def _up_kernel(
     side = tl.arange(0, SIDE)[None, None, :]
     k = tl.arange(0, REPEAT)[None, :, None] * LINE + side % LINE
     row = tile * (ROWS * ACROSS) + tl.arange(0, ROWS)[:, None, None] * ACROSS + side // LINE
-    row = _inside(row, N, ROWS * ACROSS)
+    row = inside(row, N, ROWS * ACROSS)
     gate_ptr = w_ptr + expert * (2 * N * K) + (row * K + k)
     x_ptr = x_ptr + (slot // CHOICES).to(tl.int64) * stride_x + k
     gates = tl.zeros([ROWS, SIDE // 8], tl.float32)
     ups = gates
     left = K
-    gate = _load(gate_ptr, k, left, MASKED)
-    up = _load(gate_ptr + N * K, k, left, MASKED)
-    x = _load(x_ptr, k, left, MASKED)
+    gate = load(gate_ptr, k, left, MASKED)
+    up = load(gate_ptr + N * K, k, left, MASKED)
+    x = load(x_ptr, k, left, MASKED)
     for _ in tl.range(STEP, K, STEP, num_stages=1):
         left -= STEP
         gate_ptr += STEP
         x_ptr += STEP
         # On their way while these are multiplied.
-        next_gate = _load(gate_ptr, k, left, MASKED)
-        next_up = _load(gate_ptr + N * K, k, left, MASKED)
-        next_x = _load(x_ptr, k, left, MASKED)
-        gates += _products(gate, x, ROWS, REPEAT, SIDE, PTX)
-        ups += _products(up, x, ROWS, REPEAT, SIDE, PTX)
+        next_gate = load(gate_ptr, k, left, MASKED)
+        next_up = load(gate_ptr + N * K, k, left, MASKED)
+        next_x = load(x_ptr, k, left, MASKED)
+        gates += products(gate, x, ROWS, REPEAT, SIDE, PTX)
+        ups += products(up, x, ROWS, REPEAT, SIDE, PTX)
         gate, up, x = next_gate, next_up, next_x
-    gates += _products(gate, x, ROWS, REPEAT, SIDE, PTX)
-    ups += _products(up, x, ROWS, REPEAT, SIDE, PTX)
+    gates += products(gate, x, ROWS, REPEAT, SIDE, PTX)
+    ups += products(up, x, ROWS, REPEAT, SIDE, PTX)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
-    g = rounded(_over_lanes(gates, ROWS, ACROSS, LINE), dtype, PTX)
-    u = rounded(_over_lanes(ups, ROWS, ACROSS, LINE), dtype, PTX)
+    g = rounded(over_lanes(gates, ROWS, ACROSS, LINE), dtype, PTX)
+    u = rounded(over_lanes(ups, ROWS, ACROSS, LINE), dtype, PTX)
     h = round_to(gelu_erf(g) * u, dtype, PTX)
     n = (
         tile * (ROWS * ACROSS)
@@ -210,7 +172,7 @@ def _down_kernel(
     MASKED: tl.constexpr = N % STEP != 0
     side = tl.arange(0, SIDE)[None, None, :]
     n = tl.arange(0, REPEAT)[None, :, None] * LINE + side % LINE
-    row = _inside(tile * ACROSS + side // LINE, K, ACROSS)
+    row = inside(tile * ACROSS + side // LINE, K, ACROSS)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     total = tl.zeros([ACROSS], tl.float32)
     for first in tl.static_range(0, CHOICES, GROUP):
@@ -220,20 +182,20 @@ def _down_kernel(
         h_at = h_ptr + (slot * N + n)
         sums = tl.zeros([GROUP, SIDE // 8], tl.float32)
         left = N
-        w = _load(at, n, left, MASKED)
+        w = load(at, n, left, MASKED)
         for _ in tl.range(1, steps, num_stages=1):
             at += STEP
-            next_w = _load(at, n, left - STEP, MASKED)  # on its way while this one is multiplied
-            h = _load(h_at, n, left, MASKED)
-            sums += _products(w, h, GROUP, REPEAT, SIDE, PTX)
+            next_w = load(at, n, left - STEP, MASKED)  # on its way while this one is multiplied
+            h = load(h_at, n, left, MASKED)
+            sums += products(w, h, GROUP, REPEAT, SIDE, PTX)
             w = next_w
             h_at += STEP
             left -= STEP
-        h = _load(h_at, n, left, MASKED)
-        sums += _products(w, h, GROUP, REPEAT, SIDE, PTX)
+        h = load(h_at, n, left, MASKED)
+        sums += products(w, h, GROUP, REPEAT, SIDE, PTX)
         slot = token * CHOICES + first + tl.arange(0, GROUP)[:, None]
         factor = tl.load(factors_ptr + slot)
-        y = rounded(_over_lanes(sums, GROUP, ACROSS, LINE) * factor, dtype, PTX)
+        y = rounded(over_lanes(sums, GROUP, ACROSS, LINE) * factor, dtype, PTX)
         y = tl.where(tl.load(ids_ptr + slot) >= 0, y, 0.0)
         choice = tl.arange(0, GROUP)[:, None]
         for i in tl.static_range(GROUP):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.fusions import feed_forward_few as feeding
 from gemma4_turbo.fusions import layer_norms as norms_between
 from gemma4_turbo.fusions import layer_tail, norm_kinds, ple_tail, qkv, router_norm
 from gemma4_turbo.fusions import router_few as routed
 from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.fusions.stock import followed
+from gemma4_turbo.kernels import feed_forward_few as at_once
 from gemma4_turbo.kernels import router_few as few
 from gemma4_turbo.kernels import skinny_gemm as skinny
 from gemma4_turbo.kernels.norms.layer_norms import Router
@@ -236,6 +238,51 @@ def router_few(device: str) -> list[Check]:
                 f"relative error {1.1 * allowed:.2e} (stock's plus 10 %), is {error:.2e}; ids of these "
                 f"logits; {bound:.1e} of a weight",
                 error <= 1.1 * allowed and torch.equal(found.ids, ids) and near,
+            )
+        )
+    return checks
+
+
+def feed_forward_few(device: str) -> list[Check]:
+    """The whole launch against plain torch with stock's roundings, 26B-A4B's shape with few experts."""
+    hidden, width, narrow, experts = (2816, 2112, 704, 9) if device == "cuda" else (64, 16, 8, 5)
+    topk = 8 if device == "cuda" else 2
+    generator = torch.Generator(device).manual_seed(5)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        made = torch.empty(shape, dtype=torch.bfloat16, device=device)
+        return made.normal_(0, shape[-1] ** -0.5, generator=generator)
+
+    weights = at_once.Weights(
+        drawn(2 * width, hidden),
+        drawn(hidden, width),
+        drawn(experts, hidden),
+        torch.rand(experts, generator=generator, device=device) * 2,
+        drawn(experts, 2 * narrow, hidden),
+        drawn(experts, hidden, narrow),
+    )
+    checks = []
+    for tokens in (1, at_once.MAX_TOKENS):
+        x = torch.randn(3, tokens, hidden, generator=generator, device=device).bfloat16()
+        inputs = at_once.Inputs(*x.unbind())
+        found = at_once.feed_forward_few(inputs, weights, topk)
+        stock = at_once.reference_feed_forward_few(inputs, weights, topk)
+        ids = few.reference_routing(found.routed.logits, weights.scale, topk)[1]
+        pairs = (
+            (found.mlp_output, stock.mlp_output),
+            (found.experts_output, at_once.reference_experts(inputs, weights, found.routed)),
+        )
+        far = sum(feeding.too_far(*pair, feeding.OUTPUT) for pair in pairs)
+        far += feeding.too_far(found.routed.logits, stock.routed.logits, routed.LOGITS)
+        checks.append(
+            Check(
+                "feed_forward_few",
+                f"{tokens} tokens, a dense MLP of {width} and {topk} of {experts} experts of {narrow}",
+                "plain torch with stock's roundings",
+                2 * tokens * hidden,
+                sum(int((ours != theirs).sum()) for ours, theirs in pairs),
+                f"{feeding.OUTPUT:.1e} of a row's largest, ids of these logits; {far} further",
+                far == 0 and torch.equal(found.routed.ids, ids),
             )
         )
     return checks

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.engine.checks import Check
+from gemma4_turbo.fusions.fusion import Step
 from gemma4_turbo.kernels import experts_few as kernel
 from gemma4_turbo.kernels import measured
+from gemma4_turbo.ports.any import feed_forward_few
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.fallback import Fallback
 from gemma4_turbo.runtime.verdicts import Verdicts
@@ -43,24 +45,44 @@ TAKEN: dict[str, tuple[Any, ...]] = {
 
 SUMMED = "enable_fused_moe_sum_all_reduce: the experts' sum is a sum over the ranks as well"
 
+EXPERTS_FEW = Step()
+
 _verdicts = Verdicts()
 _fallback = Fallback("the launch")
 
 
-def replacement(
+def enable(
+    fusions: tuple[Step, ...],
     run: PatchRun,
+    stock: dict[str, Any],
+    sums_over_ranks: Callable[[], bool],
+    empty_like: Callable[[torch.Tensor], torch.Tensor],
+) -> dict[str, Any]:
+    """Give fusions to a patch; returns the replacement of ``fused_experts_impl``, which they share.
+
+    Args:
+        fusions: `EXPERTS_FEW`, or `feed_forward_few`'s.
+        run: of the patch.
+        stock: of the targets.
+        sums_over_ranks: whether the line's server is told to make one sum of both.
+        empty_like: memory for the output, where the line's stock takes it from.
+    """
+    for fusion in fusions:
+        fusion.enable(run)
+    stocks = stock[TARGET]
+    if not _shared or _shared[0] is not stocks:
+        _shared[:] = [stocks, _replacement(stocks, sums_over_ranks, empty_like)]
+    return {TARGET: _shared[1]}
+
+
+_shared: list[Callable[..., torch.Tensor]] = []  # SGLang's function, and what replaces it
+
+
+def _replacement(
     stock: Callable[..., torch.Tensor],
     sums_over_ranks: Callable[[], bool],
     empty_like: Callable[[torch.Tensor], torch.Tensor],
 ) -> Callable[..., torch.Tensor]:
-    """What replaces ``fused_experts_impl``.
-
-    Args:
-        run: of the patch.
-        stock: SGLang's function.
-        sums_over_ranks: whether the line's server is told to make one sum of both.
-        empty_like: memory for the output, where the line's stock takes it from.
-    """
     options = list(inspect.signature(stock).parameters.values())[5:]
     names = [option.name for option in options]
     defaults = {option.name: option.default for option in options}
@@ -81,12 +103,23 @@ def replacement(
         def stocks() -> torch.Tensor:
             return stock(*given, *args, **kwargs)
 
+        def chosen() -> dict[str, Any]:
+            return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+        def in_place() -> bool:
+            return bool(chosen()["inplace"]) and _options_unfit(allowed, chosen()) is None
+
+        run = EXPERTS_FEW.run
+        if feed_forward_few.are_computed(*given) and in_place():
+            return feed_forward_few.taken(hidden_states)
+        if run is None:
+            return stocks()
         if hidden_states.shape[0] > MOST_TOKENS:  # every prefill: no time for more
             run.declined(f"more than {MOST_TOKENS} tokens")
             return stocks()
-        chosen = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        values = chosen()
         reason = (
-            _options_unfit(allowed, chosen)
+            _options_unfit(allowed, values)
             or kernel.unfit(*given)
             or (SUMMED if sums_over_ranks() else None)
             or _invariant()
@@ -96,7 +129,7 @@ def replacement(
             run.declined(reason)
             return stocks()
         tiles = kernel.cut(topk_ids.shape[1], w2.shape[2], w2.shape[1], w2.device)
-        out = hidden_states if chosen["inplace"] else empty_like(hidden_states)
+        out = hidden_states if values["inplace"] else empty_like(hidden_states)
         # The output is written by the second launch alone: whatever fails before, stock can begin anew.
         return _fallback.call(
             run,
@@ -182,7 +215,8 @@ def farthest(
 
 
 def undo(run: PatchRun) -> None:
-    """Forget the checks; nothing live was changed."""
+    """Forget the checks; nothing live was changed, and the forward may live on for another patch."""
+    EXPERTS_FEW.run = None
     _verdicts.clear()
     _fallback.clear()
 

@@ -19,7 +19,7 @@ from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
-from gemma4_turbo.ports.any import linear, router_few, sglang_types
+from gemma4_turbo.ports.any import feed_forward_few, linear, router_few, sglang_types
 from gemma4_turbo.runtime.custom_ops import capturing
 
 if TYPE_CHECKING:
@@ -208,6 +208,11 @@ def after_attention(
         if sums is not None:
             mlp_output = sums.mlp(mlp_output)
         return _finish(self, site, mlp_output, None, residual, per_layer_input, following)
+
+    if router_input is not None and sums is None:
+        at_once = feed_forward_few.outputs(self, mlp_input, router_input, experts_input)
+        if at_once is not None:
+            return _finish(self, site, *at_once, residual, per_layer_input, following)
 
     side = _side_stream(self, site, mlp_input)
     if side is not None:

@@ -18,7 +18,7 @@ from gemma4_turbo.runtime.custom_ops import capturing
 from gemma4_turbo.runtime.hooks import hooked
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.any.model_protocols import MLP, Linear
+    from gemma4_turbo.ports.any.model_protocols import MLP, Linear, Module
 
 SKINNY_GEMM = skinny_gemm.SkinnyGemm("skinny_gemm")
 NAME = "skinny_gemm"
@@ -31,7 +31,7 @@ class LinearSite(Site):
     """What one linear layer allows, looked at once."""
 
     def __init__(self, module: Linear, epilogue: Epilogue) -> None:
-        self.skinny_gemm: str | None = _module_unfit(module) or UNPROVEN
+        self.skinny_gemm: str | None = module_unfit(module) or UNPROVEN
         key: tuple[object, ...] = ()
         if self.skinny_gemm is UNPROVEN:  # a quantised layer may have no weight at all
             weight = module.weight
@@ -48,7 +48,7 @@ class LinearSite(Site):
         self.arrived: torch.Tensor | None = None
 
 
-def _module_unfit(module: Linear) -> str | None:
+def module_unfit(module: Linear) -> str | None:
     reason = sglang_types.linear_unfit(module)
     if reason is not None:
         return reason
@@ -76,7 +76,7 @@ def mlp(module: MLP, x: torch.Tensor) -> torch.Tensor:
         return module(x)
     if not torch.compiler.is_compiling():
         # Every call of a prefill: no time for more than its rows.
-        reason = TOO_MANY_ROWS if x.shape[0] > kernel.MAX_ROWS else _mlp_unfit(module)
+        reason = TOO_MANY_ROWS if x.shape[0] > kernel.MAX_ROWS else mlp_unfit(module)
         if reason is not None:
             SKINNY_GEMM.run.declined(reason)
             return module(x)
@@ -86,7 +86,7 @@ def mlp(module: MLP, x: torch.Tensor) -> torch.Tensor:
     return project(module.down_proj, hidden)
 
 
-def _mlp_unfit(module: MLP) -> str | None:
+def mlp_unfit(module: MLP) -> str | None:
     """Why a dense MLP is to be called as a whole, or None: a few look-ups at every call."""
     if type(module) is not sglang_types.types().mlp:
         return f"the dense MLP is a {sglang_types.name(module)}"
@@ -129,7 +129,7 @@ def _run(
     return found if found is None or site.sum is None else site.sum(found)
 
 
-def zeros_of(module: Linear, count: int, device: torch.device) -> torch.Tensor | None:
+def zeros_of(module: Module, count: int, device: torch.device) -> torch.Tensor | None:
     """Zeros that launches of one module leave as zeros, one launch after the other.
 
     None in a capture, if there are none yet: they are never made there.

@@ -207,6 +207,8 @@ class FusedMoE(Module, Protocol):
 
     quant_method: MoeMethod
     dispatcher: object
+    w13_weight: torch.nn.Parameter
+    w2_weight: torch.nn.Parameter
 
 
 class MoE(Module, Protocol):

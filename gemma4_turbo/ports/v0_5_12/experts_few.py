@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.ports.any import experts_few as shared
-from gemma4_turbo.ports.any.experts_few import TARGET
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.fusions.fusion import Step
 
 undo = shared.undo
 verify = shared.verify
@@ -18,7 +18,12 @@ verify = shared.verify
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """The kernels where they fit and have passed their check, else stock."""
-    return {TARGET: shared.replacement(run, stock[TARGET], sums_over_ranks, torch.empty_like)}
+    return enable((shared.EXPERTS_FEW,), run, stock)
+
+
+def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
+    """Give fusions to a patch; returns the replacement."""
+    return shared.enable(fusions, run, stock, sums_over_ranks, torch.empty_like)
 
 
 def sums_over_ranks() -> bool:

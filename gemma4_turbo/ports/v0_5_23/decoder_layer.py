@@ -15,7 +15,14 @@ import torch
 from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms.layer_norms import Router
-from gemma4_turbo.ports.any import handover, layer_steps, linear, router_few, sglang_types
+from gemma4_turbo.ports.any import (
+    feed_forward_few,
+    handover,
+    layer_steps,
+    linear,
+    router_few,
+    sglang_types,
+)
 from gemma4_turbo.ports.v0_5_23 import classes, sums
 from gemma4_turbo.ports.v0_5_23 import stock as calls
 
@@ -37,6 +44,7 @@ STEPS: tuple[Step, ...] = (
     layer_steps.PDL,
     linear.SKINNY_GEMM,
     router_few.ROUTER_FEW,
+    feed_forward_few.FEED_FORWARD_FEW,
 )
 
 _stock: dict[str, Callable[..., torch.Tensor]] = {}

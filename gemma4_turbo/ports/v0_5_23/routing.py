@@ -1,4 +1,5 @@
-"""``gemma4_fused_routing``, SGLang's routing of the router's logits: what `router_few` has found already.
+"""``gemma4_fused_routing``, SGLang's routing of the router's logits: what `router_few` or `feed_forward_few`
+has found already.
 
 Stock's routing function, a closure of ``Gemma4MoE.__init__``, calls it for logits on a GPU.
 """
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import layer_steps, router_few
+from gemma4_turbo.ports.any import feed_forward_few, layer_steps, router_few
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -30,7 +31,8 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     ) -> tuple[torch.Tensor, torch.Tensor]:
         found = None
         if not torch.compiler.is_compiling():
-            found = router_few.routed(gating_output, per_expert_scale, topk)
+            asked = gating_output, per_expert_scale, topk
+            found = feed_forward_few.routed(*asked) or router_few.routed(*asked)
         return route(gating_output, per_expert_scale, topk) if found is None else found
 
     return {TARGET: gemma4_fused_routing}

@@ -377,6 +377,34 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.moe.topk:select_experts",
         ),
     ),
+    "feed_forward_few": Port(
+        module=f"{HERE}.wiring:feed_forward_few",
+        targets=(
+            f"{_MODEL}:Gemma4DecoderLayer.forward",
+            "sglang.kernels.ops.moe.gemma4_routing:gemma4_fused_routing",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts_impl",
+        ),
+        relies_on=(
+            *_LAYER,
+            "sglang.kernels.ops.moe.gemma4_routing:_gemma4_routing_kernel",
+            f"{_MODEL}:Gemma4MoE.__init__",
+            f"{_MODEL}:Gemma4MoE.forward",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:inplace_fused_experts",
+            "sglang.srt.layers.moe.topk:select_experts",
+        ),
+        written_for=("0.5.23",),
+        goes_round=(
+            *_STREAM_CALLS,
+            *calls.LINEAR,
+            _OP,
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_prepare_fused_moe_run",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
+            "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
+            "sglang.kernels.ops.moe.fused_moe_triton_kernels:invoke_fused_moe_kernel",
+        ),
+    ),
     "vision_syncs": Port(
         module=f"{HERE}.vision_syncs",
         targets=(

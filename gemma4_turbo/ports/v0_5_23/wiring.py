@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from gemma4_turbo.ports.any import attention as attention_steps
 from gemma4_turbo.ports.any import checks, layer_steps, linear
+from gemma4_turbo.ports.any import feed_forward_few as feed_forward
 from gemma4_turbo.ports.any import router_few as routers
 from gemma4_turbo.ports.any import yoco_batch as batch
 from gemma4_turbo.ports.any import yoco_cut as cut
 from gemma4_turbo.ports.any import yoco_graph as graph
 from gemma4_turbo.ports.any import yoco_piecewise as in_graphs
 from gemma4_turbo.ports.any.wired import Wired, launch_as_usual, launch_early, nothing
-from gemma4_turbo.ports.v0_5_23 import attention, decoder_layer, routing, text_model
+from gemma4_turbo.ports.v0_5_23 import attention, decoder_layer, experts_few, routing, text_model
 from gemma4_turbo.ports.v0_5_23 import yoco_piecewise as piecewise
 
 layer = decoder_layer.enable
@@ -32,6 +33,11 @@ qkv_proj = Wired((attention_steps.QKV_PROJ,), (attention.enable,), checks.qkv_pr
 rope_store = Wired((attention_steps.ROPE_STORE,), (attention.enable,), checks.rope_store)
 skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, layer), checks.skinny_gemm)
 router_few = Wired((routers.ROUTER_FEW,), (layer, routing.enable), checks.router_few)
+feed_forward_few = Wired(
+    (feed_forward.FEED_FORWARD_FEW,),
+    (layer, routing.enable, experts_few.enable),
+    checks.feed_forward_few,
+)
 yoco = Wired((cut.YOCO,), (text_model.enable_cut, batch.enable), None, nothing, cut.forget)
 yoco_graph = Wired((graph.YOCO_GRAPH,), (text_model.enable_cut,), None, nothing, graph.drop_all)
 yoco_piecewise = Wired(

@@ -25,6 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from gemma4_turbo.kernels import (
     experts_few,
+    feed_forward_few,
     moe_align,
     pdl,
     qkv,
@@ -107,6 +108,17 @@ def few_experts(tokens: int) -> Any:
     return experts_few.launch_experts_few(x, w13, w2, factors, ids, None, tiles)
 
 
+def feed_forward(tokens: int) -> Any:
+    weights = feed_forward_few.Weights(
+        rows(4224, HIDDEN), rows(HIDDEN, 2112), rows(128, HIDDEN), rows(128), rows(8, 1408, HIDDEN),
+        rows(8, HIDDEN, 704),
+    )  # fmt: skip
+    inputs = feed_forward_few.Inputs(*(rows(tokens, HIDDEN) for _ in range(3)))
+    counts = ints(feed_forward_few.COUNTS)
+    tiles = feed_forward_few.choose(8)
+    return feed_forward_few.launch_feed_forward_few(inputs, weights, 8, counts, tiles)
+
+
 def projected() -> Any:
     return step_prologue.launch_project(
         rows(8, 42 * 256), rows(1), rows(256), EPS, rows(8, 42, 256), rows(1), 0
@@ -159,6 +171,7 @@ def plain(gpu: Gpu) -> dict[str, Callable[[], Any]]:
             rows(64, 16, 72), *(rows(64, 1, 72, dtype=torch.float32) for _ in range(2))
         ),
         "experts_few": lambda: few_experts(4),
+        "feed_forward_few": lambda: feed_forward(4),
     }
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gemma4_turbo.kernels import router_few as kernel
+from gemma4_turbo.kernels import routing
 from tests.router_inputs import KINDS, logits
 
 pytestmark = [
@@ -105,7 +106,7 @@ def test_signed_zeros_and_nans_in_order():
     row.view(torch.int16)[0, 4], row.view(torch.int16)[0, 5] = 0x7FC0, 0x7FC0 - 0x8000
     found = torch.empty(1, 8, dtype=torch.int32)
     weights = torch.empty(1, 8)
-    kernel._route[(1,)](
+    routing.route[(1,)](
         row, torch.ones(8), weights, found, 1, E=8, K=8, BLOCK_T=1, BLOCK_E=8, P=8, PTX=False
     )
     assert found.tolist() == [[4, 3, 7, 1, 2, 6, 0, 5]]

@@ -17,7 +17,6 @@ from gemma4_turbo.kernels import experts_few as kernel
 from gemma4_turbo.ports.any import experts_few as patch
 from tests.cpu.conftest import only_patch, patched_sglang
 from tests.cpu.ports.counted import counted
-from tests.runs import unpublished
 
 NAME = "experts_few"
 MODULE, _, FUNCTION = patch.TARGET.partition(":")
@@ -148,7 +147,7 @@ def test_an_option_that_is_not_known_is_stocks():
         seen.append(novel)
         return STOCK
 
-    ours = patch.replacement(unpublished(NAME), stock, lambda: False, torch.empty_like)
+    ours = patch._replacement(stock, lambda: False, torch.empty_like)
     assert ours(*given(), activation="gelu", novel=3) == STOCK
     assert isinstance(ours(*given(), activation="gelu", novel=0), torch.Tensor)
     assert ours(*given(), False, "gelu", 5) == STOCK

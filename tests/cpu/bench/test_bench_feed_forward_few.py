@@ -1,0 +1,70 @@
+"""The benchmark of a layer's feed-forward for a few tokens, as far as a machine without a GPU can run it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from bench import feed_forward_few as bench
+from gemma4_turbo.kernels import feed_forward_few as kernel
+from gemma4_turbo.kernels.feed_forward_few import Product, Tiles
+
+pytestmark = [
+    pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
+]
+SMALL = Tiles(*(Product(rows, 1, 64) for rows in (1, 2, 2, 2, 2)))
+
+
+def test_every_cut_can_run():
+    assert len(set(bench.CUTS)) == len(bench.CUTS)
+    for tiles in bench.CUTS:
+        assert kernel.tiles_unfit(tiles, bench.TOPK) is None
+
+
+class Clock:
+    """In the place of a timer: makes the call."""
+
+    def __init__(self, call: Any, calls: int) -> None:
+        self.found = call(calls - 1)
+        self.us = 10.0
+
+
+@pytest.fixture
+def layers(monkeypatch: pytest.MonkeyPatch) -> bench.Layers:
+    changes = {
+        "DEVICE": "cpu", "HIDDEN": 256, "WIDTH": 64, "NARROW": 16, "EXPERTS": 4, "TOPK": 2, "LAYERS": 2,
+        "CALLS": 2, "CUTS": (SMALL,), "Timer": Clock,
+        "readings": lambda timers, _: [timer.us * (i + 1) for i, timer in enumerate(timers)],
+    }  # fmt: skip
+    for name, value in changes.items():
+        monkeypatch.setattr(bench, name, value)
+    return bench.Layers(2, 4)
+
+
+def test_all_ways_compute_the_same(layers: bench.Layers):
+    layers.draw(1)
+    residual = layers.residual[0].clone()
+    found = []
+    for call in (layers.two_streams, layers.one_stream, layers.at_once(SMALL)):
+        layers.residual[0] = residual.clone()  # overwritten, as in a layer
+        found.append(call(0).float())
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[2], found[0], rtol=2**-6, atol=2**-6)
+
+
+def test_rows(layers: bench.Layers, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    def broken(i: int) -> torch.Tensor:
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(layers, "one_stream", broken)
+    frame = pd.DataFrame(bench.measured(layers, 1, 3, {"gpu": "none"}))
+    assert list(frame.what) == ["two streams", "at once"]
+    assert list(frame.ratio) == [1.0, 2.0]
+    assert frame.cut[1] == "1/1/64 2/1/64 2/1/64 2/1/64 2/1/64"
+    # Gate, up and down of the dense MLP, the router, and those of two experts, in bf16.
+    assert frame.gb_per_s[0] == round(2 * 256 * (3 * 64 + 4 + 2 * 3 * 16) / 10 / 1e3)
+    assert "one stream" in capsys.readouterr().err
