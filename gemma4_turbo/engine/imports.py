@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from importlib import metadata
 
@@ -10,6 +11,12 @@ ROOT = "sglang"
 
 def installed_release() -> str | None:
     """Version of the installed SGLang, without importing it."""
+    return _release(tuple(sys.path))
+
+
+@functools.cache
+def _release(path: tuple[str, ...]) -> str | None:
+    """By where Python looks: SGLang's metadata are long, and every patch asks."""
     try:
         return metadata.version(ROOT)
     except metadata.PackageNotFoundError:
