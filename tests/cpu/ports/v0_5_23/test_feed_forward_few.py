@@ -22,7 +22,7 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.site import UNPROVEN, eager_site_of
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import feed_forward_few as kernel
-from gemma4_turbo.ports.any import experts_few, linear, sglang_types
+from gemma4_turbo.ports.any import experts_few, linear, router_few, sglang_types
 from gemma4_turbo.ports.any import feed_forward_few as patch
 from tests.cpu.ports.counted import counted
 from tests.cpu.ports.v0_5_23 import models
@@ -552,6 +552,33 @@ def test_the_experts_alone_are_as_ever_beside_it(request: pytest.FixtureRequest)
     assert experts_few.EXPERTS_FEW.run is None
     assert patch.FEED_FORWARD_FEW.run is None
     assert not hasattr(sys.modules[MODULE].fused_experts_impl, "__wrapped__")
+
+
+BESIDE = ["router_few", "experts_few", "experts_sum", "mlp_stream"]
+
+
+# Each of those whose place it takes, and itself, taken out of all of them.
+@pytest.mark.parametrize("out", [NAME, *BESIDE])
+def test_any_of_its_neighbours_may_go(request: pytest.FixtureRequest, out: str):
+    """It does the work of all, and counts for none of them; without it they do their own."""
+    ENGINE.revert()
+    ENGINE.apply(only=[NAME, *BESIDE, *OTHERS])
+    for name in (NAME, *BESIDE):
+        assert ENGINE.runs[name].state == states.ACTIVE, ENGINE.runs[name].reason
+    layer = models.build("moe").layers[0]
+    calls = request.getfixturevalue("as_on_a_gpu")
+    before = [counted(name) for name in (NAME, *BESIDE)]
+    both = outputs(layer, inputs())
+    assert [counted(name) for name in (NAME, *BESIDE)] == [before[0].and_(engaged=1), *before[1:]]
+    ENGINE._uninstall(ENGINE.runs[out])
+    if out == NAME:
+        assert patch.outputs(layer, *inputs()) is None
+        logits = router_few.logits(layer, inputs()[1])
+        layer.moe(inputs()[2], logits)
+        assert counted("router_few") == before[1].and_(engaged=1)
+    else:
+        assert all(map(torch.equal, outputs(layer, inputs()), both))
+    assert calls.stocks == []
 
 
 def test_verify(layer: Any):
