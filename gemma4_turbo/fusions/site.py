@@ -31,6 +31,10 @@ class Site:
         self._parts: tuple[tuple[dict[str, Any], str, Any], ...] = ()
         self.of: Any = None  # the module: a shallow copy of one brings its site along
 
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        """A deep copy of a module has none: it would hold for copies of parts that the module lacks."""
+        return type(None), ()
+
     def made_for(self, *parts: tuple[Any, str]) -> None:
         """Attributes, ``(object, name)``, whose replacement ends the site; more of them at each call.
 
@@ -78,7 +82,7 @@ def site_of(module: Any, make: Callable[..., T], *more: Any) -> T:
     if site is None or (
         not torch.compiler.is_compiling() and (site.of is not module or site.moved())
     ):
-        site = _new(module, make, *more)
+        site = renewed(module, make, *more)
     return site
 
 
@@ -86,11 +90,12 @@ def eager_site_of(module: Any, make: Callable[..., T], *more: Any) -> T:
     """`site_of` in code that is never traced: bound by CPU overhead."""
     site: T | None = module.__dict__.get(SITE)
     if site is None or site.of is not module or site.moved():
-        site = _new(module, make, *more)
+        site = renewed(module, make, *more)
     return site
 
 
-def _new(module: Any, make: Callable[..., T], *more: Any) -> T:
+def renewed(module: Any, make: Callable[..., T], *more: Any) -> T:
+    """The module's site, made anew."""
     site = make(module, *more)
     site.of = module
     module.__dict__[SITE] = site

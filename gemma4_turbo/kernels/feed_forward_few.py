@@ -120,9 +120,11 @@ class Found(NamedTuple):
 
 @triton.jit
 def _count(count_ptr, sem: tl.constexpr):
-    """One more. With "release" and beyond, whoever acquires it can read what this program has stored."""
-    if sem != "relaxed":
-        tl.debug_barrier()
+    """One more. With "release" and beyond, whoever acquires it can read what this program has stored.
+
+    After all of its lanes: each waits for itself, and may still do so when the first one counts.
+    """
+    tl.debug_barrier()
     return tl.atomic_add(count_ptr, 1, sem=sem)
 
 

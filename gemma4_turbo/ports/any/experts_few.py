@@ -107,7 +107,9 @@ def _replacement(
             return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
 
         def in_place() -> bool:
-            return bool(chosen()["inplace"]) and _options_unfit(allowed, chosen()) is None
+            values = chosen()
+            plain = bool(values["inplace"]) and _options_unfit(allowed, values) is None
+            return plain and not sums_over_ranks()
 
         run = EXPERTS_FEW.run
         if feed_forward_few.are_computed(*given) and in_place():

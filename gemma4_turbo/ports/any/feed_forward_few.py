@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gemma4_turbo.fusions import feed_forward_few
-from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
+from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of, renewed
 from gemma4_turbo.kernels import feed_forward_few as kernel
 from gemma4_turbo.ports.any import linear, router_few, sglang_types
 from gemma4_turbo.runtime.custom_ops import capturing
@@ -28,6 +28,9 @@ NAME = "feed_forward_few"
 
 TOO_MANY_TOKENS = f"more than {kernel.MAX_TOKENS} tokens"
 NOT_ASKED = "SGLang did not run its fused experts on this routing and the layer's own weights"
+NO_NORMS = "layer_norms did not make the layer's inputs"
+SUMMED = "the layer sums over several GPUs"
+INFERENCE = "inference mode: its tensors do not tell of a change in place"
 WENT_ON = "somebody goes on with the experts' output before the layer gets it"
 
 
@@ -39,7 +42,7 @@ class Handed:
     weights: kernel.Weights
     topk: int
     found: kernel.Found
-    versions: tuple[int | None, ...]
+    versions: tuple[int | None, ...]  # of the logits, the ids, their weights and the input
     routed: bool = False
     taken: bool = False
 
@@ -92,6 +95,7 @@ class FeedForwardSite(Site):
             kinds = self.weights.gate_up.dtype, self.weights.scale.dtype, moe.topk.topk_config.top_k
             key = (shapes, *kinds, str(self.weights.gate_up.device))
         super().__init__(key, None)
+        self.layer = layer  # another one may have the same block
         self.made_for((layer, "mlp"), (layer, "router"), (layer, "moe"), (moe, "experts"))
         if self.feed_forward_few is not UNPROVEN:
             return
@@ -115,6 +119,13 @@ class FeedForwardSite(Site):
         )
 
 
+def passed_over(reason: str) -> None:
+    """A layer that cannot ask for `outputs` is counted as declined."""
+    run = FEED_FORWARD_FEW.run
+    if run is not None and not torch.compiler.is_compiling():
+        run.declined(reason)
+
+
 def outputs(
     layer: DecoderLayer,
     mlp_input: torch.Tensor,
@@ -131,6 +142,8 @@ def outputs(
         return None
     moe = layer.moe
     site = eager_site_of(moe, FeedForwardSite, layer)
+    if site.layer is not layer:
+        site = renewed(moe, FeedForwardSite, layer)
     if FEED_FORWARD_FEW.settled(site):
         return None
     inputs = kernel.Inputs(mlp_input, router_input, experts_input)
@@ -139,6 +152,10 @@ def outputs(
     args = feed_forward_few.Args(inputs, site.weights, topk, counts)
     declined = (
         sglang_types.batch_invariant_unfit()
+        or (
+            INFERENCE if torch.is_inference_mode_enabled() or experts_input.is_inference() else None
+        )
+        or sglang_types.rules().routing_unfit()
         or linear.mlp_unfit(layer.mlp)
         or FEED_FORWARD_FEW.unfit(args)
     )
@@ -146,7 +163,7 @@ def outputs(
         return None
     found = FEED_FORWARD_FEW.launch(args, 0)
     logits, ids, weights = found.routed.logits, found.routed.ids, found.routed.weights
-    versions = tuple(map(_version, (logits, ids, weights)))
+    versions = tuple(map(_version, (logits, ids, weights, experts_input)))
     handed = _slot[0] = Handed(experts_input, site.weights, topk, found, versions)
     try:
         summed = moe(experts_input, logits)
@@ -200,7 +217,7 @@ def are_computed(
         and _same(w2, weights.w2)
         and _same(topk_weights, routed.weights)
         and _same(topk_ids, routed.ids)
-        and (_version(topk_ids), _version(topk_weights)) == handed.versions[1:]
+        and tuple(map(_version, (topk_ids, topk_weights, x))) == handed.versions[1:]
     )
 
 

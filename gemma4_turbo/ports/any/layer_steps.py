@@ -209,7 +209,11 @@ def after_attention(
             mlp_output = sums.mlp(mlp_output)
         return _finish(self, site, mlp_output, None, residual, per_layer_input, following)
 
-    if router_input is not None and sums is None:
+    if sums is not None:
+        feed_forward_few.passed_over(feed_forward_few.SUMMED)
+    elif router_input is None:
+        feed_forward_few.passed_over(feed_forward_few.NO_NORMS)
+    else:
         at_once = feed_forward_few.outputs(self, mlp_input, router_input, experts_input)
         if at_once is not None:
             return _finish(self, site, *at_once, residual, per_layer_input, following)

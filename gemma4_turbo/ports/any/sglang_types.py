@@ -88,6 +88,8 @@ class Rules(NamedTuple):
     linear_unfit: Callable[[Any], str | None] = _fits  # and of a linear layer
     sum_of: Callable[[Any], Callable[[torch.Tensor], torch.Tensor] | None] = _no_sum
     """A linear layer's own sum over GPUs."""
+    routing_unfit: Callable[[], str | None] = _never
+    """Why what the routing function has found is written over before the experts run: at every call."""
 
 
 _types: list[Types] = []

@@ -32,6 +32,7 @@ def load() -> None:
             now_unfit,
             _norm_unfit,
             _linear_unfit,
+            routing_unfit=_routing_unfit,
         )
     )
 
@@ -108,4 +109,26 @@ def _parallel_unfit(moe: Any) -> str | None:
 def _branches_unfit(moe: Any) -> str | None:
     if moe.experts.moe_ep_size > 1 or moe.experts.reduce_results:
         return "the experts sum their outputs over several GPUs"
+    return None
+
+
+def _routing_unfit() -> str | None:
+    """By ``select_experts``. Its kernels write in place, and raise no tensor's version."""
+    from sglang.srt.environ import envs
+    from sglang.srt.model_executor import forward_context
+    from sglang.srt.runtime_context import get_exec
+
+    for switch in (
+        envs.SGLANG_SIMULATE_UNIFORM_EXPERTS,
+        envs.SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS,
+    ):
+        if switch.get():
+            return f"{switch.name}: the experts are not those of the router"
+    algorithm = get_exec().moe.ep_dispatch_algorithm
+    if algorithm is not None:
+        return f"--ep-dispatch-algorithm {algorithm}: the experts are placed after the routing"
+    if forward_context.has_forward_context():
+        bound = forward_context.get_forward_context().moe_num_token_non_padded
+        if bound is not None and bound() is not None:
+            return "rows that pad the batch are masked after the routing"
     return None

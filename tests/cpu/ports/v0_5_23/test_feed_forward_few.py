@@ -6,6 +6,9 @@ Without a GPU stock's experts call neither the routing function nor the fused ex
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -19,7 +22,7 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.site import UNPROVEN, eager_site_of
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import feed_forward_few as kernel
-from gemma4_turbo.ports.any import experts_few, linear, sglang_types
+from gemma4_turbo.ports.any import experts_few, linear, router_few, sglang_types
 from gemma4_turbo.ports.any import feed_forward_few as patch
 from tests.cpu.ports.counted import counted
 from tests.cpu.ports.v0_5_23 import models
@@ -215,6 +218,78 @@ def test_another_routing_runs_the_experts(layer: Any, as_on_a_gpu: Calls, routin
     assert near(experts, asked)
 
 
+def silently(t: torch.Tensor, value: float) -> torch.Tensor:
+    """Written as by a kernel of somebody's: no version is raised."""
+    t.data.fill_(value)
+    return t
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("SGLANG_SIMULATE_UNIFORM_EXPERTS", "SGLANG_SIMULATE_UNIFORM_EXPERTS"),
+        ("SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS", "SGLANG_SIMULATE_ROUND_ROBIN_EXPERTS"),
+        ("dispatch", "--ep-dispatch-algorithm fake"),
+        ("padding", "rows that pad the batch"),
+    ],
+)
+def test_a_routing_that_kernels_write_over_is_stocks(
+    layer: Any, as_on_a_gpu: Calls, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+):
+    """SGLang's own ways to change what the routing function has found: no version tells of them."""
+    from sglang.srt import runtime_context
+    from sglang.srt.model_executor import forward_context
+
+    as_on_a_gpu.routing = lambda weights, ids: (weights, silently(ids, 3))
+    with monkeypatch.context() as inside:
+        if name == "dispatch":
+            moe = SimpleNamespace(ep_dispatch_algorithm="fake")
+            inside.setattr(runtime_context, "get_exec", lambda: SimpleNamespace(moe=moe))
+        elif name == "padding":
+            context = SimpleNamespace(moe_num_token_non_padded=lambda: torch.tensor(1))
+            inside.setattr(forward_context, "_current", context)
+        else:
+            inside.setenv(name, "1")
+        declined(layer, reason)
+    # A state of the server, not of the layer.
+    as_on_a_gpu.routing = lambda *found: found
+    before = counted(NAME)
+    outputs(layer, inputs())
+    assert counted(NAME) == before.and_(engaged=1)
+
+
+def test_inference_mode_is_stocks(layer: Any, as_on_a_gpu: Calls):
+    """Its tensors do not tell of a change in place, which is how it is seen here."""
+    as_on_a_gpu.routing = lambda weights, ids: (weights, ids.fill_(3))
+    with torch.inference_mode():
+        declined(layer, "inference mode")
+
+
+def test_an_input_that_was_changed_in_place_runs_the_experts(layer: Any, as_on_a_gpu: Calls):
+    given = inputs()
+
+    def routing(weights: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        given[2].mul_(2)
+        return weights, ids
+
+    as_on_a_gpu.routing = routing
+    before = counted(NAME)
+    outputs(layer, given)
+    assert counted(NAME) == before.and_(declined=1)
+    assert len(as_on_a_gpu.stocks) == 1
+
+
+def test_one_sum_of_both_is_stocks(layer: Any, as_on_a_gpu: Calls, monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt import runtime_context
+
+    moe = SimpleNamespace(ep_dispatch_algorithm=None, enable_fused_moe_sum_all_reduce=True)
+    monkeypatch.setattr(runtime_context, "get_exec", lambda: SimpleNamespace(moe=moe))
+    before = counted(NAME)
+    outputs(layer, inputs())
+    assert counted(NAME) == before.and_(declined=1)
+    assert len(as_on_a_gpu.stocks) == 1
+
+
 @pytest.mark.parametrize(
     "options", [{"inplace": False}, {"activation": "silu"}, {"routed_scaling_factor": 2.0}], ids=str
 )
@@ -257,6 +332,38 @@ def test_experts_of_another_layer_are_not_taken_for_this_ones(
     monkeypatch.setattr(as_on_a_gpu, "forward", forward)
     outputs(layer, inputs())
     assert len(as_on_a_gpu.stocks) == 1
+
+
+def test_two_layers_with_one_block_of_experts(model: Any, layer: Any, as_on_a_gpu: Calls):
+    """What is kept on the block is the layer's that was looked at."""
+    outputs(layer, inputs())
+    other = model.layers[1]
+    other.moe, other.router.proj = layer.moe, layer.router.proj
+    given = inputs()
+    theirs = expected(other, given)
+    mlp, experts = outputs(other, given)
+    assert near(mlp, theirs.mlp_output)
+    assert near(experts, theirs.experts_output)
+    given = inputs()
+    theirs = expected(layer, given)
+    assert near(outputs(layer, given)[0], theirs.mlp_output)
+
+
+def test_a_copy_of_a_block_is_looked_at_anew(layer: Any, as_on_a_gpu: Calls):
+    """A deep copy of what is kept on it would copy the layer, which holds what cannot be copied."""
+    outputs(layer, inputs())
+    layer.moe = copy.deepcopy(layer.moe)
+    layer.mlp.down_proj.weight.data.mul_(-1)
+    given = inputs()
+    theirs = expected(layer, given)
+    assert near(outputs(layer, given)[0], theirs.mlp_output)
+
+
+def test_a_function_set_on_a_copys_part_is_seen(layer: Any, as_on_a_gpu: Calls):
+    outputs(layer, inputs())
+    layer.moe = copy.deepcopy(layer.moe)
+    layer.moe.experts.run_moe_core = lambda **given: None
+    declined(layer, "run_moe_core of somebody else's")
 
 
 PARTS = ("mlp", "mlp.gate_up_proj", "mlp.down_proj", "mlp.act_fn", "router", "router.proj", "moe", "moe.topk", "moe.experts")  # fmt: skip
@@ -368,6 +475,42 @@ def test_several_gpus_are_stocks(layer: Any, monkeypatch: pytest.MonkeyPatch):
     declined(layer, "experts on several GPUs")
 
 
+WAYS = (
+    "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
+    "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+    "sglang.srt.layers.moe.topk:TopK.forward_cuda",
+    "sglang.srt.layers.moe.fused_moe_triton.layer:FusedMoE.forward_impl",
+    "sglang.srt.layers.moe.token_dispatcher.standard:StandardDispatcher.combine",
+    "sglang.srt.layers.moe.moe_runner.runner:MoeRunner.run",
+    "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts",
+)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.partition(":")[2])
+def test_a_wrapper_around_what_is_gone_round_is_a_conflict(
+    way: str, monkeypatch: pytest.MonkeyPatch
+):
+    """It would not be called, or would see a buffer that nobody has filled."""
+    ENGINE.revert()
+    module, _, qualname = way.partition(":")
+    *outer, name = qualname.split(".")
+    owner = functools.reduce(getattr, outer, importlib.import_module(module))
+    inner = getattr(owner, name)
+    monkeypatch.setattr(owner, name, functools.wraps(inner)(lambda *a, **k: inner(*a, **k)))
+    ENGINE.apply(only=[NAME, *OTHERS])
+    assert ENGINE.runs[NAME].state == states.CONFLICT, ENGINE.runs[NAME].reason
+
+
+def test_a_layer_whose_norms_are_stocks_is_counted(model: Any):
+    """Nothing is silently inactive: `layer_norms` makes the three inputs."""
+    ENGINE.revert()
+    ENGINE.apply(only=[NAME])
+    before = counted(NAME)
+    models.run(models.build("moe"))
+    assert counted(NAME) == before.and_(declined=2)
+    assert ENGINE.runs[NAME]._decline_reason == patch.NO_NORMS
+
+
 def test_a_capture_wants_a_run_before_it(
     layer: Any, as_on_a_gpu: Calls, monkeypatch: pytest.MonkeyPatch
 ):
@@ -411,6 +554,33 @@ def test_the_experts_alone_are_as_ever_beside_it(request: pytest.FixtureRequest)
     assert not hasattr(sys.modules[MODULE].fused_experts_impl, "__wrapped__")
 
 
+BESIDE = ["router_few", "experts_few", "experts_sum", "mlp_stream"]
+
+
+# Each of those whose place it takes, and itself, taken out of all of them.
+@pytest.mark.parametrize("out", [NAME, *BESIDE])
+def test_any_of_its_neighbours_may_go(request: pytest.FixtureRequest, out: str):
+    """It does the work of all, and counts for none of them; without it they do their own."""
+    ENGINE.revert()
+    ENGINE.apply(only=[NAME, *BESIDE, *OTHERS])
+    for name in (NAME, *BESIDE):
+        assert ENGINE.runs[name].state == states.ACTIVE, ENGINE.runs[name].reason
+    layer = models.build("moe").layers[0]
+    calls = request.getfixturevalue("as_on_a_gpu")
+    before = [counted(name) for name in (NAME, *BESIDE)]
+    both = outputs(layer, inputs())
+    assert [counted(name) for name in (NAME, *BESIDE)] == [before[0].and_(engaged=1), *before[1:]]
+    ENGINE._uninstall(ENGINE.runs[out])
+    if out == NAME:
+        assert patch.outputs(layer, *inputs()) is None
+        logits = router_few.logits(layer, inputs()[1])
+        layer.moe(inputs()[2], logits)
+        assert counted("router_few") == before[1].and_(engaged=1)
+    else:
+        assert all(map(torch.equal, outputs(layer, inputs()), both))
+    assert calls.stocks == []
+
+
 def test_verify(layer: Any):
     """Its comparison passes, and sees a kernel that adds up other numbers."""
     from gemma4_turbo.ports.any import checks
@@ -428,9 +598,30 @@ def test_the_self_check_sees_a_wrong_kernel(layer: Any, monkeypatch: pytest.Monk
 
     def wrong(*given: Any) -> kernel.Found:
         found = launch(*given)
-        found.mlp_output[1, 2] *= 1.5
-        found.experts_output[2, 3] = float("nan")
+        if found.mlp_output.shape[0] == kernel.MAX_TOKENS:
+            found.mlp_output[1, 2] *= 1.5
+            found.experts_output[2, 3] = float("nan")
         return found
 
     monkeypatch.setattr(kernel, "launch_feed_forward_few", wrong)
     assert fusion.differing(args, 0) == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 4])
+def test_the_self_check_looks_at_every_compiled_kernel(
+    layer: Any, monkeypatch: pytest.MonkeyPatch, tokens: int
+):
+    """Of one, of two and of up to four tokens: a decode step of one token is most of a server's."""
+    site = site_of(layer)
+    counts = torch.zeros(kernel.COUNTS, dtype=torch.int32)
+    args = patch.feed_forward_few.Args(kernel.Inputs(*inputs()), site.weights, 8, counts)
+    launch = kernel.launch_feed_forward_few
+
+    def wrong(given: kernel.Inputs, *more: Any) -> kernel.Found:
+        found = launch(given, *more)
+        if given.mlp.shape[0] == tokens:
+            found.mlp_output[0, 2] = float("nan")
+        return found
+
+    monkeypatch.setattr(kernel, "launch_feed_forward_few", wrong)
+    assert patch.FEED_FORWARD_FEW.differing(args, 0) == 1
