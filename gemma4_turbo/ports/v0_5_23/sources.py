@@ -392,6 +392,8 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:inplace_fused_experts",
+            "sglang.srt.layers.moe.topk:_post_process_topk_ids",
+            "sglang.srt.layers.moe.topk:apply_routing_simulation",
             "sglang.srt.layers.moe.topk:select_experts",
         ),
         written_for=("0.5.23",),
