@@ -460,22 +460,30 @@ class Pace(NamedTuple):
     new: int = 96  # tokens timed
     rounds: int = 3
 
+    def read(self, engine: Engine, size: int) -> dict[str, float]:
+        """One reading: milliseconds of a step."""
+        return {"decode step": engine("pace", ids=self.prompts[:size], new=self.new)["ms"]}
+
     def __call__(self, live: dict[str, Engine], results: Results) -> None:
         """Median and range of the rounds of each engine and size; the first, which warms up, is left out."""
-        found: dict[tuple[str, int], list[float]] = {}
+        found: dict[tuple[str, str, int], list[float]] = {}
         if not self.sizes:
             return
         with turn():  # all rounds in one go
             for round_ in range(-1, self.rounds):
                 for engine in in_turn(live, round_):
                     for size in self.sizes:
-                        ms = engine("pace", ids=self.prompts[:size], new=self.new)["ms"]
-                        if round_ >= 0:
-                            found.setdefault((engine.variant, size), []).append(ms)
-        for (variant, size), times in found.items():
-            name = f"decode step, batch {size}"
-            results.add(variant, name, size, 0, float(np.median(times)), "ms")
-            results.add(variant, f"{name}, range", size, 0, max(times) - min(times), "ms")
+                        for name, value in self.read(engine, size).items():
+                            if round_ >= 0:
+                                found.setdefault((engine.variant, name, size), []).append(value)
+        for (variant, name, size), values in found.items():
+            unit, spread = UNITS[name], max(values) - min(values)
+            results.add(variant, f"{name}, batch {size}", size, 0, float(np.median(values)), unit)
+            results.add(variant, f"{name}, batch {size}, range", size, 0, spread, unit)
+
+
+UNITS = {"decode step": "ms", "verify step": "ms", "tokens a second": "1/s"}
+"""Of what is timed."""
 
 
 def add_calls(results: Results, variant: str, status: dict[str, Any]) -> None:

@@ -34,15 +34,13 @@ HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
 sys.path.insert(0, str(HERE.parent))
 
-import numpy as np  # noqa: E402
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from bench import quality, small_tasks  # noqa: E402
 from bench.assistant import speculation as speculation_of  # noqa: E402
-from bench.engine import PATCHED, STOCK, Engine, Results, console, end_on_sigterm, in_turn  # noqa: E402
+from bench.engine import PATCHED, STOCK, Engine, Results, console, end_on_sigterm  # noqa: E402
 from bench.mtp import DRAFT_STEPS, PLAIN, MtpEngine, Rows, accept_length  # noqa: E402
-from bench.turns import turn  # noqa: E402
 
 TEXT, QUESTIONS = "text", "questions"
 BATCHES = {"alone": 1, "in batches of 8": 8}
@@ -132,37 +130,19 @@ def ask(engine: Engine, asked: dict[str, Asked]) -> Iterator[tuple[str, str, Row
             yield kind, how, engine("continued", **given)["rows"]
 
 
-class Pace(NamedTuple):
-    """How decoding is timed."""
+class MtpPace(quality.Pace):
+    """How decoding is timed; ``sizes`` are requests at once."""
 
-    sizes: list[int]  # requests at once; none: not at all
-    prompts: list[list[int]]
-    new: int  # tokens timed
-    rounds: int
-
-    def __call__(self, live: dict[str, Engine], results: Results) -> None:
-        """Medians and ranges over rounds of each engine and size; the first, which warms up, is left out."""
-        found: dict[tuple[str, str, int], list[float]] = {}
-        if not self.sizes:
-            return
-        with turn():  # all rounds in one go
-            for round_ in range(-1, self.rounds):
-                for engine in in_turn(live, round_):
-                    for size in self.sizes:
-                        said = engine("step", ids=self.prompts[:size], new=self.new)
-                        if round_ >= 0 and said["steps"] > 0 and said["seconds"] > 0:
-                            for name, value in (
-                                ("tokens a second", said["tokens"] / said["seconds"]),
-                                ("verify step", said["seconds"] / said["steps"] * 1e3),
-                            ):
-                                found.setdefault((engine.variant, name, size), []).append(value)
-        for (variant, name, size), values in found.items():
-            unit = "ms" if name == "verify step" else "1/s"
-            if (variant, name) == (PLAIN, "verify step"):
-                name = "decode step"
-            median, spread = float(np.median(values)), max(values) - min(values)
-            results.add(variant, f"{name}, batch {size}", size, 0, median, unit)
-            results.add(variant, f"{name}, batch {size}, range", size, 0, spread, unit)
+    def read(self, engine: Engine, size: int) -> dict[str, float]:
+        """Tokens a second of all requests, and milliseconds of a step; nothing of a reading without steps."""
+        said = engine("step", ids=self.prompts[:size], new=self.new)
+        if said["steps"] <= 0 or said["seconds"] <= 0:
+            return {}
+        step = "decode step" if engine.variant == PLAIN else "verify step"
+        return {
+            "tokens a second": said["tokens"] / said["seconds"],
+            step: said["seconds"] / said["steps"] * 1e3,
+        }
 
 
 def table(results: Results) -> Table:
@@ -226,7 +206,7 @@ def main(
         return QualityMtpEngine(variant, [], given, log)
 
     findings = Findings(results, questions)
-    pace = Pace(sizes, asked[TEXT].prompts, new, rounds)
+    pace = MtpPace(sizes, asked[TEXT].prompts, new, rounds)
     reports: dict[str, Any] = {}
 
     def talk(engine: Engine) -> None:

@@ -44,57 +44,58 @@ class FeedForwardFew(Fusion[Args, Found]):
             args.inputs, args.weights, args.topk, args.counts, kernel.choose(args.topk)
         )
 
-    def reference(self, args: Args) -> Found:
-        return kernel.reference_feed_forward_few(*args[:3])
-
     def like(self, args: Args) -> torch.Tensor:
         return args.inputs.mlp
 
     def drawn(self, args: Args) -> Args:
         """On weights of its own, few experts: what is in a layer's says nothing of the code."""
-        weights = args.weights
-        experts, x = args.topk + 1, args.inputs.mlp
-
-        def rows(seed: int, *shape: int) -> torch.Tensor:
-            generator = torch.Generator(x.device).manual_seed(seed)
-            made = torch.empty(shape, dtype=x.dtype, device=x.device)
-            return made.normal_(0, shape[-1] ** -0.5, generator=generator)
-
-        return Args(
-            Inputs(*(samples(kernel.MAX_TOKENS, x).roll(shift, -1) for shift in range(3))),
-            Weights(
-                rows(0, *weights.gate_up.shape),
-                rows(1, *weights.down.shape),
-                rows(2, experts, weights.router.shape[1]),
-                rows(3, experts).abs().to(weights.scale.dtype),
-                rows(4, experts, *weights.w13.shape[1:]),
-                rows(5, experts, *weights.w2.shape[1:]),
-            ),
-            args.topk,
-            args.counts,
+        x, w = args.inputs.mlp, args.weights
+        (hidden, width), narrow = w.down.shape, w.w2.shape[2]
+        return args._replace(
+            inputs=Inputs(*(samples(kernel.MAX_TOKENS, x).roll(shift, -1) for shift in range(3))),
+            weights=random_weights(hidden, width, narrow, args.topk + 1, x, w.scale.dtype),
         )
 
     def differing(self, args: Args, kind: int) -> int:
         """Numbers that are too far from the reference's, of each kernel that is compiled."""
-        drawn = self.drawn(args)
-        return sum(
-            self._differing(drawn._replace(inputs=Inputs(*(x[:rows] for x in drawn.inputs))), kind)
-            for rows in (1, 2, kernel.MAX_TOKENS)
-        )
+        drawn, found = self.drawn(args), 0
+        for rows in (1, 2, kernel.MAX_TOKENS):
+            few = drawn._replace(inputs=Inputs(*(x[:rows] for x in drawn.inputs)))
+            found += wrong(self.launch(few, kind), few.inputs, few.weights, few.topk)
+        return found
 
-    def _differing(self, drawn: Args, kind: int) -> int:
-        """The experts' are compared by our own routing."""
-        ours, theirs = self.launch(drawn, kind), self.reference(drawn)
-        found = too_far(ours.routed.logits, theirs.routed.logits, LOGITS)
-        weights, ids = router_few.reference_routing(
-            ours.routed.logits, drawn.weights.scale, drawn.topk
-        )
-        near = (ours.routed.weights - weights).abs() <= weights.abs() * WEIGHTS
-        found += int((~near).sum()) + int((ours.routed.ids != ids).sum())
-        # A logit that rounds elsewhere may choose another expert.
-        experts = kernel.reference_experts(drawn.inputs, drawn.weights, ours.routed)
-        found += too_far(ours.mlp_output, theirs.mlp_output, OUTPUT)
-        return found + too_far(ours.experts_output, experts, OUTPUT)
+
+def random_weights(
+    hidden: int, width: int, narrow: int, experts: int, like: torch.Tensor, scale: torch.dtype
+) -> Weights:
+    """Of a layer with so many experts, in the dtype of ``like`` but for the scale; the same every time."""
+    generator = torch.Generator(like.device).manual_seed(5)
+
+    def rows(*shape: int) -> torch.Tensor:
+        made = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return made.normal_(0, shape[-1] ** -0.5, generator=generator)
+
+    return Weights(
+        rows(2 * width, hidden),
+        rows(hidden, width),
+        rows(experts, hidden),
+        rows(experts).abs().to(scale),
+        rows(experts, 2 * narrow, hidden),
+        rows(experts, hidden, narrow),
+    )
+
+
+def wrong(ours: Found, inputs: Inputs, weights: Weights, topk: int) -> int:
+    """Numbers that are too far from the reference's. The experts' are compared by our own routing."""
+    theirs = kernel.reference_feed_forward_few(inputs, weights, topk)
+    found = too_far(ours.routed.logits, theirs.routed.logits, LOGITS)
+    factors, ids = router_few.reference_routing(ours.routed.logits, weights.scale, topk)
+    near = (ours.routed.weights - factors).abs() <= factors.abs() * WEIGHTS
+    found += int((~near).sum()) + int((ours.routed.ids != ids).sum())
+    # A logit that rounds elsewhere may choose another expert.
+    experts = kernel.reference_experts(inputs, weights, ours.routed)
+    found += too_far(ours.mlp_output, theirs.mlp_output, OUTPUT)
+    return found + too_far(ours.experts_output, experts, OUTPUT)
 
 
 def too_far(ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> int:

@@ -30,7 +30,7 @@ import triton.language as tl
 
 from gemma4_turbo.kernels import measured, pdl
 from gemma4_turbo.kernels.gelu import gelu_erf
-from gemma4_turbo.kernels.matvec import LANES, VECTOR, inside, load, over_lanes, products
+from gemma4_turbo.kernels.matvec import LANES, VECTOR, gated, inside, load, over_lanes, summed
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
 MAX_TOKENS = 8
@@ -89,38 +89,11 @@ def _up_kernel(
     expert = tl.load(ids_ptr + slot).to(tl.int64)
     if expert < 0:
         return
-    SIDE: tl.constexpr = ACROSS * LINE
-    STEP: tl.constexpr = REPEAT * LINE
-    MASKED: tl.constexpr = K % STEP != 0
-    side = tl.arange(0, SIDE)[None, None, :]
-    k = tl.arange(0, REPEAT)[None, :, None] * LINE + side % LINE
-    row = tile * (ROWS * ACROSS) + tl.arange(0, ROWS)[:, None, None] * ACROSS + side // LINE
-    row = inside(row, N, ROWS * ACROSS)
-    gate_ptr = w_ptr + expert * (2 * N * K) + (row * K + k)
-    x_ptr = x_ptr + (slot // CHOICES).to(tl.int64) * stride_x + k
-    gates = tl.zeros([ROWS, SIDE // 8], tl.float32)
-    ups = gates
-    left = K
-    gate = load(gate_ptr, k, left, MASKED)
-    up = load(gate_ptr + N * K, k, left, MASKED)
-    x = load(x_ptr, k, left, MASKED)
-    for _ in tl.range(STEP, K, STEP, num_stages=1):
-        left -= STEP
-        gate_ptr += STEP
-        x_ptr += STEP
-        # On their way while these are multiplied.
-        next_gate = load(gate_ptr, k, left, MASKED)
-        next_up = load(gate_ptr + N * K, k, left, MASKED)
-        next_x = load(x_ptr, k, left, MASKED)
-        gates += products(gate, x, ROWS, REPEAT, SIDE, PTX)
-        ups += products(up, x, ROWS, REPEAT, SIDE, PTX)
-        gate, up, x = next_gate, next_up, next_x
-    gates += products(gate, x, ROWS, REPEAT, SIDE, PTX)
-    ups += products(up, x, ROWS, REPEAT, SIDE, PTX)
+    x_ptr += (slot // CHOICES).to(tl.int64) * stride_x
+    w_ptr += expert * (2 * N * K)
+    gates, ups = gated(x_ptr, 0, 1, w_ptr, tile, N, K, 1, ROWS, REPEAT, ACROSS, LINE, False, PTX)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
-    g = rounded(over_lanes(gates, ROWS, ACROSS, LINE), dtype, PTX)
-    u = rounded(over_lanes(ups, ROWS, ACROSS, LINE), dtype, PTX)
-    h = round_to(gelu_erf(g) * u, dtype, PTX)
+    h = round_to(gelu_erf(rounded(gates, dtype, PTX)) * rounded(ups, dtype, PTX), dtype, PTX)
     n = (
         tile * (ROWS * ACROSS)
         + tl.arange(0, ROWS)[:, None] * ACROSS
@@ -169,7 +142,6 @@ def _down_kernel(
         pdl.wait(PDL)
     SIDE: tl.constexpr = ACROSS * LINE
     STEP: tl.constexpr = REPEAT * LINE
-    MASKED: tl.constexpr = N % STEP != 0
     side = tl.arange(0, SIDE)[None, None, :]
     n = tl.arange(0, REPEAT)[None, :, None] * LINE + side % LINE
     row = inside(tile * ACROSS + side // LINE, K, ACROSS)
@@ -180,19 +152,8 @@ def _down_kernel(
         expert = tl.maximum(tl.load(ids_ptr + slot), 0).to(tl.int64)
         at = w_ptr + expert * (K * N) + (row * N + n)
         h_at = h_ptr + (slot * N + n)
-        sums = tl.zeros([GROUP, SIDE // 8], tl.float32)
-        left = N
-        w = load(at, n, left, MASKED)
-        for _ in tl.range(1, steps, num_stages=1):
-            at += STEP
-            next_w = load(at, n, left - STEP, MASKED)  # on its way while this one is multiplied
-            h = load(h_at, n, left, MASKED)
-            sums += products(w, h, GROUP, REPEAT, SIDE, PTX)
-            w = next_w
-            h_at += STEP
-            left -= STEP
-        h = load(h_at, n, left, MASKED)
-        sums += products(w, h, GROUP, REPEAT, SIDE, PTX)
+        w = load(at, n, N, N % STEP != 0)
+        sums = summed(w, at, h_at, n, steps, N, GROUP, REPEAT, SIDE, STEP, PTX)
         slot = token * CHOICES + first + tl.arange(0, GROUP)[:, None]
         factor = tl.load(factors_ptr + slot)
         y = rounded(over_lanes(sums, GROUP, ACROSS, LINE) * factor, dtype, PTX)

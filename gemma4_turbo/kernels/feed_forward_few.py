@@ -33,7 +33,16 @@ import triton.language as tl
 
 from gemma4_turbo.kernels import experts_few, pdl, router_few, skinny_gemm
 from gemma4_turbo.kernels.gelu import gelu_erf, gelu_tanh
-from gemma4_turbo.kernels.matvec import LANES, VECTOR, inside, load, over_lanes, products
+from gemma4_turbo.kernels.matvec import (
+    LANES,
+    VECTOR,
+    gated,
+    inside,
+    load,
+    over_lanes,
+    places,
+    summed,
+)
 from gemma4_turbo.kernels.rounding import round_to, rounded
 from gemma4_turbo.kernels.routing import route
 
@@ -162,79 +171,25 @@ def _or_nan(x, there, PTX: tl.constexpr):
 
 
 @triton.jit
-def _gated(
-    x_ptr, stride_x, tokens, w_ptr, tile,
-    WIDTH: tl.constexpr, DEPTH: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
-    LINE: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Sums of gate and of up, ``[T * ROWS, ACROSS]`` each: the gate's rows, WIDTH below them up's."""
-    SIDE: tl.constexpr = LANES * 8
-    ACROSS: tl.constexpr = SIDE // LINE
-    STEP: tl.constexpr = REPEAT * LINE
-    MASKED: tl.constexpr = DEPTH % STEP != 0
-    side = tl.arange(0, SIDE)[None, None, None, :]
-    k = tl.arange(0, REPEAT)[None, None, :, None] * LINE + side % LINE
-    row = tile * (ROWS * ACROSS) + tl.arange(0, ROWS)[None, :, None, None] * ACROSS + side // LINE
-    gate_ptr = w_ptr + (inside(row, WIDTH, ROWS * ACROSS) * DEPTH + k)
-    token = tl.minimum(tl.arange(0, T)[:, None, None, None], tokens - 1).to(tl.int64)
-    x_ptr = x_ptr + token * stride_x + k
-    left = DEPTH
-    gate = load(gate_ptr, k, left, MASKED)
-    up = load(gate_ptr + WIDTH * DEPTH, k, left, MASKED)
-    pdl.wait(PDL)
-    x = load(x_ptr, k, left, MASKED)
-    gates = tl.zeros([T * ROWS, SIDE // 8], tl.float32)
-    ups = gates
-    for _ in tl.range(STEP, DEPTH, STEP, num_stages=1):
-        left -= STEP
-        gate_ptr += STEP
-        x_ptr += STEP
-        # On their way while these are multiplied.
-        next_gate = load(gate_ptr, k, left, MASKED)
-        next_up = load(gate_ptr + WIDTH * DEPTH, k, left, MASKED)
-        next_x = load(x_ptr, k, left, MASKED)
-        gates += products(gate, x, T * ROWS, REPEAT, SIDE, PTX)
-        ups += products(up, x, T * ROWS, REPEAT, SIDE, PTX)
-        gate, up, x = next_gate, next_up, next_x
-    gates += products(gate, x, T * ROWS, REPEAT, SIDE, PTX)
-    ups += products(up, x, T * ROWS, REPEAT, SIDE, PTX)
-    return over_lanes(gates, T * ROWS, ACROSS, LINE), over_lanes(ups, T * ROWS, ACROSS, LINE)
-
-
-@triton.jit
 def _product(
     x_ptr, stride_x, tokens, w_ptr, tile, counts_ptr, target,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
-    LINE: tl.constexpr, LANES: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    ACROSS: tl.constexpr, LINE: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Sums ``[T * ROWS, ACROSS]`` of what others of this launch may compute: then a count says when."""
-    SIDE: tl.constexpr = LANES * 8
-    ACROSS: tl.constexpr = SIDE // LINE
+    SIDE: tl.constexpr = ACROSS * LINE
     STEP: tl.constexpr = REPEAT * LINE
-    MASKED: tl.constexpr = DEPTH % STEP != 0
-    side = tl.arange(0, SIDE)[None, None, None, :]
-    k = tl.arange(0, REPEAT)[None, None, :, None] * LINE + side % LINE
-    row = tile * (ROWS * ACROSS) + tl.arange(0, ROWS)[None, :, None, None] * ACROSS + side // LINE
-    w_ptr = w_ptr + (inside(row, WIDTH, ROWS * ACROSS) * DEPTH + k)
-    token = tl.minimum(tl.arange(0, T)[:, None, None, None], tokens - 1).to(tl.int64)
-    x_ptr = x_ptr + token * stride_x + k
-    left = DEPTH
-    w = load(w_ptr, k, left, MASKED)
+    k, w_ptr, x_ptr = places(
+        w_ptr, x_ptr, stride_x, tokens, tile, WIDTH, DEPTH, T, ROWS, REPEAT, ACROSS, LINE
+    )  # fmt: skip
+    w = load(w_ptr, k, DEPTH, DEPTH % STEP != 0)
     pdl.wait(PDL)
     there = True
     if WAITS:
         there = _wait_for(counts_ptr, target, PTX)
-    sums = tl.zeros([T * ROWS, SIDE // 8], tl.float32)
-    for _ in tl.range(STEP, DEPTH, STEP, num_stages=1):
-        w_ptr += STEP
-        next_w = load(w_ptr, k, left - STEP, MASKED)  # on its way while this one is multiplied
-        x = load(x_ptr, k, left, MASKED)
-        sums += products(w, x, T * ROWS, REPEAT, SIDE, PTX)
-        w = next_w
-        x_ptr += STEP
-        left -= STEP
-    x = load(x_ptr, k, left, MASKED)
-    sums += products(w, x, T * ROWS, REPEAT, SIDE, PTX)
+    sums = summed(
+        w, w_ptr, x_ptr, k, (DEPTH + STEP - 1) // STEP, DEPTH, T * ROWS, REPEAT, SIDE, STEP, PTX
+    )
     if WAITS:
         sums = _or_nan(sums, there, PTX)
     return over_lanes(sums, T * ROWS, ACROSS, LINE)
@@ -245,12 +200,12 @@ def _router(
     x_ptr, stride_x, tokens, w_ptr, scale_ptr, logits_ptr, weights_ptr, ids_ptr, counts_ptr, tile,
     TILES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
     BLOCK_E: tl.constexpr, P: tl.constexpr, ACROSS: tl.constexpr, REPEAT: tl.constexpr, LINE: tl.constexpr,
-    LANES: tl.constexpr, ROUTER: tl.constexpr, ROUTED: tl.constexpr, EXPERTS: tl.constexpr,
+    ROUTER: tl.constexpr, ROUTED: tl.constexpr, EXPERTS: tl.constexpr,
     APART: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Some experts' logits; the last of these programs routes."""
     sums = _product(
-        x_ptr, stride_x, tokens, w_ptr, tile, counts_ptr, 0, E, H, T, 1, REPEAT, LINE, LANES, False, PDL, PTX
+        x_ptr, stride_x, tokens, w_ptr, tile, counts_ptr, 0, E, H, T, 1, REPEAT, ACROSS, LINE, False, PDL, PTX
     )  # fmt: skip
     token = tl.arange(0, T)[:, None]
     expert = tile * ACROSS + tl.arange(0, ACROSS)[None, :]
@@ -271,12 +226,12 @@ def _router(
 def _dense(
     x_ptr, stride_x, tokens, w_ptr, d_ptr, tile,
     M: tl.constexpr, H: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The dense MLP's activations, some columns of all tokens."""
-    gate, up = _gated(
-        x_ptr, stride_x, tokens, w_ptr, tile, M, H, T, ROWS, REPEAT, LINE, LANES, PDL, PTX
-    )  # fmt: skip
+    gate, up = gated(
+        x_ptr, stride_x, tokens, w_ptr, tile, M, H, T, ROWS, REPEAT, ACROSS, LINE, PDL, PTX
+    )
     dtype: tl.constexpr = d_ptr.dtype.element_ty
     d = gelu_tanh(rounded(gate, dtype, PTX), PTX) * rounded(up, dtype, PTX)
     held = tl.arange(0, T * ROWS)[:, None]
@@ -289,7 +244,7 @@ def _dense(
 def _chosen(
     x_ptr, stride_x, w_ptr, h_ptr, expert_ptr, slot, tile,
     N: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """An expert's activations, some columns of one token."""
     pdl.wait(PDL)
@@ -298,9 +253,7 @@ def _chosen(
     expert = tl.maximum(expert, 0).to(tl.int64)
     x_ptr += (slot // K).to(tl.int64) * stride_x
     w_ptr += expert * (2 * N * H)
-    gate, up = _gated(
-        x_ptr, 0, 1, w_ptr, tile, N, H, 1, ROWS, REPEAT, LINE, LANES, PDL, PTX
-    )  # fmt: skip
+    gate, up = gated(x_ptr, 0, 1, w_ptr, tile, N, H, 1, ROWS, REPEAT, ACROSS, LINE, PDL, PTX)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
     gate = _or_nan(gate, there, PTX)
     h = gelu_erf(rounded(gate, dtype, PTX)) * rounded(up, dtype, PTX)
@@ -316,11 +269,11 @@ def _chosen(
 def _dense_down(
     d_ptr, tokens, w_ptr, out_ptr, counts_ptr, target, tile,
     H: tl.constexpr, M: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The dense MLP's output, some columns of all tokens."""
     sums = _product(
-        d_ptr, M, tokens, w_ptr, tile, counts_ptr, target, H, M, T, ROWS, REPEAT, LINE, LANES, True, PDL, PTX
+        d_ptr, M, tokens, w_ptr, tile, counts_ptr, target, H, M, T, ROWS, REPEAT, ACROSS, LINE, True, PDL, PTX
     )  # fmt: skip
     held = tl.arange(0, T * ROWS)[:, None]
     token = held // ROWS
@@ -331,14 +284,13 @@ def _dense_down(
 
 @triton.jit
 def _chosen_down(
-    h_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr, routed_ptr, ready_ptr, token, tile,
+    h_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr, routed_ptr, ready_ptr, token, tile, steps,
     H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, LANES: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The experts' output, some columns of one token, summed from the first choice to the last."""
-    SIDE: tl.constexpr = LANES * 8
+    SIDE: tl.constexpr = ACROSS * LINE
     STEP: tl.constexpr = REPEAT * LINE
-    MASKED: tl.constexpr = N % STEP != 0
     dtype: tl.constexpr = h_ptr.dtype.element_ty
     side = tl.arange(0, SIDE)[None, None, :]
     n = tl.arange(0, REPEAT)[None, :, None] * LINE + side % LINE
@@ -350,22 +302,11 @@ def _chosen_down(
         slot = token * K + first + tl.arange(0, GROUP)[:, None, None]
         expert = tl.load(ids_ptr + slot).to(tl.int64)
         at = w_ptr + expert * (H * N) + (row * N + n)
-        left = N
-        w = load(at, n, left, MASKED)
+        w = load(at, n, N, N % STEP != 0)
         if first == 0:
             there = there & _wait_for(ready_ptr, 1, PTX)
         h_at = h_ptr + (slot * N + n)
-        sums = tl.zeros([GROUP, SIDE // 8], tl.float32)
-        for _ in tl.range(STEP, N, STEP, num_stages=1):
-            at += STEP
-            next_w = load(at, n, left - STEP, MASKED)
-            h = load(h_at, n, left, MASKED)
-            sums += products(w, h, GROUP, REPEAT, SIDE, PTX)
-            w = next_w
-            h_at += STEP
-            left -= STEP
-        h = load(h_at, n, left, MASKED)
-        sums += products(w, h, GROUP, REPEAT, SIDE, PTX)
+        sums = summed(w, at, h_at, n, steps, N, GROUP, REPEAT, SIDE, STEP, PTX)
         factor = tl.load(weights_ptr + token * K + first + tl.arange(0, GROUP)[:, None])
         y = rounded(over_lanes(sums, GROUP, ACROSS, LINE) * factor, dtype, PTX)
         choice = tl.arange(0, GROUP)[:, None]
@@ -376,7 +317,8 @@ def _chosen_down(
     tl.store(out_ptr + token * H + i, round_to(total, dtype, PTX), mask=i < H)
 
 
-@triton.jit(do_not_specialize=["tokens"])
+# Were the few steps known to the compiler, it would unroll them and put loads behind products.
+@triton.jit(do_not_specialize=["tokens", "steps"])
 def _feed_forward_few_kernel(
     mlp_input_ptr, router_input_ptr, experts_input_ptr,  # [T, H]
     gate_up_ptr, down_ptr,  # [2 M, H], [H, M]
@@ -386,6 +328,7 @@ def _feed_forward_few_kernel(
     logits_ptr, weights_ptr, ids_ptr,  # [T, E], [T, K], [T, K]
     dense_ptr, chosen_ptr,  # [T, M], [T * K, N]
     counts_ptr, tokens, stride_mlp, stride_router, stride_experts,
+    steps,  # of the columns of an expert's down projection
     H: tl.constexpr, M: tl.constexpr, N: tl.constexpr, E: tl.constexpr, K: tl.constexpr,
     BLOCK_T: tl.constexpr,  # power of two >= tokens
     BLOCK_E: tl.constexpr, P: tl.constexpr,  # powers of two >= E and K
@@ -424,19 +367,19 @@ def _feed_forward_few_kernel(
         _router(
             router_input_ptr, stride_router, tokens, router_ptr, scale_ptr, logits_ptr, weights_ptr, ids_ptr,
             counts_ptr, number, ROUTER_TILES, H, E, K, BLOCK_T, BLOCK_E, P, ROUTER_ACROSS, ROUTER_REPEAT,
-            ROUTER_LINE, LANES, ROUTER, ROUTED, EXPERTS, APART, PDL, PTX,
+            ROUTER_LINE, ROUTER, ROUTED, EXPERTS, APART, PDL, PTX,
         )  # fmt: skip
     elif number < FIRST:
         _dense(
             mlp_input_ptr, stride_mlp, tokens, gate_up_ptr, dense_ptr, number - ROUTER_TILES,
-            M, H, BLOCK_T, DENSE_ROWS, DENSE_ACROSS, DENSE_REPEAT, DENSE_LINE, LANES, PDL, PTX,
+            M, H, BLOCK_T, DENSE_ROWS, DENSE_ACROSS, DENSE_REPEAT, DENSE_LINE, PDL, PTX,
         )  # fmt: skip
         _count(counts_ptr + DENSE, "release")
     elif number < FIRST + slots * CHOSEN_TILES:
         slot = (number - FIRST) % slots
         _chosen(
             experts_input_ptr, stride_experts, w13_ptr, chosen_ptr, counts_ptr + EXPERTS + slot * APART, slot,
-            (number - FIRST) // slots, N, H, K, CHOSEN_ROWS, CHOSEN_ACROSS, CHOSEN_REPEAT, CHOSEN_LINE, LANES,
+            (number - FIRST) // slots, N, H, K, CHOSEN_ROWS, CHOSEN_ACROSS, CHOSEN_REPEAT, CHOSEN_LINE,
             PDL, PTX,
         )  # fmt: skip
         token = slot // K
@@ -452,7 +395,7 @@ def _feed_forward_few_kernel(
         if last < DOWN_TILES:
             _dense_down(
                 dense_ptr, tokens, down_ptr, mlp_output_ptr, counts_ptr + DENSE, DENSE_TILES, last,
-                H, M, BLOCK_T, DOWN_ROWS, DOWN_ACROSS, DOWN_REPEAT, DOWN_LINE, LANES, PDL, PTX,
+                H, M, BLOCK_T, DOWN_ROWS, DOWN_ACROSS, DOWN_REPEAT, DOWN_LINE, PDL, PTX,
             )  # fmt: skip
         else:
             which = (last - DOWN_TILES) % tokens
@@ -460,7 +403,7 @@ def _feed_forward_few_kernel(
             ready_ptr = counts_ptr + READY + (which * READERS + tile % READERS) * APART
             _chosen_down(
                 chosen_ptr, w2_ptr, ids_ptr, weights_ptr, experts_output_ptr, counts_ptr + ROUTED, ready_ptr,
-                which, tile, H, N, K, GROUP, GROUP_ACROSS, GROUP_REPEAT, GROUP_LINE, LANES, PDL, PTX,
+                which, tile, steps, H, N, K, GROUP, GROUP_ACROSS, GROUP_REPEAT, GROUP_LINE, PDL, PTX,
             )  # fmt: skip
         # Each of these has read all that it waited for.
         if _count(counts_ptr + ENDED, "relaxed") == DOWN_TILES + tokens * GROUP_TILES - 1:
@@ -652,6 +595,7 @@ def launch_feed_forward_few(
         counts,
         tokens,
         *(x.stride(0) for x in inputs),
+        triton.cdiv(narrow, group.repeat * group.line),
         H=hidden,
         M=width,
         N=narrow,

@@ -92,9 +92,8 @@ class AttentionSite(Site):
         self.cover("qkv_proj", attention.qkv_proj)
         names = ("q_norm", "k_norm", "v_norm", "rotary_emb", "qkv_proj", "attn")
         parts: list[tuple[object, str]] = [(attention, name) for name in names]
-        parts += [(attention.qkv_proj, name) for name in ("quant_method", "weight", "bias")]
         parts += [(attention.rotary_emb, "_forward_method")]
-        parts += sglang_types.method_parts(attention.qkv_proj)
+        parts += sglang_types.linear_parts(attention.qkv_proj)
         self.made_for(*parts)
 
 

@@ -69,20 +69,16 @@ def enable(
     """
     for fusion in fusions:
         fusion.enable(run)
-    stocks = stock[TARGET]
-    if not _shared or _shared[0] is not stocks:
-        _shared[:] = [stocks, _replacement(stocks, sums_over_ranks, empty_like)]
-    return {TARGET: _shared[1]}
+    return {TARGET: _replacement(stock[TARGET], sums_over_ranks, empty_like)}
 
 
-_shared: list[Callable[..., torch.Tensor]] = []  # SGLang's function, and what replaces it
-
-
+@functools.cache
 def _replacement(
     stock: Callable[..., torch.Tensor],
     sums_over_ranks: Callable[[], bool],
     empty_like: Callable[[torch.Tensor], torch.Tensor],
 ) -> Callable[..., torch.Tensor]:
+    """The same for each patch: they share it."""
     options = list(inspect.signature(stock).parameters.values())[5:]
     names = [option.name for option in options]
     defaults = {option.name: option.default for option in options}
@@ -106,14 +102,12 @@ def _replacement(
         def chosen() -> dict[str, Any]:
             return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
 
-        def in_place() -> bool:
+        if feed_forward_few.are_computed(*given):
             values = chosen()
-            plain = bool(values["inplace"]) and _options_unfit(allowed, values) is None
-            return plain and not sums_over_ranks()
-
+            plain = values["inplace"] and _options_unfit(allowed, values) is None
+            if plain and not sums_over_ranks():
+                return feed_forward_few.taken(hidden_states)
         run = EXPERTS_FEW.run
-        if feed_forward_few.are_computed(*given) and in_place():
-            return feed_forward_few.taken(hidden_states)
         if run is None:
             return stocks()
         if hidden_states.shape[0] > MOST_TOKENS:  # every prefill: no time for more

@@ -18,6 +18,7 @@ from gemma4_turbo.fusions import feed_forward_few
 from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of, renewed
 from gemma4_turbo.kernels import feed_forward_few as kernel
 from gemma4_turbo.ports.any import linear, router_few, sglang_types
+from gemma4_turbo.runtime import handed
 from gemma4_turbo.runtime.custom_ops import capturing
 
 if TYPE_CHECKING:
@@ -40,10 +41,8 @@ class Handed:
 
     x: torch.Tensor  # the experts' input
     weights: kernel.Weights
-    topk: int
     found: kernel.Found
-    versions: tuple[int | None, ...]  # of the logits, the ids, their weights and the input
-    routed: bool = False
+    versions: tuple[int | None, ...]  # of the ids, their weights and the input
     taken: bool = False
 
 
@@ -103,8 +102,7 @@ class FeedForwardSite(Site):
         experts, topk = moe.experts, moe.topk
         self.cover(NAME, mlp, *products, mlp.act_fn, router, moe, topk, experts)
         for product in products:
-            self.made_for(*((product, name) for name in ("quant_method", "weight", "bias")))
-            self.made_for(*sglang_types.method_parts(product))
+            self.made_for(*sglang_types.linear_parts(product))
         self.made_for(
             *((mlp, name) for name in ("gate_up_proj", "down_proj", "act_fn")),
             *((router, name) for name in ("norm", "proj")),
@@ -162,41 +160,28 @@ def outputs(
     if FEED_FORWARD_FEW.admit(site, declined, lambda: args) is None:
         return None
     found = FEED_FORWARD_FEW.launch(args, 0)
-    logits, ids, weights = found.routed.logits, found.routed.ids, found.routed.weights
-    versions = tuple(map(_version, (logits, ids, weights, experts_input)))
-    handed = _slot[0] = Handed(experts_input, site.weights, topk, found, versions)
+    routed = found.routed
+    versions = tuple(map(handed.version, (routed.ids, routed.weights, experts_input)))
+    kept = _slot[0] = Handed(experts_input, site.weights, found, versions)
+    router_few.hand_over(layer, site, routed, site.weights.scale, topk)
     try:
-        summed = moe(experts_input, logits)
+        summed = moe(experts_input, routed.logits)
     finally:
         _slot[0] = None
-    if not handed.taken:
+        router_few.forget()
+    if not kept.taken:
         # The experts' output is stock's, of our logits.
         if experts_input.is_cuda:  # without a GPU SGLang routes in another way
             site.feed_forward_few = NOT_ASKED
         run.declined(NOT_ASKED)
         return found.mlp_output, summed
-    if not _same(summed, experts_input):
+    if not handed.same(summed, experts_input):
         # The buffer was never filled: once more, as stock.
         site.feed_forward_few = WENT_ON
         run.declined(WENT_ON)
-        return found.mlp_output, moe(experts_input, logits)
+        return found.mlp_output, moe(experts_input, routed.logits)
     run.engaged(capturing())
     return found.mlp_output, found.experts_output
-
-
-def routed(
-    logits: torch.Tensor, scale: torch.Tensor, topk: int
-) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Weights and ids of the very logits that the newest launch has made, once, or None."""
-    handed = _slot[0]
-    if handed is None or handed.routed or logits is not handed.found.routed.logits:
-        return None
-    if scale is not handed.weights.scale or topk != handed.topk:
-        return None
-    if _version(logits) != handed.versions[0]:
-        return None
-    handed.routed = True
-    return handed.found.routed.weights, handed.found.routed.ids
 
 
 def are_computed(
@@ -207,38 +192,26 @@ def are_computed(
     topk_ids: torch.Tensor,
 ) -> bool:
     """Whether fused experts called with these are what the newest launch has computed."""
-    handed = _slot[0]
-    if handed is None or not handed.routed or handed.taken:
+    kept = _slot[0]
+    if kept is None or kept.taken:
         return False
-    routed, weights = handed.found.routed, handed.weights
+    routed, weights = kept.found.routed, kept.weights
+    pairs = (
+        (x, kept.x),
+        (w13, weights.w13),
+        (w2, weights.w2),
+        (topk_weights, routed.weights),
+        (topk_ids, routed.ids),
+    )
     return (
-        _same(x, handed.x)
-        and _same(w13, weights.w13)
-        and _same(w2, weights.w2)
-        and _same(topk_weights, routed.weights)
-        and _same(topk_ids, routed.ids)
-        and tuple(map(_version, (topk_ids, topk_weights, x))) == handed.versions[1:]
+        all(handed.same(*pair) for pair in pairs)
+        and tuple(map(handed.version, (topk_ids, topk_weights, x))) == kept.versions
     )
 
 
 def taken(x: torch.Tensor) -> torch.Tensor:
     """The fused experts' result, ``x``, to which nothing was written: the layer knows."""
-    handed = _slot[0]
-    assert handed is not None
-    handed.taken = True
+    kept = _slot[0]
+    assert kept is not None
+    kept.taken = True
     return x
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """Raised by a change in place; none in inference mode."""
-    return None if tensor.is_inference() else tensor._version
-
-
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether both are the same numbers in memory: an operator may hand on another object."""
-    return a is b or (
-        a.data_ptr() == b.data_ptr()
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and a.dtype == b.dtype
-    )

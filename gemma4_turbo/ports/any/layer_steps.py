@@ -20,6 +20,7 @@ from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
 from gemma4_turbo.ports.any import feed_forward_few, linear, router_few, sglang_types
+from gemma4_turbo.runtime import handed
 from gemma4_turbo.runtime.custom_ops import capturing
 
 if TYPE_CHECKING:
@@ -62,14 +63,7 @@ class Summing:
     @classmethod
     def is_buffer(cls, summed: torch.Tensor) -> bool:
         """Whether what the experts returned is the very buffer, so that nothing was added since."""
-        buffer = cls.buffer
-        return (
-            buffer is not None
-            and summed.data_ptr() == buffer.data_ptr()
-            and summed.shape == buffer.shape
-            and summed.stride() == buffer.stride()
-            and summed.dtype == buffer.dtype
-        )
+        return cls.buffer is not None and handed.same(summed, cls.buffer)
 
 
 class LayerSite(Site):

@@ -14,6 +14,7 @@ from gemma4_turbo.fusions import router_few
 from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
 from gemma4_turbo.kernels import router_few as kernel
 from gemma4_turbo.ports.any import linear, sglang_types
+from gemma4_turbo.runtime import handed
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import DecoderLayer, Router
@@ -78,8 +79,7 @@ class RouterSite(Site):
             proj, topk = router.proj, moe.topk
             self.cover(NAME, router, proj, moe, topk)
             self.made_for(
-                *((proj, name) for name in ("quant_method", "weight", "bias")),
-                *sglang_types.method_parts(proj),
+                *sglang_types.linear_parts(proj),
                 (router, "norm"),
                 (router, "proj"),
                 (moe, "topk"),
@@ -94,7 +94,7 @@ def logits(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     proj, run = layer.router.proj, ROUTER_FEW.run
     if run is None or torch.compiler.is_compiling():
         return linear.project(proj, x)
-    _slot[0] = None  # of a layer that has ended with an exception
+    forget()  # of a layer that has ended with an exception
     if not 0 < x.shape[0] <= kernel.MAX_TOKENS:  # every prefill: no time for more
         run.declined(TOO_MANY_TOKENS if x.shape[0] else "no tokens")
         return linear.project(proj, x)
@@ -107,11 +107,20 @@ def logits(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     found = ROUTER_FEW(site, args, sglang_types.batch_invariant_unfit())
     if found is None:
         return linear.project(proj, x)
-    made = found.logits
-    _slot[0] = Handed(
-        layer, site, found, None if made.is_inference() else made._version, scale, topk
-    )
-    return made
+    hand_over(layer, site, found, scale, topk)
+    return found.logits
+
+
+def hand_over(
+    layer: DecoderLayer, site: Site, found: kernel.Routed, scale: torch.Tensor, topk: int
+) -> None:
+    """What a launch has found is kept for `routed`, until `forget`."""
+    _slot[0] = Handed(layer, site, found, handed.version(found.logits), scale, topk)
+
+
+def forget() -> None:
+    """Nothing is kept any more."""
+    _slot[0] = None
 
 
 def routed(
@@ -121,19 +130,19 @@ def routed(
 
     Once: who asks again, where the experts run a second time, may have written to the first ones.
     """
-    handed = _slot[0]
-    if handed is None or logits is not handed.found.logits or scale is not handed.scale:
+    kept = _slot[0]
+    if kept is None or logits is not kept.found.logits or scale is not kept.scale:
         return None
-    if topk != handed.topk or (handed.version is not None and logits._version != handed.version):
+    if topk != kept.topk or handed.version(logits) != kept.version:
         return None
-    _slot[0] = None
-    return handed.found.weights, handed.found.ids
+    forget()
+    return kept.found.weights, kept.found.ids
 
 
 def done(layer: DecoderLayer, x: torch.Tensor) -> None:
     """The layer's experts have run. Where nobody asked, the next launch would be for nothing as well."""
-    handed = _slot[0]
-    if handed is not None and handed.layer is layer:
+    kept = _slot[0]
+    if kept is not None and kept.layer is layer:
         if x.is_cuda:  # without a GPU SGLang routes in another way
-            setattr(handed.site, NAME, NOT_ASKED)
-        _slot[0] = None
+            setattr(kept.site, NAME, NOT_ASKED)
+        forget()

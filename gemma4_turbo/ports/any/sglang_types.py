@@ -268,10 +268,11 @@ def router_unfit(router: object) -> str | None:
     return reason
 
 
-def method_parts(module: object) -> list[tuple[object, str]]:
-    """What somebody may set on a linear layer's method, for `gemma4_turbo.fusions.site.Site.made_for`."""
+def linear_parts(module: object) -> list[tuple[object, str]]:
+    """What somebody may set on a linear layer and its method, for `gemma4_turbo.fusions.site.Site.made_for`."""
+    parts = [(module, name) for name in ("quant_method", "weight", "bias")]
     method = getattr(module, "quant_method", None)
-    return [(method, "apply")] if hasattr(method, "__dict__") else []
+    return [*parts, (method, "apply")] if hasattr(method, "__dict__") else parts
 
 
 def rope_unfit(rope: RotaryEmbedding, head_dim: int) -> str | None:

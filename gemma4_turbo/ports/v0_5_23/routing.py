@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import feed_forward_few, layer_steps, router_few
+from gemma4_turbo.ports.any import layer_steps, router_few
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -27,24 +27,20 @@ Routing = tuple[torch.Tensor, torch.Tensor]
 def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement, which the patches share."""
     layer_steps.enable(fusions, run)
-    route = stock[TARGET]
-    if not _shared or _shared[0] is not route:
-        _shared[:] = [route, _replacement(route)]
-    return {TARGET: _shared[1]}
+    return {TARGET: _replacement(stock[TARGET])}
 
 
-_shared: list[Callable[..., Routing]] = []  # SGLang's function, and what replaces it
-
-
+@functools.cache
 def _replacement(route: Callable[..., Routing]) -> Callable[..., Routing]:
+    """The same for each patch: they share it."""
+
     @functools.wraps(route)
     def gemma4_fused_routing(
         gating_output: torch.Tensor, per_expert_scale: torch.Tensor, topk: int
     ) -> Routing:
         found = None
         if not torch.compiler.is_compiling():
-            asked = gating_output, per_expert_scale, topk
-            found = feed_forward_few.routed(*asked) or router_few.routed(*asked)
+            found = router_few.routed(gating_output, per_expert_scale, topk)
         return route(gating_output, per_expert_scale, topk) if found is None else found
 
     return gemma4_fused_routing
