@@ -118,7 +118,7 @@ class Timed:
 
 @pytest.mark.parametrize(
     "pace",
-    [quality.Pace([1, 2], [[1], [2]]), quality_mtp.Pace([1, 2], [[1], [2]], new=1, rounds=3)],
+    [quality.Pace([1, 2], [[1], [2]]), quality_mtp.MtpPace([1, 2], [[1], [2]], new=1, rounds=3)],
     ids=["quality", "quality_mtp"],
 )
 def test_rounds_follow_each_other(
