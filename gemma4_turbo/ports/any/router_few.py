@@ -104,7 +104,8 @@ def logits(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     moe, weight = layer.moe, proj.weight
     scale, topk = moe.per_expert_scale, moe.topk.topk_config.top_k
     args = router_few.Args(x, weight, scale, topk, linear.zeros_of(proj, 1, weight.device))
-    found = ROUTER_FEW(site, args, sglang_types.batch_invariant_unfit())
+    declined = sglang_types.batch_invariant_unfit() or sglang_types.rules().logits_unfit()
+    found = ROUTER_FEW(site, args, declined)
     if found is None:
         return linear.project(proj, x)
     hand_over(layer, site, found, scale, topk)

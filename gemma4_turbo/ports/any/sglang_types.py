@@ -88,6 +88,8 @@ class Rules(NamedTuple):
     linear_unfit: Callable[[Any], str | None] = _fits  # and of a linear layer
     sum_of: Callable[[Any], Callable[[torch.Tensor], torch.Tensor] | None] = _no_sum
     """A linear layer's own sum over GPUs."""
+    logits_unfit: Callable[[], str | None] = _never
+    """Why the router's logits are written over before the routing function sees them: at every call."""
     routing_unfit: Callable[[], str | None] = _never
     """Why what the routing function has found is written over before the experts run: at every call."""
 

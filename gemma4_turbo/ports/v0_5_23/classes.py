@@ -32,6 +32,7 @@ def load() -> None:
             now_unfit,
             _norm_unfit,
             _linear_unfit,
+            logits_unfit=_logits_unfit,
             routing_unfit=_routing_unfit,
         )
     )
@@ -109,6 +110,15 @@ def _parallel_unfit(moe: Any) -> str | None:
 def _branches_unfit(moe: Any) -> str | None:
     if moe.experts.moe_ep_size > 1 or moe.experts.reduce_results:
         return "the experts sum their outputs over several GPUs"
+    return None
+
+
+def _logits_unfit() -> str | None:
+    """By ``transform_select_experts_inputs``, in place: in inference mode no version tells of it."""
+    from sglang.srt.runtime_context import get_exec
+
+    if get_exec().moe.ep_dispatch_algorithm == "fake":
+        return "--ep-dispatch-algorithm fake: the logits are made up"
     return None
 
 

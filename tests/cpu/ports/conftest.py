@@ -18,7 +18,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return collection_path in releases.other_lines() or None
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(
+    scope="module", autouse=True
+)  # not longer: other folders' tests follow in one process
 def large_tiles() -> Iterator[None]:
     """Products in few programs: an interpreted one takes as long for a large tile as for a small one.
 

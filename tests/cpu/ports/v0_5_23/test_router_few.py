@@ -251,6 +251,20 @@ def test_batch_invariant_mode_is_stocks(layer: Any, monkeypatch: pytest.MonkeyPa
     declined(layer, "batch-invariant mode")
 
 
+def test_logits_that_sglang_makes_up_are_stocks(layer: Any, monkeypatch: pytest.MonkeyPatch):
+    """In place, and in inference mode no version tells of it."""
+    from sglang.srt import runtime_context
+
+    moe = SimpleNamespace(ep_dispatch_algorithm="fake")
+    with monkeypatch.context() as inside:
+        inside.setattr(runtime_context, "get_exec", lambda: SimpleNamespace(moe=moe))
+        declined(layer, "--ep-dispatch-algorithm fake")
+    # A state of the server, not of the layer.
+    before = counted(NAME)
+    patch.logits(layer, rows())
+    assert counted(NAME) == before.and_(engaged=1)
+
+
 def test_a_capture_wants_a_run_before_it(layer: Any, monkeypatch: pytest.MonkeyPatch):
     layer.router.proj.__dict__.pop(linear.ARRIVED, None)
     site = site_of(layer)
