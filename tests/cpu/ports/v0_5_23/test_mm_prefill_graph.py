@@ -20,6 +20,7 @@ from gemma4_turbo.ports.any import advice
 from gemma4_turbo.ports.v0_5_23 import mm_prefill_graph as patch
 from tests.cpu import forward_batch, vision
 from tests.cpu.conftest import standing
+from tests.cpu.ports.counted import counted
 from tests.cpu.ports.v0_5_23 import models
 
 NAME = "mm_prefill_graph"
@@ -356,10 +357,16 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         LogitsProcessor, "forward", lambda self, ids, hidden, *others: hidden.clone()
     )
     config = CudaGraphConfig()
-    config.prefill.backend, config.prefill.bs = "breakable", list(SIZES)
     made_for: list[Any] = []
 
-    def make(kind: str = "dense", error: Exception | None = None, **fields: Any) -> Any:
+    def make(
+        kind: str = "dense",
+        error: Exception | None = None,
+        backend: str = "breakable",
+        sizes: tuple[int, ...] = SIZES,
+        **fields: Any,
+    ) -> Any:
+        config.prefill.backend, config.prefill.bs = backend, list(sizes)
         model = multimodal(kind)
         vars(model.language_model).pop("forward", None)
         attention = object.__new__(TritonAttnBackend)
@@ -644,23 +651,37 @@ def test_another_attention_backend_has_none(served: Any):
     assert "attention backend SimpleNamespace" in reason()
 
 
-@pytest.mark.parametrize(
-    ("fields", "counted"),
-    [
-        ({"is_draft_worker": True}, "draft"),
-        ({"model_config": SimpleNamespace(is_multimodal=False, context_len=128)}, "without"),
-    ],
-)
-def test_others_are_stocks(served: Any, fields: dict[str, Any], counted: str):
-    """A draft model has none here; one without encoders is given no embeddings."""
-    before = ENGINE.runs[NAME].counters.engaged
-    runner = served(error=None, **fields) if counted == "draft" else None
-    if counted == "without":
-        with pytest.raises(ValueError, match="exactly one"):  # this stand-in has the slot for them
-            served(**fields)
-    else:
-        assert runner.prefill_cuda_graph_runner is None
-    assert ENGINE.runs[NAME].counters.engaged == before
+def test_a_draft_model_is_stocks(served: Any):
+    """It has no graphs here, and the patch has nothing to say of it."""
+    before = counted(NAME)
+    assert served(is_draft_worker=True).prefill_cuda_graph_runner is None
+    assert counted(NAME) == before
+    assert reason() == "installed"
+
+
+def test_a_model_without_encoders_is_stocks(served: Any):
+    """It is given no embeddings; this stand-in for SGLang's runner has a slot for them."""
+    before = counted(NAME)
+    with pytest.raises(ValueError, match="exactly one"):
+        served(model_config=SimpleNamespace(is_multimodal=False, context_len=128))
+    assert counted(NAME) == before.and_(declined=1)
+    assert "without its encoders" in reason()
+
+
+@pytest.mark.parametrize("kind", ["disabled", "full"])
+def test_what_nobody_asked_the_decision_about_is_said_where_graphs_are_recorded(
+    folders: dict[str, Path], served: Any, kind: str
+):
+    """A choice of the user's, and pipeline parallelism: SGLang returns before it asks its rules."""
+    given: dict[str, Any] = {"cuda_graph_backend_prefill": kind}
+    if kind == "disabled":
+        assert backend(arguments(folders["26b-a4b"], pp_size=2)) == kind
+    before = counted(NAME)
+    assert backend(arguments(folders["26b-a4b"], **given)) == kind
+    assert counted(NAME) == before  # not asked
+    served(backend=kind, sizes=())  # so that stock, too, records nothing
+    assert counted(NAME) == before.and_(declined=1)
+    assert f"CUDA graphs of prefill are {kind}" in reason()
 
 
 def chosen(**fields: Any) -> Any:
