@@ -42,6 +42,14 @@ MLP_STREAM = Step()
 
 Ends = tuple[torch.Tensor, torch.Tensor | None]
 
+NO_EXPERTS = "the layer has no experts"
+NOT_PER_LAYER = "the layer has no per-layer embeddings"
+NO_PLE_TAIL = "`ple_tail` did not make the layer's end"
+COVERED = "`feed_forward_few` computes the layer's feed-forward at once"
+EAGER = "eager launches gain nothing from a second stream"
+
+_enabled = [0]  # how many times fusions were given to a patch
+
 MLP_STREAM_ROWS = 64
 """Above this many tokens the two branches no longer leave room for each other."""
 
@@ -84,6 +92,7 @@ class LayerSite(Site):
         if sglang_types.norm_unfit(layer.input_layernorm) is None:
             key = (weight.shape[0], weight.dtype, str(weight.device), moe)  # type: ignore[union-attr]
         super().__init__(key, layer.input_layernorm)
+        self.told = 0  # when `tell_absent` was last done, as `_enabled` counts
 
         reasons = [sglang_types.norm_unfit(norm) for norm in firsts]
         if moe:
@@ -92,7 +101,7 @@ class LayerSite(Site):
         reasons = [sglang_types.norm_unfit(norm) for norm in tails]
         self.ple_tail: str | None = first_unfit(reasons)
         self.input_norm: str | None = first_unfit(reasons)
-        apart = sglang_types.experts_unfit(layer.moe) if moe else "the layer has no experts"
+        apart = sglang_types.experts_unfit(layer.moe) if moe else NO_EXPERTS
         # No arithmetic to compare.
         self.mlp_stream: str | None = apart or sglang_types.rules().branches_unfit(layer.moe)
         more = (
@@ -152,8 +161,28 @@ def _modules(layer: DecoderLayer, names: list[str]) -> tuple[Norm, ...]:
 
 def enable(fusions: tuple[Step, ...], run: PatchRun) -> None:
     """Give fusions to a patch."""
+    _enabled[0] += 1
     for fusion in fusions:
         fusion.enable(run)
+
+
+def tell_covered() -> None:
+    """Count the patches on parts that `feed_forward_few` has computed. It runs for a few tokens only."""
+    for step in (EXPERTS_SUM, MLP_STREAM, router_few.ROUTER_FEW):
+        if step.run is not None:
+            step.run.declined(COVERED)
+
+
+def tell_absent(layer: DecoderLayer) -> None:
+    """Count, once for each layer, the patches on parts that a layer does not have."""
+    of_experts = (EXPERTS_SUM, MLP_STREAM, router_few.ROUTER_FEW, feed_forward_few.FEED_FORWARD_FEW)
+    for steps, there, reason in (
+        (of_experts, layer.enable_moe_block, NO_EXPERTS),
+        ((PLE_TAIL,), layer.has_ple, NOT_PER_LAYER),
+    ):
+        for step in steps:
+            if step.run is not None and not there:
+                step.run.declined(reason)
 
 
 def count_early_launches(before: int, device: torch.device) -> None:
@@ -188,6 +217,9 @@ def after_attention(
     Returns:
         the layer's result; of ``following``, the norm that reads it, the normed rows or None.
     """
+    if not torch.compiler.is_compiling() and site.told != _enabled[0]:
+        site.told = _enabled[0]
+        tell_absent(self)
     router_input: torch.Tensor | None = None
     experts_input: Any = None
     fused = _layer_norms(self, site, hidden_states, residual, router_of)
@@ -210,6 +242,7 @@ def after_attention(
     else:
         at_once = feed_forward_few.outputs(self, mlp_input, router_input, experts_input)
         if at_once is not None:
+            tell_covered()
             return _finish(self, site, *at_once, residual, per_layer_input, following)
 
     side = _side_stream(self, site, mlp_input)
@@ -225,6 +258,7 @@ def after_attention(
     if router_input is not None:
         router_logits = router_few.logits(self, router_input)
     else:
+        router_few.passed_over(feed_forward_few.NO_NORMS)
         router_logits = self.router(residual)
         experts_input = self.pre_feedforward_layernorm_2(residual)
     experts_output = _experts(self, site, experts_input, router_logits, residual, mlp_output)
@@ -270,9 +304,11 @@ def _layer_norms(
 
 def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.cuda.Stream | None:
     """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
-    if MLP_STREAM.run is None or torch.compiler.is_compiling() or not capturing():
+    if MLP_STREAM.run is None or torch.compiler.is_compiling():
         return None
     unfit = site.mlp_stream or site.hooks_unfit("mlp_stream")
+    if unfit is None and not capturing():
+        unfit = EAGER
     if unfit is None and x.shape[0] > MLP_STREAM_ROWS:
         unfit = f"more than {MLP_STREAM_ROWS} tokens"
     if unfit is not None:
@@ -440,6 +476,9 @@ def _finish_ple(
             gate = torch.nn.functional.gelu(gate, approximate="tanh")
             contribution, _ = self.per_layer_projection(gate * per_layer_input)
             out = out + self.post_per_layer_input_norm(contribution)
+        run = PLE_INPUT_NORM.run
+        if run is not None and following is not None and not torch.compiler.is_compiling():
+            run.declined(NO_PLE_TAIL)
         return out * self.layer_scalar, None
     assert per_layer_input is not None
     norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm

@@ -89,6 +89,13 @@ class RouterSite(Site):
             )
 
 
+def passed_over(reason: str) -> None:
+    """A layer that cannot ask for `logits` is counted as declined."""
+    run = ROUTER_FEW.run
+    if run is not None and not torch.compiler.is_compiling():
+        run.declined(reason)
+
+
 def logits(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     """The router's product with its normed input; what follows from it is kept for `routed`."""
     proj, run = layer.router.proj, ROUTER_FEW.run

@@ -45,6 +45,8 @@ NAME = "step_prologue"
 FORWARD = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward"
 GATHER = "sglang.srt.models.gemma4_causal:Gemma4TextModel.get_per_layer_inputs"
 PROJECT = "sglang.srt.models.gemma4_causal:Gemma4TextModel.project_per_layer_inputs"
+EMBEDDED = "the caller passes embeddings"
+NOT_PER_LAYER = "the model has no per-layer inputs"
 Function = Callable[..., Any]
 EmbeddingUnfit = Callable[["ScaledWordEmbedding", torch.Tensor, int], "str | None"]
 NormUnfit = Callable[[Any, torch.Tensor], "str | None"]  # a norm of SGLang's
@@ -75,11 +77,13 @@ def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function
 
     def get_per_layer_inputs(self: TextModel, input_ids: torch.LongTensor) -> torch.Tensor:
         embedding = self.embed_tokens_per_layer
+        compiling = torch.compiler.is_compiling()
         if embedding is None:
+            if not compiling:
+                run.declined(NOT_PER_LAYER)
             return None  # type: ignore[return-value]  # as stock
         vocab = self.vocab_size_per_layer_input
         reason = reason_of(embedding, input_ids, vocab)
-        compiling = torch.compiler.is_compiling()
         if reason is None and compiling:
             rows = traced(input_ids, embedding.weight, embedding.embed_scale, vocab)
             return per_layer(self, rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
+import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -231,6 +233,58 @@ def test_the_launch_says_it_of_layers_that_share_kv(folders: dict[str, Path], ch
     found = advice.on_launch(made)
     assert bool(found) is (chosen != "disabled")
     assert all("layer_id" in each and f"-prefill {chosen}" in each for each in found)
+    ENGINE.apply(only=["optional_kv"])
+    assert advice.on_launch(made) == []
+
+
+@pytest.fixture(scope="module")
+def shared_text(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-only E2B."""
+    config = json.loads((folders["e2b"] / "config.json").read_text())
+    text = {**config["text_config"], "architectures": ["Gemma4ForCausalLM"]}
+    folder = tmp_path_factory.mktemp("shared")
+    (folder / "config.json").write_text(json.dumps(text))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "breakable"),  # SGLang's default
+        ({"cuda_graph_backend_prefill": "full"}, "full"),
+        ({"cuda_graph_backend_prefill": "disabled"}, None),
+        ({"disable_prefill_cuda_graph": True}, None),
+        ({"disable_cuda_graph": True}, None),
+        ({"pp_size": 2}, None),
+        ({"dcp_size": 2}, None),  # another of SGLang's rules
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("resolved", [False, True])
+def test_the_launch_says_it_of_text_whose_layers_share_kv(
+    shared_text: Path,
+    folders: dict[str, Path],
+    given: dict[str, Any],
+    told: str | None,
+    resolved: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As with ``GEMMA4_TURBO_PROFILE=exact``. Nothing is left on the arguments."""
+    from sglang.srt.model_executor import cuda_graph_config
+
+    monkeypatch.setattr(cuda_graph_config, "default_prefill_backend", lambda: "breakable")
+    made = arguments(shared_text, **given)
+    if resolved:
+        backend(made)
+    before = copy.deepcopy(vars(made)) if not resolved else None
+    found = advice.on_launch(made)
+    assert before is None or vars(made) == before
+    assert [told in each for each in found if told] == ([True] if told else [])
+    assert bool(found) is (told is not None)
+    for each in found:
+        assert "GEMMA4_TURBO_OPTIONAL_KV=1" in each
+        assert "--disable-prefill-cuda-graph" in each
+    assert advice.on_launch(arguments(folders["text"], **given)) == []  # no layers that share
     ENGINE.apply(only=["optional_kv"])
     assert advice.on_launch(made) == []
 
