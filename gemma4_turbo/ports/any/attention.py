@@ -142,8 +142,8 @@ def forward(
     unfit = site.stocks or sglang_types.rules().now_unfit()
     if unfit is not None:
         for fusion in FUSIONS:
-            if fusion.run is not None and not torch.compiler.is_compiling():
-                fusion.run.declined(unfit)
+            if fusion.run is not None:
+                fusion.declined(unfit)
         return _stock[TARGET](self, positions, hidden_states, forward_batch, **kwargs)
     q, k, v = _project(self, site, hidden_states)
     fits = site.canonical and (

@@ -42,8 +42,8 @@ def between(
         told["normed"] = normed
     if _direct(layer, after, last):
         told["following"] = after if last else after.input_layernorm
-    elif not torch.compiler.is_compiling():
-        layer_steps.INPUT_NORM.run.declined(NOT_DIRECT)
+    else:
+        layer_steps.INPUT_NORM.declined(NOT_DIRECT)
     return told
 
 

@@ -21,7 +21,7 @@ from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
 from gemma4_turbo.ports.any import feed_forward_few, linear, router_few, sglang_types
 from gemma4_turbo.runtime import handed
-from gemma4_turbo.runtime.custom_ops import capturing
+from gemma4_turbo.runtime.custom_ops import TRACED, capturing
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -46,6 +46,7 @@ NO_EXPERTS = "the layer has no experts"
 NOT_PER_LAYER = "the layer has no per-layer embeddings"
 NO_PLE_TAIL = "`ple_tail` did not make the layer's end"
 COVERED = "`feed_forward_few` computes the layer's feed-forward at once"
+UNCOUNTED = "early launches in compiled code are not counted"
 EAGER = "eager launches gain nothing from a second stream"
 
 _enabled = [0]  # how many times fusions were given to a patch
@@ -169,27 +170,33 @@ def enable(fusions: tuple[Step, ...], run: PatchRun) -> None:
 def tell_covered() -> None:
     """Count the patches on parts that `feed_forward_few` has computed. It runs for a few tokens only."""
     for step in (EXPERTS_SUM, MLP_STREAM, router_few.ROUTER_FEW):
-        if step.run is not None:
-            step.run.declined(COVERED)
+        step.declined(COVERED)
 
 
 def tell_absent(layer: DecoderLayer) -> None:
-    """Count, once for each layer, the patches on parts that a layer does not have."""
+    """Count, once for each layer and for each trace of it, the patches on parts that a layer does not have."""
     of_experts = (EXPERTS_SUM, MLP_STREAM, router_few.ROUTER_FEW, feed_forward_few.FEED_FORWARD_FEW)
     for steps, there, reason in (
         (of_experts, layer.enable_moe_block, NO_EXPERTS),
         ((PLE_TAIL,), layer.has_ple, NOT_PER_LAYER),
     ):
         for step in steps:
-            if step.run is not None and not there:
-                step.run.declined(reason)
+            if not there:
+                step.declined(reason)
+
+
+def early_launches() -> int:
+    """So far. Not for traced code, which would be traced again whenever there are more."""
+    return 0 if torch.compiler.is_compiling() else pdl.launches
 
 
 def count_early_launches(before: int, device: torch.device) -> None:
     """Count a layer for `pdl`: whether more kernels were launched early than ``before`` it."""
     if PDL.run is None:
         return
-    if pdl.launches > before:
+    if torch.compiler.is_compiling():
+        PDL.declined(UNCOUNTED)
+    elif pdl.launches > before:
         PDL.run.engaged(capturing())
     elif pdl.supported(device):
         PDL.run.declined("none of the package's kernels was launched in the layer")
@@ -217,7 +224,9 @@ def after_attention(
     Returns:
         the layer's result; of ``following``, the norm that reads it, the normed rows or None.
     """
-    if not torch.compiler.is_compiling() and site.told != _enabled[0]:
+    if torch.compiler.is_compiling():
+        tell_absent(self)
+    elif site.told != _enabled[0]:
         site.told = _enabled[0]
         tell_absent(self)
     router_input: torch.Tensor | None = None
@@ -305,6 +314,7 @@ def _layer_norms(
 def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.cuda.Stream | None:
     """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
     if MLP_STREAM.run is None or torch.compiler.is_compiling():
+        MLP_STREAM.declined(TRACED)
         return None
     unfit = site.mlp_stream or site.hooks_unfit("mlp_stream")
     if unfit is None and not capturing():
@@ -332,7 +342,10 @@ def _experts(
     mlp_output: torch.Tensor,
 ) -> torch.Tensor:
     """The experts' output, summed or, if the tail can sum it, ``[M, K, N]``."""
-    if torch.compiler.is_compiling() or EXPERTS_SUM.settled(site):
+    if EXPERTS_SUM.settled(site):
+        return self.moe(x, router_logits)
+    if torch.compiler.is_compiling():
+        EXPERTS_SUM.declined(TRACED)
         return self.moe(x, router_logits)
     unfit = None
     if x.shape[0] > COMPILED_SUM_ROWS:
@@ -476,9 +489,8 @@ def _finish_ple(
             gate = torch.nn.functional.gelu(gate, approximate="tanh")
             contribution, _ = self.per_layer_projection(gate * per_layer_input)
             out = out + self.post_per_layer_input_norm(contribution)
-        run = PLE_INPUT_NORM.run
-        if run is not None and following is not None and not torch.compiler.is_compiling():
-            run.declined(NO_PLE_TAIL)
+        if following is not None:
+            PLE_INPUT_NORM.declined(NO_PLE_TAIL)
         return out * self.layer_scalar, None
     assert per_layer_input is not None
     norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm

@@ -79,7 +79,9 @@ def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function
         embedding = self.embed_tokens_per_layer
         compiling = torch.compiler.is_compiling()
         if embedding is None:
-            if not compiling:
+            if compiling:
+                custom_ops.not_traced(NAME, NOT_PER_LAYER)
+            else:
                 run.declined(NOT_PER_LAYER)
             return None  # type: ignore[return-value]  # as stock
         vocab = self.vocab_size_per_layer_input
@@ -96,7 +98,9 @@ def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function
                     self,
                     kernel.launch_gather(input_ids, embedding.weight, embedding.embed_scale, vocab),
                 )
-        if not compiling:
+        if compiling:
+            custom_ops.not_traced(NAME)
+        else:
             run.declined(reason)
         return stock(self, input_ids)
 
@@ -154,10 +158,14 @@ def project_method(
             if reason is None:
                 run.engaged(capturing)
                 return kernel.launch_project(*arguments, kind)
-            if not compiling:
+            if compiling:
+                custom_ops.not_traced(NAME)
+            else:
                 run.declined(reason)
             return _behind_product(self, projection, inputs_embeds, per_layer_inputs)
-        if not compiling:
+        if compiling:
+            custom_ops.not_traced(NAME)
+        else:
             run.declined(reason)
         return stock(self, inputs_embeds, per_layer_inputs)
 

@@ -138,8 +138,7 @@ def all_rows(run: PatchRun, reason: str) -> None:
     """All rows go through all layers: counted for the patch that would have cut, and those `BEHIND`."""
     run.declined(reason)
     for step in BEHIND:
-        if step.run is not None:
-            step.run.declined(f"no rows are cut: {reason}")
+        step.declined(f"no rows are cut: {reason}")
 
 
 def cut_failed(error: Exception) -> None:

@@ -51,7 +51,9 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
     ) -> LogitsProcessor:
         given = input_ids is None or input_embeds is not None
         if given or torch.compiler.is_compiling():
-            if not torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                custom_ops.not_traced(shared.NAME)
+            else:
                 run.declined(shared.EMBEDDED)
             return stock(self, input_ids, positions, forward_batch, input_embeds, **kwargs)
         text = self.language_model

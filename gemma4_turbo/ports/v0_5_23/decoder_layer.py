@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.fusions.site import eps_of, site_of
-from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.ports.any import (
     feed_forward_few,
@@ -100,7 +99,8 @@ def _boundaries_unfit(layer: StagedLayer) -> str | None:
 
 def _result_unfit(layer: StagedLayer) -> str | None:
     """Why the layer's result is computed in another way than stock's, or None."""
-    if getattr(layer._next_stream, "__func__", None) is not _result[0]:
+    # Not by the bound method's function, which in a trace is another.
+    if "_next_stream" in vars(layer) or type(layer)._next_stream is not _result[0]:
         return f"a {sglang_types.name(layer)} has a _next_stream of its own"
     return None
 
@@ -155,12 +155,11 @@ def forward(
         unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
     if unfit is not None:
         for step in STEPS:
-            if step.run is not None:
-                step.run.declined(unfit)
+            step.declined(unfit)
         return _stock[TARGET](
             self, positions, hidden_states, per_layer_input, forward_batch, capture_output, **kwargs
         )
-    before = pdl.launches
+    before = layer_steps.early_launches()
     attended = self.self_attn(
         positions=positions,
         hidden_states=self.input_layernorm(hidden_states) if normed is None else normed,

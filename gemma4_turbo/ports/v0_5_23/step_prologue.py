@@ -95,6 +95,7 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
     ) -> Union[LogitsProcessor, PPProxyTensors]:  # noqa: UP007  # stock's annotation
         theirs = (self, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
         if torch.compiler.is_compiling():
+            custom_ops.not_traced(shared.NAME)
             return stock(*theirs, **kwargs)
         text = self.language_model
         capturing = custom_ops.capturing()

@@ -63,8 +63,7 @@ def forward(
     if self.pp_group.world_size > 1:
         if forward_batch.forward_mode.is_extend():
             for step in (yoco_cut.YOCO, yoco_graph.YOCO_GRAPH, YOCO_PIECEWISE):
-                if step.run is not None:
-                    step.run.declined(PIPELINE)
+                step.declined(PIPELINE)
         return _stock[TARGET](
             self,
             input_ids,

@@ -27,9 +27,7 @@ def said() -> Iterator[None]:
 
 # A dense layer lacks experts and per-layer embeddings, one with experts the latter, "ple" experts.
 @pytest.mark.parametrize("kind", ["moe", "ple", "dense"])
-def test_every_patch_of_a_layer_has_run_or_says_why_not(
-    kind: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_every_patch_of_a_layer_has_run_or_says_why_not(kind: str, monkeypatch: pytest.MonkeyPatch):
     from sglang.srt.server_args import get_global_server_args
 
     model = forwards.build(kind)
