@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from gemma4_turbo.cli import small_moe
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.models import geometry
 from gemma4_turbo.ports.any import advice
 from gemma4_turbo.ports.v0_5_23 import mm_prefill_graph as patch
 from tests.cpu import forward_batch, vision
@@ -238,13 +238,9 @@ def test_the_launch_says_it_of_layers_that_share_kv(folders: dict[str, Path], ch
 
 
 @pytest.fixture(scope="module")
-def shared_text(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text-only E2B."""
-    config = json.loads((folders["e2b"] / "config.json").read_text())
-    text = {**config["text_config"], "architectures": ["Gemma4ForCausalLM"]}
-    folder = tmp_path_factory.mktemp("shared")
-    (folder / "config.json").write_text(json.dumps(text))
-    return folder
+    return geometry.write_model(tmp_path_factory.mktemp("shared") / "text", "e2b")
 
 
 @pytest.mark.parametrize(
