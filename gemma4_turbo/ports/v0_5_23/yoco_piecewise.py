@@ -64,9 +64,10 @@ def first_layer(model: TextModel, batch: Any, kwargs: dict[str, object]) -> int 
 def _none_are_made() -> bool:
     from sglang.srt.model_executor import cuda_graph_config
 
-    return cuda_graph_config.check_cuda_graph_backend(
+    found: bool = cuda_graph_config.check_cuda_graph_backend(
         cuda_graph_config.Phase.PREFILL, cuda_graph_config.Backend.DISABLED
     )
+    return found
 
 
 def unfit(model: TextModel, batch: Any, kwargs: dict[str, object]) -> str | None:
