@@ -27,7 +27,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli.tuning.decode import Arena, Point, Shape  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
 from gemma4_turbo.kernels.attention import decode as kernel  # noqa: E402

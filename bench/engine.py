@@ -34,8 +34,8 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench.provenance import provenance  # noqa: E402
-from bench.turns import turn  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
+from bench.common.turns import turn  # noqa: E402
 from gemma4_turbo.catalogue import BITWISE, PATCHES  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
@@ -78,7 +78,7 @@ class Engine:
     """A worker process and its pipe."""
 
     patience_s = 40.0  # until a process that was told to end is killed
-    script = "engine_worker.py"
+    script = "workers/engine.py"
     untimed: frozenset[str] = frozenset()  # commands beside which others' may run
 
     def __init__(

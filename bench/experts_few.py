@@ -35,7 +35,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli import lines  # noqa: E402
 from gemma4_turbo.cli.tuning.moe import prepare_sglang  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Call, Timer, readings  # noqa: E402

@@ -31,7 +31,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
 from gemma4_turbo.kernels import experts_few, pdl, router_few, skinny_gemm  # noqa: E402
 from gemma4_turbo.kernels import feed_forward_few as kernel  # noqa: E402

@@ -58,10 +58,10 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from bench.common.servers import console, free_port, launch_arguments  # noqa: E402
 from bench.engine import PATCHED, STOCK, distances, end_on_sigterm  # noqa: E402
-from bench.engine_worker import prompts  # noqa: E402
 from bench.images import ImageServer, as_row, sampling  # noqa: E402
-from bench.servers import console, free_port, launch_arguments  # noqa: E402
+from bench.workers.engine import prompts  # noqa: E402
 from gemma4_turbo.cli.arguments import flag  # noqa: E402
 
 EXACT, HOSTILE, SQUATTED = "exact", "hostile folder", "taken folder"
@@ -684,7 +684,7 @@ gptq_marlin._jit_gptq_marlin_module(torch.bfloat16)
 
 def write_models(name: str, folder: Path) -> Path:
     """The checkpoint of this name; written once."""
-    from bench import checkpoints
+    from bench.models import checkpoints
 
     return {
         "moe": lambda: checkpoints.write_gemma(folder),
@@ -899,7 +899,7 @@ class Bench:
 
     def asked(self, scenario: Scenario, server: TestedServer) -> dict[str, list[dict[str, Any]]]:
         """The server's answers, as soon as it stands."""
-        from bench import checkpoints
+        from bench.models import checkpoints
 
         first = f"{scenario.name}, {server.variant}"
         if first not in self.answers:

@@ -34,6 +34,8 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
+from bench.common.servers import Server, console, launch_arguments, servers  # noqa: E402
+from bench.common.turns import turn  # noqa: E402
 from bench.engine import (  # noqa: E402
     PATCHED,
     STOCK,
@@ -43,8 +45,6 @@ from bench.engine import (  # noqa: E402
     end_on_sigterm,
     in_turn,
 )
-from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
-from bench.turns import turn  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
 from gemma4_turbo.models import geometry, geometry_mm  # noqa: E402

@@ -37,7 +37,7 @@ import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from bench import assistant  # noqa: E402
+from bench.common.turns import turn  # noqa: E402
 from bench.engine import (  # noqa: E402
     ARGUMENTS,
     PATCHED,
@@ -48,7 +48,7 @@ from bench.engine import (  # noqa: E402
     end_on_sigterm,
     in_turn,
 )
-from bench.turns import turn  # noqa: E402
+from bench.models import assistant  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
@@ -60,9 +60,9 @@ Rows = list[dict[str, Any]]
 
 
 class MtpEngine(Engine):
-    """With the commands of `mtp_worker`; leaves nothing of its process group behind."""
+    """With the commands of `workers.mtp`; leaves nothing of its process group behind."""
 
-    script = "mtp_worker.py"
+    script = "workers/mtp.py"
 
     def stop(self) -> None:
         assert self.process.stdin is not None
@@ -88,7 +88,7 @@ def outlived(engine: Engine, do: Callable[[], None]) -> str | None:
 def started(make: Callable[[str], Engine], names: list[str]) -> Iterator[dict[str, Engine]]:
     """Engines at once, without those that do not start; stopped at the end.
 
-    Other processes' timings wait until all have started; see `bench.turns`.
+    Other processes' timings wait until all have started; see `bench.common.turns`.
     """
     made: dict[str, Engine] = {}
     try:
@@ -388,7 +388,7 @@ def main(
     os.environ["BENCH_UNIT_NORMS"] = "1" if unit_norms and not words else "0"
     os.environ["BENCH_AGREEING"] = ""
     if words:
-        from bench.agreeing import Agreement
+        from bench.inside.agreeing import Agreement
 
         agreement = Agreement(geometry.VOCABULARY, agreeing, AGREEMENT_SEED)
         width = assistant.config(model)["text_config"]["hidden_size"] // 2

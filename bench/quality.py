@@ -24,7 +24,7 @@ what it had; a comparison needs stock's part of it. Rows:
 * with ``--time``, milliseconds of a decode step, the median of rounds in which engines take turns.
 
 Engines start side by side. Needs a GPU. Without ``--time`` others may use it too; with it they are kept
-away by ``BENCH_LOCK``, a file that all of them are told (`bench.turns`).
+away by ``BENCH_LOCK``, a file that all of them are told (`bench.common.turns`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 from scipy.stats import binomtest  # noqa: E402
 
-from bench import small_models, small_tasks  # noqa: E402
+from bench.common.turns import turn  # noqa: E402
 from bench.engine import (  # noqa: E402
     ARGUMENTS,
     PATCHED,
@@ -64,9 +64,9 @@ from bench.engine import (  # noqa: E402
     in_turn,
     patches_of,
 )
+from bench.models import small_models, small_tasks  # noqa: E402
 from bench.mtp import MtpEngine, outlived, started  # noqa: E402
-from bench.tables_quality import in_order  # noqa: E402
-from bench.turns import turn  # noqa: E402
+from bench.rendering.quality import in_order  # noqa: E402
 from gemma4_turbo.catalogue import by_name  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine import states  # noqa: E402
@@ -82,9 +82,9 @@ PROMPT, GENERATED = "prompt", "generated"
 
 
 class QualityEngine(MtpEngine):
-    """With the commands of `quality_worker`; ``patches``: None is stock, an empty list the default."""
+    """With the commands of `workers.quality`; ``patches``: None is stock, an empty list the default."""
 
-    script = "quality_worker.py"
+    script = "workers/quality.py"
     untimed = frozenset({"answers", "text", "distributions", "status"})
 
     def __init__(

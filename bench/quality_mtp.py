@@ -16,7 +16,7 @@ a CSV:
   of rounds in which engines take turns, on text;
 * calls of each patch's code on the host.
 
-Engines start side by side; ``BENCH_LOCK`` keeps others away while one is timed (`bench.turns`). Needs a GPU
+Engines start side by side; ``BENCH_LOCK`` keeps others away while one is timed (`bench.common.turns`). Needs a GPU
 and transformers 5.8, which 0.5.12.post1 does not bring.
 """
 
@@ -37,9 +37,10 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from bench import quality, small_tasks  # noqa: E402
-from bench.assistant import speculation as speculation_of  # noqa: E402
+from bench import quality  # noqa: E402
 from bench.engine import PATCHED, STOCK, Engine, Results, console, end_on_sigterm  # noqa: E402
+from bench.models import small_tasks  # noqa: E402
+from bench.models.assistant import speculation as speculation_of  # noqa: E402
 from bench.mtp import DRAFT_STEPS, PLAIN, MtpEngine, Rows, accept_length  # noqa: E402
 
 TEXT, QUESTIONS = "text", "questions"
@@ -48,9 +49,9 @@ PAIRS = ((STOCK, PATCHED), (PLAIN, STOCK), (PLAIN, PATCHED))
 
 
 class QualityMtpEngine(MtpEngine):
-    """With the commands of `quality_mtp_worker`; patched: all that are on by default."""
+    """With the commands of `workers.quality_mtp`; patched: all that are on by default."""
 
-    script = "quality_mtp_worker.py"
+    script = "workers/quality_mtp.py"
     untimed = frozenset({"continued", "status"})
 
 

@@ -25,10 +25,10 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
+from bench.common.servers import Server, console, launch_arguments, servers  # noqa: E402
+from bench.common.turns import turn  # noqa: E402
 from bench.engine import PATCHED, STOCK, Results, end_on_sigterm, in_turn  # noqa: E402
-from bench.load_client import LoadClient  # noqa: E402
-from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
-from bench.turns import turn  # noqa: E402
+from bench.workers.load import LoadClient  # noqa: E402
 from gemma4_turbo.catalogue import CATALOGUE  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402

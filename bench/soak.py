@@ -41,9 +41,9 @@ sys.path.insert(0, str(HERE.parent))
 import psutil  # noqa: E402
 import typer  # noqa: E402
 
+from bench.common.servers import console, launch_arguments, servers  # noqa: E402
 from bench.engine import PATCHED, STOCK, Results, differences, end_on_sigterm  # noqa: E402
 from bench.images import ImageServer, prompt, sampling  # noqa: E402
-from bench.servers import console, launch_arguments, servers  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
 from gemma4_turbo.models import geometry_mm  # noqa: E402

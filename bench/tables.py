@@ -21,8 +21,11 @@ from packaging.version import Version
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench import tables_catalogue, tables_engines, tables_peers, tables_quality
-from bench.table_text import (
+from bench.rendering import catalogue as tables_catalogue
+from bench.rendering import engines as tables_engines
+from bench.rendering import peers as tables_peers
+from bench.rendering import quality as tables_quality
+from bench.rendering.text import (
     change,
     chosen,
     decimal,

@@ -3,8 +3,8 @@
     python bench/train_small.py --out small-models
     python bench/train_small.py --out small-models --model moe --minutes 5
 
-Trains transformers' own Gemma 4 classes (`bench.small_models` has the sizes) on Python's sources and on
-generated questions (`bench.small_tasks`), and writes one checkpoint folder a model, which stock SGLang
+Trains transformers' own Gemma 4 classes (`bench.models.small_models` has the sizes) on Python's sources and on
+generated questions (`bench.models.small_tasks`), and writes one checkpoint folder a model, which stock SGLang
 loads. Weights are bf16 with fp32 masters in the optimizer, as transformers' grouped experts do not
 follow autocast. An auxiliary loss spreads tokens over experts.
 
@@ -35,7 +35,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from bench import small_models, small_tasks  # noqa: E402
+from bench.models import small_models, small_tasks  # noqa: E402
 
 console = Console(width=150)
 HELD_OUT = "held_out.txt"

@@ -27,7 +27,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import gemma4_turbo
-from bench.provenance import provenance
+from bench.common.provenance import provenance
 from gemma4_turbo.cli import small_moe
 
 PATCHES = [

@@ -16,10 +16,10 @@ too, upper and lower the same number, and norms near zero damp what comes from t
 ``BENCH_CHECKPOINT=FOLDER`` keeps some weights of the first layer there as a checkpoint's file, for
 `soak.py` to load again.
 
-``BENCH_EXACT_ATTENTION=1``: attention in fp32, see `bench.exact_attention`.
+``BENCH_EXACT_ATTENTION=1``: attention in fp32, see `bench.inside.exact_attention`.
 
 For ``mtp.py``: ``BENCH_AGREEING=FRACTION:SEED:WIDTH`` makes target and assistant agree as
-`bench.agreeing` says. ``BENCH_RANGES=1`` names the parts of a speculative step in traces.
+`bench.inside.agreeing` says. ``BENCH_RANGES=1`` names the parts of a speculative step in traces.
 """
 
 import os
@@ -135,7 +135,7 @@ def _order_tokens(ordering):
 
 
 def _agree(model, fraction, seed, seen_width):
-    from bench import agreeing
+    from bench.inside import agreeing
 
     agreement = agreeing.Agreement(model.config.vocab_size, float(fraction), int(seed))
     if hasattr(model, "backbone_hidden_size"):
@@ -187,7 +187,7 @@ def _name_parts_ahead(module):
 
 
 def _exact_attention(module):
-    from bench import exact_attention
+    from bench.inside import exact_attention
 
     exact_attention.install(module)
 

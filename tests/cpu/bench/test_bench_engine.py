@@ -65,7 +65,8 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[int
     started: list[Child] = []
 
     def run(calls: int) -> Child:
-        (tmp_path / "engine_worker.py").write_text(WORKER)
+        (tmp_path / "workers").mkdir()
+        (tmp_path / "workers" / "engine.py").write_text(WORKER)
         (tmp_path / "printed").touch()
         options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
         options += ["--equality", "1", "--kl", "1", "--kl-exact", "--breakdown", "0"]
@@ -157,7 +158,8 @@ def test_prompts_length_and_tokens():
 
 
 def test_an_engine_that_does_not_start(tmp_path, monkeypatch):
-    (tmp_path / "engine_worker.py").write_text(
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "engine.py").write_text(
         "import sys; open(sys.argv[1], 'w').write('[1] TypeError: no KV\\nbye\\n')"
     )
     monkeypatch.setattr(engine, "HERE", tmp_path)
@@ -169,7 +171,7 @@ def test_processes_take_turns(tmp_path, monkeypatch):
     """A second process waits until the first has left."""
     told = tmp_path / "told"
     body = (
-        "import sys, time; from bench.turns import turn\n"
+        "import sys, time; from bench.common.turns import turn\n"
         f"with turn():\n    f = open({str(told)!r}, 'a'); f.write('in '); f.flush()\n"
         "    time.sleep(0.5); f.write('out '); f.flush()\n"
     )
@@ -181,7 +183,7 @@ def test_processes_take_turns(tmp_path, monkeypatch):
 
 
 def test_arguments_have_the_names_of_the_release():
-    from bench.engine_worker import named_here
+    from bench.workers.engine import named_here
 
     given = {"cuda_graph_max_bs": 8, "disable_cuda_graph": False}
     assert named_here(given, ["cuda_graph_max_bs", "disable_cuda_graph"]) == given

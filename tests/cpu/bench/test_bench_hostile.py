@@ -12,7 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("pandas", reason="the bench's own packages are not installed")
-from bench import checkpoints, hostile
+from bench import hostile
+from bench.models import checkpoints
 from tests.cpu.conftest import REPOSITORY, warm
 
 SMALL = checkpoints.Size(

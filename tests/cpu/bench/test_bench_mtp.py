@@ -16,8 +16,10 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import assistant, mtp, mtp_worker
-from bench.agreeing import Agreement, fill_assistant, fill_target
+from bench import mtp
+from bench.inside.agreeing import Agreement, fill_assistant, fill_target
+from bench.models import assistant
+from bench.workers import mtp as mtp_worker
 from gemma4_turbo.models import geometry
 from tests.cpu import forward_batch, small_mtp
 from tests.cpu.conftest import REPOSITORY, warm
@@ -310,7 +312,7 @@ def test_a_stress_test():
 WORKER = """
 import json, os, sys, types
 sys.modules["torch"] = types.ModuleType("torch")  # seconds of import; what it would draw is in a file
-from bench.agreeing import Agreement
+from bench.inside.agreeing import Agreement
 
 patched = os.environ["BENCH_PATCHED"] == "1"
 arguments = json.loads(sys.argv[2])
@@ -388,7 +390,8 @@ def run(tmp_path: Path, environment: dict[str, str], drawn: Path) -> Run:
     """The command with stand-ins for its engines; stderr is with stdout."""
 
     def ran(*options: str, dies: str = "") -> subprocess.CompletedProcess[str]:
-        (tmp_path / "mtp_worker.py").write_text(WORKER)
+        (tmp_path / "workers").mkdir()
+        (tmp_path / "workers" / "mtp.py").write_text(WORKER)
         ours = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "DRAWN": str(drawn), "DIES": dies}
         done = warm(environment).run(
             code=RUN,

@@ -20,14 +20,12 @@ import pytest
 typer = pytest.importorskip("typer")
 peers = pytest.importorskip("bench.peers", reason="the bench's own packages are not installed")
 import gemma4_turbo  # noqa: E402
-from bench import (  # noqa: E402
-    peers_engine,
-    peers_results,
-    peers_serving,
-    peers_worker,
-    peers_workloads,
-    tables_peers,
-)
+from bench.peer import engine as peers_engine  # noqa: E402
+from bench.peer import results as peers_results  # noqa: E402
+from bench.peer import serving as peers_serving  # noqa: E402
+from bench.peer import workloads as peers_workloads  # noqa: E402
+from bench.rendering import peers as tables_peers  # noqa: E402
+from bench.workers import peers as peers_worker  # noqa: E402
 from tests.cpu.conftest import REPOSITORY  # noqa: E402
 
 FILES = {

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from bench import pools
-from bench.engine_worker import soak_requests
+from bench.workers.engine import soak_requests
 from tests.cpu.conftest import REPOSITORY, warm
 
 WORKER = """
@@ -50,7 +50,8 @@ typer.run(pools.main)
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_run(environment: dict[str, str], tmp_path: Path, damage: bool):
-    (tmp_path / "engine_worker.py").write_text(WORKER)
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "engine.py").write_text(WORKER)
     options = ["--together", "--requests", "8", "--rounds", "1", "--alone", "6"]
     ran = warm(environment).run(
         code=RUN,

@@ -19,8 +19,10 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import quality, quality_worker, small_models, small_tasks, train_small
-from bench.quality_worker import QualityWorker
+from bench import quality, train_small
+from bench.models import small_models, small_tasks
+from bench.workers import quality as quality_worker
+from bench.workers.quality import QualityWorker
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH, TAIL, NEW = 40, 6, 3
@@ -409,7 +411,7 @@ def test_environment_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def popen(command: Any, **given: Any) -> Any:
         started.append(given["env"])
-        assert command[1].endswith("quality_worker.py")
+        assert command[1].endswith("workers/quality.py")
         return SimpleNamespace()
 
     monkeypatch.setattr("bench.engine.subprocess.Popen", popen)

@@ -10,7 +10,7 @@ import pytest
 
 from bench import kernels as bench
 from bench import tables, tune_moe
-from bench import tables_catalogue as catalogue_tables
+from bench.rendering import catalogue as catalogue_tables
 from gemma4_turbo.catalogue import BITWISE, CATALOGUE, DEFECTS, PATCHES, by_name
 from gemma4_turbo.kernels import moe_tables
 

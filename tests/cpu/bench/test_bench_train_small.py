@@ -1,4 +1,4 @@
-"""bench/train_small.py and bench/small_models.py, whole, in a setting for a CPU."""
+"""bench/train_small.py and bench/models/small_models.py, whole, in a setting for a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import small_models, small_tasks, train_small
+from bench import train_small
+from bench.models import small_models, small_tasks
 
 SETTINGS = train_small.TINY._replace(steps=12, questions=12)
 # Each expert takes its time backwards; of 16, a token still chooses half.

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
-sys.path.insert(0, str(HERE.parent))
-
-from bench import small_tasks  # noqa: E402
-from bench.engine_worker import main  # noqa: E402
-from bench.mtp_worker import MtpWorker  # noqa: E402
-from bench.quality_worker import ended  # noqa: E402
+from bench.models import small_tasks
+from bench.workers.engine import main
+from bench.workers.mtp import MtpWorker
+from bench.workers.quality import ended
 
 
 class QualityMtpWorker(MtpWorker):

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import typer
 
-from bench.turns import turn
+from bench.common.turns import turn
 from gemma4_turbo.cli.arguments import RENAMED
 
-HERE = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parents[1]
 KINDS = ("sglang", "ours", "vllm")
 FORM = "NAME=KIND:PYTHON[:PATH...][;argument=value...], KIND one of " + ", ".join(KINDS)
 ERROR = re.compile(r"\b(?:\w+\.)*[A-Z]\w*(?:Error|Exception|Exit|Interrupt)\b: ?.*")
@@ -88,9 +88,9 @@ def environment(peer: Peer) -> dict[str, str]:
     kept = {name: text for name, text in os.environ.items() if not name.startswith("GEMMA4_TURBO")}
     inherited = peer.path or os.environ.get("PYTHONPATH", "")
     others = [part for part in inherited.split(os.pathsep) if part]
-    repository = HERE.parent
+    repository = BENCH.parent
     others = [part for part in others if Path(part).resolve() != repository]
-    path = [str(HERE / "site"), *([str(repository)] if peer.kind == "ours" else []), *others]
+    path = [str(BENCH / "site"), *([str(repository)] if peer.kind == "ours" else []), *others]
     kept |= {
         "PYTHONPATH": os.pathsep.join(path),
         "PYTHONSAFEPATH": "1",  # bench/kernels.py is not the package kernels
@@ -124,9 +124,9 @@ def attention(resolved: dict[str, Any], log: Path) -> str:
 
 
 class Worker:
-    """The process of `peers_worker`, in a group of its own."""
+    """The process of `workers.peers`, in a group of its own."""
 
-    script = HERE / "peers_worker.py"
+    script = BENCH / "workers" / "peers.py"
     patience_s = 20.0  # until a process that was told to end is killed
 
     def __init__(self, peer: Peer, arguments: dict[str, Any], log: Path) -> None:

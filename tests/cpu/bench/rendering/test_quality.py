@@ -1,4 +1,4 @@
-"""bench/tables_quality.py on made-up measurements."""
+"""bench/rendering/quality.py on made-up measurements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench import tables_quality as tables
+from bench.rendering import quality as tables
 from tests.cpu.bench.test_bench_tables import NEW, OLD, VERSIONS, cells
 
 Row = tuple[str, str, int, float]

@@ -24,7 +24,7 @@ from bench.engine import PATCHED
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli.arguments import flag
 
-HERE = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parents[1]
 START_LIMIT_S = 480
 console = Console(width=150)
 
@@ -55,10 +55,10 @@ class Server:
             name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
         }
         # sitecustomize_example runs the sitecustomize that it shadows: that of bench/site.
-        path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+        path = [str(BENCH / "site"), str(BENCH.parent), os.environ.get("PYTHONPATH", "")]
         environment |= {"BENCH_PATCHED": "0", "HF_HUB_OFFLINE": "1"}
         if variant == PATCHED:
-            path.insert(0, str(HERE.parent / "sitecustomize_example"))
+            path.insert(0, str(BENCH.parent / "sitecustomize_example"))
             environment["GEMMA4_TURBO_STRICT"] = "1"
             if patches:
                 environment["GEMMA4_TURBO_SELECTION"] = f"only={','.join(patches)};skip="

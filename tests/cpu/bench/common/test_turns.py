@@ -1,4 +1,4 @@
-"""bench/turns.py between real processes."""
+"""bench/common/turns.py between real processes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 
 from bench import quality, quality_mtp
-from bench.turns import turn
+from bench.common.turns import turn
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[4]
 BODY = """
 import sys
-from bench.turns import turn
+from bench.common.turns import turn
 print("asks", flush=True)
 with turn(timed=sys.argv[1] == "timed"):
     print("has it", flush=True)

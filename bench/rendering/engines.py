@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.table_text import (
+from bench.rendering.text import (
     change,
     chosen,
     differing,

@@ -1,20 +1,14 @@
-"""One SGLang engine on a trained model, told what to answer by `quality.py`: see `engine_worker`."""
+"""One SGLang engine on a trained model, told what to answer by `quality.py`: see `bench.workers.engine`."""
 
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
-sys.path.insert(0, str(HERE.parent))
+import numpy as np
 
-import numpy as np  # noqa: E402
-
-from bench import small_tasks  # noqa: E402
-from bench.engine_worker import Worker, main  # noqa: E402
+from bench.models import small_tasks
+from bench.workers.engine import Worker, main
 
 
 class QualityWorker(Worker):

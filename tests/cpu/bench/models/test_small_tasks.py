@@ -1,4 +1,4 @@
-"""bench/small_tasks.py: text and questions of the small models."""
+"""bench/models/small_tasks.py: text and questions of the small models."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import small_tasks as tasks
+from bench.models import small_tasks as tasks
 
 WINDOW = 256
 

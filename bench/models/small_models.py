@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench import compressed, small_tasks
+from bench.models import compressed, small_tasks
 from gemma4_turbo.models import geometry
 
 WEIGHTS = "model.safetensors"

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 from rich.table import Table
 
-from bench.peers_engine import Peer
-from bench.provenance import provenance
+from bench.common.provenance import provenance
+from bench.peer.engine import Peer
 
 FIELDS = [
     *("timestamp", "gpu", "engine", "kind", "sglang", "vllm", "gemma4_turbo", "torch", "triton"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.table_text import markdown, newest_rows, origins
+from bench.rendering.text import markdown, newest_rows, origins
 
 STOCK, EXACT, DEFAULT, JUDGE = "stock", "exact", "default", "transformers, fp32"
 PLAIN, PATCHED = "no speculation", "patched"

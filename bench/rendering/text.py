@@ -1,4 +1,4 @@
-"""What the tables of `tables` and `tables_engines` are written with."""
+"""What the tables are written with."""
 
 from __future__ import annotations
 

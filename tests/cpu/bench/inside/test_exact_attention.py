@@ -1,4 +1,4 @@
-"""bench/exact_attention.py: stock's signatures, and the numbers of fp64 to fp32's rounding."""
+"""bench/inside/exact_attention.py: stock's signatures, and the numbers of fp64 to fp32's rounding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from bench import exact_attention
+from bench.inside import exact_attention
 from gemma4_turbo.cli import lines
 from gemma4_turbo.kernels.attention.extend import reference_extend_attention
 

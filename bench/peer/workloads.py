@@ -8,11 +8,11 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import assistant
 from bench.images import prompt
+from bench.models import assistant
 from gemma4_turbo.models import geometry, geometry_mm
 
-HERE = Path(__file__).resolve().parent
+BENCH = Path(__file__).resolve().parents[1]
 TEXT, PICTURES, MTP = "text", "pictures", "mtp"
 DRAFT_TOKENS = 3
 IMAGES, SIDE = 6, 480  # of a prompt; pixels
@@ -61,7 +61,7 @@ WORKLOADS = {
 
 def chat_lengths() -> list[tuple[int, int]]:
     """Tokens in and out of 300 requests to a chat service: every 64th of a published trace."""
-    with (HERE / "chat_lengths.csv").open() as file:
+    with (BENCH / "chat_lengths.csv").open() as file:
         return [(int(row["input"]), int(row["output"])) for row in csv.DictReader(file)]
 
 

@@ -1,4 +1,4 @@
-"""The engine of ``mtp.py`` in a process of its own: `engine_worker` with commands for speculation."""
+"""The engine of ``mtp.py`` in a process of its own: `bench.workers.engine` with commands for speculation."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import asyncio
 import gzip
 import json
 import random
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-
-from bench.engine_worker import Worker, main, prompts  # noqa: E402
+from bench.workers.engine import Worker, main, prompts
 
 PARTS = ("mtp draft", "mtp verify", "mtp seed")
 OTHER = "other"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.peers_results import FIELDS, HEADER, lines, summary
-from bench.table_text import markdown, newest_rows
+from bench.peer.results import FIELDS, HEADER, lines, summary
+from bench.rendering.text import markdown, newest_rows
 
 CSV, PLOT = "peers.csv", "peers.png"
 GIVEN = ("model", "model_path", "load_format", "skip_tokenizer_init", "log_level")  # to all

@@ -1,4 +1,4 @@
-"""bench/tables_engines.py on made-up measurements."""
+"""bench/rendering/engines.py on made-up measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from bench import tables_engines as tables
+from bench.rendering import engines as tables
 from tests.cpu.bench.test_bench_tables import NEW, OLD, VERSIONS, cells
 
 PAIR, ALONE = "stock vs patched", "stock vs stock, one at a time"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 
 from bench.releases import LOOKS
-from bench.table_text import markdown
+from bench.rendering.text import markdown
 from gemma4_turbo.catalogue import DEFECTS, PATCHES, Patch, by_name
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.fingerprints import known_releases
