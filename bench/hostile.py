@@ -58,9 +58,11 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from bench.common.comparing import distances  # noqa: E402
+from bench.common.engines import end_on_sigterm  # noqa: E402
+from bench.common.pictures import ImageServer, as_row, sampling  # noqa: E402
 from bench.common.servers import console, free_port, launch_arguments  # noqa: E402
-from bench.engine import PATCHED, STOCK, distances, end_on_sigterm  # noqa: E402
-from bench.images import ImageServer, as_row, sampling  # noqa: E402
+from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from bench.workers.engine import prompts  # noqa: E402
 from gemma4_turbo.cli.arguments import flag  # noqa: E402
 

@@ -52,21 +52,14 @@ import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 from scipy.stats import binomtest  # noqa: E402
 
+from bench.common.engines import Engine, console, end_on_sigterm, in_turn, outlived, started  # noqa: E402  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
+from bench.common.results import Results  # noqa: E402
 from bench.common.turns import turn  # noqa: E402
-from bench.engine import (  # noqa: E402
-    ARGUMENTS,
-    PATCHED,
-    STOCK,
-    Engine,
-    Results,
-    console,
-    end_on_sigterm,
-    in_turn,
-    patches_of,
-)
+from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from bench.models import small_models, small_tasks  # noqa: E402
-from bench.mtp import MtpEngine, outlived, started  # noqa: E402
 from bench.rendering.quality import in_order  # noqa: E402
+from bench.speculation.engine import MtpEngine  # noqa: E402
 from gemma4_turbo.catalogue import by_name  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine import states  # noqa: E402

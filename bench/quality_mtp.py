@@ -38,10 +38,13 @@ import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from bench import quality  # noqa: E402
-from bench.engine import PATCHED, STOCK, Engine, Results, console, end_on_sigterm  # noqa: E402
+from bench.common.engines import Engine, console, end_on_sigterm  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from bench.models import small_tasks  # noqa: E402
 from bench.models.assistant import speculation as speculation_of  # noqa: E402
-from bench.mtp import DRAFT_STEPS, PLAIN, MtpEngine, Rows, accept_length  # noqa: E402
+from bench.speculation.comparing import DRAFT_STEPS, PLAIN, Rows, accept_length  # noqa: E402
+from bench.speculation.engine import MtpEngine  # noqa: E402
 
 TEXT, QUESTIONS = "text", "questions"
 BATCHES = {"alone": 1, "in batches of 8": 8}

@@ -41,9 +41,12 @@ sys.path.insert(0, str(HERE.parent))
 import psutil  # noqa: E402
 import typer  # noqa: E402
 
+from bench.common.comparing import differences  # noqa: E402
+from bench.common.engines import end_on_sigterm  # noqa: E402
+from bench.common.pictures import ImageServer, prompt, sampling  # noqa: E402
+from bench.common.results import Results  # noqa: E402
 from bench.common.servers import console, launch_arguments, servers  # noqa: E402
-from bench.engine import PATCHED, STOCK, Results, differences, end_on_sigterm  # noqa: E402
-from bench.images import ImageServer, prompt, sampling  # noqa: E402
+from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
 from gemma4_turbo.models import geometry_mm  # noqa: E402

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench.engine import PATCHED
+from bench.common.variants import PATCHED
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli.arguments import flag
 

@@ -14,10 +14,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from bench.common.load import load_arguments, measured, with_stand_in
 from bench.common.servers import Server, free_port
 from bench.peer.engine import Peer, PeerError, attention, end_group, environment, reason
 from bench.peer.results import DURATION, EACH, EACH_99, FIRST, FIRST_99, OUTPUT, TOTAL
-from bench.serving import load_arguments, measured, with_stand_in
 from bench.workers.load import LoadClient
 from bench.workers.peers import DECIDING
 from gemma4_turbo.engine.counters import descendants

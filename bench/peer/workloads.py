@@ -8,7 +8,7 @@ import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.images import prompt
+from bench.common.pictures import prompt
 from bench.models import assistant
 from gemma4_turbo.models import geometry, geometry_mm
 

@@ -41,9 +41,10 @@ from pathlib import Path
 
 import typer
 
-from bench import engine, pools
+from bench import pools
+from bench.common import engines
 
-engine.HERE = Path(sys.argv.pop(1))
+engines.BENCH = Path(sys.argv.pop(1))
 typer.run(pools.main)
 """
 

@@ -414,7 +414,7 @@ def test_environment_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert command[1].endswith("workers/quality.py")
         return SimpleNamespace()
 
-    monkeypatch.setattr("bench.engine.subprocess.Popen", popen)
+    monkeypatch.setattr("bench.common.engines.subprocess.Popen", popen)
     for name, patches in (("stock", None), ("default", []), ("alone", ["qkv_proj"])):
         engine = quality.QualityEngine(name, patches, {}, tmp_path / "log")
         assert engine.variant == name
@@ -430,8 +430,8 @@ def test_an_engine_is_stopped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
     )
     killed: list[int] = []
-    monkeypatch.setattr("bench.engine.subprocess.Popen", lambda *_, **__: child)
-    monkeypatch.setattr("bench.mtp.os.killpg", lambda group, _: killed.append(group))
+    monkeypatch.setattr("bench.common.engines.subprocess.Popen", lambda *_, **__: child)
+    monkeypatch.setattr("bench.speculation.engine.os.killpg", lambda group, _: killed.append(group))
     engine = quality.QualityEngine("stock", None, {}, tmp_path / "log")
     engine.stop()
     assert child.poll() is not None

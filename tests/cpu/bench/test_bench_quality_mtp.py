@@ -12,7 +12,7 @@ import pytest
 
 from bench import quality_mtp
 from bench.models import small_tasks
-from bench.mtp import PLAIN
+from bench.speculation.comparing import PLAIN
 from bench.workers.quality_mtp import QualityMtpWorker
 from tests.cpu.bench import test_bench_quality as plain
 from tests.cpu.bench.test_bench_quality import folder  # noqa: F401, a fixture
