@@ -60,12 +60,6 @@ def prompts_of(count: int, longest: int, seed: int, vocab: int, words: bool) -> 
     return [[2 * token for token in one] for one in ids] if words else ids
 
 
-# -- comparing ------------------------------------------------------------------------------------
-
-
-# -- the run --------------------------------------------------------------------------------------
-
-
 def main(
     model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "e4b",
     layers: Annotated[int, typer.Option(help="Fewer layers of the target; 0: all")] = 0,

@@ -37,7 +37,10 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from bench import quality  # noqa: E402
+from bench.answers.asking import arguments_of  # noqa: E402
+from bench.answers.pace import Pace  # noqa: E402
+from bench.answers.running import add_calls, measure, results_of  # noqa: E402
+from bench.answers.statistics import rights  # noqa: E402
 from bench.common.engines import Engine, console, end_on_sigterm  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.variants import PATCHED, STOCK  # noqa: E402
@@ -95,7 +98,7 @@ class Findings:
         if length is not None:
             self.add(variant, f"accept length, {kind}, {how}", len(rows), length, "tokens")
         if kind == QUESTIONS:
-            right = sum(quality.rights([row["ids"] for row in rows], self.questions))
+            right = sum(rights([row["ids"] for row in rows], self.questions))
             self.add(variant, f"answered exactly, {how}", len(rows), right, "questions")
 
     def compare(self) -> None:
@@ -134,7 +137,7 @@ def ask(engine: Engine, asked: dict[str, Asked]) -> Iterator[tuple[str, str, Row
             yield kind, how, engine("continued", **given)["rows"]
 
 
-class MtpPace(quality.Pace):
+class MtpPace(Pace):
     """How decoding is timed; ``sizes`` are requests at once."""
 
     def read(self, engine: Engine, size: int) -> dict[str, float]:
@@ -193,13 +196,13 @@ def main(
         ),
         QUESTIONS: Asked([p for p, _ in parts], [len(answer) for _, answer in parts], True),
     }
-    results = quality.results_of(notes, config, "all")
+    results = results_of(notes, config, "all")
     results.base |= {
         "assistant_steps": drafts_notes["steps"],
         "assistant_seed": drafts_notes["seed"],
     }
     sizes = [int(size) for size in batches.split(",") if size]
-    arguments = quality.arguments_of(folder, max([*sizes, *BATCHES.values()]), 32_768)
+    arguments = arguments_of(folder, max([*sizes, *BATCHES.values()]), 32_768)
     arguments["disable_piecewise_cuda_graph"] = True
     speculation = speculation_of(draft, DRAFT_STEPS)
 
@@ -222,13 +225,13 @@ def main(
 
     end_on_sigterm()
     try:
-        died = quality.measure(
+        died = measure(
             make, [PLAIN, STOCK, PATCHED], 0, talk, last=lambda live: pace(live, results)
         )
     finally:  # where a limit on its time cuts a run off, what there is still counts
         findings.compare()
         with contextlib.suppress(KeyError):
-            quality.add_calls(results, PATCHED, reports[PATCHED])
+            add_calls(results, PATCHED, reports[PATCHED])
         if results.rows:
             console.print(table(results))
             frame = results.frame()

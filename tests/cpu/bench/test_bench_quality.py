@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from bench import quality, train_small
+from bench.answers import statistics
 from bench.models import small_models, small_tasks
 from bench.workers import quality as quality_worker
 from bench.workers.quality import QualityWorker
@@ -510,10 +511,10 @@ def test_untimed_commands():
 def test_mcnemar():
     one = [True] * 9 + [False] + [True] * 5
     other = [False] * 9 + [True] + [True] * 5
-    only_one, only_other, p = quality.mcnemar(one, other)
+    only_one, only_other, p = statistics.mcnemar(one, other)
     assert (only_one, only_other) == (9, 1)
     assert p == pytest.approx(2 * (1 + 10) / 2**10)  # of ten coins at most one the other way
-    assert quality.mcnemar(one, one) == (0, 0, 1.0)
+    assert statistics.mcnemar(one, one) == (0, 0, 1.0)
 
 
 def test_divergence_is_that_of_its_definition():
@@ -523,10 +524,10 @@ def test_divergence_is_that_of_its_definition():
         for _ in range(2)
     )
     expected = (np.exp(p) * (p - q)).sum(-1)
-    np.testing.assert_allclose(quality.divergences(p, q), expected)
-    assert np.abs(quality.divergences(p, p)).max() == 0
+    np.testing.assert_allclose(statistics.divergences(p, q), expected)
+    assert np.abs(statistics.divergences(p, p)).max() == 0
     by_prompt = np.array([[1.0, 3.0], [5.0, 7.0]])
-    assert quality.mean_and_error(by_prompt) == (4.0, pytest.approx(2.0))
+    assert statistics.mean_and_error(by_prompt) == (4.0, pytest.approx(2.0))
 
 
 @pytest.mark.parametrize(
@@ -544,4 +545,4 @@ def test_ends_of_answers(tokens: list[int], reason: str, expected: list[int]):
 def test_rights_ask_for_the_end():
     asked = [small_tasks.Question("sums", b"sum 1+1=", b"1+1=2")] * 2
     whole = asked[0].tokens()[1]
-    assert quality.rights([whole, whole[:-1]], asked) == [True, False]
+    assert statistics.rights([whole, whole[:-1]], asked) == [True, False]
