@@ -213,7 +213,7 @@ def step_times(table: pd.DataFrame) -> list[str]:
     """A decode step of every batch, of such a run's medians; "-" for what it lacks."""
     steps = [("decode step", size) for size in BATCHES]
     return [
-        change(*table.loc[step][["stock", "patched"]], 2) if step in table.index else "-"
+        change(*table.loc[step][["stock", "patched"]], digits=2) if step in table.index else "-"
         for step in steps
     ]
 
@@ -224,7 +224,7 @@ def prefill_times(table: pd.DataFrame) -> list[tuple[int, str]]:
     for (quantity, size), row in table.iterrows():
         if quantity.startswith("prefill"):
             length = int(quantity.split()[2])  # prefill of LENGTH and so many tokens
-            told = f"{size} x {length}: {change(row['stock'], row['patched'], 0)}"
+            told = f"{size} x {length}: {change(row['stock'], row['patched'], digits=0)}"
             found.append((size * length, told))
     return found
 
@@ -277,7 +277,7 @@ def decode_kernels() -> str | None:
             f"`{row['kernel']}`",
             f"{row['case']}, {row['tokens']:.0f}",
             f"{row['stock_launches']:.0f} -> {row['fused_launches']:.0f}",
-            change(row["stock_us"], row["fused_us"], 1),
+            change(row["stock_us"], row["fused_us"], digits=1),
             decimal(row["bytes"]),
             f"{row['gb_per_s'] / copies[row['timestamp']]:.1%}",
         ]
@@ -323,7 +323,7 @@ def extend_attention() -> str | None:
         for shape, line in rows.items():
             if shape in points.index:
                 stock, ours, rate = points.loc[shape, ["stock_us", "ours_us", "ours_tflops"]]
-                line += [change(stock, ours, 0), f"{rate:.0f}"]
+                line += [change(stock, ours, digits=0), f"{rate:.0f}"]
             else:
                 line += ["-", "-"]
     return (
@@ -345,7 +345,7 @@ def decode_attention() -> str | None:
     for layer in across(runs, "shape", "batch"):
         for gpu, us in times:
             points = [(*layer, length) for length in lengths]
-            told = [change(*us.loc[one], 1) if one in us.index else "-" for one in points]
+            told = [change(*us.loc[one], digits=1) if one in us.index else "-" for one in points]
             if set(told) != {"-"}:
                 rows.append([*map(str, layer), gpu, *told])
     header = ["layer", "batch", "GPU", *(f"{length} tokens, us" for length in lengths)]
@@ -373,7 +373,9 @@ def moe() -> str | None:
         )
         for tokens, line in rows.items():
             for point in ((tokens, width) for width in widths):
-                line.append(change(stock[point], ours[point], 0) if point in ours.index else "-")
+                line.append(
+                    change(stock[point], ours[point], digits=0) if point in ours.index else "-"
+                )
     return (
         f"{markdown(header, list(rows.values()))}\n\nStock -> tuned (ratio), up and down projection of "
         "128 experts, top-8, half of the routings near uniform, half skewed: "

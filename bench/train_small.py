@@ -216,7 +216,7 @@ def experts_that_run(device: str) -> str:
     if device == "cpu":
         return "eager"
     try:
-        given = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
+        given: dict[str, Any] = {"device": device, "dtype": torch.bfloat16, "requires_grad": True}
         x, up, down = (torch.randn(s, **given) for s in ((64, 256), (4, 64, 256), (4, 256, 64)))
         ends = torch.tensor([8, 8, 40, 64], device=device, dtype=torch.int32)
         product = torch.nn.functional.grouped_mm
