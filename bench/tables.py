@@ -25,7 +25,6 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 MARKED = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-
 TABLES: dict[str, Callable[[], str | None]] = {
     "headline": lambda: steps.headline(RESULTS),
     "engine": lambda: router.engine(RESULTS),
