@@ -18,7 +18,7 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.provenance import provenance
+from bench.common.provenance import provenance
 from gemma4_turbo.cli import lines
 from tests.router_inputs import KINDS, bits_differ, logits
 

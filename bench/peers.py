@@ -26,11 +26,12 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench import peers_results, peers_serving  # noqa: E402
-from bench.engine import end_on_sigterm  # noqa: E402
-from bench.peers_engine import FORM, Peer, PeerError, Worker, parse  # noqa: E402
-from bench.peers_results import FAILED, READY, Rows, figures  # noqa: E402
-from bench.peers_workloads import (  # noqa: E402
+from bench.common.engines import end_on_sigterm  # noqa: E402
+from bench.peer import results as peers_results  # noqa: E402
+from bench.peer import serving as peers_serving  # noqa: E402
+from bench.peer.engine import FORM, Peer, PeerError, Worker, parse  # noqa: E402
+from bench.peer.results import FAILED, READY, Rows, figures  # noqa: E402
+from bench.peer.workloads import (  # noqa: E402
     CHUNK,
     DEFAULTS,
     MTP,

@@ -24,17 +24,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import typer  # noqa: E402
 
-from bench.engine import (  # noqa: E402
-    ARGUMENTS,
-    PATCHED,
-    STOCK,
-    Engine,
-    Results,
-    console,
-    distance,
-    end_on_sigterm,
-    engines,
-)
+from bench.common.comparing import distance  # noqa: E402
+from bench.common.engines import Engine, console, end_on_sigterm, engines  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 

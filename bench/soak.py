@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,9 +41,12 @@ sys.path.insert(0, str(HERE.parent))
 import psutil  # noqa: E402
 import typer  # noqa: E402
 
-from bench.engine import PATCHED, STOCK, Results, differences, end_on_sigterm  # noqa: E402
-from bench.images import ImageServer, prompt, sampling  # noqa: E402
-from bench.servers import console, launch_arguments, servers  # noqa: E402
+from bench.common.comparing import differences  # noqa: E402
+from bench.common.engines import end_on_sigterm  # noqa: E402
+from bench.common.pictures import ImageServer, prompt, sampling  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.servers import console, launch_arguments, servers  # noqa: E402
+from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
 from gemma4_turbo.models import geometry_mm  # noqa: E402
@@ -158,7 +161,7 @@ class SoakedServer(ImageServer):
         family = [psutil.Process(self.process.pid)]
         family += family[0].children(recursive=True)
         on_gpu, resident = gpu_memory_by_process(), 0
-        found: Counter[str] = Counter()
+        found: defaultdict[str, float] = defaultdict(float)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 resident += process.memory_info().rss
@@ -260,8 +263,8 @@ def problems(
         grown = memory[-1][kind] - memory[0][kind]
         if grown > leak:
             told.append(f"{kind} memory: {grown:.0f} MiB more than after the first minute")
-    if DIED.search(log):
-        told.append(f"the log has: {DIED.search(log)[0]}")  # type: ignore[index]
+    if died := DIED.search(log):
+        told.append(f"the log has: {died[0]}")
     return told
 
 

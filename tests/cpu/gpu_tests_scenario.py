@@ -67,12 +67,15 @@ class OnCPU(TorchFunctionMode):
 def imports() -> dict[str, str]:
     """Of each module of the benchmarks, why it cannot be imported, or nothing."""
     found = {}
-    for path in sorted(BENCH.glob("*.py")):
+    for path in sorted(BENCH.rglob("*.py")):
+        name = path.relative_to(BENCH).with_suffix("")
+        if path.stem == "__init__":
+            continue
         try:
-            importlib.import_module(f"bench.{path.stem}")
-            found[path.name] = ""
+            importlib.import_module(".".join(("bench", *name.parts)))
+            found[f"{name}.py"] = ""
         except BaseException:
-            found[path.name] = traceback.format_exc()
+            found[f"{name}.py"] = traceback.format_exc()
     return found
 
 

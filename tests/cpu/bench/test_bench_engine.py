@@ -16,6 +16,7 @@ import pytest
 import typer
 
 from bench import engine
+from bench.common import comparing, engines
 from tests.cpu.conftest import REPOSITORY, warm
 from tests.cpu.warm import Child
 
@@ -53,8 +54,9 @@ from pathlib import Path
 import typer
 
 from bench import engine
+from bench.common import engines
 
-engine.HERE = Path(sys.argv.pop(1))
+engines.BENCH = Path(sys.argv.pop(1))
 typer.run(engine.main)
 """
 
@@ -65,7 +67,8 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[int
     started: list[Child] = []
 
     def run(calls: int) -> Child:
-        (tmp_path / "engine_worker.py").write_text(WORKER)
+        (tmp_path / "workers").mkdir()
+        (tmp_path / "workers" / "engine.py").write_text(WORKER)
         (tmp_path / "printed").touch()
         options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
         options += ["--equality", "1", "--kl", "1", "--kl-exact", "--breakdown", "0"]
@@ -138,7 +141,7 @@ def test_a_decoded_token_counts_while_what_is_before_it_is_the_same():
     one = {"ids": [1, 2, 3, 4], "before": [[-1.0]], "after": [[-1.0], [-1.0], [-1.0], [-1.0]]}
     other = {"ids": [1, 2, 9, 4], "before": [[-1.0]], "after": [[-1.0], [-1.5], [-1.0], [-9.0]]}
     found = engine.divergence([one], [other])
-    moved = math.exp(-1.0) * (math.expm1(-0.5) + 0.5) * engine.VOCABULARY
+    moved = math.exp(-1.0) * (math.expm1(-0.5) + 0.5) * comparing.VOCABULARY
     assert found == {"KL divergence": 0, "KL divergence, decode": pytest.approx(moved / 2)}
     three = engine.divergence([one, one, one], [other, one, one])
     assert three["KL divergence, decode"] < found["KL divergence, decode"]
@@ -157,10 +160,11 @@ def test_prompts_length_and_tokens():
 
 
 def test_an_engine_that_does_not_start(tmp_path, monkeypatch):
-    (tmp_path / "engine_worker.py").write_text(
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "engine.py").write_text(
         "import sys; open(sys.argv[1], 'w').write('[1] TypeError: no KV\\nbye\\n')"
     )
-    monkeypatch.setattr(engine, "HERE", tmp_path)
+    monkeypatch.setattr(engines, "BENCH", tmp_path)
     failing = engine.Engine(engine.PIECEWISE, [], {}, tmp_path / "log")
     assert engine.fate(failing) == "does not start: [1] TypeError: no KV"
 
@@ -169,7 +173,7 @@ def test_processes_take_turns(tmp_path, monkeypatch):
     """A second process waits until the first has left."""
     told = tmp_path / "told"
     body = (
-        "import sys, time; from bench.turns import turn\n"
+        "import sys, time; from bench.common.turns import turn\n"
         f"with turn():\n    f = open({str(told)!r}, 'a'); f.write('in '); f.flush()\n"
         "    time.sleep(0.5); f.write('out '); f.flush()\n"
     )
@@ -181,7 +185,7 @@ def test_processes_take_turns(tmp_path, monkeypatch):
 
 
 def test_arguments_have_the_names_of_the_release():
-    from bench.engine_worker import named_here
+    from bench.workers.engine import named_here
 
     given = {"cuda_graph_max_bs": 8, "disable_cuda_graph": False}
     assert named_here(given, ["cuda_graph_max_bs", "disable_cuda_graph"]) == given
@@ -213,7 +217,7 @@ def test_an_engine_with_the_bitwise_patches_alone(tmp_path: Path, monkeypatch: p
     def popen(command: list[str], env: dict[str, str], **kwargs: object) -> None:
         asked.update(env)
 
-    monkeypatch.setattr(engine.subprocess, "Popen", popen)
+    monkeypatch.setattr(engines.subprocess, "Popen", popen)
     engine.Engine(engine.BITS, [], {}, tmp_path / "log")
     only = asked["GEMMA4_TURBO_SELECTION"].removeprefix("only=").partition(";")[0].split(",")
     assert only == engine.patches_of("exact")

@@ -15,14 +15,15 @@ from gemma4_turbo.models import geometry_mm
 from tests.cpu.conftest import REPOSITORY
 
 images = pytest.importorskip("bench.images", reason="the bench's own packages are not installed")
+pictures = pytest.importorskip("bench.common.pictures")
 
 
 def test_a_picture_is_a_png_of_its_own():
     from PIL import Image
 
-    urls = [images.picture(96, seed) for seed in range(3)]
+    urls = [pictures.picture(96, seed) for seed in range(3)]
     assert len(set(urls)) == 3
-    assert images.picture(96, 1) == urls[1]
+    assert pictures.picture(96, 1) == urls[1]
     header, _, data = urls[0].partition(",")
     assert header == "data:image/png;base64"
     decoded = Image.open(io.BytesIO(base64.b64decode(data)))

@@ -16,8 +16,12 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import assistant, mtp, mtp_worker
-from bench.agreeing import Agreement, fill_assistant, fill_target
+from bench import mtp
+from bench.common import engines
+from bench.inside.agreeing import Agreement, fill_assistant, fill_target
+from bench.models import assistant
+from bench.speculation import comparing
+from bench.workers import mtp as mtp_worker
 from gemma4_turbo.models import geometry
 from tests.cpu import forward_batch, small_mtp
 from tests.cpu.conftest import REPOSITORY, warm
@@ -210,14 +214,16 @@ def test_tokens_that_differ():
         {"ids": [4, 5, 6], "margins": [5.0, 5.0, 5.0], "seconds": [8, 8, 8], "verified": 0},
     ]
     other = [{"ids": [1, 9, 7], "verified": 2}, {"ids": [4, 5, 6], "verified": 1}]
-    found = mtp.compare(truth, other)
+    found = comparing.compare(truth, other)
     assert (found["token_diffs"], found["tokens"]) == (2, 6)
     first = {"sequence": 0, "position": 1, "margin": 0.25, "second best": True}
     assert found["first"] == [first]
-    assert "first at 1; margins there up to 0.2500 nats; the second best in 1" in mtp.told(found)
-    assert "margins" not in mtp.told(mtp.compare(other, truth))
-    assert mtp.accept_length(truth) is None
-    assert mtp.accept_length(other) == 4 / 3
+    assert "first at 1; margins there up to 0.2500 nats; the second best in 1" in comparing.told(
+        found
+    )
+    assert "margins" not in comparing.told(comparing.compare(other, truth))
+    assert comparing.accept_length(truth) is None
+    assert comparing.accept_length(other) == 4 / 3
 
 
 def test_a_trace_by_part():
@@ -255,12 +261,12 @@ def test_a_trace_by_part():
 
 def test_cause_of_death(tmp_path: Path):
     log = tmp_path / "log"
-    assert mtp.cause_of_death(log) == "no exception in the log"
+    assert engines.cause_of_death(log) == "no exception in the log"
     log.write_text("start\nTraceback (most recent call last):\nAttributeError: no 'x'\nkilled\n")
-    assert mtp.cause_of_death(log) == "AttributeError: no 'x'"
+    assert engines.cause_of_death(log) == "AttributeError: no 'x'"
     with log.open("a") as file:
         file.write("[now] Scheduler hit an exception: Traceback\n\nKeyError: 1\nOSError: later\n")
-    assert mtp.cause_of_death(log) == "KeyError: 1"
+    assert engines.cause_of_death(log) == "KeyError: 1"
 
 
 class Crowd:
@@ -310,7 +316,7 @@ def test_a_stress_test():
 WORKER = """
 import json, os, sys, types
 sys.modules["torch"] = types.ModuleType("torch")  # seconds of import; what it would draw is in a file
-from bench.agreeing import Agreement
+from bench.inside.agreeing import Agreement
 
 patched = os.environ["BENCH_PATCHED"] == "1"
 arguments = json.loads(sys.argv[2])
@@ -364,9 +370,10 @@ from pathlib import Path
 
 import typer
 
-from bench import engine, mtp
+from bench import mtp
+from bench.common import engines
 
-engine.HERE = Path(sys.argv.pop(1))
+engines.BENCH = Path(sys.argv.pop(1))
 typer.run(mtp.main)
 """
 
@@ -388,7 +395,8 @@ def run(tmp_path: Path, environment: dict[str, str], drawn: Path) -> Run:
     """The command with stand-ins for its engines; stderr is with stdout."""
 
     def ran(*options: str, dies: str = "") -> subprocess.CompletedProcess[str]:
-        (tmp_path / "mtp_worker.py").write_text(WORKER)
+        (tmp_path / "workers").mkdir(exist_ok=True)
+        (tmp_path / "workers" / "mtp.py").write_text(WORKER)
         ours = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "DRAWN": str(drawn), "DIES": dies}
         done = warm(environment).run(
             code=RUN,

@@ -20,14 +20,12 @@ import pytest
 typer = pytest.importorskip("typer")
 peers = pytest.importorskip("bench.peers", reason="the bench's own packages are not installed")
 import gemma4_turbo  # noqa: E402
-from bench import (  # noqa: E402
-    peers_engine,
-    peers_results,
-    peers_serving,
-    peers_worker,
-    peers_workloads,
-    tables_peers,
-)
+from bench.peer import engine as peers_engine  # noqa: E402
+from bench.peer import results as peers_results  # noqa: E402
+from bench.peer import serving as peers_serving  # noqa: E402
+from bench.peer import workloads as peers_workloads  # noqa: E402
+from bench.rendering import peers as tables_peers  # noqa: E402
+from bench.workers import peers as peers_worker  # noqa: E402
 from tests.cpu.conftest import REPOSITORY  # noqa: E402
 
 FILES = {
@@ -184,7 +182,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         workload = peers_workloads.Workload(name, model, kind, *sizes)
         monkeypatch.setitem(peers_workloads.WORKLOADS, name, workload)
     for name, kind in (("images", "pictures"), ("MTP", "mtp")):
-        workload = peers_workloads.WORKLOADS[name]._replace(count=2, new=5)
+        workload = peers_workloads.WORKLOADS[name]._replace(requests=2, new=5)
         monkeypatch.setitem(peers_workloads.WORKLOADS, name, workload._replace(kind=kind))
     where = {"timestamp": "2026-01-01T00:00:00+00:00", "gpu": "NVIDIA H9", "sglang": "this one"}
     monkeypatch.setattr(peers_results, "provenance", lambda: where)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from bench import pools
-from bench.engine_worker import soak_requests
+from bench.workers.engine import soak_requests
 from tests.cpu.conftest import REPOSITORY, warm
 
 WORKER = """
@@ -41,16 +41,18 @@ from pathlib import Path
 
 import typer
 
-from bench import engine, pools
+from bench import pools
+from bench.common import engines
 
-engine.HERE = Path(sys.argv.pop(1))
+engines.BENCH = Path(sys.argv.pop(1))
 typer.run(pools.main)
 """
 
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_run(environment: dict[str, str], tmp_path: Path, damage: bool):
-    (tmp_path / "engine_worker.py").write_text(WORKER)
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "engine.py").write_text(WORKER)
     options = ["--together", "--requests", "8", "--rounds", "1", "--alone", "6"]
     ran = warm(environment).run(
         code=RUN,

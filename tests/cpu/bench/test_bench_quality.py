@@ -19,8 +19,11 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import quality, quality_worker, small_models, small_tasks, train_small
-from bench.quality_worker import QualityWorker
+from bench import quality, train_small
+from bench.answers import statistics
+from bench.models import small_models, small_tasks
+from bench.workers import quality as quality_worker
+from bench.workers.quality import QualityWorker
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH, TAIL, NEW = 40, 6, 3
@@ -409,10 +412,10 @@ def test_environment_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def popen(command: Any, **given: Any) -> Any:
         started.append(given["env"])
-        assert command[1].endswith("quality_worker.py")
+        assert command[1].endswith("workers/quality.py")
         return SimpleNamespace()
 
-    monkeypatch.setattr("bench.engine.subprocess.Popen", popen)
+    monkeypatch.setattr("bench.common.engines.subprocess.Popen", popen)
     for name, patches in (("stock", None), ("default", []), ("alone", ["qkv_proj"])):
         engine = quality.QualityEngine(name, patches, {}, tmp_path / "log")
         assert engine.variant == name
@@ -428,8 +431,8 @@ def test_an_engine_is_stopped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
     )
     killed: list[int] = []
-    monkeypatch.setattr("bench.engine.subprocess.Popen", lambda *_, **__: child)
-    monkeypatch.setattr("bench.mtp.os.killpg", lambda group, _: killed.append(group))
+    monkeypatch.setattr("bench.common.engines.subprocess.Popen", lambda *_, **__: child)
+    monkeypatch.setattr("bench.speculation.engine.os.killpg", lambda group, _: killed.append(group))
     engine = quality.QualityEngine("stock", None, {}, tmp_path / "log")
     engine.stop()
     assert child.poll() is not None
@@ -508,10 +511,10 @@ def test_untimed_commands():
 def test_mcnemar():
     one = [True] * 9 + [False] + [True] * 5
     other = [False] * 9 + [True] + [True] * 5
-    only_one, only_other, p = quality.mcnemar(one, other)
+    only_one, only_other, p = statistics.mcnemar(one, other)
     assert (only_one, only_other) == (9, 1)
     assert p == pytest.approx(2 * (1 + 10) / 2**10)  # of ten coins at most one the other way
-    assert quality.mcnemar(one, one) == (0, 0, 1.0)
+    assert statistics.mcnemar(one, one) == (0, 0, 1.0)
 
 
 def test_divergence_is_that_of_its_definition():
@@ -521,10 +524,10 @@ def test_divergence_is_that_of_its_definition():
         for _ in range(2)
     )
     expected = (np.exp(p) * (p - q)).sum(-1)
-    np.testing.assert_allclose(quality.divergences(p, q), expected)
-    assert np.abs(quality.divergences(p, p)).max() == 0
+    np.testing.assert_allclose(statistics.divergences(p, q), expected)
+    assert np.abs(statistics.divergences(p, p)).max() == 0
     by_prompt = np.array([[1.0, 3.0], [5.0, 7.0]])
-    assert quality.mean_and_error(by_prompt) == (4.0, pytest.approx(2.0))
+    assert statistics.mean_and_error(by_prompt) == (4.0, pytest.approx(2.0))
 
 
 @pytest.mark.parametrize(
@@ -542,4 +545,4 @@ def test_ends_of_answers(tokens: list[int], reason: str, expected: list[int]):
 def test_rights_ask_for_the_end():
     asked = [small_tasks.Question("sums", b"sum 1+1=", b"1+1=2")] * 2
     whole = asked[0].tokens()[1]
-    assert quality.rights([whole, whole[:-1]], asked) == [True, False]
+    assert statistics.rights([whole, whole[:-1]], asked) == [True, False]

@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import pandas as pd
 import pytest
 
-from bench import quality_mtp, small_tasks
-from bench.mtp import PLAIN
-from bench.quality_mtp_worker import QualityMtpWorker
+from bench import quality_mtp
+from bench.models import small_tasks
+from bench.speculation.comparing import PLAIN
+from bench.workers.quality_mtp import QualityMtpWorker
 from tests.cpu.bench import test_bench_quality as plain
 from tests.cpu.bench.test_bench_quality import folder  # noqa: F401, a fixture
 
