@@ -31,6 +31,7 @@ from rich.progress import Progress  # noqa: E402
 
 from bench.common.comparing import differences, distance  # noqa: E402
 from bench.common.engines import end_on_sigterm, in_turn  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
 from bench.common.pictures import ImageServer, prompt  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.servers import Server, console, launch_arguments, servers  # noqa: E402
@@ -87,7 +88,7 @@ def main(
 ) -> None:
     """Stock against patched, prompts with images, the real server."""
     end_on_sigterm()
-    chosen = with_needed([name for name in patches.split(",") if name], model, layers)
+    chosen = with_needed(patches_of(patches), model, layers)
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))

@@ -39,6 +39,7 @@ from bench.common.engines import (  # noqa: E402
     outlived,
     started,
 )
+from bench.common.options import patches_of  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from bench.models import assistant  # noqa: E402
@@ -100,7 +101,7 @@ def main(
         raise typer.BadParameter(f"variants must be some of {', '.join(known)}, got {variants!r}")
     if centroids and agreeing >= 0:
         raise typer.BadParameter("--agreeing is for an assistant without --centroids")
-    chosen = [name for name in patches.split(",") if name]
+    chosen = patches_of(patches)
     sizes = [int(size) for size in batches.split(",") if size]
     largest = max([*sizes, 8])
     words = agreeing >= 0

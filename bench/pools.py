@@ -26,6 +26,7 @@ import typer  # noqa: E402
 
 from bench.common.comparing import distance  # noqa: E402
 from bench.common.engines import Engine, console, end_on_sigterm, engines  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
@@ -108,7 +109,7 @@ def main(
     if longest < shortest:
         raise typer.BadParameter(f"--longest must be at least --shortest, got {longest}")
     end_on_sigterm()
-    chosen = [name for name in patches.split(",") if name]
+    chosen = patches_of(patches)
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     os.environ["BENCH_POOL_GIB"] = str(gib)

@@ -43,6 +43,7 @@ import typer  # noqa: E402
 
 from bench.common.comparing import differences  # noqa: E402
 from bench.common.engines import end_on_sigterm  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
 from bench.common.pictures import ImageServer, prompt, sampling  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.servers import console, launch_arguments, servers  # noqa: E402
@@ -297,7 +298,7 @@ def main(
 ) -> None:
     """A patched server under mixed load."""
     end_on_sigterm()
-    chosen = [name for name in patches.split(",") if name]
+    chosen = patches_of(patches)
     variant = STOCK if stock else PATCHED
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
