@@ -263,7 +263,7 @@ def main(
                     progress.update(task, description=variant)
                     with engines(make, [variant]) as live:
                         answers[variant] = live[variant]("tokens", **compared)["rows"]
-            for variant, wanted in ((f"{CHUNKS}{kl_chunk}", kl_chunk), (EXACT, kl_exact)):
+            for variant, wanted in ((f"{CHUNKS}{kl_chunk}", kl_chunk > 0), (EXACT, kl_exact)):
                 if kl and wanted:
                     progress.update(task, description=variant)
                     with engines(make, [variant]) as live:

@@ -34,7 +34,7 @@ from bench.common.engines import end_on_sigterm, in_turn  # noqa: E402
 from bench.common.options import patches_of  # noqa: E402
 from bench.common.pictures import ImageServer, prompt  # noqa: E402
 from bench.common.results import Results  # noqa: E402
-from bench.common.servers import Server, console, launch_arguments, servers  # noqa: E402
+from bench.common.servers import console, launch_arguments, servers  # noqa: E402
 from bench.common.turns import turn  # noqa: E402
 from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
@@ -101,7 +101,7 @@ def main(
         f"--chunked-prefill-size {chunk} {server_arguments}",
     )
 
-    def make(variant: str) -> Server:
+    def make(variant: str) -> ImageServer:
         return ImageServer(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
 
     def bodies(round_: int) -> list[dict[str, Any]]:

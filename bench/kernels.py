@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 import typer
 from rich.progress import track
+from torch._C._autograd import DeviceType
 
 # transformers looks for a package of this name, and scripts have their folder on the path.
 if __name__ == "kernels":
@@ -68,7 +69,7 @@ def kernel_us(call: Call, calls: int = 40) -> tuple[float, int]:
         torch.cuda.synchronize()
     found: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             found[event.name].append(event.device_time)
     launches = sum(len(times) for times in found.values())
     return sum(median(times) * len(times) / calls for times in found.values()), round(

@@ -157,7 +157,7 @@ def main(
             for round_ in range(-1, rounds):
                 for one in in_turn(live, round_):
                     measure(one, round_)
-            why = live[PROFILED].ignored()  # type: ignore[attr-defined]
+            why = live[PROFILED].ignored()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         results.rows = [row for row in results.rows if row["round"] >= 0]  # the first compiles

@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -162,7 +162,7 @@ class SoakedServer(ImageServer):
         family = [psutil.Process(self.process.pid)]
         family += family[0].children(recursive=True)
         on_gpu, resident = gpu_memory_by_process(), 0
-        found: Counter[str] = Counter()
+        found: defaultdict[str, float] = defaultdict(float)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 resident += process.memory_info().rss
@@ -264,8 +264,8 @@ def problems(
         grown = memory[-1][kind] - memory[0][kind]
         if grown > leak:
             told.append(f"{kind} memory: {grown:.0f} MiB more than after the first minute")
-    if DIED.search(log):
-        told.append(f"the log has: {DIED.search(log)[0]}")  # type: ignore[index]
+    if died := DIED.search(log):
+        told.append(f"the log has: {died[0]}")
     return told
 
 

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 import typer  # noqa: E402
 
 from bench.models import small_models, small_tasks  # noqa: E402
-from bench.train_small import (  # noqa: E402
+from bench.models.training import (  # noqa: E402
     TIMED,
     Data,
     Masters,

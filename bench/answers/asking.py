@@ -31,7 +31,7 @@ class QualityEngine(MtpEngine):
 class Asked(NamedTuple):
     """What every engine is asked."""
 
-    count: int  # questions
+    number: int  # of questions
     seed: int
     longest: int  # tokens of a question with its answer
     text: list[list[int]]  # pieces for perplexity
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 
     def questions(self) -> list[small_tasks.Question]:
         """With their right answers."""
-        return small_tasks.questions(self.count, self.seed, self.longest)
+        return small_tasks.questions(self.number, self.seed, self.longest)
 
 
 class Answer(NamedTuple):
@@ -56,7 +56,7 @@ class Answer(NamedTuple):
 
 def answers_of(engine: Engine, asked: Asked, group: int = 0, first: int = 0) -> Answer:
     """To the ``first`` questions, 0: all; ``group``: so many requests at a time, 0: all at once."""
-    count = min(first or asked.count, asked.count)
+    count = min(first or asked.number, asked.number)
     said = engine("answers", count=count, seed=asked.seed, group=group, longest=asked.longest)
     return Answer(rows=said["rows"])
 

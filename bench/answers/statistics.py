@@ -17,7 +17,8 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """
     p, q = p.astype(np.float64), q.astype(np.float64)
     log_r = q - p
-    return (np.exp(p) * (np.expm1(log_r) - log_r)).sum(-1)
+    found: np.ndarray = (np.exp(p) * (np.expm1(log_r) - log_r)).sum(-1)
+    return found
 
 
 def agreement(p: np.ndarray, q: np.ndarray) -> float:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -22,6 +22,7 @@ from bench.common.variants import BITS, EXACT, PATCHED
 BENCH = Path(__file__).resolve().parents[1]
 
 console = Console(width=150)
+EngineT = TypeVar("EngineT", bound="Engine")
 
 
 class Engine:
@@ -136,7 +137,7 @@ def in_turn(live: dict[str, Any], round_: int) -> list[Any]:
 
 
 @contextlib.contextmanager
-def engines(make: Any, variants: list[str]) -> Iterator[dict[str, Engine]]:
+def engines(make: Callable[[str], EngineT], variants: list[str]) -> Iterator[dict[str, EngineT]]:
     """Several engines at once, stopped at the end."""
     live = {variant: make(variant) for variant in variants}
     try:

@@ -35,7 +35,7 @@ class Results:
 
     def __init__(self, model: str, layers: int | None, patches: list[str], tp: int = 1) -> None:
         self.rows: list[dict[str, Any]] = []
-        self.base = {
+        self.base: dict[str, Any] = {
             **provenance(),
             # Decides which RMSNorm stock runs; a library that is only on PYTHONPATH counts too.
             "norms": "cute" if find_spec("cutlass") else "cuda",

@@ -14,9 +14,9 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 
@@ -27,6 +27,7 @@ from gemma4_turbo.cli.arguments import flag
 BENCH = Path(__file__).resolve().parents[1]
 START_LIMIT_S = 480
 console = Console(width=150)
+ServerT = TypeVar("ServerT", bound="Server")
 
 
 class Server:
@@ -154,9 +155,9 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def servers(make: Any, variants: list[str]) -> Iterator[dict[str, Server]]:
+def servers(make: Callable[[str], ServerT], variants: list[str]) -> Iterator[dict[str, ServerT]]:
     """Several servers at once, stopped at the end."""
-    live: dict[str, Server] = {}
+    live: dict[str, ServerT] = {}
     try:
         for variant in variants:
             live[variant] = make(variant)

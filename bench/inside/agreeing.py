@@ -75,7 +75,8 @@ class Agreement:
     def seen(self, width: int) -> torch.Tensor:
         """A direction for each word: ``[words, width]``."""
         drawn = torch.randn(self.words, width, generator=self._generator(2), dtype=torch.float32)
-        return drawn / drawn.norm(dim=1, keepdim=True)
+        length: torch.Tensor = drawn.norm(dim=1, keepdim=True)
+        return drawn / length
 
     def previous(self, rows: torch.Tensor) -> torch.Tensor:
         """For each word the row of its predecessor."""

@@ -128,8 +128,9 @@ def config(tensors: Tensors, scheme: Scheme, experts: bool = True) -> dict[str, 
     joins Q, K and V, gate and up: their input, the hidden size, must be a multiple of 128 then.
     """
     ignored = ["lm_head", r"re:.*embed_tokens.*", r"re:.*router.*", r"re:.*per_layer.*"]
+    groups: dict[str, dict[str, Any]]
     if scheme == Scheme.FP8:
-        kind = {"num_bits": 8, "type": "float", "symmetric": True}
+        kind: dict[str, Any] = {"num_bits": 8, "type": "float", "symmetric": True}
         groups = {
             "group_0": {
                 "targets": ["Linear"],

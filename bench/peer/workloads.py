@@ -31,17 +31,17 @@ class Workload(NamedTuple):
     name: str
     model: str
     kind: str
-    count: int
+    requests: int
     prompt: int
     new: int
 
     def told(self) -> str:
         """For a table."""
         if self.kind == PICTURES:
-            return f"{self.name}: {self.count} x {IMAGES} images, {self.new} out"
+            return f"{self.name}: {self.requests} x {IMAGES} images, {self.new} out"
         if not self.prompt:
-            return f"{self.name}: {self.count} of a chat trace"
-        return f"{self.name}: {self.count} x {self.prompt} in, {self.new} out"
+            return f"{self.name}: {self.requests} of a chat trace"
+        return f"{self.name}: {self.requests} x {self.prompt} in, {self.new} out"
 
 
 WORKLOADS = {
@@ -72,11 +72,11 @@ def requests(workload: Workload, round_: int) -> list[dict[str, Any]]:
     """
     seed = (list(WORKLOADS).index(workload.name) * 100 + round_ + 50) * 10_000
     if workload.kind == PICTURES:
-        made = [picture_request(workload, seed + i) for i in range(workload.count)]
+        made = [picture_request(workload, seed + i) for i in range(workload.requests)]
     else:
-        lengths = [(workload.prompt, workload.new)] * workload.count
+        lengths = [(workload.prompt, workload.new)] * workload.requests
         if not workload.prompt:
-            lengths = chat_lengths()[: workload.count]
+            lengths = chat_lengths()[: workload.requests]
         made = [
             {"ids": tokens(length, seed + i), "new": new} for i, (length, new) in enumerate(lengths)
         ]

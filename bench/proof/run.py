@@ -181,15 +181,17 @@ class Bench:
                 pairs.append((row, server, found, before))
             except Exception as error:
                 row.problems.append(f"not started: {type(error).__name__}: {error}")
+        reference: dict[str, list[dict[str, Any]]] | None = None
+        again: Comparison | None = None
         try:
-            reference, again = self.asked(scenario, stock), None
+            first = self.asked(scenario, stock)
         except (StartError, OSError, RuntimeError, ValueError) as error:
-            reference, again = None, None
             for row in rows:
                 row.not_shown = True
                 row.notes.append(f"stock: {error}")
         else:
-            again = compare(reference["alone"], self.asked(scenario, stock)["alone"], 0)[0]
+            reference = first
+            again = compare(first["alone"], self.asked(scenario, stock)["alone"], 0)[0]
 
         def one(pair: tuple[Row, TestedServer, Surroundings, dict[str, list[Any]]]) -> None:
             row, server, found, before = pair
@@ -258,11 +260,11 @@ class Bench:
             bad = row.alone.wrong + row.together.wrong
             if bad and (row.run in scenario.bitwise or not floor.wrong):
                 row.problems.append(f"{bad} answer(s) differ from stock")
-            for found in (row.alone, row.together):
-                if not found.distance <= max(self.limits["distance"], 2 * floor.distance):
-                    row.problems.append(f"logprobs {found.distance:.3f} apart")
-                if not found.mean <= max(MEAN_DISTANCE, 2 * floor.mean):
-                    row.problems.append(f"logprobs {found.mean:.4f} apart on average")
+            for apart in (row.alone, row.together):
+                if not apart.distance <= max(self.limits["distance"], 2 * floor.distance):
+                    row.problems.append(f"logprobs {apart.distance:.3f} apart")
+                if not apart.mean <= max(MEAN_DISTANCE, 2 * floor.mean):
+                    row.problems.append(f"logprobs {apart.mean:.4f} apart on average")
             if row.run in scenario.bitwise and not row.alone.bits:
                 row.problems.append("not equal bit for bit")
         try:
@@ -275,7 +277,7 @@ class Bench:
             row.problems.append(f"doctor: {error}")
         lines = server.log.read_text(errors="replace").splitlines()
         said = [
-            found[0] for line in lines if (found := re.search("gemma4_turbo .*installed: .*", line))
+            hit[0] for line in lines if (hit := re.search("gemma4_turbo .*installed: .*", line))
         ]
         if not row.patches:
             row.notes.append("doctor sees no process of this server")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from bench.releases import LOOKS
 from bench.rendering.text import markdown
 from gemma4_turbo.catalogue import DEFECTS, PATCHES, Patch, by_name
 from gemma4_turbo.engine import states
@@ -120,6 +119,7 @@ def families() -> str:
 
 # -- releases -------------------------------------------------------------------------------------------
 
+LOOKS = "looks"  # a patch that looks for its defect when SGLang is imported; no verdict before that
 SHOWN = {
     states.ACTIVE: "`active`",
     states.UPSTREAMED: "`upstreamed`",
@@ -134,9 +134,9 @@ SHOWN_OF_DEFECTS = {
 
 def spans(wanted: Iterable[str], releases: list[str]) -> str:
     """``0.5.11 to 0.5.12.post1, 0.5.14``: runs of ``releases``, which are in order."""
-    wanted, found = set(wanted), []
+    asked, found = set(wanted), list[list[str]]()
     for release in releases:
-        if release not in wanted:
+        if release not in asked:
             found.append([])
         else:
             found = found or [[]]

@@ -66,7 +66,7 @@ def yoco(results: Path) -> str | None:
         rows.append(
             [
                 *names,
-                f"{timed[1]} x {what}: {change(*table.loc[timed, ['stock', 'patched']], 0)}",
+                f"{timed[1]} x {what}: {change(*table.loc[timed, ['stock', 'patched']], digits=0)}",
                 differing(counts, "token"),
                 f"{far['stock vs patched']:.1e} ({own.iloc[0]:.1e})" if len(own) else "-",
             ]
@@ -98,7 +98,7 @@ def short_prompts(results: Path) -> str | None:
     rows = []
     for names, run, table in measured:
         cells = [
-            change(*table.loc[key], 1)
+            change(*table.loc[key], digits=1)
             if (key := (f"prefill of {length}", count)) in table.index
             else "-"
             for length, count in shapes
@@ -128,7 +128,7 @@ def vision(results: Path) -> str | None:
             [
                 str(per_call),
                 label(str(variant), inactive[variant]),
-                change(table.loc["stock", "ms"] / calls, row["ms"] / calls, 1),
+                change(table.loc["stock", "ms"] / calls, row["ms"] / calls, digits=1),
                 f"{row['peak_mib']:.0f}",
                 f"{row['distance']:.1e}",
             ]
@@ -159,7 +159,7 @@ def images(results: Path) -> str | None:
         table = medians(run[run["unit"] == "ms"])
         counts = run[run["variant"] == "stock vs patched"].set_index("quantity")["value"]
         times = [
-            change(*table.loc[key, ["stock", "patched"]], 0) if key in table.index else "-"
+            change(*table.loc[key, ["stock", "patched"]], digits=0) if key in table.index else "-"
             for key in (("first token, alone", 1), ("first token, median", 16), ("all prompts", 16))
         ]
         rows.append([*names, *times, differing(counts, "logprob")])
@@ -188,11 +188,11 @@ def serving(results: Path) -> str | None:
     for names, run in runs(frame, "gpu"):
         shown.append(run)
         table = medians(run).droplevel("x")[["stock", "patched"]]
-        cells = [change(*table.loc[quantity], 0) for quantity in SERVED[:-1]]
+        cells = [change(*table.loc[quantity], digits=0) for quantity in SERVED[:-1]]
         rounds = run.groupby("variant")["round"].nunique()[["stock", "patched"]]
         rows.append([
             *names, short(run.iloc[0]["gpu"]), " / ".join(map(str, rounds)),
-            *cells, change(*table.loc[SERVED[-1]], 1),
+            *cells, change(*table.loc[SERVED[-1]], digits=1),
         ])  # fmt: skip
     header = [
         "SGLang",
@@ -316,11 +316,13 @@ def pools(results: Path) -> str | None:
 
         requests = int(run[run["quantity"] == "soak"]["x"].iloc[0])
         total = run[(run["quantity"] == "tokens") & run["variant"].str.startswith("patched")]
-        cells = [change(*pair(f"pool of {kind} layers", 1), 0) for kind in ("full", "sliding")]
+        cells = [
+            change(*pair(f"pool of {kind} layers", 1), digits=0) for kind in ("full", "sliding")
+        ]
         for kind in ("full", "sliding"):
             cells.append("{:.2f} -> {:.2f}".format(*pair(f"pool of {kind} layers, fullest", 1)))
         cells.append("{:.0f} -> {:.0f}".format(*pair("times requests were retracted", 1)))
-        cells.append(change(*pair("soak", requests), 0))
+        cells.append(change(*pair("soak", requests), digits=0))
         cells.append(f"{sums('common')} of {total['value'].sum():,.0f}")
         rows.append([*names, *cells])
     header = [
@@ -352,7 +354,7 @@ def mtp(results: Path) -> str | None:
         cells = []
         for size in (1, 8):
             times = table.reindex([("step", size)])[["stock", "patched"]].iloc[0]
-            cells.append(change(*times, 2) if times.notna().all() else "-")
+            cells.append(change(*times, digits=2) if times.notna().all() else "-")
         for how in ("alone", "in batches of 8"):
             pair = run[run["variant"] == f"stock {how} vs patched {how}"]
             cells.append(differing(pair.set_index("quantity")["value"], "token"))

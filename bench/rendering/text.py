@@ -63,7 +63,7 @@ def chosen(patches: str) -> str:
     return ", ".join([f"{len(bitwise)} `bitwise`", *(f"`{name}`" for name in others)])
 
 
-def change(stock: float, patched: float, digits: int) -> str:
+def change(stock: float, patched: float, *, digits: int) -> str:
     """Stock, patched and their ratio."""
     return f"{stock:.{digits}f} -> {patched:.{digits}f} ({patched / stock:.3f})"
 

@@ -61,10 +61,10 @@ def soak_requests(
 
 def named_here(arguments: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
     """The arguments under the names that this SGLang knows; ValueError for one that has none."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in arguments.items():
         here = name if name in known else RENAMED.get(name)
-        if here not in known:
+        if here is None or here not in known:
             raise ValueError(f"SGLang has no argument {name}")
         found[here] = value
     return found
@@ -84,7 +84,10 @@ class Worker:
     def generate(self, ids: list[list[int]], new: int, **more: Any) -> list[dict[str, Any]]:
         """Greedy generation of exactly ``new`` tokens."""
         sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
-        return self.engine.generate(input_ids=ids, sampling_params=sampling, **more)  # type: ignore[no-any-return]
+        answers: list[dict[str, Any]] = self.engine.generate(
+            input_ids=ids, sampling_params=sampling, **more
+        )
+        return answers
 
     def timed(self, ids: list[list[int]], new: int) -> float:
         """Seconds for one call."""

@@ -175,10 +175,10 @@ KINDS = {"sglang": SGLang, "ours": SGLang, "vllm": Vllm}
 
 def named_here(arguments: dict[str, Any], known: Any, renamed: dict[str, str]) -> dict[str, Any]:
     """The arguments under the names that this release knows; ValueError for one that has none."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in arguments.items():
         here = name if name in known else renamed.get(name)
-        if here not in known:
+        if here is None or here not in known:
             raise ValueError(f"this engine has no argument {name}")
         found[here] = value
     return found
@@ -190,7 +190,8 @@ def new_loop() -> asyncio.AbstractEventLoop:
         import uvloop
     except ImportError:
         return asyncio.new_event_loop()
-    return uvloop.new_event_loop()  # type: ignore[no-any-return]
+    loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
+    return loop
 
 
 def opened(url: str) -> Any:

@@ -395,7 +395,7 @@ def run(tmp_path: Path, environment: dict[str, str], drawn: Path) -> Run:
     """The command with stand-ins for its engines; stderr is with stdout."""
 
     def ran(*options: str, dies: str = "") -> subprocess.CompletedProcess[str]:
-        (tmp_path / "workers").mkdir()
+        (tmp_path / "workers").mkdir(exist_ok=True)
         (tmp_path / "workers" / "mtp.py").write_text(WORKER)
         ours = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "DRAWN": str(drawn), "DIES": dies}
         done = warm(environment).run(

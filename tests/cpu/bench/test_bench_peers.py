@@ -182,7 +182,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         workload = peers_workloads.Workload(name, model, kind, *sizes)
         monkeypatch.setitem(peers_workloads.WORKLOADS, name, workload)
     for name, kind in (("images", "pictures"), ("MTP", "mtp")):
-        workload = peers_workloads.WORKLOADS[name]._replace(count=2, new=5)
+        workload = peers_workloads.WORKLOADS[name]._replace(requests=2, new=5)
         monkeypatch.setitem(peers_workloads.WORKLOADS, name, workload._replace(kind=kind))
     where = {"timestamp": "2026-01-01T00:00:00+00:00", "gpu": "NVIDIA H9", "sglang": "this one"}
     monkeypatch.setattr(peers_results, "provenance", lambda: where)

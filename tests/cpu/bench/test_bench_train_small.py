@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import train_small
-from bench.models import small_models, small_tasks
+from bench.models import small_models, small_tasks, training
 
 SETTINGS = train_small.TINY._replace(steps=12, questions=12)
 # Each expert takes its time backwards; of 16, a token still chooses half.
@@ -179,7 +179,7 @@ def test_balance_counts_more_than_bf16_can():
 def test_schedule():
     rates = [train_small.schedule(step, 1000, 1.0) for step in range(1000)]
     assert max(rates) == pytest.approx(1.0)
-    assert rates.index(max(rates)) == train_small.WARM - 1
+    assert rates.index(max(rates)) == training.WARM - 1
     assert rates[0] < 0.01
     assert rates[-1] == pytest.approx(0.02, abs=1e-3)
 
@@ -187,7 +187,7 @@ def test_schedule():
 def test_the_first_rates_do_not_depend_on_the_number_of_steps():
     """It is known only after `TIMED`: a run with that number as --steps has the same rates."""
     known = range(train_small.TIMED.stop)
-    assert train_small.TIMED.stop < train_small.WARM
+    assert train_small.TIMED.stop < training.WARM
     one, other = (
         [train_small.schedule(step, steps, 1.0) for step in known] for steps in (1000, 10_000_000)
     )
