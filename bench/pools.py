@@ -26,6 +26,7 @@ import typer  # noqa: E402
 
 from bench.common.comparing import distance  # noqa: E402
 from bench.common.engines import Engine, console, end_on_sigterm, engines  # noqa: E402
+from bench.common.logs import RETRACTED  # noqa: E402
 from bench.common.options import patches_of  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
@@ -172,7 +173,7 @@ def main(
                 results.add(variant, f"pool of {kind} layers", 1, 0, tokens, "tokens")
             for kind, share in fullest(log).items():
                 results.add(variant, f"pool of {kind} layers, fullest", 1, 0, share, "share")
-            retracted = len(re.findall(r"retracted", log, re.IGNORECASE))
+            retracted = len(RETRACTED.findall(log))
             results.add(variant, "times requests were retracted", 1, 0, retracted, "times")
         summary = results.summary()
         if not summary.empty:

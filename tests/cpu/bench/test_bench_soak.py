@@ -82,12 +82,19 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+# Of a server of 0.5.23: its arguments have the word as well.
+ARGUMENTS = (
+    "server_args={'retraction_policy': 'fcfs', 'disaggregation_decode_retraction_backup': None}\n"
+)
+FULL = f"{ARGUMENTS}KV cache pool is full. Retract requests. #retracted_reqs: 1, #new_tokens_gained: 9\n"
+
+
 def run(
     fault: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     *more: str,
-    log: str = "retracted\n",
+    log: str = FULL,
     minutes: float = 0.03,  # the update is half-way
 ) -> tuple[Result, StandIn]:
     """The command."""
@@ -156,11 +163,23 @@ def test_what_goes_wrong_fails(
 
 
 def test_the_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    log = "Traceback (most recent call last):\n"
+    log = f"{ARGUMENTS}Traceback (most recent call last):\n"
     result, _ = run("", tmp_path, monkeypatch, "--no-pictures", "--no-update", log=log)
     assert result.exit_code == 1
     assert "the log has: Traceback" in result.output
     assert "the KV pool was never full" in result.output
+
+
+def test_a_patch_that_failed_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [
+        {"name": "yoco", "state": "failed", "reason": "RuntimeError: no", "engaged": 0},
+        {"name": "router", "state": "active", "reason": "", "engaged": 0},
+    ]
+    monkeypatch.setattr(soak, "descendants", lambda: [SimpleNamespace(pid=7, patches=rows)])
+    monkeypatch.setattr(soak.report, "table", lambda rows, title: str(len(rows)))
+    result, _ = run("", tmp_path, monkeypatch, "--no-pictures", "--no-update")
+    assert result.exit_code == 1
+    assert "pid 7: yoco failed: RuntimeError: no" in result.output
 
 
 @pytest.mark.parametrize(
