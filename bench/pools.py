@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import typer  # noqa: E402
 
-from bench.common.comparing import distance  # noqa: E402
+from bench.common.comparing import NOTHING_RAN, any_ran, distance  # noqa: E402
 from bench.common.engines import Engine, console, end_on_sigterm, engines  # noqa: E402
 from bench.common.logs import RETRACTED  # noqa: E402
 from bench.common.options import patches_of  # noqa: E402
@@ -138,6 +138,7 @@ def main(
 
     expected: list[dict[str, dict[str, Any]]] = []
     comparisons: dict[str, list[dict[str, float]]] = {}
+    processes: list[dict[str, Any]] = []
     try:
         for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
             with engines(make, group) as live:
@@ -155,7 +156,8 @@ def main(
                             moved = told["rows"][1:] + told["rows"][:1]
                             comparisons["stock, other prompts"] = [compare(moved, expected[0])]
                     if variant == PATCHED:
-                        for process in engine("status")["processes"]:
+                        processes = engine("status")["processes"]
+                        for process in processes:
                             rows = [row for row in process["patches"] if row["state"] == "active"]
                             if rows:
                                 console.print(report.table(rows, f"pid {process['pid']}"))
@@ -180,6 +182,8 @@ def main(
             kept = summary[summary["unit"] != "count"].dropna(axis=1, how="all")
             console.print(kept.to_string(index=False, float_format=lambda v: f"{v:.3f}"))
         results.save(out)
+    if not any_ran(processes):
+        raise SystemExit(f"pools.py: {NOTHING_RAN}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ sys.path.insert(0, str(HERE.parent))
 import psutil  # noqa: E402
 import typer  # noqa: E402
 
-from bench.common.comparing import differences  # noqa: E402
+from bench.common.comparing import NOTHING_RAN, any_ran, differences  # noqa: E402
 from bench.common.engines import end_on_sigterm  # noqa: E402
 from bench.common.logs import DIED, RETRACTED  # noqa: E402
 from bench.common.options import patches_of  # noqa: E402
@@ -354,14 +354,18 @@ def main(
         if server.process.poll() is not None:
             soak.failures.append(f"the server ended with {server.process.poll()}")
         if variant == PATCHED:
+            ran = False
             for process in descendants():
                 lost = [row for row in process.patches if row["state"] == states.FAILED]
                 failed += [
                     f"pid {process.pid}: {row['name']} failed: {row['reason']}" for row in lost
                 ]
                 rows = [row for row in process.patches if row["engaged"] or row in lost]
+                ran |= any_ran([{"patches": process.patches}])
                 if rows:
                     console.print(report.table(rows, f"pid {process.pid}"))
+            if not ran:
+                failed.append(NOTHING_RAN)
     told = log.read_text(errors="replace")
     full = len(RETRACTED.findall(told))
     results.add(variant, "times requests were retracted", clients, 0, full, "times")

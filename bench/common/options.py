@@ -6,7 +6,7 @@ import re
 
 import typer
 
-from gemma4_turbo.catalogue import BITWISE, PATCHES
+from gemma4_turbo.catalogue import BITWISE, CATALOGUE, PATCHES
 
 EXACT = "exact"
 
@@ -18,7 +18,7 @@ def patches_of(text: str, option: str = "--patches") -> list[str]:
         typer.BadParameter: a name that no patch has. An engine would run without it, and compare stock
             with stock.
     """
-    known = {patch.name for patch in PATCHES}
+    known = {patch.name for patch in CATALOGUE}
     found: dict[str, None] = {}
     for name in filter(None, map(str.strip, text.split(","))):
         if name == EXACT:

@@ -361,7 +361,8 @@ for line in sys.stdin:
             os._exit(1)
         answer = {"ended": {"length": 30, "abort": 2}, "seconds": 1.0}
     if command["do"] == "status":
-        answer = {"processes": []}
+        ran = {"name": "mtp_chain", "state": "inactive", "reason": "", "engaged": 1}
+        answer = {"processes": [{"pid": 1, "command": "x", "patches": [ran]}]}
     print(json.dumps(answer), flush=True)
 """
 RUN = """
