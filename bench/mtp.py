@@ -169,7 +169,7 @@ def main(
         if engine.variant == PATCHED:
             session.reports = engine("status")
         if stress and engine.variant != PLAIN:
-            session.stressed(engine, stress, stress_limit, words)
+            session.stressed(engine, stress, stress_limit, agreement)
             if engine.variant == PATCHED and "died" not in session.stress[PATCHED]:
                 session.reports = engine("status")
 
