@@ -304,15 +304,14 @@ def test_a_stress_test():
     worker.engine = Crowd()
     answer = worker.stress(count=104, limit_s=20, seed=1, words=False)
     assert answer["ended"] == {"length": 88, "abort": 16}
-    done = [len(row["tokens"]) for row in answer["rows"]]
-    assert sorted(done)[:88] == sorted(new for _, new in worker.engine.asked if new != 400)
     asked = worker.engine.asked
     assert {length for length, _ in asked} == {3, 40, 200, 900}
     assert {new for _, new in asked} == {*range(2, 9), 400}
     worker.engine = Crowd(delta=True)
     pieces = worker.stress(count=104, limit_s=20, seed=1, words=False)["rows"]
-    whole = [i for i in range(104) if i % 13 not in (5, 9)]
-    assert [pieces[i] for i in whole] == [answer["rows"][i] for i in whole]
+    whole = [i for i in range(104) if i % 13 not in (5, 9)]  # the others are aborted
+    for rows in (answer["rows"], pieces):
+        assert [len(rows[i]["tokens"]) for i in whole] == [2 + i // 8 % 7 for i in whole]
     worker.engine = Crowd(never=3)
     answer = worker.stress(count=16, limit_s=1, seed=1, words=True)
     assert answer["ended"] == {"length": 13, "abort": 2, "late": 1}
