@@ -31,7 +31,7 @@ import typer  # noqa: E402
 from bench.common.comparing import differences  # noqa: E402
 from bench.common.engines import Engine, end_on_sigterm, engines  # noqa: E402
 from bench.common.options import parse_prefill, patches_of  # noqa: E402
-from bench.common.results import Results  # noqa: E402
+from bench.common.results import Results, append  # noqa: E402
 from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
@@ -164,8 +164,7 @@ def main(
                 if {AFTER, other} <= set(table.columns):
                     table[f"{AFTER} / {other}"] = table[AFTER] / table[other]
             print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-            frame = results.frame()
-            frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+            append(results.frame(), out)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench.common.comparing import differences, divergence  # noqa: E402
+from bench.common.comparing import NOTHING_RAN, any_ran, differences, divergence  # noqa: E402
 from bench.common.engines import (  # noqa: E402
     Engine,
     console,
@@ -48,6 +48,8 @@ from bench.common.variants import (  # noqa: E402
 )
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
+
+LONGEST = 700
 
 
 class Piecewise(StrEnum):
@@ -94,6 +96,13 @@ def main(
         int, typer.Option(help="Prompts of the bit-for-bit comparison; 0: none")
     ] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens per prompt of that comparison")] = 64,
+    longest: Annotated[
+        int,
+        typer.Option(
+            min=5,
+            help="Tokens of its longest prompt; for 3000, --max-total-tokens 131072 keeps 64 at once",
+        ),
+    ] = LONGEST,
     control: Annotated[
         bool, typer.Option(help="Also compare stock with a second stock engine")
     ] = True,
@@ -123,6 +132,13 @@ def main(
     ] = False,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
+    also: Annotated[
+        str, typer.Option(help="Comma list of patches besides --patches, off by default")
+    ] = "",
+    attention_backend: Annotated[str, typer.Option(help="SGLang's")] = "triton",
+    stock_backend: Annotated[
+        str, typer.Option(help="Stock's own attention backend; empty: the same")
+    ] = "",
     piecewise: Annotated[
         Piecewise,
         typer.Option(
@@ -148,7 +164,11 @@ def main(
     chosen = patches_of(patches)
     sizes = [int(size) for size in batches.split(",") if size]
     prefills = [parse_prefill(text) for text in prefill.split(",") if text]
-    results = Results(model, layers or None, chosen, tp)
+    besides = patches_of(also, "--also")
+    results = Results(model, layers or None, [*(chosen or ["all"] * bool(besides)), *besides], tp)
+    results.base["attention_backend"] = attention_backend
+    results.base["stock_backend"] = stock_backend or attention_backend
+    results.base["longest_prompt"] = longest
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     os.environ["BENCH_UNIT_NORMS"] = str(int(unit_norms))
     results.base["norm_weights"] = "around one" if unit_norms else "around zero"
@@ -157,6 +177,7 @@ def main(
     arguments: dict[str, Any] = {
         "model_path": str(folder),
         **ARGUMENTS,
+        "attention_backend": attention_backend,
         "disable_radix_cache": True,
         "max_total_tokens": max_total_tokens,
         "mem_fraction_static": mem_fraction,
@@ -181,9 +202,11 @@ def main(
             changed = EAGER
         elif variant.startswith(CHUNKS):
             changed = {"chunked_prefill_size": kl_chunk}
-        return Engine(variant, chosen, {**arguments, **changed}, log)
+        if stock_backend and variant not in (PATCHED, BITS):
+            changed["attention_backend"] = stock_backend
+        return Engine(variant, chosen, {**arguments, **changed}, log, besides)
 
-    compared = {"count": equality, "new": new_tokens, "seed": 99}
+    compared = {"count": equality, "new": new_tokens, "seed": 99, "longest": longest}
     compared["tail"] = 16 if prompt_logprobs else 0
     asked = {"count": kl, "sample": 1024, "seed": 97, "new": kl_new}
     asked["tail"] = 8 if prompt_logprobs else 0
@@ -289,6 +312,8 @@ def main(
                     results.add(f"{one} vs {other}", name, kl, 0, value, "nats")
         show(results, answers, profiles, reports)
         results.save(out)
+    if PATCHED in reports and not any_ran(reports[PATCHED]["processes"]):
+        raise SystemExit(f"engine.py: {NOTHING_RAN}")
 
 
 def show(

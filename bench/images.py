@@ -29,9 +29,10 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench.common.comparing import differences, distance  # noqa: E402
+from bench.common.comparing import NOTHING_RAN, any_ran, differences, distance  # noqa: E402
 from bench.common.engines import end_on_sigterm, in_turn  # noqa: E402
-from bench.common.pictures import ImageServer, prompt  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
+from bench.common.pictures import ImageServer, letters, prompt  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.servers import console, launch_arguments, servers  # noqa: E402
 from bench.common.turns import turn  # noqa: E402
@@ -64,6 +65,9 @@ def main(
     ] = "",
     prompts: Annotated[int, typer.Option(min=1)] = 16,
     images: Annotated[int, typer.Option(min=0, help="Of a prompt; 0: text alone")] = 6,
+    between: Annotated[
+        int, typer.Option(min=0, help="Words behind each image; 0: images follow each other")
+    ] = 0,
     side: Annotated[int, typer.Option(help="Pixels of an image's side")] = 480,
     soft_tokens: Annotated[
         int, typer.Option(help="Most tokens of an image: 70, 140, 280, 560, 1120")
@@ -71,6 +75,10 @@ def main(
     compared: Annotated[
         int, typer.Option(min=1, help="Prompts whose tokens are compared, one at a time")
     ] = 8,
+    texts: Annotated[
+        int, typer.Option(min=0, help="Prompts of text alone that are compared as well")
+    ] = 0,
+    longest: Annotated[int, typer.Option(min=5, help="Tokens of the longest of these")] = 3000,
     new_tokens: Annotated[int, typer.Option(min=2)] = 16,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     together: Annotated[bool, typer.Option(help="Both servers alive at once")] = False,
@@ -87,7 +95,7 @@ def main(
 ) -> None:
     """Stock against patched, prompts with images, the real server."""
     end_on_sigterm()
-    chosen = with_needed([name for name in patches.split(",") if name], model, layers)
+    chosen = with_needed(patches_of(patches), model, layers)
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
@@ -105,15 +113,17 @@ def main(
 
     def bodies(round_: int) -> list[dict[str, Any]]:
         """New images every round: SGLang keeps the embeddings of those it has seen."""
-        return [prompt(images, side, (round_ + 3) * 10_000 + i) for i in range(prompts)]
+        seeds = range((round_ + 3) * 10_000, (round_ + 3) * 10_000 + prompts)
+        return [prompt(images, side, seed, between) for seed in seeds]
 
-    same = bodies(-2)[:compared]
+    same = bodies(-2)[:compared] + letters(texts, 4, longest, 12)
     answers: dict[str, list[dict[str, Any]]] = {}
 
     def measure(server: ImageServer, round_: int, keep: bool = True) -> None:
         """One prompt alone, then all at once."""
         sent = bodies(round_)
-        alone = server.first_token(prompt(images, side, (round_ + 3) * 10_000 + 9_999), 2)
+        body = prompt(images, side, (round_ + 3) * 10_000 + 9_999, between)
+        alone = server.first_token(body, 2)
         started = time.perf_counter()
         with ThreadPoolExecutor(prompts) as pool:
             firsts = list(pool.map(lambda body: server.first_token(body, new_tokens), sent))
@@ -141,9 +151,10 @@ def main(
                 ]
         console.print(f"{server.variant}: chat with an image: {server.chat(side)}")
 
+    rows: dict[str, dict[str, Any]] = {}
+
     def reports() -> None:
         """What the patches did, over all processes of the patched server."""
-        rows: dict[str, dict[str, Any]] = {}
         for process in descendants():
             for row in process.patches:
                 if row["state"] in ("active", "failed"):
@@ -179,6 +190,8 @@ def main(
 
     show(results, answers)
     results.save(out)
+    if not any_ran([{"patches": list(rows.values())}]):
+        raise SystemExit(f"images.py: {NOTHING_RAN}")
 
 
 def show(results: Results, answers: dict[str, list[dict[str, Any]]]) -> None:

@@ -32,6 +32,7 @@ if __name__ == "kernels":
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.common import results  # noqa: E402
 from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli import lines  # noqa: E402
 from gemma4_turbo.cli.tuning.kernel_cases import CASES, Call, CannotMeasureError, Case  # noqa: E402
@@ -122,7 +123,7 @@ def append(rows: list[dict[str, Any]], base: dict[str, Any], out: Path) -> pd.Da
     """Add rows to the CSV; returns them."""
     frame = pd.DataFrame([base | row for row in rows], columns=[*base, *MEASURED])
     frame = frame.astype(dict.fromkeys(COUNTS, "Int64"))
-    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    results.append(frame, out)
     return frame
 
 

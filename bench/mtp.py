@@ -31,6 +31,7 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
+from bench.common.comparing import NOTHING_RAN, any_ran  # noqa: E402
 from bench.common.engines import (  # noqa: E402
     Engine,
     console,
@@ -39,6 +40,7 @@ from bench.common.engines import (  # noqa: E402
     outlived,
     started,
 )
+from bench.common.options import patches_of  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from bench.models import assistant  # noqa: E402
@@ -100,7 +102,7 @@ def main(
         raise typer.BadParameter(f"variants must be some of {', '.join(known)}, got {variants!r}")
     if centroids and agreeing >= 0:
         raise typer.BadParameter("--agreeing is for an assistant without --centroids")
-    chosen = [name for name in patches.split(",") if name]
+    chosen = patches_of(patches)
     sizes = [int(size) for size in batches.split(",") if size]
     largest = max([*sizes, 8])
     words = agreeing >= 0
@@ -167,7 +169,7 @@ def main(
         if engine.variant == PATCHED:
             session.reports = engine("status")
         if stress and engine.variant != PLAIN:
-            session.stressed(engine, stress, stress_limit, words)
+            session.stressed(engine, stress, stress_limit, agreement)
             if engine.variant == PATCHED and "died" not in session.stress[PATCHED]:
                 session.reports = engine("status")
 
@@ -203,6 +205,8 @@ def main(
         session.comparisons(agreement, compared, new_tokens)
         session.tables()
         results.save(out)
+    if session.reports and not any_ran(session.reports["processes"]):
+        raise SystemExit(f"mtp.py: {NOTHING_RAN}")
 
 
 if __name__ == "__main__":

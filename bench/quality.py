@@ -67,10 +67,12 @@ from bench.models import small_tasks  # noqa: E402
 from bench.rendering.quality import in_order  # noqa: E402
 from gemma4_turbo.catalogue import by_name  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
+from gemma4_turbo.engine import states  # noqa: E402
+from gemma4_turbo.instance import ENGINE  # noqa: E402
 
 EXACT, DEFAULT = "exact", "default"
 ALONE = {  # tolerance patches that a text-only model of this size can meet
-    "moe": "skinny_gemm,extend_attention,decode_attention,experts_few,router_few",
+    "moe": "skinny_gemm,extend_attention,decode_attention,experts_few,router_few,feed_forward_few",
     "ple": "skinny_gemm,extend_attention,decode_attention,qkv_proj,yoco",
 }
 
@@ -83,6 +85,18 @@ def with_what_they_need(names: list[str]) -> list[str]:
             found[needed] = None
         found[name] = None
     return list(found)
+
+
+def that_run(names: list[str]) -> list[str]:
+    """Those that this SGLang takes; alone, any other would be stock under a patch's name."""
+    found = []
+    for name in names:
+        state, reason = ENGINE.outlook(by_name(name))
+        if state == states.ACTIVE:
+            found.append(name)
+        else:
+            console.print(f"{name}: left out, {state}: {reason}")
+    return found
 
 
 def variants(patches: list[str], chunk: int) -> dict[str, tuple[list[str] | None, dict[str, Any]]]:
@@ -162,7 +176,7 @@ def main(
     if patches == "auto":  # of quantised weights, which few of these take, none
         patches = ALONE.get(notes["model"], "")
     sizes = [int(size) for size in time.split(",") if size]
-    wanted = variants(patches_of(patches), chunk)
+    wanted = variants(that_run(patches_of(patches)), chunk)
     longest = notes["length"]
     text = (folder / "held_out.txt").read_bytes()
     asked = Asked(
@@ -178,6 +192,7 @@ def main(
     arguments = arguments_of(folder, running)
     if not prefill_graphs:
         arguments["disable_piecewise_cuda_graph"] = True
+    results.base["running"] = running
     results.base["prefill_graphs"] = "disable_piecewise_cuda_graph" not in arguments
     reports: dict[str, Any] = {}
 

@@ -42,7 +42,7 @@ from bench.answers.pace import Pace  # noqa: E402
 from bench.answers.running import add_calls, measure, results_of  # noqa: E402
 from bench.answers.statistics import rights  # noqa: E402
 from bench.common.engines import Engine, console, end_on_sigterm  # noqa: E402
-from bench.common.results import Results  # noqa: E402
+from bench.common.results import Results, append  # noqa: E402
 from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from bench.models import small_tasks  # noqa: E402
 from bench.models.assistant import speculation as speculation_of  # noqa: E402
@@ -234,8 +234,7 @@ def main(
             add_calls(results, PATCHED, reports[PATCHED])
         if results.rows:
             console.print(table(results))
-            frame = results.frame()
-            frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+            append(results.frame(), out)
     if died:
         raise SystemExit(f"quality_mtp.py: {died} died; logs lie beside {out}")
 

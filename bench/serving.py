@@ -25,12 +25,12 @@ from rich.progress import Progress  # noqa: E402
 
 from bench.common.engines import end_on_sigterm, in_turn  # noqa: E402
 from bench.common.load import environment, load_arguments, measured  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.servers import Server, console, launch_arguments, servers  # noqa: E402
 from bench.common.turns import turn  # noqa: E402
 from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from bench.workers.load import LoadClient  # noqa: E402
-from gemma4_turbo.catalogue import CATALOGUE  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
 from gemma4_turbo.models import geometry, geometry_mm  # noqa: E402
@@ -80,11 +80,7 @@ def main(
 ) -> None:
     """Stock against patched under load."""
     end_on_sigterm()
-    chosen = [name for name in patches.split(",") if name]
-    besides = [name for name in also.split(",") if name]
-    unknown = sorted({*chosen, *besides} - {patch.name for patch in CATALOGUE})
-    if unknown:
-        raise typer.BadParameter(f"--patches, --also: no patch is called {', '.join(unknown)}")
+    chosen, besides = patches_of(patches), patches_of(also, "--also")
     places = placed(gpus)
     results = Results(model, layers or None, [*(chosen or ["all"]), *besides])
     os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")

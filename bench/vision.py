@@ -28,6 +28,7 @@ if not torch.cuda.is_available():
 
 import gemma4_turbo
 from bench.common.provenance import provenance
+from bench.common.results import append
 from gemma4_turbo.cli import small_moe
 
 PATCHES = [
@@ -161,7 +162,7 @@ def main(
                     | {"peak_mib": peak, "distance": distance, "inactive": "+".join(inactive)}
                 )
     frame = pd.DataFrame(rows)
-    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    append(frame, out)
     medians = frame.groupby("variant", sort=False)[["ms", "peak_mib", "distance"]].median()
     table = Table("variant", "ms", "ratio", "peak, MiB", "largest distance from stock")
     for variant, row in medians.iterrows():

@@ -13,7 +13,7 @@ from bench.answers.asking import Answer, Asked
 from bench.answers.judge import Judge
 from bench.answers.names import GENERATED, JUDGE, PROMPT
 from bench.answers.statistics import agreement, divergences, mcnemar, mean_and_error, rights
-from bench.common.results import Results
+from bench.common.results import Results, append
 from bench.common.variants import STOCK
 from bench.models import small_tasks
 
@@ -39,8 +39,7 @@ class Findings:
             new = self.results.rows[self.written :]
             self.written += len(new)
             if new:
-                frame = pd.DataFrame(new)
-                frame.to_csv(self.out, mode="a", header=not self.out.exists(), index=False)
+                append(pd.DataFrame(new), self.out)
 
     def add(self, variant: str, quantity: str, x: int, value: float, unit: str) -> None:
         """One row."""

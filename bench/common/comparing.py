@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,12 @@ import numpy as np
 from gemma4_turbo.models import geometry
 
 VOCABULARY = geometry.VOCABULARY
+NOTHING_RAN = "no patch's code ran in the patched engine: stock was compared with stock"
+
+
+def any_ran(processes: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether any patch's code ran, in any process of a report."""
+    return any(row["engaged"] for process in processes for row in process["patches"])
 
 
 def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, int]:

@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from bench.common.options import patches_of
 from bench.common.turns import turn
 from bench.common.variants import BITS, EXACT, PATCHED
+from gemma4_turbo.catalogue import by_name
 
 BENCH = Path(__file__).resolve().parents[1]
 
@@ -33,9 +34,15 @@ class Engine:
     untimed: frozenset[str] = frozenset()  # commands beside which others' may run
 
     def __init__(
-        self, variant: str, patches: list[str], arguments: dict[str, Any], log: Path
+        self,
+        variant: str,
+        patches: list[str],
+        arguments: dict[str, Any],
+        log: Path,
+        also: Sequence[str] = (),
     ) -> None:
         self.variant = variant
+        self.also = also  # patches besides these
         self.log = log
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
@@ -61,11 +68,13 @@ class Engine:
         """What the process is told of the patches by its environment."""
         if self.variant in (PATCHED, BITS):
             names = patches_of("exact") if self.variant == BITS else patches
-            only = ",".join(names) if names else "*"
+            also = () if self.variant == BITS else self.also
+            only = ",".join(dict.fromkeys([*names, *also])) if names else "*"
             return {
                 "BENCH_PATCHED": "1",
                 "GEMMA4_TURBO_STRICT": "1",
                 "GEMMA4_TURBO_SELECTION": f"only={only};skip=",
+                **{by_name(name).env: "1" for name in also},
             }
         exact = {"BENCH_EXACT_ATTENTION": "1"} if self.variant == EXACT else {}
         return {"BENCH_PATCHED": "0", "GEMMA4_TURBO": "0", **exact}

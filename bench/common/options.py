@@ -6,14 +6,28 @@ import re
 
 import typer
 
-from gemma4_turbo.catalogue import BITWISE, PATCHES
+from gemma4_turbo.catalogue import BITWISE, CATALOGUE, PATCHES
+
+EXACT = "exact"
 
 
-def patches_of(text: str) -> list[str]:
-    """Names of a comma list; ``exact``: of every bitwise patch that is on by default."""
-    if text == "exact":
-        return [patch.name for patch in PATCHES if patch.numerics == BITWISE and patch.default]
-    return [name for name in text.split(",") if name]
+def patches_of(text: str, option: str = "--patches") -> list[str]:
+    """Names of a comma list, each once; ``exact`` among them: every bitwise patch that is on by default.
+
+    Raises:
+        typer.BadParameter: a name that no patch has. An engine would run without it, and compare stock
+            with stock.
+    """
+    known = {patch.name for patch in CATALOGUE}
+    found: dict[str, None] = {}
+    for name in filter(None, map(str.strip, text.split(","))):
+        if name == EXACT:
+            found |= dict.fromkeys(p.name for p in PATCHES if p.numerics == BITWISE and p.default)
+        elif name in known:
+            found[name] = None
+        else:
+            raise typer.BadParameter(f"{option}: no patch is named {name!r}")
+    return list(found)
 
 
 def parse_prefill(text: str) -> tuple[int, int, int]:

@@ -27,20 +27,45 @@ def picture(side: int, seed: int) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def prompt(images: int, side: int, seed: int) -> dict[str, Any]:
-    """The body of a request: words, images between them, words."""
+def prompt(images: int, side: int, seed: int, between: int = 0) -> dict[str, Any]:
+    """The body of a request: words, images between them, words.
+
+    Args:
+        images: how many.
+        side: of an image, in pixels.
+        seed: of words and images.
+        between: words behind each image; 0: one image follows the other.
+    """
     source = random.Random(seed)
-    words = [
-        "".join(source.choices(string.ascii_lowercase, k=source.randrange(2, 9)))
-        for _ in range(WORDS)
-    ]
-    text = (
-        " ".join(words[:-8]) + f"\n{geometry_mm.IMAGE_TOKEN}" * images + " " + " ".join(words[-8:])
+
+    def words(count: int) -> list[str]:
+        return [
+            "".join(source.choices(string.ascii_lowercase, k=source.randrange(2, 9)))
+            for _ in range(count)
+        ]
+
+    around = words(WORDS)
+    within = "".join(
+        " ".join([f"\n{geometry_mm.IMAGE_TOKEN}", *words(between)]) for _ in range(images)
     )
+    text = f"{' '.join(around[:-8])}{within} {' '.join(around[-8:])}"
     body: dict[str, Any] = {"text": f"<bos><|turn>user\n{text}<turn|>\n<|turn>model\n"}
     if images:
         body["image_data"] = [picture(side, seed * 1000 + i) for i in range(images)]
     return body
+
+
+def letters(count: int, shortest: int, longest: int, seed: int) -> list[dict[str, Any]]:
+    """Bodies of text alone, of so many letters, the shortest and the longest among them.
+
+    A generated tokenizer makes a token of each.
+    """
+    source = random.Random(seed)
+    lengths = [shortest, longest] + [source.randint(shortest, longest) for _ in range(count)]
+    return [
+        {"text": "".join(source.choices(string.ascii_lowercase, k=length))}
+        for length in lengths[:count]
+    ]
 
 
 def sampling(new: int) -> dict[str, Any]:

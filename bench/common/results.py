@@ -13,6 +13,20 @@ from bench.common.variants import PATCHED, STOCK
 from gemma4_turbo.models import geometry
 
 
+def append(frame: pd.DataFrame, out: Path) -> None:
+    """Write rows behind those of a CSV. Where the columns differ the file gets those of both, and no value
+    comes under another's name."""
+    if out.exists():
+        old = pd.read_csv(out, dtype=str, keep_default_na=False)
+        if list(old.columns) != list(frame.columns):
+            both = pd.concat([old, frame.astype(object)])
+            scratch = out.with_name(f"{out.name}.new")
+            both.to_csv(scratch, index=False)
+            scratch.replace(out)
+            return
+    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+
+
 class Results:
     """Rows for the CSV, with everything that identifies the run."""
 
@@ -68,7 +82,7 @@ class Results:
         frame = self.frame()
         if frame.empty:
             return
-        frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+        append(frame, out)
         summary = self.summary()
         if "ratio" not in summary:
             return

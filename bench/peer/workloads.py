@@ -55,6 +55,7 @@ WORKLOADS = {
         Workload("E4B", "e4b", TEXT, 30, 7000, 10),
         Workload("images", "", PICTURES, 16, 0, 16),
         Workload("MTP", "e4b", MTP, 8, 512, 256),
+        Workload("MTP1", "e4b", MTP, 1, 512, 256),
     )
 }
 

@@ -13,6 +13,7 @@ STOCK, EXACT, DEFAULT, JUDGE = "stock", "exact", "default", "transformers, fp32"
 PLAIN, PATCHED = "no speculation", "patched"
 FORMATS = ("fp8", "w4a16")
 CUT = "not measured"
+RUNNING, AT_ONCE = "running", 64  # requests at once, at most, and their usual number
 
 
 def in_order(variants: Iterable[str]) -> list[str]:
@@ -28,14 +29,32 @@ def in_order(variants: Iterable[str]) -> list[str]:
 
 
 def newest_runs(path: Path) -> list[tuple[str, str, pd.DataFrame]]:
-    """Release, model and rows of the newest run of each; none where nothing is measured."""
+    """Release, model and rows of the newest run of each; none where nothing is measured.
+
+    Runs with other numbers of requests at once stand beside each other, that of the most first: it decides
+    which patches meet their numbers of tokens.
+    """
     if not path.exists():
         return []
     frame = pd.read_csv(path)
+    each = ["sglang", "model"]
+    if RUNNING in frame:
+        frame = frame.sort_values(RUNNING, ascending=False, kind="stable")
+        each.append(RUNNING)
+    groups = {key: newest_rows(rows) for key, rows in frame.groupby(each, sort=False)}
+    order = list(dict.fromkeys(frame.sort_index().groupby(each[:2], sort=False).groups))
     return [
-        (str(release), str(model), newest_rows(of_model))
-        for (release, model), of_model in frame.groupby(["sglang", "model"], sort=False)
+        (str(key[0]), str(key[1]), rows)
+        for pair in order
+        for key, rows in groups.items()
+        if key[:2] == pair
     ]
+
+
+def asked_of(run: pd.DataFrame) -> str:
+    """The model of a run, and how many requests were answered at once, where they were few."""
+    model, running = str(run.iloc[0]["model"]), run.iloc[0].get(RUNNING, AT_ONCE)
+    return model if running == AT_ONCE else f"{model}, {running} at once"
 
 
 def is_quantised(model: str) -> bool:
@@ -49,6 +68,8 @@ def headline(results: Path) -> str | None:
     for release, model, run in newest_runs(results / "quality.csv"):
         values = run.set_index(["variant", "quantity"])[["value", "x"]]
         if is_quantised(model) or (DEFAULT, "McNemar's p") not in values.index:
+            continue
+        if asked_of(run) != model:
             continue
         right = {name: values.loc[name, "answered exactly"] for name in (STOCK, DEFAULT)}
         p = values.loc[(DEFAULT, "McNemar's p"), "value"]
@@ -68,7 +89,7 @@ def quality(results: Path, quantised: bool = False) -> str | None:
         used.append(run)
         values = run.set_index(["variant", "quantity"])[["value", "x"]]
         for variant in in_order([STOCK, *run["variant"]]):
-            rows.append([release, model, named(variant), *cells(variant, values)])
+            rows.append([release, asked_of(run), named(variant), *cells(variant, values)])
     if not used:
         return None
     header = ["SGLang", "model", "engine", "answered exactly", "only this, only stock", "p"]

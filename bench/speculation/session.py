@@ -37,9 +37,13 @@ class Session:
         self.results.add(engine.variant, "step", batch, round_, ms, "ms")
         self.results.add(engine.variant, "tokens a second", batch, round_, rate, "1/s")
 
-    def stressed(self, engine: Engine, count: int, limit_s: float, words: bool) -> None:
-        """Many requests; an engine that dies of them is a result too."""
+    def stressed(self, engine: Engine, count: int, limit_s: float, agreement: Any) -> None:
+        """Many requests; an engine that dies of them is a result too.
+
+        With an ``agreement`` every token is known beforehand, also of a request that was aborted.
+        """
         begun, answer = time.perf_counter(), {}
+        words = agreement is not None
 
         def do() -> None:
             answer.update(engine("stress", count=count, limit_s=limit_s, seed=5, words=words))
@@ -52,6 +56,12 @@ class Session:
             return
         ended = answer["ended"]
         self.stress[engine.variant] = f"{ended}, {answer['seconds']:.0f} s"
+        if agreement is not None:
+            found = [(row["tokens"], row["last"]) for row in answer["rows"]]
+            wrong = sum(tokens != agreement.tokens(last, len(tokens)) for tokens, last in found)
+            tokens = sum(len(tokens) for tokens, _ in found)
+            self.stress[engine.variant] += f", {wrong} with a wrong token, of {tokens} tokens"
+            self.results.add(engine.variant, "stress: a wrong token", count, 0, wrong, "count")
         self.results.add(engine.variant, "stress: died", count, 0, 0, "count")
         for how, number in ended.items():
             self.results.add(engine.variant, f"stress: {how}"[:60], count, 0, number, "count")

@@ -29,10 +29,13 @@ def prompts(count: int, length: int, seed: int) -> list[list[int]]:
     return [[source.randrange(10, 250_000) for _ in range(length)] for _ in range(count)]
 
 
-def mixed_prompts(count: int, seed: int) -> list[list[int]]:
-    """Prompts of 4 to 700 tokens."""
+def mixed_prompts(count: int, seed: int, longest: int = 700) -> list[list[int]]:
+    """Prompts of 4 to ``longest`` tokens, both among them where there are two."""
     source = random.Random(seed)
-    return [prompts(1, source.randrange(4, 700), seed + i)[0] for i in range(count)]
+    lengths = [source.randrange(4, longest) for _ in range(count)]
+    if longest != 700:  # recorded comparisons are of these prompts
+        lengths[:2] = [4, longest][:count]
+    return [prompts(1, length, seed + i)[0] for i, length in enumerate(lengths)]
 
 
 def soak_requests(
@@ -105,9 +108,11 @@ class Worker:
         """ms for the first ``new`` tokens of all prompts."""
         return {"value": self.timed(prompts(batch, length, seed), new) * 1e3}
 
-    def tokens(self, count: int, new: int, seed: int, tail: int = 16) -> dict[str, Any]:
+    def tokens(
+        self, count: int, new: int, seed: int, tail: int = 16, longest: int = 700
+    ) -> dict[str, Any]:
         """Greedy tokens with every logprob, as float32 bits: ``tail`` of the prompt, output, five best."""
-        ids = mixed_prompts(count, seed)
+        ids = mixed_prompts(count, seed, longest)
         answers = self.generate(
             ids,
             new,

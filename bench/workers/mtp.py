@@ -81,10 +81,13 @@ class MtpWorker(Worker):
     def stress(self, count: int, limit_s: float, seed: int, words: bool) -> dict[str, Any]:
         """Many requests at once: mixed lengths, groups that end together, others aborted.
 
+        Of each: the last token of its prompt, and the tokens that came.
+
         A process whose scheduler dies is ended by SGLang: this call then has no answer.
         """
         source = random.Random(seed)
         manager = self.engine.tokenizer_manager
+        rows: list[dict[str, Any]] = []
 
         async def one(i: int) -> str:
             length = source.choice((3, 40, 200, 900))
@@ -94,13 +97,18 @@ class MtpWorker(Worker):
             new = 400 if left_early or left_at_once else 2 + i // 8 % 7
             sampling = {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
             name, last = f"stress-{seed}-{i}", {}
+            row: dict[str, Any] = {"last": ids[-1], "tokens": []}
+            rows.append(row)
             stream = await self.engine.async_generate(
                 input_ids=ids, sampling_params=sampling, stream=True, rid=name
             )
             if left_at_once:
                 asyncio.get_running_loop().call_later(0.02, manager.abort_request, name)
             async for chunk in stream:
-                last = chunk["meta_info"]
+                last, told = chunk["meta_info"], chunk["output_ids"]
+                # All so far, or, in some releases and settings, those that are new.
+                whole = len(told) == last["completion_tokens"]
+                row["tokens"] = list(told) if whole else [*row["tokens"], *told]
                 if left_early:
                     manager.abort_request(name)
             reason = (last.get("finish_reason") or {}).get("type", "unfinished")
@@ -124,7 +132,7 @@ class MtpWorker(Worker):
 
         started = time.perf_counter()
         ended = self.engine.loop.run_until_complete(everything())
-        return {"ended": dict(ended), "seconds": time.perf_counter() - started}
+        return {"ended": dict(ended), "seconds": time.perf_counter() - started, "rows": rows}
 
 
 def parts(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

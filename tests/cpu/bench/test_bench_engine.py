@@ -17,6 +17,7 @@ import typer
 
 from bench import engine
 from bench.common import comparing, engines
+from bench.workers import engine as worker
 from tests.cpu.conftest import REPOSITORY, warm
 from tests.cpu.warm import Child
 
@@ -44,7 +45,8 @@ for line in sys.stdin:
         step = [-1.0 - exact, -2.0 - 0.25 * patched, -3.0 - 0.5 * command["alone"]]
         answer = {"rows": [{"ids": [1], "before": [], "after": [step]}]}
     if command["do"] == "status":
-        answer = {"processes": []}
+        rows = [{"name": "router", "state": "active", "reason": "", "engaged": int(os.environ["RAN"])}]
+        answer = {"processes": [{"pid": 1, "command": "x", "patches": rows}]}
     print(json.dumps(answer), flush=True)
 """
 RUN = """
@@ -62,11 +64,11 @@ typer.run(engine.main)
 
 
 @pytest.fixture
-def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[int], Child]]:
+def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Child]]:
     """Starts the command with stand-ins for its engines; it prints to `printed`."""
     started: list[Child] = []
 
-    def run(calls: int) -> Child:
+    def run(calls: int, ran: int = 1) -> Child:
         (tmp_path / "workers").mkdir()
         (tmp_path / "workers" / "engine.py").write_text(WORKER)
         (tmp_path / "printed").touch()
@@ -76,7 +78,7 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[int
         child = warm(environment).start(
             code=RUN,
             arguments=[str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
-            env={**os.environ, "CALLS": str(calls)},
+            env={**os.environ, "CALLS": str(calls), "RAN": str(ran)},
             cwd=str(REPOSITORY),
             files=[str(tmp_path / "printed")] * 2,
             timeout=120,
@@ -115,6 +117,13 @@ def test_a_run(start: Callable[[int], Child], tmp_path: Path):
     exact = "stock, attention in fp32"
     assert value(frame, f"{exact} vs stock", "KL divergence") == pytest.approx(moved)
     assert value(frame, f"{exact} vs patched", "KL divergence") > moved
+
+
+def test_stock_against_stock_fails(start: Callable[..., Child], tmp_path: Path):
+    """No patch's code ran: nothing is proven, whatever was equal."""
+    assert start(99, 0).wait() == 1
+    assert "engine.py: no patch's code ran" in (tmp_path / "printed").read_text()
+    assert (tmp_path / "out.csv").exists()
 
 
 def test_what_is_known_is_saved_when_a_limit_cuts_it_off(
@@ -208,6 +217,27 @@ def test_kernels_of_a_profile_by_class():
         "void moe_sum_reduce_kernel": [3, 3.0],
     }
     assert engine.by_class(kernels) == {"sums over GPUs": (6, 55.0), "norms": (5, 11.0)}
+
+
+def test_lengths_of_the_compared_prompts():
+    """Recorded comparisons are of the default's; a longer limit has the shortest and the longest."""
+    recorded = [len(ids) for ids in worker.mixed_prompts(64, 99)]
+    assert (min(recorded), max(recorded), sum(recorded)) == (11, 697, 22394)
+    long = [len(ids) for ids in worker.mixed_prompts(64, 99, 3000)]
+    assert (min(long), max(long)) == (4, 3000)
+    assert sum(length > 1024 for length in long) > 30  # beyond the window
+
+
+def test_patches_besides_those_that_are_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, str] = {}
+    monkeypatch.setattr(
+        engines.subprocess, "Popen", lambda command, env, **kwargs: asked.update(env)
+    )
+    engine.Engine(engine.PATCHED, [], {}, tmp_path / "log", ["feed_forward_few"])
+    assert asked["GEMMA4_TURBO_SELECTION"] == "only=*;skip="
+    assert asked["GEMMA4_TURBO_FEED_FORWARD_FEW"] == "1"
+    engine.Engine(engine.PATCHED, ["router"], {}, tmp_path / "log", ["swa_ratio"])
+    assert asked["GEMMA4_TURBO_SELECTION"] == "only=router,swa_ratio;skip="
 
 
 def test_an_engine_with_the_bitwise_patches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -39,6 +39,22 @@ def test_a_prompt_has_a_placeholder_for_each_of_its_images(count: int):
     assert body["text"] != images.prompt(count, 48, 8)["text"]
 
 
+def test_words_between_images():
+    body = images.prompt(3, 48, 7, between=2)
+    parts = body["text"].split(geometry_mm.IMAGE_TOKEN)
+    assert [len(part.split()) for part in parts[1:-1]] == [2, 2]
+    assert body["image_data"] == images.prompt(3, 48, 7)["image_data"]
+    assert body["text"].split()[:32] == images.prompt(3, 48, 7)["text"].split()[:32]
+
+
+def test_texts_of_all_lengths():
+    bodies = pictures.letters(64, 4, 3000, 12)
+    lengths = [len(body["text"]) for body in bodies]
+    assert len(lengths) == 64
+    assert (min(lengths), max(lengths)) == (4, 3000)
+    assert all(set(body) == {"text"} for body in bodies)
+
+
 @pytest.mark.parametrize(
     ("model", "layers", "patches", "added"),
     [

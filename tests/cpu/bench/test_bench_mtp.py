@@ -272,11 +272,11 @@ def test_cause_of_death(tmp_path: Path):
 class Crowd:
     """Stands in for an engine whose requests end by themselves, by an abort, or never."""
 
-    def __init__(self, never: int = -1) -> None:
+    def __init__(self, never: int = -1, delta: bool = False) -> None:
         self.loop = asyncio.new_event_loop()
         self.tokenizer_manager = self
         self.aborted: set[str] = set()
-        self.never, self.asked = never, []
+        self.never, self.delta, self.asked = never, delta, []
 
     def abort_request(self, name: str) -> None:
         self.aborted.add(name)
@@ -291,7 +291,8 @@ class Crowd:
                 done = {"type": "length"} if made == new else None
                 if rid in self.aborted:
                     done = {"type": "abort"}
-                yield {"meta_info": {"finish_reason": done, "completion_tokens": made}}
+                meta = {"finish_reason": done, "completion_tokens": made}
+                yield {"meta_info": meta, "output_ids": [7] * (1 if self.delta else made)}
                 if done:
                     return
 
@@ -306,6 +307,11 @@ def test_a_stress_test():
     asked = worker.engine.asked
     assert {length for length, _ in asked} == {3, 40, 200, 900}
     assert {new for _, new in asked} == {*range(2, 9), 400}
+    worker.engine = Crowd(delta=True)
+    pieces = worker.stress(count=104, limit_s=20, seed=1, words=False)["rows"]
+    whole = [i for i in range(104) if i % 13 not in (5, 9)]  # the others are aborted
+    for rows in (answer["rows"], pieces):
+        assert [len(rows[i]["tokens"]) for i in whole] == [2 + i // 8 % 7 for i in whole]
     worker.engine = Crowd(never=3)
     answer = worker.stress(count=16, limit_s=1, seed=1, words=True)
     assert answer["ended"] == {"length": 13, "abort": 2, "late": 1}
@@ -359,9 +365,12 @@ for line in sys.stdin:
             log.write("AttributeError: no merge_batch\\n")
             log.flush()
             os._exit(1)
-        answer = {"ended": {"length": 30, "abort": 2}, "seconds": 1.0}
+        rows = [{"last": 2 * i, "tokens": agreement.tokens(2 * i, 3 + i)} for i in range(4)]
+        rows[2]["tokens"][-1] += 2
+        answer = {"ended": {"length": 30, "abort": 2}, "seconds": 1.0, "rows": rows}
     if command["do"] == "status":
-        answer = {"processes": []}
+        ran = {"name": "mtp_chain", "state": "inactive", "reason": "", "engaged": 1}
+        answer = {"processes": [{"pid": 1, "command": "x", "patches": [ran]}]}
     print(json.dumps(answer), flush=True)
 """
 RUN = """
@@ -434,6 +443,7 @@ def test_a_run(run: Run, tmp_path: Path, together: bool):
     assert value("no speculation alone vs patched alone", "token_diffs") == 0
     assert (value("stock", "stress: died"), value("patched", "stress: died")) == (1, 0)
     assert value("patched", "stress: abort") == 2
+    assert value("patched", "stress: a wrong token") == 1
     assert "died after 0 s: AttributeError: no merge_batch" in done.stdout
 
 

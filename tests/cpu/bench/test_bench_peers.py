@@ -512,6 +512,7 @@ def test_ratios_are_to_the_best_of_the_others():
             measured({"ours": ("ours", 3.0), "field": ("vllm", 3.6)}, workload)
         )
         assert peers_results.lines(found)[0][-1] == target
+        assert peers_results.lines(found)[1][-2] == "36.00"  # the verify step, of all engines
     alone = peers_results.lines(peers_results.summary(measured({"ours": ("ours", 3.0)})))
     assert alone[0][3:5] == ["3.00", "-"]
 
@@ -673,3 +674,16 @@ def test_serving(stand_ins: Path, small: None, tmp_path: Path, monkeypatch: pyte
     assert [one["--request-rate"] for one in options[:4]] == ["inf", "2.0", "inf", "16.0"]
     assert len({one["--seed"] for one in options[:4]}) == 4
     assert not any("--tokenize-prompt" in call for call in calls)
+
+
+def test_what_failed_is_tried_again_if_asked(stand_ins: Path, tmp_path: Path):
+    """Where the time was up, say; what was measured stays."""
+    out = tmp_path / "out.csv"
+    peer = peers_engine.parse(of(stand_ins, "stock", "sglang"))
+    rows = peers_results.Rows(out, False)
+    place = {"setting": "own defaults", "round": 0}
+    rows.add(peer, {}, {**place, "workload": "A"}, [("failed", None, "")], "no time")
+    rows.add(peer, {}, {**place, "workload": "B"}, [("duration", 1.0, "s")])
+    for again, had in ((False, [True, True, False]), (True, [False, True, False])):
+        kept = peers_results.Rows(out, True, again)
+        assert [kept.has(peer, "own defaults", name, 0) for name in "ABC"] == had

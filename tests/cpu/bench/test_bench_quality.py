@@ -546,3 +546,13 @@ def test_rights_ask_for_the_end():
     asked = [small_tasks.Question("sums", b"sum 1+1=", b"1+1=2")] * 2
     whole = asked[0].tokens()[1]
     assert statistics.rights([whole, whole[:-1]], asked) == [True, False]
+
+
+def test_a_patch_that_this_sglang_does_not_take_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Its engine would be stock under the patch's name."""
+    found = {"skinny_gemm": ("active", ""), "router_few": ("unsupported", "not in this release")}
+    monkeypatch.setattr(quality.ENGINE, "outlook", lambda patch: found[patch.name])
+    assert quality.that_run(["skinny_gemm", "router_few"]) == ["skinny_gemm"]
+    assert "router_few: left out, unsupported: not in this release" in capsys.readouterr().out

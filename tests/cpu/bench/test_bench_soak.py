@@ -9,7 +9,7 @@ import random
 import runpy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,12 +82,21 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+# Of a server of 0.5.23: its arguments have the word as well.
+ARGUMENTS = (
+    "server_args={'retraction_policy': 'fcfs', 'disaggregation_decode_retraction_backup': None}\n"
+)
+FULL = f"{ARGUMENTS}KV cache pool is full. Retract requests. #retracted_reqs: 1, #new_tokens_gained: 9\n"
+RAN = {"name": "router", "state": "active", "reason": "", "engaged": 3}
+
+
 def run(
     fault: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     *more: str,
-    log: str = "retracted\n",
+    log: str = FULL,
+    rows: Sequence[dict[str, Any]] = (RAN,),
     minutes: float = 0.03,  # the update is half-way
 ) -> tuple[Result, StandIn]:
     """The command."""
@@ -104,6 +113,9 @@ def run(
 
     monkeypatch.setattr(soak, "servers", servers)
     monkeypatch.setattr(soak, "end_on_sigterm", lambda: None)
+    found = [SimpleNamespace(pid=7, patches=rows)]
+    monkeypatch.setattr(soak, "descendants", lambda: found)
+    monkeypatch.setattr(soak.report, "table", lambda rows, title: str(len(rows)))
     monkeypatch.setattr(
         soak.SoakedServer, "memory", lambda self: {"GPU": 10.0, "resident": stand_in.resident}
     )
@@ -156,11 +168,27 @@ def test_what_goes_wrong_fails(
 
 
 def test_the_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    log = "Traceback (most recent call last):\n"
+    log = f"{ARGUMENTS}Traceback (most recent call last):\n"
     result, _ = run("", tmp_path, monkeypatch, "--no-pictures", "--no-update", log=log)
     assert result.exit_code == 1
     assert "the log has: Traceback" in result.output
     assert "the KV pool was never full" in result.output
+
+
+def test_a_patch_that_failed_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lost = {"name": "yoco", "state": "failed", "reason": "RuntimeError: no", "engaged": 0}
+    result, _ = run("", tmp_path, monkeypatch, "--no-pictures", "--no-update", rows=(RAN, lost))
+    assert result.exit_code == 1
+    assert "pid 7: yoco failed: RuntimeError: no" in result.output
+
+
+def test_a_soak_of_stock_under_the_name_of_patched_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    idle = {**RAN, "engaged": 0}
+    result, _ = run("", tmp_path, monkeypatch, "--no-pictures", "--no-update", rows=(idle,))
+    assert result.exit_code == 1
+    assert "no patch's code ran" in result.output
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from tests.cpu.bench.test_bench_tables import NEW, OLD, VERSIONS, cells
 Row = tuple[str, str, int, float]
 
 
-def write(path: Path, rows: list[Row], timestamp: str = NEW, model: str = "moe") -> None:
+def write(
+    path: Path, rows: list[Row], timestamp: str = NEW, model: str = "moe", running: int = 64
+) -> None:
     frame = pd.DataFrame(rows, columns=["variant", "quantity", "x", "value"])
     frame = frame.assign(timestamp=timestamp, gpu="NVIDIA H9", **VERSIONS, model=model)
-    frame = frame.assign(trained_steps=4321)
+    frame = frame.assign(trained_steps=4321, running=running)
     frame.to_csv(path, mode="a", header=not path.exists(), index=False)
 
 
@@ -50,6 +52,21 @@ ALONE: list[Row] = [
 
 def test_nothing_is_measured(tmp_path: Path):
     assert tables.quality(tmp_path) is None
+
+
+def test_a_run_with_few_at_once_stands_beside_the_other(tmp_path: Path):
+    """It is newer, of other patches' numbers of tokens, and of fewer questions."""
+    default = [("default", *row[1:]) for row in ALONE]
+    write(tmp_path / "quality.csv", STOCK + default, OLD)
+    few = [(*row[:2], 1002, row[3]) for row in STOCK + default]
+    write(tmp_path / "quality.csv", few, NEW, running=4)
+    write(tmp_path / "quality.csv", STOCK + default, OLD, model="ple")
+    made = tables.quality(tmp_path) or ""
+    models = [row[1] for row in cells(made)]
+    assert models == ["moe", "moe", "moe, 4 at once", "moe, 4 at once", "ple", "ple"]
+    line = tables.headline(tmp_path) or ""
+    assert "1,002" not in line
+    assert line.count("`moe`") == 1
 
 
 def test_the_line_compares_default_with_stock(tmp_path: Path):
