@@ -163,8 +163,9 @@ _warm: list[Warm] = []
 def warm(environment: dict[str, str]) -> Warm:
     """The process with SGLang's libraries, one for all workers; tests that need none start none."""
     if not _warm:
-        run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
-        _warm.append(Warm(environment, Path(tempfile.gettempdir(), f"gemma4_turbo-{run}")))
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # as all workers have it
+        where = f"{tempfile.gettempdir()}/gemma4_turbo-{run}" if run else tempfile.mkdtemp()
+        _warm.append(Warm(environment, Path(where)))
     return _warm[0]
 
 

@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -70,6 +71,8 @@ class Child:
 class Warm:
     """The process, from outside: one for all that name the same folder, from the first to the last."""
 
+    command = ("-m", "tests.cpu.warm")
+
     def __init__(self, environment: dict[str, str], folder: Path) -> None:
         """``folder``: for the socket that it listens at; made here, and gone with the process."""
         self._process: subprocess.Popen[bytes] | None = None
@@ -82,7 +85,7 @@ class Warm:
                     return
             except (FileNotFoundError, ConnectionError):  # it was about to end
                 continue
-        raise RuntimeError(f"python -m tests.cpu.warm ended with {self._process.returncode}")
+        raise RuntimeError(f"{self.command[-1]} ended with {self._process.returncode}")
 
     def _made(self, environment: dict[str, str], folder: Path) -> socket.socket:
         repository = str(Path(__file__).resolve().parents[2])
@@ -96,7 +99,7 @@ class Warm:
                 listener.bind(str(path))
                 listener.listen()
                 self._process = subprocess.Popen(
-                    [sys.executable, "-m", "tests.cpu.warm", str(listener.fileno()), str(folder)],
+                    [sys.executable, *self.command, str(listener.fileno()), str(folder)],
                     env={**environment, "PYTHONPATH": repository, "TRITON_INTERPRET": "1"},
                     cwd=repository,
                     stdin=subprocess.DEVNULL,
@@ -297,9 +300,7 @@ def _serve(listener: socket.socket, folder: Path) -> None:
         if forks:
             continue
         with _locked(folder):
-            listener.settimeout(0)
-            with contextlib.suppress(BlockingIOError):
-                _answer(forks, listener)
+            if select.select([listener], [], [], 0)[0]:
                 continue
             (folder / SOCKET).unlink()
             folder.rmdir()
