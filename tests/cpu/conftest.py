@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -160,14 +161,16 @@ _warm: list[Warm] = []
 
 
 def warm(environment: dict[str, str]) -> Warm:
-    """The process with SGLang's libraries, one for a session; tests that need none start none."""
+    """The process with SGLang's libraries, one for all workers; tests that need none start none."""
     if not _warm:
-        _warm.append(Warm(environment))
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # as all workers have it
+        where = f"{tempfile.gettempdir()}/gemma4_turbo-{run}" if run else tempfile.mkdtemp()
+        _warm.append(Warm(environment, Path(where)))
     return _warm[0]
 
 
 def pytest_sessionfinish() -> None:
-    """End the process with SGLang's libraries."""
+    """Let go of the process with SGLang's libraries."""
     while _warm:
         _warm.pop().close()
 
