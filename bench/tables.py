@@ -65,6 +65,10 @@ TABLES: dict[str, Callable[[], str | None]] = {
 }
 
 
+WITHOUT_A_WORD = ("peers-plot", "quality-line", "release-defects")
+"""Of these, nothing is said where there is nothing: README has them, or there are no defects."""
+
+
 def pages(root: Path = ROOT) -> list[Path]:
     """README and every page of the documentation."""
     return [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
@@ -73,8 +77,8 @@ def pages(root: Path = ROOT) -> list[Path]:
 def render(texts: Iterable[str]) -> list[str]:
     """The pages with every table between its markers made anew.
 
-    A table may be on several pages and is on one at least; nothing is written where nothing is
-    measured. A marker without a table, or a table without a marker, ends the program.
+    A table may be on several pages and is on one at least; where nothing is measured, a page says so.
+    A marker without a table, or a table without a marker, ends the program.
     """
     made: dict[str, str] = {}
 
@@ -85,6 +89,8 @@ def render(texts: Iterable[str]) -> list[str]:
         if name not in made:
             table = TABLES[name]()
             # The empty lines end the comments, which are HTML to Markdown.
+            if table is None and name not in WITHOUT_A_WORD:
+                table = "Not measured yet."
             made[name] = "" if table is None else f"\n{table}\n\n"
         return found[1] + made[name] + found[3]
 

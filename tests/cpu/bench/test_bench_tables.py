@@ -377,13 +377,16 @@ def test_bytes_in_words():
 # -- pages ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_measured_leaves_its_markers_empty(results, monkeypatch):
+def test_what_is_not_measured_is_said_between_its_markers(results, monkeypatch):
     chosen = {name: tables.TABLES[name] for name in ("decode-engine", "decode-kernels")}
     monkeypatch.setattr(tables, "TABLES", chosen)
     text = "a\n<!-- table: decode-engine -->\n<!-- end -->\nb\n"
     text += "<!-- table: decode-kernels -->\nold\n<!-- end -->\nc\n"
-    empty = text.replace("old\n", "")
+    nothing = "\nNot measured yet.\n\n"
+    empty = text.replace("old\n", nothing).replace("engine -->\n", f"engine -->\n{nothing}")
     assert tables.render([text]) == [empty]
+    monkeypatch.setattr(tables, "WITHOUT_A_WORD", ("decode-engine",))
+    assert tables.render([text]) == [text.replace("old\n", nothing)]
     engine_csv(results / "decode-e9b-engine.csv")
     kernel_csv(results / "decode-kernels-h9.csv", NEW, ["layer_norms"])
     (full,) = tables.render([text])
