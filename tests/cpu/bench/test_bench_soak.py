@@ -36,7 +36,7 @@ class StandIn(ThreadingHTTPServer):
         self.fault, self.now = fault, ""
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.resident = 1000.0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -88,7 +88,7 @@ def run(
     monkeypatch: pytest.MonkeyPatch,
     *more: str,
     log: str = "retracted\n",
-    minutes: float = 0.03,  # the update is half-way
+    minutes: float = 0.02,  # the update is half-way: after the second pause
 ) -> tuple[Result, StandIn]:
     """The command."""
     stand_in = StandIn(fault)
@@ -104,6 +104,7 @@ def run(
 
     monkeypatch.setattr(soak, "servers", servers)
     monkeypatch.setattr(soak, "end_on_sigterm", lambda: None)
+    monkeypatch.setattr(soak.geometry_mm, "write_model", lambda folder, *_: folder)
     monkeypatch.setattr(
         soak.SoakedServer, "memory", lambda self: {"GPU": 10.0, "resident": stand_in.resident}
     )
@@ -111,7 +112,7 @@ def run(
         monkeypatch.setenv(name, "")
     app = Typer()
     app.command()(soak.main)
-    arguments = ["--minutes", str(minutes), "--pause", "0.01", "--clients", "3"]
+    arguments = ["--minutes", str(minutes), "--pause", "0.005", "--clients", "3"]
     result = CliRunner().invoke(
         app, [*arguments, "--out", str(tmp_path / "soak.csv"), *more], catch_exceptions=False
     )
@@ -120,7 +121,7 @@ def run(
 
 
 def test_every_kind_is_sent_and_the_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    result, stand_in = run("", tmp_path, monkeypatch, minutes=0.05)
+    result, stand_in = run("", tmp_path, monkeypatch, minutes=0.03)
     assert result.exit_code == 0, result.output
     table = (tmp_path / "soak.csv").read_text()
     for kind in soak.KINDS:
