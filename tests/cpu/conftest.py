@@ -29,7 +29,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Few tests each, of which one waits a minute and more for processes that import SGLang, or for a compiler.
 LONGEST = (
     *("test_server.py", "test_commands.py", "test_compiles.py", "test_stock.py"),
-    *("test_gpu_tests.py", "test_specialisation.py", "test_releases.py", "test_two_ranks.py"),
+    *("test_gpu_tests.py", "test_releases.py", "test_two_ranks.py"),
 )
 _numbers = itertools.count()
 

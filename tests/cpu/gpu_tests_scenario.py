@@ -147,9 +147,10 @@ def step_prologue() -> None:
         with pytest.MonkeyPatch.context() as patched:
             counted = lambda call, left=launches: (call(), next(left))[1]  # noqa: E731
             patched.setattr(tests, "launches", counted)
+            patched.setattr(tests, "STEP", 17)  # the interpreter takes its time for each token
             tests.test_multimodal_forward(ple, torch.Generator().manual_seed(20))
     generator = torch.Generator().manual_seed(20)
-    tests.test_gather(torch.bfloat16, 35, 7, generator)
+    tests.test_gather(torch.bfloat16, 2, 7, generator)
     tests.test_everything_else_takes_stocks_path(generator)
 
 

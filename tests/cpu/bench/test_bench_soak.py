@@ -36,7 +36,7 @@ class StandIn(ThreadingHTTPServer):
         self.fault, self.now = fault, ""
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.resident = 1000.0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -97,7 +97,7 @@ def run(
     *more: str,
     log: str = FULL,
     rows: Sequence[dict[str, Any]] = (RAN,),
-    minutes: float = 0.03,  # the update is half-way
+    minutes: float = 0.02,  # the update is half-way: after the second pause
 ) -> tuple[Result, StandIn]:
     """The command."""
     stand_in = StandIn(fault)
@@ -116,6 +116,7 @@ def run(
     found = [SimpleNamespace(pid=7, patches=rows)]
     monkeypatch.setattr(soak, "descendants", lambda: found)
     monkeypatch.setattr(soak.report, "table", lambda rows, title: str(len(rows)))
+    monkeypatch.setattr(soak.geometry_mm, "write_model", lambda folder, *_: folder)
     monkeypatch.setattr(
         soak.SoakedServer, "memory", lambda self: {"GPU": 10.0, "resident": stand_in.resident}
     )
@@ -123,7 +124,7 @@ def run(
         monkeypatch.setenv(name, "")
     app = Typer()
     app.command()(soak.main)
-    arguments = ["--minutes", str(minutes), "--pause", "0.01", "--clients", "3"]
+    arguments = ["--minutes", str(minutes), "--pause", "0.005", "--clients", "3"]
     result = CliRunner().invoke(
         app, [*arguments, "--out", str(tmp_path / "soak.csv"), *more], catch_exceptions=False
     )
@@ -132,7 +133,7 @@ def run(
 
 
 def test_every_kind_is_sent_and_the_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    result, stand_in = run("", tmp_path, monkeypatch, minutes=0.05)
+    result, stand_in = run("", tmp_path, monkeypatch, minutes=0.03)
     assert result.exit_code == 0, result.output
     table = (tmp_path / "soak.csv").read_text()
     for kind in soak.KINDS:
