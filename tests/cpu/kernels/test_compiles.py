@@ -21,11 +21,11 @@ from tests.cpu.kernels.compile_scenario import GPUS, KINDS
 # GPU for each table and kind of matrix unit, but Hopper's, which the GPU tests compile for; the masks of
 # pictures where shared memory is tightest. 8.9 has the matrix units and the shared memory of 8.6.
 WANTED = {
-    80: "plain,products,smaller,largest",
+    80: "plain,products,smaller",
     86: "products,pictures,few",
     90: "products",
     100: "products,largest",
-    120: "plain,products",
+    120: "plain,whole,products",
 }
 SPILLED = 16  # bytes of a thread
 
