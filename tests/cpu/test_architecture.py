@@ -49,6 +49,45 @@ def test_such_a_name_is_found() -> None:
     assert any("sglang." in text for text in strings(PACKAGE / "ports/v0_5_12/sources.py"))
 
 
+STAGES = {
+    "extend_attention_fwd", "decode_attention_fwd", "gemma4_fused_routing", "stock_routing",
+    "gemma_qkv_rmsnorm", "gemma_rmsnorm_residual_scalar", "gemma_dual_rmsnorm_residual_scalar",
+    "apply_rope_with_cos_sin_cache_inplace", "StandardTopKOutput", "MoeRunnerConfig",
+    "Gemma3TextScaledWordEmbedding",
+}  # fmt: skip
+"""What a line's ``stock.py`` alone calls, of what benchmarks, ``tune`` and GPU tests need."""
+
+
+def identifiers(path: Path) -> set[str]:
+    """Names, attributes and imports of a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("folder", ["gemma4_turbo/cli", "bench", "tests/gpu"])
+def test_stock_is_called_through_the_lines_stock(folder: str) -> None:
+    """The router's patch is handed stock's closure: its GPU tests make one."""
+    files = sorted((REPOSITORY / folder).rglob("*.py"))
+    assert files
+    called = {path.name: identifiers(path) & STAGES for path in files}
+    called["test_router.py"] = called.get("test_router.py", set()) - {"stock_routing"}
+    assert {name: found for name, found in called.items() if found} == {}
+
+
+def test_every_stage_is_called_there() -> None:
+    """The other test would find none of a name that is wrong."""
+    files = list((PACKAGE / "ports").rglob("stock.py"))
+    assert len(files) == 3
+    assert set().union(*map(identifiers, files)) >= STAGES
+
+
 @pytest.mark.parametrize("patch", catalogue.CATALOGUE, ids=lambda patch: patch.name)
 def test_a_port_for_every_patch(patch: catalogue.Patch) -> None:
     """And none for a patch that the catalogue does not have."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -28,6 +27,7 @@ from gemma4_turbo.fusions.stock import followed
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.any.sglang_types import weight_unfit
+from gemma4_turbo.ports.any.stock import Embedding, Projection, text_model
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.hooks import hooked
 from gemma4_turbo.runtime.verdicts import Verdicts
@@ -411,17 +411,8 @@ def verify(run: PatchRun, device: str) -> list[Check]:
 
 @torch.no_grad()
 def _check_gather(run: PatchRun, generator: torch.Generator, dtype: torch.dtype) -> Check:
-    from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
-
     ids, table = gather_inputs(generator, dtype)
-    embedding = Gemma3TextScaledWordEmbedding(*table.shape, 0, embed_scale=16.0)
-    embedding.weight = torch.nn.Parameter(table)
-    model: Any = SimpleNamespace(
-        embed_tokens_per_layer=embedding,
-        vocab_size_per_layer_input=40,
-        config=SimpleNamespace(num_hidden_layers=2),
-        hidden_size_per_layer_input=256,
-    )
+    model = text_model(2, kernel.WIDTH, Embedding(table, 16.0, 40), None)
     expected = _stock(run, GATHER)(model, ids)
     got = per_layer(model, kernel.gather_per_layer(ids, table, 16.0, 40))
     return _check("per-layer embeddings", "stock's method", got, expected)
@@ -429,24 +420,14 @@ def _check_gather(run: PatchRun, generator: torch.Generator, dtype: torch.dtype)
 
 @torch.no_grad()
 def _check_project(run: PatchRun, arguments: tuple[Any, ...]) -> Check:
-    from sglang.srt.layers.layernorm import RMSNorm
-
     projection, scale, weight, eps, inputs, input_scale = arguments
     if not projection.is_cuda:
         kind = int(Kind.PRECISE)
         expected = kernel.reference_project(kernel.reference_rms_norm(kind), *arguments)
         got = kernel.project_per_layer(*arguments, kind=kind)
         return _check("per-layer projection", "the same order in torch", got, expected)
-    norm = RMSNorm(kernel.WIDTH, eps)
-    norm.weight = torch.nn.Parameter(weight)
-    model = SimpleNamespace(
-        per_layer_model_projection=lambda x: (x, None),
-        per_layer_projection_scale=scale,
-        per_layer_projection_norm=norm,
-        per_layer_input_scale=input_scale,
-        config=SimpleNamespace(num_hidden_layers=inputs.shape[1]),
-        hidden_size_per_layer_input=kernel.WIDTH,
-    )
+    given = Projection(scale, weight, eps, input_scale)
+    model = text_model(inputs.shape[1], kernel.WIDTH, None, given)
     expected = _stock(run, PROJECT)(model, projection, inputs)
     kind, _ = norm_kind(run, projection, False, False)
     got = kernel.project_per_layer(*arguments, kind=kind)

@@ -13,7 +13,7 @@ import torch
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.ports.any import step_prologue as shared
 from gemma4_turbo.ports.any.step_prologue import FORWARD, GATHER, PROJECT, Function
-from gemma4_turbo.ports.v0_5_12 import stock as stock  # whose norms ours follow
+from gemma4_turbo.ports.v0_5_12.stock import STOCK as STOCK  # whose norms ours follow
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:

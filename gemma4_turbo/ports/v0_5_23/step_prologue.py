@@ -15,7 +15,7 @@ from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.ports.any import step_prologue as shared
 from gemma4_turbo.ports.any.step_prologue import FORWARD, GATHER, PROJECT, Function, NormUnfit
 from gemma4_turbo.ports.v0_5_23 import classes
-from gemma4_turbo.ports.v0_5_23 import stock as stock  # whose norms ours follow
+from gemma4_turbo.ports.v0_5_23.stock import STOCK as STOCK  # whose norms ours follow
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:

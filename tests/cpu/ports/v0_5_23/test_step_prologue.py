@@ -18,7 +18,7 @@ from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.any import step_prologue as shared
 from gemma4_turbo.ports.v0_5_23 import step_prologue as patch
-from gemma4_turbo.ports.v0_5_23 import stock
+from gemma4_turbo.ports.v0_5_23.stock import STOCK
 from tests.cpu.conftest import only_patch, patched_sglang
 from tests.cpu.ports.counted import Counted, counted
 
@@ -372,7 +372,7 @@ def test_the_norms_function_is_looked_at(method, expected, monkeypatch: pytest.M
 
 def test_stocks_norms_are_followed():
     """This line's, whose names are in the module that RMSNorm calls."""
-    assert followed() is stock
+    assert followed() is STOCK
 
 
 # -- the multimodal forward -----------------------------------------------------------------------
