@@ -72,6 +72,9 @@ class Stock(Protocol):
     def traced_norms(self) -> Functions:
         """What runs where Dynamo traced the model."""
 
+    def norms_are_cute(self) -> bool:
+        """Whether their library says that those of eager mode are CuTe kernels."""
+
     def qkv_rmsnorm(
         self,
         q: torch.Tensor,

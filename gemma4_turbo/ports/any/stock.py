@@ -7,6 +7,7 @@ somebody put there is called too. What a line calls by another name, or in anoth
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from functools import cache
 from importlib import import_module
@@ -97,6 +98,11 @@ class Calls(Stock):
         from sglang.srt.layers import layernorm
 
         return Functions(layernorm.rmsnorm, layernorm.fused_add_rmsnorm)
+
+    def norms_are_cute(self) -> bool:
+        """What flashinfer says, whose norms these are; False where it is not imported."""
+        flashinfer: Any = sys.modules.get("flashinfer.norm")
+        return flashinfer is not None and not getattr(flashinfer, "_USE_CUDA_NORM", True)
 
     def qkv_rmsnorm(
         self,
