@@ -35,7 +35,7 @@ def main(
     """Fused router against stock's closure, bit by bit."""
     if not torch.cuda.is_available():
         raise SystemExit("bench/exact.py: needs a CUDA device")
-    if (reason := lines.absent("router")) is not None:
+    if (reason := lines.patch_unfit("router")) is not None:
         raise SystemExit(f"bench/exact.py: {reason}")
     from gemma4_turbo.kernels.router import LOGIT_DTYPES, fused_routing
 

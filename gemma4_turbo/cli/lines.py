@@ -39,7 +39,7 @@ def verdict(patch: str) -> fingerprints.Verdict:
     return fingerprints.judge(PORTS[patch], installed_release(), _definitions())
 
 
-def absent(patch: str) -> str | None:
+def patch_unfit(patch: str) -> str | None:
     """Why this SGLang takes no port of the patch, or None."""
     found = verdict(patch)
     return None if found.state == states.ACTIVE else f"{patch}: {found.reason}"
@@ -48,8 +48,8 @@ def absent(patch: str) -> str | None:
 def patch(name: str) -> ModuleType:
     """The module with the patch's port that fits; LookupError where none does."""
     port = verdict(name).port
-    if port is None or absent(name) is not None:
-        raise LookupError(absent(name))
+    if port is None or patch_unfit(name) is not None:
+        raise LookupError(patch_unfit(name))
     return import_module(port.module.partition(":")[0])
 
 

@@ -212,7 +212,7 @@ def line() -> dict[str, Any]:
         own=[lines.slots_of_stocks(), lines.experts_of_stocks()],
         from_zero=lines.rules().sums_from_zero(),
         absent={
-            name: lines.absent(name)
+            name: lines.patch_unfit(name)
             for name in ("router", "router_few", "router_norm", "yoco_graph")
         },
     )

@@ -529,5 +529,5 @@ CASES: dict[str, Callable[..., list[Case]]] = {
     "experts_sum": experts_sum_cases,
     "router_few": router_few_cases,
 }
-"""By patch, in the catalogue's order, of these models or others; `gemma4_turbo.cli.lines.absent` says which
+"""By patch, in the catalogue's order, of these models or others; `gemma4_turbo.cli.lines.patch_unfit` says which
 of them SGLang does not take."""

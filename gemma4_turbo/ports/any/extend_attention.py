@@ -109,7 +109,7 @@ class Call:
         }
         self.causal = _causal(backend, layer)
 
-    def reason(self) -> str | None:
+    def unfit(self) -> str | None:
         """Why the kernel does not take it, or None."""
         if self.kv_indptr is None or self.kv_indices is None:
             return "the backend has no KV indices for the layer"

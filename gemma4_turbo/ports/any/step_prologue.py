@@ -71,14 +71,14 @@ def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function
             (input_ids.shape[0], weight.shape[1])
         ),
     )
-    reason_of = embedding_unfit()
+    unfit_of = embedding_unfit()
 
     def get_per_layer_inputs(self: TextModel, input_ids: torch.LongTensor) -> torch.Tensor:
         embedding = self.embed_tokens_per_layer
         if embedding is None:
             return None  # type: ignore[return-value]  # as stock
         vocab = self.vocab_size_per_layer_input
-        reason = reason_of(embedding, input_ids, vocab)
+        reason = unfit_of(embedding, input_ids, vocab)
         compiling = torch.compiler.is_compiling()
         if reason is None and compiling:
             rows = traced(input_ids, embedding.weight, embedding.embed_scale, vocab)
@@ -118,7 +118,7 @@ def project_method(
             (projection.shape[0], projection.shape[1] // kernel.WIDTH, kernel.WIDTH)
         ),
     )
-    reason_of = norm_unfit() if unfit is None else unfit
+    unfit_of = norm_unfit() if unfit is None else unfit
 
     def project_per_layer_inputs(
         self: TextModel,
@@ -130,7 +130,7 @@ def project_method(
         norm = self.per_layer_projection_norm
         compiling = torch.compiler.is_compiling()
         capturing = not compiling and custom_ops.capturing()
-        reason = reason_of(norm, inputs_embeds)
+        reason = unfit_of(norm, inputs_embeds)
         kind = int(Kind.PRECISE)
         if reason is None and not compiling:
             kind, reason = norm_kind(run, inputs_embeds, False, capturing)
@@ -188,7 +188,7 @@ def embedding_unfit() -> EmbeddingUnfit:
     """What says why the per-layer embedding does not fit. Call it while a patch is built."""
     from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 
-    def reason(embedding: ScaledWordEmbedding, input_ids: torch.Tensor, vocab: int) -> str | None:
+    def unfit(embedding: ScaledWordEmbedding, input_ids: torch.Tensor, vocab: int) -> str | None:
         """Why the embedding is not a plain scaled look-up that the kernel takes, or None."""
         if type(embedding) is not Gemma3TextScaledWordEmbedding:
             return f"the per-layer embedding is a {type(embedding).__name__}"
@@ -199,12 +199,12 @@ def embedding_unfit() -> EmbeddingUnfit:
         if not torch.compiler.is_compiling():
             if hooked(embedding):  # those for all modules, and a forward of its own
                 return "the per-layer embedding has hooks"
-            unfit = weight_unfit(embedding.weight)
-            if unfit is not None:
-                return unfit
+            reason = weight_unfit(embedding.weight)
+            if reason is not None:
+                return reason
         return kernel.gather_unfit(input_ids, embedding.weight, vocab)
 
-    return reason
+    return unfit
 
 
 def norm_unfit() -> NormUnfit:
@@ -212,7 +212,7 @@ def norm_unfit() -> NormUnfit:
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
     from sglang.srt.layers.layernorm import RMSNorm
 
-    def reason(norm: protocols.RMSNorm, inputs_embeds: torch.Tensor) -> str | None:
+    def unfit(norm: protocols.RMSNorm, inputs_embeds: torch.Tensor) -> str | None:
         """Why the norm does not run the kernel that ours stands for, or None. Before the GEMM."""
         if type(norm) is not RMSNorm or norm.variance_size_override is not None:
             return f"the projection's norm is a {type(norm).__name__} with another equation"
@@ -225,9 +225,9 @@ def norm_unfit() -> NormUnfit:
         if not torch.compiler.is_compiling():
             if hooked(norm):
                 return "the projection's norm has hooks"
-            unfit = weight_unfit(norm.weight)
-            if unfit is not None:
-                return unfit
+            reason = weight_unfit(norm.weight)
+            if reason is not None:
+                return reason
         if not kernel.INTERPRETED:
             if not isinstance(norm._forward_method, types.MethodType):
                 return "the projection's norm runs a function of somebody else's"
@@ -243,7 +243,7 @@ def norm_unfit() -> NormUnfit:
             return f"inputs_embeds must be 2-D bf16 or fp16, got {inputs_embeds.dim()}-D {inputs_embeds.dtype}"
         return None
 
-    return reason
+    return unfit
 
 
 def _traced_gather(

@@ -13,7 +13,7 @@ import torch
 
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.ports.any import held_kernels
-from gemma4_turbo.ports.any.decode_attention import Call, layer_unfit, undo, unproven, verify
+from gemma4_turbo.ports.any.decode_attention import Call, check_unfit, layer_unfit, undo, verify
 from gemma4_turbo.ports.v0_5_12.stock import STOCK
 from gemma4_turbo.runtime import custom_ops
 
@@ -53,7 +53,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.declined(str(reason))
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         capturing = custom_ops.capturing()
-        reason = unproven(run, call, capturing)
+        reason = check_unfit(run, call, capturing)
         if reason is not None:
             run.declined(reason)
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)

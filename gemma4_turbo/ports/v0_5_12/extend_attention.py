@@ -86,7 +86,7 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
             try:
                 pool, slots = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
                 call = Call(self, pool, q, k, v, layer, slots)
-                reason = call.reason()
+                reason = call.unfit()
                 found = None
                 if reason is None:
                     if k is None or v is None:

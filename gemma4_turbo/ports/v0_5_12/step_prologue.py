@@ -38,7 +38,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 def multimodal_forward(run: PatchRun, stock: Function) -> Function:
     """What replaces ``Gemma4ForConditionalGeneration.forward``."""
     module = sys.modules[FORWARD.partition(":")[0]]
-    reason_of = shared.embedding_unfit()
+    unfit_of = shared.embedding_unfit()
 
     @torch.no_grad()
     def forward(
@@ -60,7 +60,7 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
             reason = (
                 "a placeholder's token id is not set"
                 if placeholders is None
-                else reason_of(embedding, input_ids, text.vocab_size_per_layer_input)
+                else unfit_of(embedding, input_ids, text.vocab_size_per_layer_input)
                 or shared.norm_kind(run, embedding.weight, False, capturing)[1]
             )
             if reason is not None:

@@ -13,7 +13,7 @@ import torch
 
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.ports.any import held_kernels
-from gemma4_turbo.ports.any.decode_attention import Call, layer_unfit, undo, unproven, verify
+from gemma4_turbo.ports.any.decode_attention import Call, check_unfit, layer_unfit, undo, verify
 from gemma4_turbo.ports.v0_5_23 import triton_backend
 from gemma4_turbo.ports.v0_5_23.stock import STOCK
 from gemma4_turbo.runtime import custom_ops
@@ -64,7 +64,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         if call.reason is not None:
             return stocks(call.reason)
         capturing = custom_ops.capturing()
-        reason = unproven(run, call, capturing)
+        reason = check_unfit(run, call, capturing)
         if reason is not None:
             return stocks(reason)
         run.engaged(capturing)

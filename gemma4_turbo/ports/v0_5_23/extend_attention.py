@@ -116,7 +116,7 @@ def _attend(
         return triton_backend.NO_SLOTS
     call = Call(backend, backend.token_to_kv_pool, q, k, v, layer, slots)
     out = getattr(forward_batch, "_attn_output", None)
-    reason = call.reason() or _output_unfit(out, q)
+    reason = call.unfit() or _output_unfit(out, q)
     if reason is not None:
         return reason
     if k is None or v is None:

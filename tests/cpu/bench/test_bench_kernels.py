@@ -62,7 +62,7 @@ SMALL = {
 }
 for name in list(SMALL):
     patch = name.partition(",")[0]
-    if patch != "qkv_norm" and lines.absent(patch) is not None:  # its kernel is in every line
+    if patch != "qkv_norm" and lines.patch_unfit(patch) is not None:  # its kernel is in every line
         del SMALL[name]
 
 
@@ -316,7 +316,7 @@ def test_without_a_gpu_it_says_so(kernel, tmp_path):
     """And of a patch that this SGLang does not take, why."""
     out = tmp_path / "none.csv"
     done = invoke(kernel, "--out", str(out))
-    reason = None if kernel == "all" else lines.absent(kernel)
+    reason = None if kernel == "all" else lines.patch_unfit(kernel)
     assert done.exit_code == (1 if reason is None else 2)
     assert reason is None or "has it itself" in done.output
     assert not out.exists()
@@ -326,7 +326,7 @@ def test_the_list_needs_no_gpu():
     """Every case of the patches that this SGLang takes, and of the others a line."""
     done = invoke("all", "--list")
     assert done.exit_code == 0, done.output
-    here = [name for name in cases.CASES if lines.absent(name) is None]
+    here = [name for name in cases.CASES if lines.patch_unfit(name) is None]
     assert len(here) >= 7
     listed = [row for row in done.stdout.splitlines() if row.endswith(" tokens")]
     assert listed == [
