@@ -213,7 +213,7 @@ def line() -> dict[str, Any]:
         from_zero=lines.rules().sums_from_zero(),
         absent={
             name: lines.patch_unfit(name)
-            for name in ("router", "router_few", "router_norm", "yoco_graph")
+            for name in ("router", "router_few", "router_norm", "picture_memory", "yoco_graph")
         },
     )
     return vars(said)

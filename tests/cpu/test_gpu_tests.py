@@ -67,7 +67,7 @@ def test_every_gpu_test_is_collected_or_says_why(found: Any):
     assert set(found["counts"]) | set(found["skipped"]) == files
     assert not set(found["counts"]) & set(found["skipped"])
     absent = found["line"]["absent"]
-    for patch in ("router", "router_few", "yoco_graph"):
+    for patch in ("router", "router_few", "picture_memory", "yoco_graph"):
         said = found["skipped"].pop(f"test_{patch}.py", None)
         assert (said is None) == (absent[patch] is None)
         assert said is None or absent[patch] in said
