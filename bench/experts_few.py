@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -158,28 +157,17 @@ class Stock:
     """SGLang's fused experts, as 26B-A4B calls them."""
 
     def __init__(self) -> None:
-        from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-        from sglang.srt.layers.moe.topk import StandardTopKOutput
-
         prepare_sglang()
-        # The package exports functions under the names of its modules.
-        self.module = import_module(f"{lines.TRITON_UTILS}.fused_moe")
-        self.tables = import_module(f"{lines.TRITON_UTILS}.fused_moe_triton_config")
-        self.chosen = StandardTopKOutput
-        self.config = MoeRunnerConfig(
-            num_experts=EXPERTS, num_local_experts=EXPERTS, activation="gelu", inplace=False
-        )
+        self.calls = lines.stock()
+        self.module = self.calls.experts_module()
+        self.tables = self.calls.experts_tables()
 
     def call(self, layers: Layers) -> Callable[[int], torch.Tensor]:
         """One layer's experts."""
 
         def run(i: int) -> torch.Tensor:
-            output = self.chosen(layers.factors[i], layers.ids[i], layers.factors[i])
             w13, w2 = layers.w13[i % len(layers.w13)], layers.w2[i % len(layers.w2)]
-            found: torch.Tensor = self.module.fused_experts(
-                layers.x[i], w13, w2, output, self.config
-            )
-            return found
+            return self.calls.fused_experts(layers.x[i], w13, w2, layers.factors[i], layers.ids[i])
 
         return run
 

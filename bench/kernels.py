@@ -157,7 +157,7 @@ def chosen(kernel: str) -> list[str]:
         choices = ", ".join([*CASES, ALL])
         raise typer.BadParameter(f"{kernel!r}: choose from {choices}", param_hint="kernel")
     names = list(CASES) if kernel == ALL else [kernel]
-    absent = {name: reason for name in names if (reason := lines.absent(name)) is not None}
+    absent = {name: reason for name in names if (reason := lines.patch_unfit(name)) is not None}
     if absent and kernel != ALL:
         raise typer.BadParameter(absent[kernel], param_hint="kernel")
     for reason in absent.values():

@@ -63,12 +63,13 @@ def known_releases() -> dict[str, dict[str, str]]:
 
 def installed_source(module: str) -> str | None:
     """Source of a module of the installed SGLang, None if it cannot be had. Imports nothing."""
+    root = module.partition(".")[0]
     try:
-        spec = importlib.util.find_spec("sglang")
+        spec = importlib.util.find_spec(root)
         # One that is loaded by a finder of its own may be anywhere; a namespace has several places.
         places = list(spec.submodule_search_locations or ()) if spec is not None else []
     except Exception as error:  # whatever finders there are, and folders that nobody may search
-        _tell(f"sglang cannot be looked for: {error}")
+        _tell(f"{root} cannot be looked for: {error}")
         return None
     sources = (folder_source(Path(place).parent)(module) for place in places)
     return next((source for source in sources if source is not None), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -78,6 +79,10 @@ class Fusion(Step, Generic[A, R]):
     def theirs(self, stock: Stock, args: A) -> R:
         """The same with stock's calls. On a GPU."""
         raise NotImplementedError
+
+    def repeated(self, stock: Stock, args: A) -> Callable[[], R]:
+        """`theirs` as a call that is made again and again: what stock itself makes once is made here."""
+        return partial(self.theirs, stock, args)
 
     def reference(self, args: A) -> R:
         """The same in plain torch, rounding where stock rounds."""

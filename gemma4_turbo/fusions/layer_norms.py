@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.fusions.comparison import samples
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
-from gemma4_turbo.fusions.stock import Stock
+from gemma4_turbo.fusions.stock import Stock, kept
 from gemma4_turbo.fusions.stock import layer_norms as stock_layer_norms
 from gemma4_turbo.kernels.norms import layer_norms as kernel
 from gemma4_turbo.kernels.norms.layer_norms import Outputs, Router
@@ -55,6 +57,12 @@ class LayerNorms(Fusion[Args, Outputs]):
 
     def theirs(self, stock: Stock, args: Args) -> Outputs:
         return stock_layer_norms(stock.eager_norms(), *args)
+
+    def repeated(self, stock: Stock, args: Args) -> Callable[[], Outputs]:
+        router, made = args.router, None
+        if router is not None:
+            made = kept(router.scale, router.root_size, args.residual.dtype)
+        return partial(stock_layer_norms, stock.eager_norms(), *args, made)
 
     def reference(self, args: Args) -> Outputs:
         return kernel.reference_layer_norms(*args)

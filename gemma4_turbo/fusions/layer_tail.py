@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -58,21 +59,30 @@ class LayerTail(Fusion[Args, Outputs]):
         return self.op(*args[:5], *(args.experts or NO_EXPERTS)[:5], weight, eps, kind)  # type: ignore[no-any-return]
 
     def theirs(self, stock: Stock, args: Args) -> Outputs:
+        return self.repeated(stock, args)()
+
+    def repeated(self, stock: Stock, args: Args) -> Callable[[], Outputs]:
         x, weight, eps, residual, scalar, experts, following = args
-        if experts is None:
-            out = stock.norm_residual(x, weight, residual, scalar, eps)
-        else:
-            output = experts.output
-            if output.dim() == 3:
-                output = torch.empty_like(x)
-                stock.sum_experts(experts.output, output)
-            every = experts.mlp_eps, experts.eps, eps
-            out = stock.dual_norm_residual(
-                x, experts.mlp_weight, output, experts.weight, weight, residual, scalar, every
-            )
-        if following is None:
-            return out, None
-        return out, stock.eager_norms().rmsnorm(out, following.weight, following.eps)
+        total = None
+        if experts is not None and experts.output.dim() == 3:
+            total = torch.empty_like(x)
+
+        def call() -> Outputs:
+            if experts is None:
+                out = stock.norm_residual(x, weight, residual, scalar, eps)
+            else:
+                if total is not None:
+                    stock.sum_experts(experts.output, total)
+                summed = experts.output if total is None else total
+                every = experts.mlp_eps, experts.eps, eps
+                out = stock.dual_norm_residual(
+                    x, experts.mlp_weight, summed, experts.weight, weight, residual, scalar, every
+                )
+            if following is None:
+                return out, None
+            return out, stock.eager_norms().rmsnorm(out, following.weight, following.eps)
+
+        return call
 
     def reference(self, args: Args) -> Outputs:
         return kernel.reference_layer_tail(*args)

@@ -55,15 +55,22 @@ class Qkv(Fusion[Args, Heads]):
         self.op(*args[:7], *(args.rope or NO_ROPE))
         return args[:3]
 
-    def theirs(self, stock: Stock, args: Args) -> Heads:
+    def theirs(self, stock: Stock, args: Args, shared_heads: int = 1) -> Heads:
+        """In place, on strided rows, as stock.
+
+        Args:
+            stock: whose calls.
+            args: `unfit` has nothing against them; ``store`` is not read.
+            shared_heads: of K where it is shared: stock rotates as many zeros.
+        """
         q, k, v = args[:3]
         rows, d = q.shape[0], args.head_dim
-        heads, kv_heads = (0 if x is None else x.shape[1] // d for x in (q, k))
+        kv_heads = shared_heads if k is None else k.shape[1] // d
         k_weight = None if k is None else args.k_weight
-        stock.qkv_rmsnorm(q, k, v, args.q_weight, k_weight, heads, kv_heads, d, args.eps)
-        k = None if k is None else k.contiguous()
+        heads = q.shape[1] // d, kv_heads, d
+        stock.qkv_rmsnorm(q, k, v, args.q_weight, k_weight, *heads, args.eps)
         if args.rope is not None:
-            key = q.new_zeros((rows, d)) if k is None else k
+            key = torch.zeros_like(q[:, : kv_heads * d]) if k is None else k
             positions, cache = args.rope
             stock.rotate(positions, q.view(rows, -1, d), key.view(rows, -1, d), cache)
         return q, k, v

@@ -209,13 +209,16 @@ def line() -> dict[str, Any]:
 
     said = SimpleNamespace(
         package=lines.package(),
-        followed=followed().__name__,  # type: ignore[attr-defined]
+        followed=type(followed()).__module__,
         folded=lines.router_scale_is_folded(),
         skipped=lines.skipped_slot(),
         multiple=lines.align_multiple(),
         own=[lines.slots_of_stocks(), lines.experts_of_stocks()],
         from_zero=lines.rules().sums_from_zero(),
-        absent={name: lines.absent(name) for name in ("router", "router_norm", "yoco_graph")},
+        absent={
+            name: lines.patch_unfit(name)
+            for name in ("router", "router_few", "router_norm", "picture_memory", "yoco_graph")
+        },
     )
     return vars(said)
 

@@ -108,7 +108,7 @@ class World:
         self.write("__init__", "")
         self.write("leaf", LEAF)
         monkeypatch.syspath_prepend(str(root))
-        monkeypatch.setattr(imports, "ROOT", package)
+        monkeypatch.setattr(imports, "root", package)
         monkeypatch.setattr(fingerprints, "known_releases", lambda: self.table)
 
     def write(self, module: str, source: str) -> Path:

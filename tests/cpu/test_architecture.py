@@ -20,7 +20,9 @@ from gemma4_turbo.engine.port import Port
 from tests.cpu.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "gemma4_turbo"
-ROOMS = ("engine", "kernels", "plans", "runtime", "fusions", "models")
+ROOMS = ("engine", "kernels", "plans", "runtime", "fusions", "models", "sitecustomize_example")
+FILES = ("catalogue.py", "instance.py", "plugin.py", "version.py", "__init__.py")
+LIBRARIES = ("sgl_kernel", "flashinfer")  # SGLang's own kernels, and those that it calls
 PAGE = (REPOSITORY / "docs" / "adding-a-patch.md").read_text()
 ROOMS_PAGE = (REPOSITORY / "docs" / "architecture.md").read_text()
 
@@ -36,19 +38,97 @@ def strings(path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "catalogue.py", "instance.py"])
+def identifiers(path: Path) -> set[str]:
+    """Names, attributes and imports of a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {alias.name for alias in node.names}
+            found.add(getattr(node, "module", None) or "")
+    return found
+
+
+def named(path: Path) -> set[str]:
+    """SGLang and its libraries as a module's code names them; prose, comments and links are none."""
+    found = {
+        text
+        for text in strings(path)
+        if text == "sglang" or "sglang." in text or any(name in text for name in LIBRARIES)
+    }
+    return found | {
+        name
+        for name in identifiers(path)
+        if name.partition(".")[0] == "sglang" or any(library in name for library in LIBRARIES)
+    }
+
+
+@pytest.mark.parametrize("room", [*ROOMS, *FILES])
 def test_no_name_of_sglangs_outside_the_ports(room: str) -> None:
-    """Imports are import-linter's to find; this finds ``"sglang.module:function"``."""
+    """The package, ``"sglang.module:function"``, an import and a library's name. Not a GPU profile's field."""
     place = PACKAGE / room
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
     assert files
-    named = [(path.name, text) for path in files for text in strings(path) if "sglang." in text]
-    assert named == []
+    found = {path.name: named(path) for path in files}
+    found["gpu_profile.py"] = found.get("gpu_profile.py", set()) - {"sglang"}
+    assert {name: names for name, names in found.items() if names} == {}
 
 
-def test_such_a_name_is_found() -> None:
-    """In the ports there are many."""
-    assert any("sglang." in text for text in strings(PACKAGE / "ports/v0_5_12/sources.py"))
+def test_no_module_is_in_no_room() -> None:
+    """What neither these tests nor an exception of theirs looks at."""
+    others = {"__main__.py", "cli", "ports", "fingerprints"}
+    there = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert there - {"__pycache__"} == {*ROOMS, *FILES, *others}
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ('PLACE = "sglang.srt:name"', "sglang.srt:name"),
+        ('find("sglang")', "sglang"),
+        ("def run():\n    from sglang.srt import models", "sglang.srt"),
+        ("import sglang", "sglang"),
+        ("import sgl_kernel.ops", "sgl_kernel.ops"),
+        ("torch.ops.sgl_kernel.rmsnorm", "sgl_kernel"),
+        ('modules["flashinfer.norm"]', "flashinfer.norm"),
+        ("if flashinfer is None: pass", "flashinfer"),
+        ('"""sglang.srt and flashinfer."""  # sgl_kernel', ""),
+        ('SOURCE = "sgl-project/sglang#1"', ""),
+    ],
+)
+def test_such_a_name_is_found(code: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_text(code)
+    assert named(path) == ({found} if found else set())
+
+
+STAGES = {
+    "extend_attention_fwd", "decode_attention_fwd", "gemma4_fused_routing", "stock_routing",
+    "gemma_qkv_rmsnorm", "gemma_rmsnorm_residual_scalar", "gemma_dual_rmsnorm_residual_scalar",
+    "apply_rope_with_cos_sin_cache_inplace", "StandardTopKOutput", "MoeRunnerConfig",
+    "Gemma3TextScaledWordEmbedding",
+}  # fmt: skip
+"""What a line's ``stock.py`` alone calls, of what benchmarks, ``tune`` and GPU tests need."""
+
+
+@pytest.mark.parametrize("folder", ["gemma4_turbo/cli", "bench", "tests/gpu"])
+def test_stock_is_called_through_the_lines_stock(folder: str) -> None:
+    """The router's patch is handed stock's closure: its GPU tests make one."""
+    files = sorted((REPOSITORY / folder).rglob("*.py"))
+    assert files
+    called = {path.name: identifiers(path) & STAGES for path in files}
+    called["test_router.py"] = called.get("test_router.py", set()) - {"stock_routing"}
+    assert {name: found for name, found in called.items() if found} == {}
+
+
+def test_every_stage_is_called_there() -> None:
+    """The other test would find none of a name that is wrong."""
+    files = list((PACKAGE / "ports").rglob("stock.py"))
+    assert len(files) == 3
+    assert set().union(*map(identifiers, files)) >= STAGES
 
 
 @pytest.mark.parametrize("patch", catalogue.CATALOGUE, ids=lambda patch: patch.name)

@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 from sglang.srt.models.gemma4_causal import Gemma4TextModel
 from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
 
@@ -19,6 +17,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.any import step_prologue as patch
+from gemma4_turbo.ports.any.stock import Embedding, Projection, text_model
 from tests.gpu.lines import patch as patch_of
 from tests.runs import unpublished
 
@@ -81,22 +80,13 @@ def model(
     generator: torch.Generator, layers: int, dtype: torch.dtype = torch.bfloat16
 ) -> SimpleNamespace:
     """What the two methods read of a Gemma4TextModel; the GEMM hands its input on."""
-    embedding = Gemma3TextScaledWordEmbedding(1, 1, None, embed_scale=256**0.5)
     table = torch.randn(ROWS, layers * 256, generator=generator, device="cuda")
-    embedding.weight = torch.nn.Parameter(patch.odd_rows(table).to(dtype))
-    _, projection_scale, weight, eps, _, input_scale = patch.project_inputs(generator, dtype, 1, 10)
-    norm = RMSNorm(256, eps)
-    norm.weight = torch.nn.Parameter(weight)
-    return SimpleNamespace(
-        embed_tokens_per_layer=embedding,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=256,
-        config=SimpleNamespace(num_hidden_layers=layers),
-        per_layer_model_projection=lambda x: (x, None),
-        per_layer_projection_norm=norm,
-        per_layer_projection_scale=projection_scale,
-        per_layer_input_scale=input_scale,
+    embedding = Embedding(patch.odd_rows(table).to(dtype), 256**0.5, VOCAB)
+    _, scale, weight, eps, _, input_scale = patch.project_inputs(generator, dtype, 1, 10)
+    made: SimpleNamespace = text_model(
+        layers, 256, embedding, Projection(scale, weight, eps, input_scale)
     )
+    return made
 
 
 def projection_of(

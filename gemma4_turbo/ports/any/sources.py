@@ -5,6 +5,7 @@ from __future__ import annotations
 from gemma4_turbo.engine.port import Port
 
 HERE = __package__
+ROOT = "sglang"  # the package that all ports are for
 GEMMA4_MODELS = "sglang.srt.models.gemma4_"  # how the modules of its models begin
 GEMMA4_KINDS = frozenset({"causal", "mm", "unified", "mtp"})  # DiffusionGemma is beside them
 

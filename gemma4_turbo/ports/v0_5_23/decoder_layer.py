@@ -24,7 +24,7 @@ from gemma4_turbo.ports.any import (
     sglang_types,
 )
 from gemma4_turbo.ports.v0_5_23 import classes, sums
-from gemma4_turbo.ports.v0_5_23 import stock as calls
+from gemma4_turbo.ports.v0_5_23.stock import STOCK as STOCK  # the fusions follow it
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.v0_5_23.protocols import StagedLayer
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
-STOCK = calls  # imported: the fusions follow it
 
 STEPS: tuple[Step, ...] = (
     layer_steps.LAYER_NORMS,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_turbo.fusions import fusion as fusions
 from gemma4_turbo.fusions import layer_tail
@@ -98,6 +99,54 @@ def differ(ours: Tensors, theirs: Tensors) -> list[int]:
 @pytest.mark.parametrize("by", ["stock", "reference"])
 def test_the_kernel_computes_what_stock_does(name: str, by: str):
     assert differ(computed(name, "kernel"), computed(name, by)) == []
+
+
+class Made(TorchDispatchMode):
+    """Counts tensors of stock's own that a call fills or makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.ops.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def count(self) -> int:
+        return sum(op in ("ones_like", "empty_like") for op in self.ops)
+
+
+@each_case
+def test_a_repeated_call_is_stocks(name: str):
+    """What stock makes once is made before: a benchmark times the calls alone."""
+    fusion, args = case(name, "cpu")
+    call = fusion.repeated(Stock(), args)  # type: ignore[arg-type]
+    with Made() as made:
+        found = fusion.written(args, call())
+    assert made.ops
+    assert made.count == 0
+    assert differ(found, computed(name, "stock")) == []
+    once = {"layer_norms, router": 1, "router_norm": 1, "experts_sum": 1}.get(name, 0)
+    fusion, args = case(name, "cpu")
+    with Made() as made:
+        fusion.theirs(Stock(), args)  # type: ignore[arg-type]
+    assert made.count == once
+
+
+def test_a_shared_keys_zeros_are_of_its_heads():
+    """They are what stock rotates."""
+    fusion, args = case("rope_store, shared KV", "cpu")
+    turned: list[Any] = []
+
+    class Rotated(Stock):
+        def rotate(self, positions: Any, q: Any, k: Any, cache: Any) -> None:
+            turned.append(k)
+
+    for heads in (1, 2):
+        fusion.theirs(Rotated(), args, heads)  # type: ignore[arg-type, call-arg]
+    assert [k.shape for k in turned] == [(3, 1, 128), (3, 2, 128)]
+    assert not any(k.any() for k in turned)
 
 
 @each_case
