@@ -11,12 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from gemma4_turbo.catalogue import CATALOGUE, Patch
 from gemma4_turbo.cli.minimise import expected, minimise
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.cli.process_group import interruptible
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.cli.trials import REPEAT, Trials, say, standing
 from gemma4_turbo.engine import gpu_profile, switches
 
@@ -89,6 +88,8 @@ def run(
                 print(json.dumps(_record(trials, found, reasons, logs is not None), indent=1))
             else:
                 say(Console(), _verdict(trials, found))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise CannotRunError(str(error)) from None
     return EXIT[found.result]

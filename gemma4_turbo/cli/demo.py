@@ -20,12 +20,11 @@ from json import dumps, loads
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from gemma4_turbo.cli import report, verify
 from gemma4_turbo.cli.arguments import flag
 from gemma4_turbo.cli.example import folder as example_folder
 from gemma4_turbo.cli.modules import CannotRunError, require_sglang, require_targets
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine.counters import descendants
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry

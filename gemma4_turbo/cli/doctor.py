@@ -9,10 +9,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-
 from gemma4_turbo.cli import report
 from gemma4_turbo.cli.modules import NOT_INSTALLED, import_targets
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import fingerprints, gpu_profile, state_folder, states, switches
 from gemma4_turbo.engine.counters import live_processes
 from gemma4_turbo.engine.imports import installed_release
@@ -178,6 +177,8 @@ def run(as_json: bool, everything: bool = False, imported: bool = False) -> int:
             report.show(console, _lines(key, value, everything))
     if as_json:
         found["verdict"] = report.verdict(found["patches"])
+        if wrong := found.get("obstacles") or found["problems"]:
+            found["error"] = "; ".join(wrong)
         print(json.dumps(found, indent=1))
     else:
         last = report.closing(found["patches"])

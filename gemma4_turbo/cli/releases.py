@@ -11,11 +11,10 @@ from email import message_from_string
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.cli import report
 from gemma4_turbo.cli.modules import CannotRunError
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.fingerprints import Definitions, SourceOf
 from gemma4_turbo.engine.imports import installed_release

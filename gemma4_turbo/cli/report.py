@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions
+import rich.console
+from rich.console import ConsoleOptions
 from rich.text import Text
 
 from gemma4_turbo.catalogue import CATALOGUE, by_name
@@ -99,6 +100,13 @@ def as_records(rows: Iterable[PatchStatus]) -> list[dict[str, Any]]:
 def plain(text: object, style: str = "") -> Text:
     """For the terminal as it is: what comes from data may hold brackets, colons, half characters."""
     return Text(str(text).encode(errors="backslashreplace").decode(), style)
+
+
+class Console(rich.console.Console):
+    """A terminal or a pipe, which may be closed: BrokenPipeError then, not rich's exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise
 
 
 class Listing:

@@ -11,10 +11,9 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-
 from gemma4_turbo.catalogue import Patch
 from gemma4_turbo.cli import process_group, report
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import switches
 
 REPEAT = "--repeat 5 runs each set up to 5 times"
