@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -167,6 +166,7 @@ def bisect(
 
     Run it with every patch off, then with those that the environment asks for,
     then with fewer and fewer of them, each set once: GEMMA4_TURBO_<PATCH>=0 or 1.
+    Patches that cannot be active with the SGLang that is installed here take no part.
 
     No run has a stdin, and no process of its group outlives it. Progress goes to
     stderr. The last line, on stdout, names the culprit and what to set instead.
@@ -177,7 +177,12 @@ def bisect(
     """
     from gemma4_turbo.cli import bisect as implementation
 
-    _answer(as_json, lambda: implementation.run(command, timeout, repeat, as_json, logs), failed=2)
+    _answer(
+        as_json,
+        lambda: implementation.run(command, timeout, repeat, as_json, logs),
+        failed=2,
+        checked=False,
+    )
 
 
 @app.command(cls=Command)

@@ -44,17 +44,21 @@ class Commands(TyperGroup):
     def main(
         self,
         args: Sequence[str] | None = None,
-        *more: Any,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
         standalone_mode: bool = True,
+        windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
         """As typer's; a wrong option is told in JSON where that was asked for."""
         given = sys.argv[1:] if args is None else list(args)
         ours = given[: given.index("--")] if "--" in given else given
-        if not standalone_mode or "--json" not in ours:
-            return super().main(args, *more, standalone_mode=standalone_mode, **extra)
+        in_json = standalone_mode and "--json" in ours
+        settings = (prog_name, complete_var, standalone_mode and not in_json, windows_expand_args)
+        if not in_json:
+            return super().main(args, *settings, **extra)
         try:
-            status = super().main(given, *more, standalone_mode=False, **extra)
+            status = super().main(given, *settings, **extra)
         except _USAGE_ERROR as error:
             error.show()
             print(json.dumps({"error": error.format_message()}, indent=1))

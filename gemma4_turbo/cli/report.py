@@ -153,6 +153,7 @@ def table(
     title: str = "",
     calls: bool = True,
     everything: bool = False,
+    idle: str = "",
 ) -> Listing:
     """The rows, a line each, by state; a cause that several share is told once.
 
@@ -163,6 +164,7 @@ def table(
         title: a line above.
         calls: tell how often each patch's code has run; False where nothing is run.
         everything: what each patch does, its switch and its origin as well.
+        idle: why active patches may have counted no call; their names are one line then.
     """
     listing = Listing()
     if title:
@@ -181,11 +183,20 @@ def table(
         by_reason = groups.setdefault(record["state"], {})
         by_reason.setdefault(record["reason"], []).append(record)
     for state in sorted(groups, key=_rank):
+        waiting: list[Mapping[str, Any]] = []
+        if state == states.ACTIVE and idle:
+            waiting = _take_idle(groups[state])
         shared = {why: found for why, found in groups[state].items() if len(found) > 1}
         own = [found[0] for why, found in groups[state].items() if why not in shared]
+        for head, found in _alike(own).items() if state == states.UPSTREAMED else ():
+            listing.add(f"{state} ({len(found)}): {head}", 2, STYLES.get(state, "bold"))
+            for one in found:
+                _add_row(listing, one, one["reason"].removeprefix(f"{head}: "), calls, everything)
+                own.remove(one)
         for why, found in shared.items():
-            cause = "" if why in ("", _INSTALLED) else f": {why}"
-            listing.add(f"{state} ({len(found)}){cause}", 2, STYLES.get(state, "bold"))
+            cause = why.removeprefix(_INSTALLED).removeprefix("; ")
+            told = f": {cause}" if cause else ""
+            listing.add(f"{state} ({len(found)}){told}", 2, STYLES.get(state, "bold"))
             for one in found:
                 _add_row(listing, one, "", calls, everything)
         if own:
@@ -193,11 +204,33 @@ def table(
             for one in own:
                 why = one["reason"].removeprefix(_INSTALLED).removeprefix("; ")
                 _add_row(listing, one, why, calls, everything)
+        if waiting:
+            head = f"{state}, {NOT_EXERCISED} ({len(waiting)}): {idle}"
+            listing.add(head, 2, STYLES[state])
+            listing.add(f"  {joined([one['name'] for one in waiting])}", 2)
     if absent:
         _add_absent(listing, absent, calls, everything)
     for note in notes:
         listing.add(note, 2, "yellow")
     return listing
+
+
+def _alike(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Those whose reasons begin alike, up to a colon, by that beginning."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        head, colon, _ = record["reason"].partition(": ")
+        if colon:
+            found.setdefault(head, []).append(record)
+    return {head: alike for head, alike in found.items() if len(alike) > 1}
+
+
+def _take_idle(by_reason: dict[str, list[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """Those that counted no call and have no more to say, out of the others."""
+    found = by_reason.pop(_INSTALLED, [])
+    if busy := [one for one in found if one["engaged"]]:
+        by_reason[_INSTALLED] = busy
+    return [one for one in found if not one["engaged"]]
 
 
 def _rank(state: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -20,7 +21,7 @@ WRONG = "GEMMA4_TURBO_PROFILE='quatsch' is not one of all, exact"
 COMMANDS = {  # arguments, and where the command is
     "verify": ([], "verify.run"),
     "tune": ([], "tune.run"),
-    "bisect": (["--", "true"], "bisect.run"),
+    "bisect": (["--", "true"], "bisect.search"),
     "demo": ([], "demo.run"),
     "serve": (["--", "--port", "1"], "serve.run"),
     "record": (["a.whl"], "releases.record"),
@@ -157,7 +158,7 @@ def test_help_is_wrapped_once(name: str | None) -> None:
     """At 80 columns a line ends where the next word has no room, or the paragraph ends."""
     lines = help_of(*([name] if name else []))
     end = next(number for number, line in enumerate(lines) if line.startswith("╭"))
-    for line, following in zip(lines[:end], lines[1:end], strict=False):
+    for line, following in itertools.pairwise(lines[:end]):
         assert len(line) <= 80
         if line and following:
             assert len(f"{line} {following.split()[0]}") > 79, line
