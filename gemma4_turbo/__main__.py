@@ -194,10 +194,11 @@ def demo(
 ) -> None:
     """The main job on what this machine has.
 
-    With a GPU: the real server, requests over HTTP. Without: the stock model classes on the CPU.
+    With a GPU: the real server, requests over HTTP; every active patch must run. Without: small layers
+    of the stock model classes on the CPU, with the patches that can run there.
 
-    Exit 0: it worked. Exit 1: stock and patched differ, or a patch never ran. Exit 3: the machine
-    lacks what it needs.
+    Exit 0: it worked. Exit 1: stock and patched differ, or a patch never ran; on the CPU, none did in
+    a model. Exit 3: the machine lacks what it needs.
     """
     from gemma4_turbo.cli import demo as command
 

@@ -124,13 +124,13 @@ def outcome(compared: Sequence[Compared], checks: Sequence[Check]) -> tuple[repo
     for one in compared:
         if not one.engaged:
             idle.append(one.model)
-            lines.add(f"{one.model}: NO PATCH RAN", 2, "red")
+            lines.add(f"A step of {one.model}: NO PATCH RAN", 2, "red")
             continue
         if not one.distance < BOUND:  # NaN is not
             apart.append(one.model)
         ran = ", ".join(f"{name} {count}" for name, count in one.engaged.items())
         lines.add(
-            f"{one.model}: relative distance of the outputs {one.distance:.1e} (allowed: {BOUND:.0e}, "
+            f"A step of {one.model}: relative distance of the outputs {one.distance:.1e} (allowed: {BOUND:.0e}, "
             f"bf16 rounded in another order); calls that ran a patch's code: {ran}",
             2,
             "red" if one.model in apart else "",

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from gemma4_turbo.catalogue import CATALOGUE, by_name
 from gemma4_turbo.engine import states, summary
-from gemma4_turbo.engine.run import WAITING
+from gemma4_turbo.engine.run import DECLINED, WAITING
 from gemma4_turbo.version import __version__
 
 if TYPE_CHECKING:
@@ -183,9 +183,9 @@ def table(
         by_reason = groups.setdefault(record["state"], {})
         by_reason.setdefault(record["reason"], []).append(record)
     for state in sorted(groups, key=_rank):
-        waiting: list[Mapping[str, Any]] = []
+        silent: list[Mapping[str, Any]] = []
         if state == states.ACTIVE and idle:
-            waiting = _take_idle(groups[state])
+            silent = _take_idle(groups[state])
         shared = {why: found for why, found in groups[state].items() if len(found) > 1}
         own = [found[0] for why, found in groups[state].items() if why not in shared]
         for head, found in _alike(own).items() if state == states.UPSTREAMED else ():
@@ -204,10 +204,8 @@ def table(
             for one in own:
                 why = one["reason"].removeprefix(_INSTALLED).removeprefix("; ")
                 _add_row(listing, one, why, calls, everything)
-        if waiting:
-            head = f"{state}, {NOT_EXERCISED} ({len(waiting)}): {idle}"
-            listing.add(head, 2, STYLES[state])
-            listing.add(f"  {joined([one['name'] for one in waiting])}", 2)
+        if silent:
+            _add_idle(listing, silent, idle)
     if absent:
         _add_absent(listing, absent, calls, everything)
     for note in notes:
@@ -226,11 +224,25 @@ def _alike(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, 
 
 
 def _take_idle(by_reason: dict[str, list[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
-    """Those that counted no call and have no more to say, out of the others."""
-    found = by_reason.pop(_INSTALLED, [])
-    if busy := [one for one in found if one["engaged"]]:
-        by_reason[_INSTALLED] = busy
-    return [one for one in found if not one["engaged"]]
+    """Those that counted no call, out of the others."""
+    found = []
+    for reason, records in list(by_reason.items()):
+        found += [one for one in records if not one["engaged"]]
+        by_reason[reason] = [one for one in records if one["engaged"]]
+        if not by_reason[reason]:
+            del by_reason[reason]
+    return found
+
+
+def _add_idle(listing: Listing, records: Sequence[Mapping[str, Any]], cause: str) -> None:
+    """Names in one line; a row for each that says why it took stock's path."""
+    head = f"{states.ACTIVE}, {NOT_EXERCISED} ({len(records)}): {cause}"
+    listing.add(head, 2, STYLES[states.ACTIVE])
+    if silent := [one["name"] for one in records if one["reason"] == _INSTALLED]:
+        listing.add(f"  {joined(silent)}", 2)
+    for one in records:
+        if one["reason"] != _INSTALLED:
+            _add_row(listing, one, one["reason"].rpartition(f"{DECLINED}: ")[2], False, False)
 
 
 def _rank(state: str) -> int:

@@ -29,7 +29,7 @@ def test_a_model_in_which_no_patch_ran_proves_nothing() -> None:
     """No distance of stock from stock is shown, and the demo fails."""
     lines, status = concluded(MODEL, MODEL._replace(model="others", engaged={}, distance=0.0))
     assert status == 1
-    assert "others: NO PATCH RAN" in lines
+    assert "A step of others: NO PATCH RAN" in lines
     assert sum("distance" in line for line in lines) == 1
     assert lines[-1] == "demo: no patch ran in others"
     assert concluded() == (

@@ -176,18 +176,21 @@ def test_upstreamed_patches_are_a_line_each() -> None:
 
 def test_patches_that_a_run_does_not_reach_are_a_list() -> None:
     """With the cause once; one that says why it declined has its row."""
-    why = "some calls take stock's path: another"
-    declined = PatchStatus("kv_scales", "active", f"installed; {why}", (), 0)
+    reason = "installed; some calls take stock's path: no [such] layer"
+    declined = PatchStatus("kv_scales", "active", reason, (), 0)
     console = terminal(80)
-    rows = [*ROWS[:30], ROWS[30], declined, ROWS[0]._replace(name="swa_ratio", engaged=1)]
+    rows = [*ROWS[:30], declined, ROWS[0]._replace(name="swa_ratio", engaged=1)]
     report.show(console, report.table(rows, idle="no GPU"))
     lines = lines_of(console)
     assert max(map(len, lines)) <= 80
-    head = lines.index("active, not exercised here (30): no GPU")
-    listed = " ".join(line.strip() for line in lines[head + 1 :])
+    assert lines[:3] == [
+        "active (1)",
+        "  swa_ratio         behaviour  1 call",
+        "active, not exercised here (31): no GPU",
+    ]
+    listed = " ".join(line.strip() for line in lines[3:-1])
     assert listed == ", ".join(row.name for row in ROWS[:30])
-    assert sum("kv_scales" in line and why in line for line in lines[:head]) == 1
-    assert sum(line.startswith("  swa_ratio ") and "1 call" in line for line in lines[:head]) == 1
+    assert lines[-1] == "  kv_scales         behaviour  no [such] layer"
 
 
 ALL = len(CATALOGUE)
