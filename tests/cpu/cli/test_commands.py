@@ -235,7 +235,7 @@ def test_doctor_in_a_pipe(environment, answer, tmp_path):
 
 NOTHING_WORKS = """
 import contextlib, io, json, os
-from gemma4_turbo.cli import doctor, report
+from gemma4_turbo.cli import doctor, outlook, report
 
 def run(as_json):
     told = io.StringIO()
@@ -246,10 +246,10 @@ def run(as_json):
 doctor.bootstrap_routes = list
 report.torch_problem = lambda: "PyTorch cannot be imported: OSError: x"
 report.device = lambda: None
-doctor.installed_release = lambda: None
+doctor.installed_release = outlook.installed_release = lambda: None
 answers = [run(False), run(True)]
 os.environ["GEMMA4_TURBO"] = "0"
-doctor.installed_release = lambda: "0.5.12.post1"
+doctor.installed_release = outlook.installed_release = lambda: "0.5.12.post1"
 print(json.dumps([*answers, run(False)]))
 """
 
