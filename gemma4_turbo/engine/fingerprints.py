@@ -447,7 +447,7 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
                 states.UPSTREAMED,
                 f"{label} does not have the defect: {target.partition(':')[2]} uses {name}",
             )
-        since = f" (since {port.superseded_since})" if port.superseded_since else ""
+        since = f", since {port.superseded_since}" if port.superseded_since else ""
         return Verdict(states.UPSTREAMED, f"{label} has it itself: {name}{since}")
     missing = [target for target, value in prints.items() if value is None]
     nowhere = [t for t in missing if not any(t in known for known in table.values())]

@@ -20,10 +20,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
 from gemma4_turbo.cli import lines, report, small_moe
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.cli.tuning.timing import Timer, readings
 from gemma4_turbo.kernels import moe_tables
 

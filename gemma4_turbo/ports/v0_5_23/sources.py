@@ -901,4 +901,13 @@ PORTS: dict[str, Port] = {
         # The server's arguments are read before it is imported.
         lazy=(_SIZES,),
     ),
+    # Of graphs, newer lines' backends make the metadata here.
+    "trtllm_debug": Port(
+        module=f"{HERE}.trtllm_debug",
+        targets=(
+            "sglang.srt.layers.attention.trtllm_mha_backend"
+            ":TRTLLMHAAttnBackend.init_forward_metadata_out_graph",
+        ),
+        needless="a tool for finding faults of the TRT-LLM backend that 0.5.12 has, which is another one",
+    ),
 }
