@@ -120,3 +120,13 @@ def test_of_a_bitwise_patch_one_may_run_alone(ranks: list[Any]):
     assert one["engaged"]["layer_norms"] == LAYERS
     assert other["engaged"]["layer_norms"] == 0
     assert one["sums"] == other["sums"]
+
+
+@pytest.mark.skipif(is_another(), reason="0.5.23 has the gate in its own tests of yoco")
+@pytest.mark.parametrize("fault", ["none", "tail"])
+def test_no_rows_are_cut_on_one_alone(ranks: list[Any], fault: str):
+    """The tail may run out of memory on one: it would sum all rows, the other two."""
+    for rank in of(ranks, "prefills"):
+        assert "several GPUs" in rank[fault]["reason"]
+        assert rank[fault]["state"] == "active"
+        assert rank[fault]["rows"] == ranks[0]["prefills"]["stock"]["rows"]

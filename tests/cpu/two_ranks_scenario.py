@@ -270,6 +270,35 @@ def faults(rank: int) -> dict[str, Any]:
     return found
 
 
+def prefills(rank: int) -> dict[str, Any]:
+    """Layers that share KV (0.5.12.post1): stock, the cut, and a tail that fails on GPU 1 alone."""
+    from gemma4_turbo.ports.any import yoco_cut
+    from tests.cpu import shared_kv
+
+    model = shared_kv.build()
+    run = ENGINE.runs["yoco"]
+
+    def told() -> dict[str, Any]:
+        run._decline_reason = ""
+        batch = shared_kv.Memory().prefill({1: 5, 2: 6}, {})
+        out = model(batch.input_ids, batch.positions, batch)
+        return {
+            "rows": digest(out[shared_kv.last_rows(batch)]),
+            "reason": run.full_reason(),
+            "state": run.state,
+        }
+
+    found = {"stock": told()}
+    with pytest.MonkeyPatch.context() as patch:
+        ENGINE.apply(only=["yoco"])
+        found["none"] = told()
+        if rank == 1:
+            patch.setattr(yoco_cut, "tail", _no_memory)
+        found["tail"] = told()
+        ENGINE.revert()
+    return found
+
+
 def main() -> None:
     """Both processes; the second one is a fork, so that SGLang is imported once."""
     global layer_steps
@@ -292,6 +321,7 @@ def main() -> None:
         with few_programs(), norms_as_on_a_gpu(), torch.no_grad():
             seen = {"forwards": forwards(rank), "faults": faults(rank)}
             seen["beside"] = beside(built("moe", rank))
+            seen["prefills"] = {} if newest() else prefills(rank)
         if rank:
             answer.write_text(json.dumps(seen))
     except BaseException:
