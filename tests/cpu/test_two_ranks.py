@@ -110,8 +110,25 @@ def test_if_they_did_not_tell_each_other_they_would_go_on_from_other_numbers(ran
 def test_one_that_does_not_come_to_the_question_is_not_waited_for(ranks: list[Any], when: str):
     one, other = of(ranks, "faults", when)
     assert one["engaged"]["skinny_gemm"] == other["engaged"]["skinny_gemm"] == 0
-    assert "waited" in one["reasons"]["skinny_gemm"]
+    why = "waited 1 s" if when == "never asks" else "a GPU did not come to an earlier question"
+    assert why in one["reasons"]["skinny_gemm"]
     assert one["out"] == other["out"]
+
+
+def test_all_questions_of_a_patch_are_waited_for_once(ranks: list[Any]):
+    one, other = of(ranks, "faults", "never asks", "seconds")
+    assert len(one) >= 3
+    assert not other
+    assert 1 <= max(one)
+    assert sum(one) < 2
+
+
+def test_one_with_other_tiles_is_not_alone_with_them(ranks: list[Any]):
+    """Of a layer that both compute as a whole the order of the sums would be another."""
+    for rank in of(ranks, "faults", "other tiles"):
+        assert rank["engaged"] == {"skinny_gemm": 0, "ple_tail": LAYERS}
+        assert rank["states"]["skinny_gemm"] == "active"
+        assert "GPU" in rank["reasons"]["skinny_gemm"]
 
 
 def test_of_a_bitwise_patch_one_may_run_alone(ranks: list[Any]):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -225,6 +226,30 @@ def _no_memory(*args: Any) -> Any:
     raise NoMemoryError("out of memory")
 
 
+def timed_questions(patch: pytest.MonkeyPatch) -> list[float]:
+    """Filled with what each question of this process takes from now on."""
+    seconds: list[float] = []
+    agreed = ranks.agreed
+
+    def timed(*args: Any) -> Any:
+        started = time.monotonic()
+        found = agreed(*args)
+        seconds.append(time.monotonic() - started)
+        return found
+
+    patch.setattr(ranks, "agreed", timed)
+    return seconds
+
+
+def wait_again(rank: int) -> None:
+    """As if no wait had been in vain: no fault is another's."""
+    dist.barrier()
+    if rank == 0:
+        for patch in ("skinny_gemm/", ""):
+            ranks._store().delete_key(f"gemma4_turbo/0-1/{patch}{ranks.IN_VAIN}")
+    dist.barrier()
+
+
 def faults(rank: int) -> dict[str, Any]:
     """Something goes wrong on GPU 1 alone."""
     from gemma4_turbo.fusions import norm_kinds
@@ -252,15 +277,27 @@ def faults(rank: int) -> dict[str, Any]:
         patch.setattr(ranks, "_group_of", [])
         patch.setattr(ranks, "told_by", lambda group: None)
         found["alone"] = told(patched(built("ple", rank), "skinny_gemm", "ple_tail"))
+    choose = product.choose
+
+    def others(*args: Any, **options: Any) -> product.Config:
+        return choose(*args, **options)._replace(split=2)
+
+    with pytest.MonkeyPatch.context() as patch:  # its profile, or its processors, are others
+        patch.setattr(ranks, "PATIENCE_S", 0.3)
+        here(product, "choose", others, patch)
+        found["other tiles"] = told(patched(built("ple", rank), "skinny_gemm", "ple_tail"))
+    wait_again(rank)
     model = built("dense", rank)
     with pytest.MonkeyPatch.context() as patch:  # it never comes to the question
-        patch.setattr(ranks, "PATIENCE_S", 0.3)
+        patch.setattr(ranks, "PATIENCE_S", 1.0)
+        seconds = timed_questions(patch)
         if rank == 1:
             for layer in model.layers:
                 for module in layer.modules():
                     if hasattr(module, "quant_method"):
                         module.register_forward_hook(lambda *args: None)
         found["never asks"] = told(patched(model, "skinny_gemm"))
+        found["never asks"]["seconds"] = list(seconds)
         found["asks later"] = told(patched(built("dense", rank), "skinny_gemm"))
     model = built("dense", rank)
     with pytest.MonkeyPatch.context() as patch:  # of a patch with stock's bits: nobody need know
