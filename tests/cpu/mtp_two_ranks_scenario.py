@@ -1,4 +1,4 @@
-"""`mtp_seed_graph` in two processes of tensor parallelism over gloo: a fault on GPU 1 alone.
+"""`mtp_seed_graph` and `mtp_chain` in two processes of tensor parallelism over gloo: a fault on GPU 1 alone.
 
 Worker, graph runner and stand-ins are those of `tests.cpu.mtp_draft_scenario`; the assistant's states
 are summed over the two, so that whoever makes a sum alone waits for it. What each of them saw is printed
@@ -40,6 +40,7 @@ def seen(rank: int) -> dict[str, Any]:
     """A seed by stock, with the patch, and with a capture that fails on GPU 1."""
     import gemma4_turbo
     from gemma4_turbo.instance import ENGINE
+    from gemma4_turbo.ports.any import ranks
     from gemma4_turbo.ports.v0_5_12.mtp import mtp_seed_graph
 
     run = ENGINE.runs["mtp_seed_graph"]
@@ -66,6 +67,24 @@ def seen(rank: int) -> dict[str, Any]:
     batch = mtp_seed_graph._batch
     with mock.patch.object(mtp_seed_graph, "_batch", side_effect=fault, wraps=batch):
         found["capture"] = told()
+    gemma4_turbo.apply(only=["mtp_chain"])
+    forward, calls = drafts.Assistant.forward, []
+
+    def fails_once(*given: Any, **named: Any) -> Any:
+        calls.append(given)
+        if rank and len(calls) == 2:  # the first step's sum is made
+            raise RuntimeError("no such kernel")
+        return forward(*given, **named)
+
+    with (  # the last thing: a sum stays open. SGLang's own group is of this process alone
+        mock.patch.object(drafts.Assistant, "forward", fails_once),
+        mock.patch.object(ranks, "gpus", return_value=2),
+    ):
+        try:
+            drafts.make_worker(graphs=True, tp_group=group())
+            found["draft"] = {"error": None}
+        except Exception as error:
+            found["draft"] = {"error": str(error)}
     gemma4_turbo.revert()
     return found
 

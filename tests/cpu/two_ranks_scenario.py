@@ -67,6 +67,7 @@ def join(rank: int, port: int) -> None:
     else:
         arguments = (small_moe._arguments({"tp_size": 2}),)
         widths = {"tensor_model_parallel_size": 2}
+        import_module("sglang.srt.layers.dp_attention")._ATTN_DP_SIZE = 1  # as a server sets it
     init_distributed_environment(
         world_size=2,
         rank=rank,
@@ -336,6 +337,34 @@ def prefills(rank: int) -> dict[str, Any]:
     return found
 
 
+def pictures(rank: int) -> dict[str, Any]:
+    """Two images in one batch, and an encoder that fails on GPU 1 alone behind its first sum."""
+    from tests.cpu import vision
+
+    model = vision.model("triton_attn")
+    items = [vision.image(4, 4, seed=seed) for seed in (1, 2)]
+    layer = type(model.vision_tower.encoder.layers[0])
+    forward, calls = layer.forward, []
+
+    def fails_once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if rank == 1 and len(calls) == 2:
+            raise NoMemoryError("no such kernel")
+        return forward(*args, **kwargs)
+
+    found: dict[str, Any] = {}
+    with applied("vision_batch"), pytest.MonkeyPatch.context() as patch:
+        before = engaged("vision_batch")["vision_batch"]
+        found["together"] = digest(model.get_image_feature(items))
+        found["engaged"] = engaged("vision_batch")["vision_batch"] - before
+        patch.setattr(layer, "forward", fails_once)
+        try:
+            found["fails"] = digest(model.get_image_feature(items))
+        except Exception as error:
+            found["fails"] = str(error)
+    return found
+
+
 def main() -> None:
     """Both processes; the second one is a fork, so that SGLang is imported once."""
     global layer_steps
@@ -359,6 +388,7 @@ def main() -> None:
             seen = {"forwards": forwards(rank), "faults": faults(rank)}
             seen["beside"] = beside(built("moe", rank))
             seen["prefills"] = {} if newest() else prefills(rank)
+            seen["pictures"] = pictures(rank)  # the last: a sum stays open
         if rank:
             answer.write_text(json.dumps(seen))
     except BaseException:

@@ -99,10 +99,15 @@ def test_a_patch_is_waited_for_once(store: HashStore, monkeypatch: pytest.Monkey
     late.PATIENCE_S = 60
     assert [late.agreed("skinny_gemm", f"q{n}", None) for n in range(6)] == answers
     assert "earlier question" in late.agreed("skinny_gemm", "q6", None)
-    assert ask(question="q6") == "GPU 1 of 2: a GPU did not come to an earlier question of `skinny_gemm`"
+    assert (
+        ask(question="q6")
+        == "GPU 1 of 2: a GPU did not come to an earlier question of `skinny_gemm`"
+    )
     assert "waited" in ask(patch="router_few")
     assert "waited" in ask(patch="experts_few")
-    assert ask(patch="decode_attention") == "GPU 0 of 2: 3 earlier questions were waited for in vain"
+    assert (
+        ask(patch="decode_attention") == "GPU 0 of 2: 3 earlier questions were waited for in vain"
+    )
     assert "3 earlier" in late.agreed("extend_attention", "q", None)
 
 
@@ -150,7 +155,9 @@ def play(order: tuple[int, ...], asked: tuple[list[Any], list[Any]]) -> list[dic
         module._group_of = [lambda: ranks.Group("0-1", rank, 2)]
         module._store = lambda: turns.of(rank)
         module.PATIENCE_S = 1  # looks at the clock
-        module.time = SimpleNamespace(monotonic=itertools.count().__next__, sleep=lambda pause: None)
+        module.time = SimpleNamespace(
+            monotonic=itertools.count().__next__, sleep=lambda pause: None
+        )
         try:
             for question, unfit in asked[rank]:
                 answers[rank][question] = module.agreed("p", question, unfit)

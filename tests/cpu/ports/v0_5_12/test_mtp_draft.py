@@ -149,6 +149,14 @@ def test_several_gpus_seed_eagerly(pair: list[Any], fault: str) -> None:
         assert rank[fault]["seed"] == pair[0]["stock"]["seed"]
 
 
+def test_a_draft_that_raises_on_one_gpu_alone_does_not_begin_anew(pair: list[Any]) -> None:
+    """The other would add its second step to this one's first. As under stock, the error is the server's."""
+    one, other = (rank["draft"]["error"] for rank in pair)
+    assert "no such kernel" in other
+    assert one is not None
+    assert "no such kernel" not in one
+
+
 def test_the_drafts_graphs_come_first(found: dict[str, Any]) -> None:
     """Where memory is short for a graph of stock's, those of the seeds make room."""
     state, reason, ours, graphs = found["limits"]["no memory for the draft"]
