@@ -59,7 +59,7 @@ def seen(rank: int) -> dict[str, Any]:
             "graphs": sorted(worker.cuda_graph_runner.graphs),
         }
 
-    found = {"stock": told()}
+    found: dict[str, Any] = {"stock": told()}
     rows = {row.name: row for row in gemma4_turbo.apply(only=["mtp_seed_graph"])}
     assert rows["mtp_seed_graph"].state == "active", rows
     found["none"] = told()
@@ -68,7 +68,8 @@ def seen(rank: int) -> dict[str, Any]:
     with mock.patch.object(mtp_seed_graph, "_batch", side_effect=fault, wraps=batch):
         found["capture"] = told()
     gemma4_turbo.apply(only=["mtp_chain"])
-    forward, calls = drafts.Assistant.forward, []
+    forward = drafts.Assistant.forward
+    calls: list[Any] = []
 
     def fails_once(*given: Any, **named: Any) -> Any:
         calls.append(given)

@@ -344,7 +344,8 @@ def pictures(rank: int) -> dict[str, Any]:
     model = vision.model("triton_attn")
     items = [vision.image(4, 4, seed=seed) for seed in (1, 2)]
     layer = type(model.vision_tower.encoder.layers[0])
-    forward, calls = layer.forward, []
+    forward = layer.forward
+    calls: list[Any] = []
 
     def fails_once(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)

@@ -148,7 +148,8 @@ class Turns:
 
 def play(order: tuple[int, ...], asked: tuple[list[Any], list[Any]]) -> list[dict[str, Any]]:
     """The answers of two processes to questions, each with what they have found themselves."""
-    turns, answers = Turns(HashStore(), order), [{}, {}]
+    turns = Turns(HashStore(), order)
+    answers: list[dict[str, Any]] = [{}, {}]
 
     def ask_all(rank: int) -> None:
         module = other()
@@ -173,7 +174,7 @@ def play(order: tuple[int, ...], asked: tuple[list[Any], list[Any]]) -> list[dic
 
 
 FIT = None
-CASES = {
+CASES: dict[str, tuple[list[Any], list[Any]]] = {
     "both may": ([("a", FIT)], [("a", FIT)]),
     "one may not": ([("a", FIT)], [("a", "differs")]),
     "one skips a question": ([("a", FIT), ("b", FIT)], [("b", FIT)]),
@@ -185,7 +186,7 @@ CASES = {
 def test_in_every_order_of_what_they_do_both_have_one_answer(case: str):
     """The first eight operations in any order, then by turns; a wait is over after two looks at the clock."""
     asked = CASES[case]
-    seen = set()
+    seen: set[tuple[str, bool]] = set()
     for order in itertools.product((0, 1), repeat=8):
         answers = play(order, asked)
         for question in {name for name, _ in (*asked[0], *asked[1])}:
