@@ -674,12 +674,6 @@ class ModelRunnerOutput(Protocol):
     logits_output: LogitsProcessorOutput
 
 
-class Group(Protocol):
-    """``sglang.srt.distributed.parallel_state.GroupCoordinator``."""
-
-    def all_gather_object(self, obj: str, /) -> list[str]: ...
-
-
 class ModelRunner(Protocol):
     """``sglang.srt.model_executor.model_runner.ModelRunner``."""
 
@@ -691,7 +685,6 @@ class ModelRunner(Protocol):
     model_is_mrope: bool
     device: str
     gpu_id: int
-    tp_group: Group
     kv_cache_dtype: torch.dtype
     req_to_token_pool: object
     spec_algorithm: SpeculativeAlgorithm

@@ -34,6 +34,9 @@ def _graph_unfit() -> str | None:
 
 
 def _layout_unfit(batch: ForwardBatch) -> str | None:
+    # One that runs out of memory sends all rows on, and the others wait in a sum of fewer.
+    if _gpus() > 1:
+        return "several GPUs: one of them alone may have to send all rows on"
     if batch.padded_static_len >= 0:
         return "the batch is padded"
     if batch.hisparse_coordinator is not None:
