@@ -15,14 +15,7 @@ import torch
 from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms.layer_norms import Router
-from gemma4_turbo.ports.any import (
-    feed_forward_few,
-    handover,
-    layer_steps,
-    linear,
-    router_few,
-    sglang_types,
-)
+from gemma4_turbo.ports.any import handover, layer_steps, sglang_types
 from gemma4_turbo.ports.v0_5_23 import classes, sums
 from gemma4_turbo.ports.v0_5_23 import stock as calls
 
@@ -35,18 +28,7 @@ if TYPE_CHECKING:
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
 STOCK = calls  # imported: the fusions follow it
 
-STEPS: tuple[Step, ...] = (
-    layer_steps.LAYER_NORMS,
-    layer_steps.PLE_TAIL,
-    layer_steps.INPUT_NORM,
-    layer_steps.EXPERTS_SUM,
-    layer_steps.MLP_STREAM,
-    layer_steps.PDL,
-    linear.SKINNY_GEMM,
-    router_few.ROUTER_FEW,
-    feed_forward_few.FEED_FORWARD_FEW,
-)
-
+steps: list[Step] = []  # of the layer, of the patches that were in
 _stock: dict[str, Callable[..., torch.Tensor]] = {}
 _result: list[Any] = []  # SGLang's method that computes what a layer writes
 _boundary: list[Any] = []  # the module of SGLang's that writes the stream
@@ -117,6 +99,7 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     sums.load()
     handover.made_for(forward)
     layer_steps.enable(fusions, run)
+    steps.extend(fusion for fusion in fusions if fusion not in steps)
     return {TARGET: forward}
 
 
@@ -154,9 +137,9 @@ def forward(
     if unfit is None and stream.residual is not None and stream.residual is not hidden_states:
         unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
     if unfit is not None:
-        for step in STEPS:
-            if step.run is not None:
-                step.run.declined(unfit)
+        for run in dict.fromkeys(step.run for step in steps):  # a patch may have several
+            if run is not None:
+                run.declined(unfit)
         return _stock[TARGET](
             self, positions, hidden_states, per_layer_input, forward_batch, capture_output, **kwargs
         )
