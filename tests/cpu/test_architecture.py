@@ -57,6 +57,16 @@ def test_a_port_for_every_patch(patch: catalogue.Patch) -> None:
     assert all(line.PORTS.keys() <= names for line in instance.LINES)
 
 
+def test_what_is_only_read_is_named() -> None:
+    """No fingerprint of a whole class, which any edit to it would change: its methods, or `Port.reads`.
+
+    But of the one that takes the function it runs from its base: a method of its own would be another.
+    """
+    sources = {source for port in instance.every_port() for source in port.sources}
+    classes = {name for name in sources if re.fullmatch(r"_*[A-Z]\w*", re.split(r"[:.]", name)[-1])}
+    assert {name.rpartition(":")[2] for name in classes} == {"Gemma4RotaryEmbedding"}
+
+
 # -- the example of docs/adding-a-patch.md ----------------------------------------------------------
 
 

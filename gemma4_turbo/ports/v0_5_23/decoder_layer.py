@@ -77,6 +77,8 @@ def _boundaries_unfit(layer: StagedLayer) -> str | None:
         or after.apply is not layer.post_attention_layernorm
     ):
         return "a norm was replaced, of which the layer's boundaries keep the first one"
+    if not attn.declaration.update.is_plain_add or not ffn.declaration.update.applied_at_exit:
+        return "the layer's boundaries write the residual stream in another way"
     return None
 
 

@@ -34,6 +34,8 @@ class OutputTransform(Protocol):
 class ResidualUpdate(Protocol):
     """``sglang.srt.layers.layer_boundary.residual.ResidualUpdate``."""
 
+    is_plain_add: bool
+    applied_at_exit: bool
     quantized_sum: bool
 
 
