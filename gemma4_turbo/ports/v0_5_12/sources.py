@@ -635,13 +635,11 @@ PORTS: dict[str, Port] = {
     ),
     # It reads what was accepted, and with it the lengths, before it goes on.
     "mtp_sync": Port(
-        module=f"{HERE}.mtp",
         targets=("sglang.srt.speculative.frozen_kv_mtp_utils:capture_for_decode",),
         needless="the draft's worker waits for every verification, it does not run ahead of the GPU",
     ),
     # Up to 0.5.17, which the second of the targets tells, all of a process allocates from one pool.
     "picture_memory": Port(
-        module=f"{HERE}.picture_memory",
         targets=(
             "sglang.srt.multimodal.processors.base_processor"
             ":BaseMultimodalProcessor.process_mm_data",

@@ -493,7 +493,6 @@ PORTS: dict[str, Port] = {
     ),
     # Stock runs a program for each head now, as the patch did.
     "qkv_norm": Port(
-        module=f"{HERE}.wiring",
         targets=(f"{_OPS}:_gemma_qkv_rmsnorm_kernel",),
         superseded_when=(f"{_OPS}:_gemma_qkv_rmsnorm_kernel", "BY_HEAD"),
         superseded_since="0.5.13",
@@ -849,7 +848,6 @@ PORTS: dict[str, Port] = {
     ),
     # The draft's input is in the place of the verification's after every step, whoever has finished.
     "mtp_merge_batch": Port(
-        module=f"{HERE}.mtp",
         targets=(f"{_SPEC}.frozen_kv_mtp_worker_v2:FrozenKVMTPWorkerV2.forward_batch_generation",),
         superseded_when=(
             f"{_SPEC}.frozen_kv_mtp_worker_v2:FrozenKVMTPWorkerV2.forward_batch_generation",
@@ -860,7 +858,6 @@ PORTS: dict[str, Port] = {
     ),
     # The seed step is the first one of the draft's own graph.
     "mtp_seed_graph": Port(
-        module=f"{HERE}.mtp",
         targets=(f"{_DRAFT}.draft_forward",),
         superseded_when=(f"{_DRAFT}.draft_forward", "bonus_tokens"),
         superseded_since="0.5.14",
@@ -868,7 +865,6 @@ PORTS: dict[str, Port] = {
     ),
     # And both run on metadata that are made once.
     "mtp_metadata": Port(
-        module=f"{HERE}.mtp",
         targets=(f"{_DRAFT}.draft_forward",),
         superseded_when=(f"{_DRAFT}.draft_forward", "needs_forward_metadata_init"),
         superseded_since="0.5.14",
@@ -876,7 +872,6 @@ PORTS: dict[str, Port] = {
     ),
     # FlashInfer's runner is for one kind of quantised weights, which is asked for.
     "mtp_moe_runner": Port(
-        module=f"{HERE}.mtp",
         targets=("sglang.srt.arg_groups.model_overrides.gemma4:_gemma4_overrides",),
         superseded_when=(
             "sglang.srt.arg_groups.model_overrides.gemma4:_gemma4_overrides",
