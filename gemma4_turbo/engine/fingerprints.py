@@ -498,7 +498,9 @@ def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
             return f"lazy names a module that holds none of the patch's sources: {module}"
     if port.needless or port.tells_only:
         if port.module:
-            return f"there is no code to find in {port.module}: needless and tells_only name no module"
+            return (
+                f"there is no code to find in {port.module}: needless and tells_only name no module"
+            )
         told = port.needless or port.superseded_when
         return None if told else "tells_only without superseded_when tells nothing"
     if not port.module:
