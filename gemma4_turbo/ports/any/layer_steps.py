@@ -178,7 +178,7 @@ def after_attention(
     residual: torch.Tensor,
     per_layer_input: torch.Tensor | None,
     following: RMSNorm | None,
-    router_of: Callable[[DecoderLayer], Router],
+    router_of: Callable[[Any], Router],
     sums: Sums | None = None,
 ) -> Ends:
     """The layer from the attention's output on; ``residual``, its input, is overwritten, as by stock.
@@ -248,7 +248,7 @@ def _layer_norms(
     site: LayerSite,
     attention_output: torch.Tensor,
     residual: torch.Tensor,
-    router_of: Callable[[DecoderLayer], Router],
+    router_of: Callable[[Any], Router],
 ) -> Outputs | None:
     if LAYER_NORMS.settled(site):
         return None

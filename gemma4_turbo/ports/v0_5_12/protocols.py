@@ -71,6 +71,41 @@ class PoolConfigurator(Protocol):
     _cell_size: float
 
 
+# -- defects that no release has, in trees between two -----------------------------------------------
+
+
+class WindowedBackend(Protocol):
+    """An attention backend that keeps the state of a sliding-window KV pool."""
+
+    use_sliding_window_kv_pool: bool
+    _swa_kv_pool: object | None
+
+
+class WindowedWorker(Protocol):
+    """``sglang.srt.speculative.frozen_kv_mtp_worker.FrozenKVMTPWorker``."""
+
+    draft_attn_backend: WindowedBackend
+    kv_context: protocols.FrozenKVContext | None  # before the model is bound
+
+
+class WindowedRunner(Protocol):
+    """``sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner.FrozenKVMTPCudaGraphRunner``."""
+
+    frozen_kv_mtp_worker: WindowedWorker
+
+
+class AssistantConfig(Protocol):
+    """``transformers.PretrainedConfig`` of an assistant."""
+
+    num_experts: int | None
+
+
+class LaunchedAssistant(Protocol):
+    """``sglang.srt.models.gemma4_mtp.Gemma4AssistantForCausalLM``."""
+
+    config: AssistantConfig
+
+
 # -- multi-token prediction ------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.fusions.fusion import Step
     from gemma4_turbo.ports.any.model_protocols import RMSNorm
-    from gemma4_turbo.ports.v0_5_23.protocols import StagedLayer
+    from gemma4_turbo.ports.v0_5_23.protocols import LayerBatch, StagedLayer
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
 STOCK = calls  # imported: the fusions follow it
@@ -110,11 +110,11 @@ def forward(
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     per_layer_input: torch.Tensor,
-    forward_batch: Any,
+    forward_batch: LayerBatch,
     capture_output: Callable[..., None] | None = None,
     normed: torch.Tensor | None = None,
     following: RMSNorm | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """One layer: hidden states; where ``following`` is given and could run, also those normed by it.
 
@@ -132,12 +132,13 @@ def forward(
     site = site_of(self, LayerSite)
     stream = forward_batch.residual_stream
     unfit = site.stocks or sglang_types.rules().now_unfit()
-    if unfit is None and capture_output is not None:
-        unfit = "the layer's input is captured for a draft model"
-    if unfit is None and (stream is None or stream.pending is not None):
-        unfit = "the layer before has left a sum to its boundary"
-    if unfit is None and stream.residual is not None and stream.residual is not hidden_states:
-        unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
+    if unfit is None:
+        if capture_output is not None:
+            unfit = "the layer's input is captured for a draft model"
+        elif stream is None or stream.pending is not None:
+            unfit = "the layer before has left a sum to its boundary"
+        elif stream.residual is not None and stream.residual is not hidden_states:
+            unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
     if unfit is not None:
         for run in dict.fromkeys(step.run for step in steps):  # a patch may have several
             if run is not None:
@@ -163,7 +164,7 @@ def forward(
     return out if after is None else (out, after)
 
 
-def _router(self: Any) -> Router:
+def _router(self: StagedLayer) -> Router:
     router, experts = self.router, self.pre_feedforward_layernorm_2
     if not router._scale_fused:  # as stock at its first call
         router.fuse_scale()
