@@ -636,6 +636,10 @@ class ModelRunnerOutput(Protocol):
 class Group(Protocol):
     """``sglang.srt.distributed.parallel_state.GroupCoordinator``."""
 
+    world_size: int
+    rank_in_group: int
+    ranks: list[int]
+
     def all_gather_object(self, obj: str, /) -> list[str]: ...
 
 

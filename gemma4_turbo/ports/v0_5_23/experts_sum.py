@@ -33,8 +33,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         routed_scaling_factor: float | None,
         no_combine: bool = False,
         use_fused_moe_sum_all_reduce: bool = False,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
         plain = not (no_combine or use_fused_moe_sum_all_reduce)
         if (
