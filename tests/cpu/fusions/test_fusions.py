@@ -10,6 +10,8 @@ import torch
 from gemma4_turbo.fusions import fusion as fusions
 from gemma4_turbo.fusions import layer_tail, router_norm
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
+from gemma4_turbo.fusions.norm_kinds import Kinds
+from gemma4_turbo.fusions.site import Site
 from gemma4_turbo.fusions.stock import Functions
 from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels.norms.rmsnorm import Kind, reference_rmsnorm
@@ -185,6 +187,19 @@ def test_verify_compares_every_fusion(fusion: Fusion[Any, Any]):
     assert [check for check in checks if not check.passed] == []
     assert {check.patch for check in checks} == {fusion.patch}
     assert all(check.compared for check in checks)
+
+
+def test_a_kernel_without_a_traced_form_is_not_in_traced_code():
+    """Stock's calls are made there; nothing is asked of the class that it does not have."""
+    site = Site((), None)
+    site.kinds = Kinds()
+    site.router_norm = None  # type: ignore[attr-defined]
+
+    class Eager(Fusion[Any, Any]):
+        """Has a `launch` alone."""
+
+    assert router_norm.RouterNorm("router_norm").fits_traced(site, None)
+    assert not Eager("router_norm").fits_traced(site, None)
 
 
 def test_verify_sees_one_wrong_number(monkeypatch: pytest.MonkeyPatch):

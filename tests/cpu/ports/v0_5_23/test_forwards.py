@@ -17,6 +17,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.ports.any import attention, linear, sglang_types
 from tests.cpu import forward_batch
+from tests.cpu.ports.counted import counted as of_patch
 from tests.cpu.ports.v0_5_23 import models
 
 KINDS = ["moe", "ple", "dense"]
@@ -166,12 +167,12 @@ def test_a_stream_with_a_sum_to_come_is_stocks():
     ENGINE.apply(only=ON)
     before = counted(["layer_norms", "input_norm", "skinny_gemm"])
     steps = sorted(LAYER - {"skinny_gemm"})  # which is a step of attention's, too
-    declined = [ENGINE.runs[name].counters.declined for name in steps]
+    declined = [of_patch(name).declined for name in steps]
     found = once()
     engaged = engaged_since(before)
     assert "layer_norms" not in engaged
     # Once each, also input_norm, which has two steps in a layer.
-    assert [ENGINE.runs[name].counters.declined for name in steps] == [n + 1 for n in declined]
+    assert [of_patch(name).declined for name in steps] == [n + 1 for n in declined]
     near(found, expected)
 
 
