@@ -18,7 +18,8 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.provenance import provenance
+from bench.common.provenance import provenance
+from bench.common.results import append
 from gemma4_turbo.cli import lines
 from tests.router_inputs import KINDS, bits_differ, logits
 
@@ -78,7 +79,7 @@ def main(
                 }
             )
     frame = pd.DataFrame(found)
-    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    append(frame, out)
     frame["kind"] = frame["kind"].where(~frame["kind"].str.startswith("random"), "random")
     print(frame.groupby(["dtype", "kind"])[["rows", "rows_differing"]].sum().to_string())
     print(frame[["rows", "rows_differing"]].sum().to_string())

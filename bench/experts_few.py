@@ -35,7 +35,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli import lines  # noqa: E402
 from gemma4_turbo.cli.tuning.moe import prepare_sglang  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Call, Timer, readings  # noqa: E402
@@ -95,7 +95,7 @@ class Layers:
         self.factors = [scores.softmax(dim=-1) for scores, _ in chosen]
         self.h = [randn(tokens * TOPK, self.width).bfloat16() for _ in range(CALLS)]
         self.out = torch.empty_like(self.x[0])
-        distinct = sum(len(ids.unique()) for ids in self.ids) / CALLS
+        distinct = sum([len(ids.unique()) for ids in self.ids]) / CALLS
         row = 2 * HIDDEN * self.width
         self.up_bytes = distinct * 2 * row + tokens * (2 * HIDDEN + 2 * TOPK * self.width)
         self.down_bytes = distinct * row + tokens * (2 * TOPK * self.width + 2 * HIDDEN)
@@ -145,11 +145,10 @@ def _compile(job: tuple[int, bool, Up | Down]) -> str:
 
 def jobs(width: int) -> list[tuple[int, bool, Up | Down]]:
     """Every kernel that may be timed."""
-    early = [down._replace(prefetch=fetched) for down in DOWNS for fetched in PREFETCHES]
     plain: list[Up | Down] = [*UPS, *DOWNS]
-    return [(width, False, tile) for tile in plain] + [
-        (width, True, tile) for tile in (*UPS, *early)
-    ]
+    early: list[Up | Down] = [*UPS]
+    early += [down._replace(prefetch=fetched) for down in DOWNS for fetched in PREFETCHES]
+    return [(width, False, tile) for tile in plain] + [(width, True, tile) for tile in early]
 
 
 # -- stock ----------------------------------------------------------------------------------------------
@@ -291,11 +290,10 @@ class Bench:
         downs = {tile: layers.down(tile) for tile in DOWNS}
         up_us = self.time("up", {text(t): call for t, call in ups.items()}, layers.up_bytes)
         down_us = self.time("down", {text(t): call for t, call in downs.items()}, layers.down_bytes)
-        best = [
-            min(tiles, key=lambda tile: times.get(text(tile), float("inf")))
-            for tiles, times in ((UPS, up_us), (DOWNS, down_us))
-        ]
-        chosen = Tiles(*best)  # type: ignore[arg-type]
+        chosen = Tiles(
+            min(UPS, key=lambda tile: up_us.get(text(tile), float("inf"))),
+            min(DOWNS, key=lambda tile: down_us.get(text(tile), float("inf"))),
+        )
         default = kernel.choose(TOPK)
         cuts = [default._replace(down=default.down._replace(prefetch=0)), chosen]
         self.both(dict.fromkeys(cuts), size, exact)

@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli.tuning.moe import DOWN, EXPERTS, TOKENS, UP, Tile, prepare_sglang, tune  # noqa: E402
 from gemma4_turbo.kernels import moe_tables  # noqa: E402
 

@@ -34,7 +34,7 @@ app = typer.Typer(
     ),
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, also on failure.")]
-All = Annotated[bool, typer.Option("--all", help="Tell all there is of each patch.")]
+All = Annotated[bool, typer.Option("--all", help="Everything known of each patch.")]
 
 
 def _print_version(wanted: bool) -> None:

@@ -37,6 +37,8 @@ OVERDUE_S = 5.0
 """So long after its end what is running is broken off; before, at the next step."""
 CONFIG_BYTES = 1 << 20
 FOLDER = "folder"
+FIGURES = ("tiles", "of", "us", "stock_us", "ratio", "noise", "error", "stock_error", "of_own")
+"""What is shared of a shape's."""
 """What a geometry from a folder is called: the profile holds no name of the user's."""
 
 
@@ -552,13 +554,17 @@ def shared(profile: Profile) -> Profile:
 
     kernels = {*WITH_TILES, *CASES, *(patch.name for patch in ENGINE.catalogue)}
     words = {VERIFIED, "dense", "masked", "split", "bfloat16", "float32"}
+    words |= {case.case for make in CASES.values() for case in make(GEOMETRIES)}
 
     def word(value: int | str) -> int | str:
-        plain = isinstance(value, int) or value in words or value.split(" ")[0] in GEOMETRIES
-        return value if plain else "other"
+        return value if isinstance(value, int) or value in words else "other"
 
     shapes = tuple(
-        shape._replace(shape=tuple(map(word, shape.shape)), reason=_known_part(shape.reason))
+        shape._replace(
+            shape=tuple(map(word, shape.shape)),
+            reason=_known_part(shape.reason),
+            figures={name: value for name, value in shape.figures.items() if name in FIGURES},
+        )
         for shape in profile.shapes
         if shape.kernel in kernels
     )

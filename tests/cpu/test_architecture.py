@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.cpu.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "gemma4_turbo"
 ROOMS = ("engine", "kernels", "plans", "runtime", "fusions", "models")
 PAGE = (REPOSITORY / "docs" / "adding-a-patch.md").read_text()
+ROOMS_PAGE = (REPOSITORY / "docs" / "architecture.md").read_text()
 
 
 def strings(path: Path) -> list[str]:
@@ -113,3 +115,35 @@ def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_p
     finally:
         engine.revert()
     assert vars(Gemma4TextModel)["get_input_embeddings"] is stocks
+
+
+# -- the benchmarks ---------------------------------------------------------------------------------
+
+BENCH = REPOSITORY / "bench"
+BENCH_ROOMS = sorted(path.parent for path in BENCH.glob("*/__init__.py"))
+
+
+def test_import_linter_knows_every_benchmark() -> None:
+    """Its contracts name rooms and what a user runs one by one."""
+    linter = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]
+    contracts = {contract["name"]: contract for contract in linter["contracts"]}
+    start = "Benchmarks: what a user runs "
+    runs = sorted(f"bench.{path.stem}" for path in BENCH.glob("*.py"))
+    assert contracts[f"{start}is imported by no room"]["forbidden_modules"] == runs
+    assert contracts[f"{start}knows nothing of the others"]["modules"] == runs
+    rooms = {f"bench.{room.name}" for room in BENCH_ROOMS}
+    named = set(contracts[f"{start}is imported by no room"]["source_modules"])
+    assert named == rooms | {"bench.site"}
+    (floors,) = (c["layers"] for c in linter["contracts"] if "bench.common" in str(c.get("layers")))
+    assert {name for floor in floors for name in floor.split(" | ")} == rooms
+
+
+@pytest.mark.parametrize("room", BENCH_ROOMS, ids=lambda room: room.name)
+def test_a_room_of_the_benchmarks_says_its_rule(room: Path) -> None:
+    """And nothing that a user runs lies in it, but for the processes that benchmarks start."""
+    said = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+    assert said is not None
+    assert "\nRule: " in said
+    assert f"`bench/{room.name}/`" in ROOMS_PAGE
+    runs = [path.name for path in room.glob("*.py") if "__main__" in path.read_text()]
+    assert not runs or room.name == "workers"

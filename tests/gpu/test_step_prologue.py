@@ -33,6 +33,7 @@ TOKENS = pytest.mark.parametrize("tokens", [0, 1, 7, 32, 64, 257, 4096])
 DTYPES = pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
 ROWS, VOCAB = 1024, 1000
 IMAGE, VIDEO, AUDIO, PAD = 1001, 1002, 7, 3
+STEP = 257  # tokens of a whole forward
 
 
 @pytest.fixture(autouse=True)
@@ -367,12 +368,12 @@ def test_multimodal_forward(ple, generator):
     """The same inputs reach the language model, in so many launches fewer."""
     mm = multimodal(generator, ple)
     ours = replaced(make_run())[patch.FORWARD]
-    ids = ids_of(generator, 257)
+    ids = ids_of(generator, STEP)
     ids[:8] = torch.tensor([IMAGE, VIDEO, AUDIO, PAD, -1, VOCAB, 0, 1], device="cuda")
     kept = ids.clone()
     results = []
     for forward in (ours, STOCK_FORWARD):
-        positions = torch.arange(257, device="cuda")
+        positions = torch.arange(STEP, device="cuda")
         results.append(forward(mm, ids, positions, decode_batch()))
         assert int(positions[0]) == 1
         assert torch.equal(ids, kept)
@@ -384,7 +385,7 @@ def test_multimodal_forward(ple, generator):
     else:
         assert inputs is None
         assert stock_inputs is None
-    positions = torch.arange(257, device="cuda")
+    positions = torch.arange(STEP, device="cuda")
     ours_launches = launches(lambda: ours(mm, ids, positions, decode_batch()))
     stock_launches = launches(lambda: STOCK_FORWARD(mm, ids, positions, decode_batch()))
     embedding = 6 if ple else 0  # seven in stock, one here

@@ -179,7 +179,7 @@ def _attend(
     forward_batch: ForwardBatch,
     stored: bool,
 ) -> torch.Tensor:
-    q = q.unflatten(-1, (self.num_heads, self.head_dim))  # type: ignore[no-untyped-call]
+    q = q.unflatten(-1, (self.num_heads, self.head_dim))
     if stored or k is None:
         k = v = None
     else:

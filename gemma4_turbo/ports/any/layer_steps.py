@@ -281,7 +281,7 @@ def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.
         return None
     MLP_STREAM.run.engaged(True)
     if x.device not in _streams:
-        _streams[x.device] = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        _streams[x.device] = torch.cuda.Stream(x.device)
     return _streams[x.device]
 
 

@@ -19,7 +19,6 @@ import torch
 from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
-from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli import doctor, tune
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.cli.tuning import (
@@ -629,7 +628,7 @@ def test_what_verify_could_not_do_beside_is_done_here(small, monkeypatch):
 
 def test_verify_is_waited_for_until_the_time_is_up(small, capsys):
     """What it has not found is undecided; all else is kept."""
-    assert len(with_others(small, None, seconds=2.0)) == len(STANDS)
+    assert len(with_others(small, None, seconds=1.0)) == len(STANDS)
     assert "the time is up" in capsys.readouterr().out
 
 
@@ -774,21 +773,8 @@ def test_want_of_memory_is_held_against_no_patch(said):
 
 
 @pytest.mark.parametrize("figures", [{"ratio": 0.0}, {"ratio": -1.0}, {}])
-def test_figures_that_cannot_be_decide_nothing(figures, monkeypatch):
-    shapes = [Shape("router", (1,), (), "", figures), Shape("experts_few", (1,), (1,), "", figures)]
-    off = by_name("experts_few")._replace(default=False)
-    monkeypatch.setattr(plain, "by_name", lambda name: off)
-    assert plain.decisions(shapes) == {}
-
-
-def test_what_is_off_by_default_is_on_where_all_of_it_is_faster(monkeypatch):
-    good = Shape("experts_few", (8, 704, 2816), (1,), "", {"ratio": 0.8})
-    assert plain.decisions([good]) == {}  # it is on already
-    off = by_name("experts_few")._replace(default=False)
-    monkeypatch.setattr(plain, "by_name", lambda name: off)
-    assert plain.decisions([good])["experts_few"].on
-    assert plain.decisions([good, good._replace(shape=(1,), tile=None)]) == {}
-    assert plain.decisions([good._replace(figures={"ratio": 1.05})]) == {}
+def test_figures_that_cannot_be_decide_nothing(figures):
+    assert plain.decisions([Shape("router", (1,), (), "", figures)]) == {}
 
 
 def test_cases_are_of_the_models_asked_for():
@@ -1050,10 +1036,12 @@ def test_another_size_is_measured_without_its_name(tmp_path):
 
 def test_sharing_prints_no_name_and_no_path(small, capsys):
     shapes = (
-        Shape("skinny_gemm", (1, 2, 0, 16), (1,), "", {"ratio": 0.5}),
+        Shape("skinny_gemm", (1, 2, 0, 16), (1,), "", {"ratio": 0.5, "/home/me": 1.0}),
         Shape("decode_attention", (256, 2, 8), None, "no tile runs: /home/me/.triton denied", {}),
         Shape("layer_norms", ("26b-a4b", 32), (), "", {"ratio": 0.5}),
         Shape("layer_norms", ("/home/me/model", 32), (), "", {"ratio": 0.5}),
+        Shape("qkv_norm", ("e4b /home/me", 32), (), "", {"ratio": 0.5}),
+        Shape("qkv_norm", ("e4b sliding", 32), (), "", {"ratio": 0.5}),
         Shape("/home/me", (1,), (), "", {}),
     )
     patches = {"router": switches.Decision(False, "/home/me"), "/home/me": switches.Decision(True, "")}  # fmt: skip
@@ -1064,7 +1052,7 @@ def test_sharing_prints_no_name_and_no_path(small, capsys):
     assert str(small) not in said
     shared = gpu_profile.decoded(said.encode())
     assert [shape.shape for shape in shared.shapes] == [
-        (1, 2, 0, 16), (256, 2, 8), ("26b-a4b", 32), ("other", 32),
+        (1, 2, 0, 16), (256, 2, 8), ("26b-a4b", 32), ("other", 32), ("other", 32), ("e4b sliding", 32),
     ]  # fmt: skip
     assert shared.shapes[1].reason == "no tile runs"
     assert shared.shapes[0].figures == {"ratio": 0.5}
