@@ -497,12 +497,17 @@ def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
     for module in port.lazy:
         if module not in holding:
             return f"lazy names a module that holds none of the patch's sources: {module}"
+    if port.needless or port.tells_only:
+        if port.module:
+            return (
+                f"there is no code to find in {port.module}: needless and tells_only name no module"
+            )
+        told = port.needless or port.superseded_when
+        return None if told else "tells_only without superseded_when tells nothing"
+    if not port.module:
+        return "the port names no module with its code"
     if port.finds_defect:
         return None  # fingerprints do not decide
-    if port.needless:
-        return None
-    if port.tells_only:
-        return None if port.superseded_when else "tells_only without superseded_when tells nothing"
     if not port.written_for:
         return "written_for names no release, and the patch does not look for a defect"
     for target in port.sources:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.examples import EPS, Examples, rows, scalar, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
 from gemma4_turbo.fusions.stock import Stock
 from gemma4_turbo.kernels.norms import layer_tail as kernel
@@ -94,6 +95,10 @@ class LayerTail(Fusion[Args, Outputs]):
             experts = experts._replace(output=x.roll(1, 0).contiguous())
         return args._replace(mlp_output=x, residual=x.flip(0), experts=experts)
 
+    def examples(self, device: str) -> Examples[Args]:
+        """26B-A4B's tail with the next norm, the experts summed."""
+        return [example(device, lambda choices: choices.float().sum(1).bfloat16())]
+
     def like(self, args: Args) -> torch.Tensor:
         return args.residual
 
@@ -112,6 +117,22 @@ class ExpertsTail(LayerTail):
         x, output = samples(rows, like), samples(rows, like, choices * like.shape[-1])
         experts = args.experts._replace(output=output.view(rows, choices, -1))
         return args._replace(mlp_output=x, residual=x.flip(0), experts=experts)
+
+
+def example(
+    device: str, made: Callable[[torch.Tensor], torch.Tensor], sums_from_zero: bool = False
+) -> tuple[str, Callable[[], Args]]:
+    """26B-A4B's width; ``made``: the experts' output of what eight of them give a token."""
+    width = 2816
+
+    def draw() -> Args:
+        x, r = rows(device, width, 1)[:32], rows(device, width, 2)[:32]
+        choices = torch.stack([rows(device, width, 10 + k)[:32] for k in range(8)], dim=1)
+        w = [weight(device, width, seed) for seed in (3, 4, 5, 6)]
+        experts = Experts(made(choices), w[1], EPS, w[0], EPS, sums_from_zero)
+        return Args(x, w[2], EPS, r, scalar(device), experts, NextNorm(w[3], EPS, 0))
+
+    return f"{32 if device == 'cuda' else 6} rows of width {width}", draw
 
 
 def _run(

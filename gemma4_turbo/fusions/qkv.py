@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.examples import EPS, Examples, rows, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors, differing
 from gemma4_turbo.fusions.stock import Stock, followed
 from gemma4_turbo.kernels import qkv as kernel
@@ -91,6 +93,23 @@ class Qkv(Fusion[Args, Heads]):
         if args.k is None:
             return args._replace(q=q, rope=rope, store=None)
         return args._replace(q=q, k=k, v=v, rope=rope, store=None)
+
+    def examples(self, device: str) -> Examples[Args]:
+        """Both head sizes; with rotation for `rope_store`, the norms alone for `qkv_norm`."""
+        heads, kv_heads = 4, 2
+
+        def draw(head_dim: int) -> Args:
+            whole = rows(device, (heads + 2 * kv_heads) * head_dim, 7)
+            sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+            q, k, v = torch.split(whole, sizes, dim=-1)
+            weights = weight(device, head_dim, 3), weight(device, head_dim, 4)
+            angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, head_dim // 2)
+            cache = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+            positions = torch.arange(q.shape[0], device=device) * 7 % 4096
+            turn = Rope(positions, cache) if self.patch == "rope_store" else None
+            return Args(q, k, v, *weights, EPS, head_dim, turn, None)
+
+        return [(f"head size {head_dim}", partial(draw, head_dim)) for head_dim in (256, 512)]
 
     def like(self, args: Args) -> torch.Tensor:
         return args.q

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.examples import EPS, Examples, root, rows, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
 from gemma4_turbo.fusions.stock import Stock, kept
 from gemma4_turbo.fusions.stock import router_norm as stock_router_norm
@@ -57,6 +58,14 @@ class RouterNorm(Fusion[Args, torch.Tensor]):
 
     def drawn(self, args: Args) -> Args:
         return args._replace(x=samples(96, args.x))
+
+    def examples(self, device: str) -> Examples[Args]:
+        """Width of 26B-A4B."""
+
+        def draw() -> Args:
+            return Args(rows(device, 2816, 1), weight(device, 2816, 2), root(device, 2816), EPS)
+
+        return [("width 2816, scales 0.01 to 30", draw)]
 
     def like(self, args: Args) -> torch.Tensor:
         return args.x

@@ -30,6 +30,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 LONGEST = (
     *("test_server.py", "test_commands.py", "test_compiles.py", "test_stock.py"),
     *("test_gpu_tests.py", "test_releases.py", "test_two_ranks.py"),
+    "test_adding_a_patch.py",
 )
 _numbers = itertools.count()
 

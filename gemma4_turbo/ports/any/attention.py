@@ -135,7 +135,7 @@ def forward(
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     forward_batch: ForwardBatch,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> torch.Tensor:
     """Projection, norms, rotation, attention, output projection."""
     site = site_of(self, AttentionSite)

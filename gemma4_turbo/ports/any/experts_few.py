@@ -91,8 +91,8 @@ def _replacement(
         w2: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
         given = hidden_states, w1, w2, topk_weights, topk_ids
 

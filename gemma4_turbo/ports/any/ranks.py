@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma4_turbo.runtime import ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gemma4_turbo.ports.any.model_protocols import Group
 
-def load(tp_group: Callable[[], Any]) -> None:
+
+def load(tp_group: Callable[[], Group]) -> None:
     """Tell it. While a patch is built, never in traced code.
 
     ``tp_group``: SGLang's group of tensor parallelism, as the line has it.
@@ -37,7 +39,7 @@ def through() -> type[Exception] | tuple[type[Exception], ...]:
         return ()
 
 
-def _group(tp_group: Callable[[], Any]) -> ranks.Group | None:
+def _group(tp_group: Callable[[], Group]) -> ranks.Group | None:
     """Of tensor parallelism, or None: one process, none yet, or batches of their own (DP attention)."""
     from sglang.srt.layers.dp_attention import is_dp_attention_enabled
 

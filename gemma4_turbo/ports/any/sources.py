@@ -39,10 +39,16 @@ PORTS: dict[str, Port] = {
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_video_feature",
         ),
         relies_on=(
-            "sglang.srt.models.gemma4_mm:Gemma4MultimodalEmbedder",
+            "sglang.srt.models.gemma4_mm:Gemma4MultimodalEmbedder.forward",
             "sglang.srt.models.gemma4_vision:Gemma4VisionEncoder.forward",
             "sglang.srt.models.gemma4_vision:Gemma4VisionTransformer.forward",
             "sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",
+        ),
+        reads=(
+            (
+                "sglang.srt.models.gemma4_mm:Gemma4MultimodalEmbedder.__init__",
+                ("embedding_pre_projection_norm", "embedding_projection"),
+            ),
         ),
         written_for=VISION_RELEASES,
     ),

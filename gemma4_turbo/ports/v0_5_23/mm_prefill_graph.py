@@ -114,7 +114,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     decide = stock[TARGET]
     LATE.put_in(run)
 
-    def disable_breakable_cudagraph_if_incompatible(server_args: Any) -> None:
+    def disable_breakable_cudagraph_if_incompatible(server_args: object) -> None:
         from sglang.srt.arg_groups import overrides
 
         try:
@@ -151,7 +151,7 @@ def undo(run: PatchRun) -> None:
 # -- which servers get them ------------------------------------------------------------------------
 
 
-def unfit(server_args: Any) -> str | None:
+def unfit(server_args: object) -> str | None:
     """Why stock's rule stays, or None. Asked while SGLang makes up its mind about the arguments."""
     from sglang.srt.arg_groups import overrides
 
@@ -354,8 +354,8 @@ class Inputs:
             positions: torch.Tensor,
             forward_batch: GraphedBatch,
             input_embeds: torch.Tensor | None = None,
-            **others: Any,
-        ) -> Any:
+            **others: object,
+        ) -> object:
             if input_ids is not None and input_embeds is not None:
                 rows = self.rows(input_ids)
                 if rows is not None:

@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_turbo.fusions import fusion as fusions
-from gemma4_turbo.fusions import layer_tail
+from gemma4_turbo.fusions import layer_tail, router_norm
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
+from gemma4_turbo.fusions.norm_kinds import Kinds
+from gemma4_turbo.fusions.site import Site
 from gemma4_turbo.fusions.stock import Functions
 from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels.norms.rmsnorm import Kind, reference_rmsnorm
@@ -212,6 +214,58 @@ def test_a_self_check_sees_one_wrong_number(name: str, monkeypatch: pytest.Monke
     wrong.append(1)
     times = 2 if fusion.patch in ("qkv_norm", "rope_store") else 1  # one head a program, several
     assert fusion.differing(args, Kind.PRECISE) == times
+
+
+def every_fusion() -> list[Fusion[Any, Any]]:
+    """The instances that the ports' forwards call."""
+    from gemma4_turbo.ports.any import attention, feed_forward_few, layer_steps, linear, router_few
+    from gemma4_turbo.ports.v0_5_12 import router_norm
+
+    modules = (attention, feed_forward_few, layer_steps, linear, router_few, router_norm)
+    every = {id(x): x for module in modules for x in vars(module).values()}
+    return [x for x in every.values() if isinstance(x, Fusion)]
+
+
+@pytest.mark.parametrize(
+    "fusion", every_fusion(), ids=lambda fusion: f"{type(fusion).__name__} of {fusion.patch}"
+)
+def test_verify_compares_every_fusion(fusion: Fusion[Any, Any]):
+    """A port's row in a wiring table has no comparison of its own: it is the fusion's."""
+    checks = fusion.checks("cpu")
+    assert checks
+    assert [check for check in checks if not check.passed] == []
+    assert {check.patch for check in checks} == {fusion.patch}
+    assert all(check.compared for check in checks)
+
+
+def test_a_kernel_without_a_traced_form_is_not_in_traced_code():
+    """Stock's calls are made there; nothing is asked of the class that it does not have."""
+    site = Site((), None)
+    site.kinds = Kinds()
+    site.router_norm = None  # type: ignore[attr-defined]
+
+    class Eager(Fusion[Any, Any]):
+        """Has a `launch` alone."""
+
+    assert router_norm.RouterNorm("router_norm").fits_traced(site, None)
+    assert not Eager("router_norm").fits_traced(site, None)
+
+
+def test_verify_sees_one_wrong_number(monkeypatch: pytest.MonkeyPatch):
+    """And says so if a kernel does not take what is drawn for it."""
+    fusion = router_norm.RouterNorm("router_norm")
+    launch = fusion.launch
+
+    def wrong(args: Any, kind: int) -> torch.Tensor:
+        found = launch(args, kind)
+        found[1, 3] += found[1, 3].abs() + 1
+        return found
+
+    monkeypatch.setattr(fusion, "launch", wrong)
+    assert [check.passed for check in fusion.checks("cpu")] == [False]
+    monkeypatch.setattr(fusion, "unfit", lambda args: "not these")
+    with pytest.raises(ValueError, match="not these"):
+        fusion.checks("cpu")
 
 
 def test_every_bitwise_fusion_is_here():

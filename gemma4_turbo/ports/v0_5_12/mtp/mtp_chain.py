@@ -25,13 +25,8 @@ from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import (
-        DraftBatch,
-        DraftGraphRunner,
-        DraftInput,
-        DraftWorker,
-        LogitsProcessorOutput,
-    )
+    from gemma4_turbo.ports.any.model_protocols import DraftInput, LogitsProcessorOutput
+    from gemma4_turbo.ports.v0_5_12.protocols import DraftBatch, DraftGraphRunner, DraftWorker
 
 __all__ = ("build", "undo", "verify")
 

@@ -31,12 +31,11 @@ from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import (
+    from gemma4_turbo.ports.any.model_protocols import DraftInput, ScheduleBatch
+    from gemma4_turbo.ports.v0_5_12.protocols import (
         CapturedDraftBatch,
         DraftGraphRunner,
-        DraftInput,
         DraftWorker,
-        ScheduleBatch,
     )
 
 CAPTURE = (

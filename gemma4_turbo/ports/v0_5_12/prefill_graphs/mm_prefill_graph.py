@@ -39,12 +39,8 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import (
-        ForwardBatch,
-        MultimodalRunner,
-        ServerArgs,
-        TextModel,
-    )
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, ServerArgs, TextModel
+    from gemma4_turbo.ports.v0_5_12.protocols import MultimodalRunner
 
 logger = logging.getLogger("gemma4_turbo")
 
