@@ -32,7 +32,7 @@ from rich.table import Table
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli.tuning.extend import Case, Shape, stock_function  # noqa: E402
 from gemma4_turbo.kernels.attention import extend_tiles as config  # noqa: E402
 

@@ -28,8 +28,11 @@ sys.path.insert(0, str(HERE.parent))
 
 import typer  # noqa: E402
 
-from bench import engine as ours  # noqa: E402
-from bench.engine import PATCHED, STOCK  # noqa: E402
+from bench.common.comparing import differences  # noqa: E402
+from bench.common.engines import Engine, end_on_sigterm, engines  # noqa: E402
+from bench.common.options import parse_prefill, patches_of  # noqa: E402
+from bench.common.results import Results, append  # noqa: E402
+from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
 AFTER = "after"
@@ -89,16 +92,16 @@ def main(
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-before-after.csv"),
 ) -> None:
     """Other versions against this one, whole engine."""
-    ours.end_on_sigterm()
+    end_on_sigterm()
     sizes = [int(size) for size in batches.split(",") if size]
-    prefills = [ours.parse_prefill(text) for text in prefill.split(",") if text]
-    chosen = ours.patches_of(patches)
-    results = ours.Results(model, layers or None, chosen)
+    prefills = [parse_prefill(text) for text in prefill.split(",") if text]
+    chosen = patches_of(patches)
+    results = Results(model, layers or None, chosen)
     os.environ.setdefault("BENCH_WEIGHT_RANGE", "0.03")
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     arguments: dict[str, Any] = {
         "model_path": str(geometry.write_model(scratch / "model", model, layers or None)),
-        **ours.ARGUMENTS,
+        **ARGUMENTS,
         "disable_radix_cache": True,
         "sleep_on_idle": True,  # else the schedulers whose turn it is not take CPU time from the one
         "max_total_tokens": max_total_tokens,
@@ -112,7 +115,7 @@ def main(
     if len({*names, AFTER, STOCK}) < len(names) + 2:
         raise typer.BadParameter(f"checkouts need names of their own, got {', '.join(names)}")
     classes = dict(zip(names, map(engine_class, old), strict=True))
-    classes |= {AFTER: ours.Engine, STOCK: ours.Engine}
+    classes |= {AFTER: Engine, STOCK: Engine}
 
     def make(name: str) -> Any:
         log = out.with_name(f"{out.stem}-{model}-{name}.log").resolve()
@@ -140,7 +143,7 @@ def main(
         groups.append([STOCK])
     try:
         for group in groups:
-            with ours.engines(make, group) as live:
+            with engines(make, group) as live:
                 for name in group if equality else []:
                     answers[name] = live[name]("tokens", **compared)["rows"]
                 for round_ in range(-1, rounds):
@@ -150,7 +153,7 @@ def main(
     finally:  # where a limit on its time cuts a run off, what there is still counts
         for other in (*names, STOCK):
             if {AFTER, other} <= set(answers):
-                count = ours.differences(answers[other], answers[AFTER])
+                count = differences(answers[other], answers[AFTER])
                 print(
                     f"{other} / {AFTER}: {count['token_diffs']} of {count['tokens']} tokens, "
                     f"{count['logprob_diffs']} of {count['logprobs']} logprobs differ"
@@ -161,8 +164,7 @@ def main(
                 if {AFTER, other} <= set(table.columns):
                     table[f"{AFTER} / {other}"] = table[AFTER] / table[other]
             print(table.to_string(index=False, float_format=lambda value: f"{value:.3f}"))
-            frame = results.frame()
-            frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+            append(results.frame(), out)
 
 
 if __name__ == "__main__":

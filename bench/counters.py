@@ -77,16 +77,17 @@ def counted() -> Iterator[None]:
 def calls(case: str) -> dict[str, Callable[[], object]]:
     """Stock's and our call of a case."""
     from bench import attention, decode_attention
+    from gemma4_turbo.cli.tuning import decode, extend
 
     if case.startswith("decode/"):
         _, model, kind, batch = case.split("/")
         shape = decode_attention.shapes()[f"{model}/{kind}"]
-        point = decode_attention.Point(shape, int(batch), 4096, False)
-        arena = decode_attention.Arena(point)
+        point = decode.Point(shape, int(batch), 4096, False)
+        arena = decode.Arena(point)
         ours, theirs = arena.ours(decode_attention.chosen_cut(point)), arena.stock()
         return {"stock": lambda: theirs(0), "patched": lambda: ours(0)}
-    prepared = attention.Case(attention.SHAPES[case])
-    function = attention.stock_function()
+    prepared = extend.Case(attention.SHAPES[case])
+    function = extend.stock_function()
     assert function is not None, "counters.py needs SGLang"
     return {"stock": lambda: prepared.stock(function), "patched": prepared.ours}
 

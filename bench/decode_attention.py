@@ -27,9 +27,10 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli.tuning.decode import Arena, Point, Shape  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
+from gemma4_turbo.kernels import pdl as dependent_launch  # noqa: E402
 from gemma4_turbo.kernels.attention import decode as kernel  # noqa: E402
 from gemma4_turbo.kernels.attention.decode import Config  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
@@ -83,7 +84,7 @@ def tiles(dim: int) -> list[Config]:
 
 def _compile(job: tuple[Shape, int, Config, bool]) -> None:
     """Fill Triton's cache for one variant, in a process of its own, with one token a sequence."""
-    shape, batch, config, kernel.pdl.wanted = job
+    shape, batch, config, dependent_launch.wanted = job
     arena = Arena(Point(shape._replace(window=1), batch, 1, False))
     arena.longest = 4096
     arena.ours(config)(0)
@@ -103,7 +104,7 @@ def compile_all(points: list[Point], workers: int, console: Console) -> None:
                     shape,
                     point.batch,
                     variant,
-                    kernel.pdl.wanted,
+                    dependent_launch.wanted,
                 )
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for _ in track(
@@ -204,7 +205,7 @@ def main(
     for name in names:
         if name not in known:
             raise typer.BadParameter(f"{name} is none of {', '.join(known)}", param_hint="--shapes")
-    kernel.pdl.wanted = pdl
+    dependent_launch.wanted = pdl
     points = [
         Point(known[name], batch, length, ragged)
         for name in names

@@ -10,51 +10,46 @@ variant's engine is started afresh for every round.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from enum import StrEnum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import pandas as pd
 import typer
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench.provenance import provenance  # noqa: E402
-from bench.turns import turn  # noqa: E402
-from gemma4_turbo.catalogue import BITWISE, PATCHES  # noqa: E402
+from bench.common.comparing import NOTHING_RAN, any_ran, differences, divergence  # noqa: E402
+from bench.common.engines import (  # noqa: E402
+    Engine,
+    console,
+    end_on_sigterm,
+    engines,
+    fate,
+    in_turn,
+)
+from bench.common.options import parse_prefill, patches_of  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.variants import (  # noqa: E402
+    ARGUMENTS,
+    BITS,
+    CHUNKS,
+    CONTROL,
+    EXACT,
+    PATCHED,
+    PIECEWISE,
+    STOCK,
+)
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
-VOCABULARY = geometry.VOCABULARY
-STOCK, PATCHED, CONTROL = "stock", "patched", "stock again"
-BITS = "patched, bitwise"  # with the patches that have stock's bits, and no other
-PIECEWISE = "stock, piecewise"
-CHUNKS = "stock, chunks of "  # and how many tokens
-EXACT = "stock, attention in fp32"
-ARGUMENTS = {  # of every engine on a generated model
-    "load_format": "dummy",
-    "skip_tokenizer_init": True,
-    "attention_backend": "triton",
-    "sampling_backend": "pytorch",
-    "grammar_backend": "none",
-    "chunked_prefill_size": 4096,
-    "log_level": "info",
-}
+LONGEST = 700
 
 
 class Piecewise(StrEnum):
@@ -71,249 +66,6 @@ CLASSES = {
 }
 """Kernels by name, whose share of a step is shown and kept; a name is of the first class that fits."""
 EAGER = {"disable_cuda_graph": True, "disable_piecewise_cuda_graph": True}
-console = Console(width=150)
-
-
-class Engine:
-    """A worker process and its pipe."""
-
-    patience_s = 40.0  # until a process that was told to end is killed
-    script = "engine_worker.py"
-    untimed: frozenset[str] = frozenset()  # commands beside which others' may run
-
-    def __init__(
-        self, variant: str, patches: list[str], arguments: dict[str, Any], log: Path
-    ) -> None:
-        self.variant = variant
-        self.log = log
-        environment = {
-            name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
-        }
-        environment["PYTHONPATH"] = self.path()
-        environment["PYTHONSAFEPATH"] = "1"  # bench/kernels.py is not the package kernels
-        self.process = subprocess.Popen(
-            [sys.executable, str(HERE / self.script), str(log), json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment | self.switches(patches),
-            start_new_session=True,
-        )
-        self.ready_s: float | None = None
-
-    def path(self) -> str:
-        """Where the process finds the package."""
-        path = [str(HERE / "site"), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-        return os.pathsep.join(part for part in path if part)
-
-    def switches(self, patches: list[str]) -> dict[str, str]:
-        """What the process is told of the patches by its environment."""
-        if self.variant in (PATCHED, BITS):
-            names = patches_of("exact") if self.variant == BITS else patches
-            only = ",".join(names) if names else "*"
-            return {
-                "BENCH_PATCHED": "1",
-                "GEMMA4_TURBO_STRICT": "1",
-                "GEMMA4_TURBO_SELECTION": f"only={only};skip=",
-            }
-        exact = {"BENCH_EXACT_ATTENTION": "1"} if self.variant == EXACT else {}
-        return {"BENCH_PATCHED": "0", "GEMMA4_TURBO": "0", **exact}
-
-    def wait_ready(self) -> None:
-        """Until the engine stands."""
-        if self.ready_s is None:
-            self.ready_s = float(self._answer()["ready_s"])
-            console.print(f"{self.variant}: ready after {self.ready_s:.0f} s")
-
-    def __call__(self, do: str, **arguments: Any) -> dict[str, Any]:
-        self.wait_ready()
-        assert self.process.stdin is not None
-        with turn(do not in self.untimed):
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-            return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            tail = [text for text in self.log.read_text(errors="replace").splitlines() if text]
-            sys.exit(
-                f"engine.py: the {self.variant} engine died ({self.log}):\n" + "\n".join(tail[-12:])
-            )
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def stop(self) -> None:
-        """End the process and its children."""
-        assert self.process.stdin is not None
-        with contextlib.suppress(OSError):
-            self.process.stdin.close()
-        try:
-            self.process.wait(self.patience_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, 9)
-            self.process.wait()
-
-
-def fate(engine: Engine) -> str:
-    """Whether an engine starts, or the error that its log ends with."""
-    try:
-        engine.wait_ready()
-        return "starts"
-    except SystemExit:
-        lines = engine.log.read_text(errors="replace").splitlines()
-        errors = [line for line in lines if re.match(r"(\[.*\] )?\w*Error: ", line)]
-        return f"does not start: {errors[-1] if errors else lines[-1:]}"
-    finally:
-        engine.stop()
-
-
-class Results:
-    """Rows for the CSV, with everything that identifies the run."""
-
-    pair = (STOCK, PATCHED)
-    """The ratio is of the second to the first."""
-
-    def __init__(self, model: str, layers: int | None, patches: list[str], tp: int = 1) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self.base = {
-            **provenance(),
-            # Decides which RMSNorm stock runs; a library that is only on PYTHONPATH counts too.
-            "norms": "cute" if find_spec("cutlass") else "cuda",
-            "tp": tp,
-            "model": model,
-            "layers": layers or geometry.GEOMETRIES[model].layers,
-            "patches": "+".join(patches) or "all",
-        }
-
-    def add(
-        self, variant: str, quantity: str, x: int, round_: int, value: float, unit: str
-    ) -> None:
-        """One measurement."""
-        self.rows.append(
-            {
-                **self.base,
-                "variant": variant,
-                "quantity": quantity,
-                "x": x,
-                "round": round_,
-                "value": value,
-                "unit": unit,
-            }
-        )
-
-    def frame(self) -> pd.DataFrame:
-        """All rows."""
-        return pd.DataFrame(self.rows)
-
-    def summary(self) -> pd.DataFrame:
-        """Medians per variant and the ratio of the `pair`."""
-        frame = self.frame()
-        if frame.empty:
-            return frame
-        table = frame.pivot_table(
-            index=["quantity", "x", "unit"], columns="variant", values="value", aggfunc="median"
-        )
-        if set(self.pair) <= set(table.columns):
-            table["ratio"] = table[self.pair[1]] / table[self.pair[0]]
-        return table.reset_index()
-
-    def save(self, out: Path) -> None:
-        """Append to the CSV and draw the ratios of this run beside it."""
-        frame = self.frame()
-        if frame.empty:
-            return
-        frame.to_csv(out, mode="a", header=not out.exists(), index=False)
-        summary = self.summary()
-        if "ratio" not in summary:
-            return
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        timed = summary[summary["unit"] == "ms"]
-        figure, axes = plt.subplots(figsize=(8, 4))
-        labels = [f"{q}\n{x}" for q, x in zip(timed["quantity"], timed["x"], strict=True)]
-        axes.bar(labels, timed["ratio"])
-        axes.axhline(1.0, color="black", linewidth=0.8)
-        axes.set_ylabel(" / ".join(reversed(self.pair)))
-        axes.set_title(f"{self.base['model']}, {self.base['patches']}, {self.base['gpu']}")
-        figure.tight_layout()
-        figure.savefig(out.with_suffix(".png"), dpi=120)
-
-
-def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, int]:
-    """How many tokens and logprobs differ in any bit between two engines' answers."""
-    count = {"sequences": len(a), "tokens": 0, "token_diffs": 0, "logprobs": 0, "logprob_diffs": 0}
-    for one, other in zip(a, b, strict=True):
-        count["tokens"] += len(one["ids"])
-        count["token_diffs"] += sum(x != y for x, y in zip(one["ids"], other["ids"], strict=True))
-        for key in ("input", "output", "top"):
-            flat_one = json.dumps(one[key]).replace("[", "").replace("]", "").split(", ")
-            flat_other = json.dumps(other[key]).replace("[", "").replace("]", "").split(", ")
-            count["logprobs"] += len(flat_one)
-            count["logprob_diffs"] += abs(len(flat_one) - len(flat_other)) + sum(
-                x != y for x, y in zip(flat_one, flat_other, strict=False)
-            )
-    return count
-
-
-def distances(one: dict[str, Any], other: dict[str, Any], strict: bool = True) -> list[float]:
-    """Distances of logprobs over the leading tokens that two answers have in common.
-
-    ``strict``: the answers must be of one length, or ValueError.
-    """
-    found = []
-    tokens = zip(one["output"], other["output"], one["ids"], other["ids"], strict=strict)
-    for x, y, id_x, id_y in tokens:
-        if id_x != id_y:
-            break
-        found.append(abs(float.fromhex(x) - float.fromhex(y)))
-    return found
-
-
-def distance(one: dict[str, Any], other: dict[str, Any], strict: bool = True) -> tuple[int, float]:
-    """Leading tokens in common, and the largest of their `distances`."""
-    found = distances(one, other, strict)
-    return len(found), max(found, default=0.0)
-
-
-def divergence(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, float]:
-    """KL divergence of two engines' next-token distributions, estimated, mean over positions.
-
-    ``sum(p (r - 1 - log r))``, r = q / p, over all tokens is the divergence: each of its terms is at
-    least 0, so a random sample of the tokens gives a steady estimate. Of the generated tokens only
-    those up to the first in which the engines differ have the same tokens before them; the first of
-    them ends the prefill, the others are decoding. With each its standard error, from the prompts.
-    """
-    terms: dict[str, list[Any]] = {"KL divergence": [], "KL divergence, decode": []}
-    for one, other in zip(a, b, strict=True):
-        same = zip(one["ids"], other["ids"], strict=True)
-        valid = next((i + 1 for i, (x, y) in enumerate(same) if x != y), len(one["ids"]))
-        for name, p_steps, q_steps in (
-            (
-                "KL divergence",
-                one["before"] + one["after"][:1],
-                other["before"] + other["after"][:1],
-            ),
-            ("KL divergence, decode", one["after"][1:valid], other["after"][1:valid]),
-        ):
-            p, q = np.array(p_steps), np.array(q_steps)
-            if p.shape != q.shape:
-                raise ValueError("the engines answered for different positions")
-            log_r = q - p
-            terms[name].append((np.exp(p) * (np.expm1(log_r) - log_r)).ravel())
-    found = {}
-    for name, parts in terms.items():
-        means = [part.mean() for part in parts if part.size]
-        if means:
-            found[name] = float(np.concatenate(parts).mean()) * VOCABULARY
-        if len(means) > 1:
-            error = np.std(means, ddof=1) / len(means) ** 0.5
-            found[f"{name}, standard error"] = float(error) * VOCABULARY
-    return found
 
 
 def by_class(kernels: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
@@ -326,50 +78,6 @@ def by_class(kernels: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
                 found[kind] = before[0] + count, before[1] + microseconds
                 break
     return found
-
-
-def patches_of(text: str) -> list[str]:
-    """Names of a comma list; ``exact``: of every bitwise patch that is on by default."""
-    if text == "exact":
-        return [patch.name for patch in PATCHES if patch.numerics == BITWISE and patch.default]
-    return [name for name in text.split(",") if name]
-
-
-def parse_prefill(text: str) -> tuple[int, int, int]:
-    """Prompts, their length and the tokens to generate, of ``BATCHxLENGTH[+TOKENS]``."""
-    found = re.fullmatch(r"(\d+)x(\d+)(?:\+(\d+))?", text)
-    if not found:
-        raise typer.BadParameter(f"--prefill must be BATCHxLENGTH[+TOKENS], got {text!r}")
-    return int(found[1]), int(found[2]), int(found[3] or 1)
-
-
-def end_on_sigterm() -> None:
-    """`timeout` ends a run as an error would: what is known is saved, no engine or server stays."""
-
-    def terminated(*_: object) -> None:
-        Engine.patience_s = 0
-        sys.exit(143)
-
-    signal.signal(signal.SIGTERM, terminated)
-
-
-def in_turn(live: dict[str, Any], round_: int) -> list[Any]:
-    """The variants of a round, in the other order every other round."""
-    order = list(live.values())
-    return order if round_ % 2 == 0 else order[::-1]
-
-
-@contextlib.contextmanager
-def engines(make: Any, variants: list[str]) -> Iterator[dict[str, Engine]]:
-    """Several engines at once, stopped at the end."""
-    live = {variant: make(variant) for variant in variants}
-    try:
-        for engine in live.values():
-            engine.wait_ready()
-        yield live
-    finally:
-        for engine in live.values():
-            engine.stop()
 
 
 def main(
@@ -388,6 +96,13 @@ def main(
         int, typer.Option(help="Prompts of the bit-for-bit comparison; 0: none")
     ] = 64,
     new_tokens: Annotated[int, typer.Option(help="Tokens per prompt of that comparison")] = 64,
+    longest: Annotated[
+        int,
+        typer.Option(
+            min=5,
+            help="Tokens of its longest prompt; for 3000, --max-total-tokens 131072 keeps 64 at once",
+        ),
+    ] = LONGEST,
     control: Annotated[
         bool, typer.Option(help="Also compare stock with a second stock engine")
     ] = True,
@@ -417,6 +132,13 @@ def main(
     ] = False,
     together: Annotated[bool, typer.Option(help="Both engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs, decode and piecewise prefill")] = True,
+    also: Annotated[
+        str, typer.Option(help="Comma list of patches besides --patches, off by default")
+    ] = "",
+    attention_backend: Annotated[str, typer.Option(help="SGLang's")] = "triton",
+    stock_backend: Annotated[
+        str, typer.Option(help="Stock's own attention backend; empty: the same")
+    ] = "",
     piecewise: Annotated[
         Piecewise,
         typer.Option(
@@ -442,7 +164,11 @@ def main(
     chosen = patches_of(patches)
     sizes = [int(size) for size in batches.split(",") if size]
     prefills = [parse_prefill(text) for text in prefill.split(",") if text]
-    results = Results(model, layers or None, chosen, tp)
+    besides = patches_of(also, "--also")
+    results = Results(model, layers or None, [*(chosen or ["all"] * bool(besides)), *besides], tp)
+    results.base["attention_backend"] = attention_backend
+    results.base["stock_backend"] = stock_backend or attention_backend
+    results.base["longest_prompt"] = longest
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     os.environ["BENCH_UNIT_NORMS"] = str(int(unit_norms))
     results.base["norm_weights"] = "around one" if unit_norms else "around zero"
@@ -451,6 +177,7 @@ def main(
     arguments: dict[str, Any] = {
         "model_path": str(folder),
         **ARGUMENTS,
+        "attention_backend": attention_backend,
         "disable_radix_cache": True,
         "max_total_tokens": max_total_tokens,
         "mem_fraction_static": mem_fraction,
@@ -475,9 +202,11 @@ def main(
             changed = EAGER
         elif variant.startswith(CHUNKS):
             changed = {"chunked_prefill_size": kl_chunk}
-        return Engine(variant, chosen, {**arguments, **changed}, log)
+        if stock_backend and variant not in (PATCHED, BITS):
+            changed["attention_backend"] = stock_backend
+        return Engine(variant, chosen, {**arguments, **changed}, log, besides)
 
-    compared = {"count": equality, "new": new_tokens, "seed": 99}
+    compared = {"count": equality, "new": new_tokens, "seed": 99, "longest": longest}
     compared["tail"] = 16 if prompt_logprobs else 0
     asked = {"count": kl, "sample": 1024, "seed": 97, "new": kl_new}
     asked["tail"] = 8 if prompt_logprobs else 0
@@ -557,7 +286,7 @@ def main(
                     progress.update(task, description=variant)
                     with engines(make, [variant]) as live:
                         answers[variant] = live[variant]("tokens", **compared)["rows"]
-            for variant, wanted in ((f"{CHUNKS}{kl_chunk}", kl_chunk), (EXACT, kl_exact)):
+            for variant, wanted in ((f"{CHUNKS}{kl_chunk}", kl_chunk > 0), (EXACT, kl_exact)):
                 if kl and wanted:
                     progress.update(task, description=variant)
                     with engines(make, [variant]) as live:
@@ -583,6 +312,8 @@ def main(
                     results.add(f"{one} vs {other}", name, kl, 0, value, "nats")
         show(results, answers, profiles, reports)
         results.save(out)
+    if PATCHED in reports and not any_ran(reports[PATCHED]["processes"]):
+        raise SystemExit(f"engine.py: {NOTHING_RAN}")
 
 
 def show(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -18,7 +18,8 @@ from rich.progress import track
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.provenance import provenance
+from bench.common.provenance import provenance
+from bench.common.results import append
 from gemma4_turbo.cli import lines
 from tests.router_inputs import KINDS, bits_differ, logits
 
@@ -35,22 +36,17 @@ def main(
     """Fused router against stock's closure, bit by bit."""
     if not torch.cuda.is_available():
         raise SystemExit("bench/exact.py: needs a CUDA device")
-    if (reason := lines.absent("router")) is not None:
+    if (reason := lines.patch_unfit("router")) is not None:
         raise SystemExit(f"bench/exact.py: {reason}")
-    from sglang.srt.models.gemma4_causal import Gemma4MoE
-
     from gemma4_turbo.kernels.router import LOGIT_DTYPES, fused_routing
 
-    stock_routing = lines.patch("router").stock_routing
-    construct: Any = Gemma4MoE.__init__
-    construct = getattr(construct, "__wrapped__", construct)
+    stock = lines.stock()
     generator = torch.Generator("cuda").manual_seed(2026)
     cases = [(d, e, k) for d in LOGIT_DTYPES for e in (64, 128, 256) for k in (1, 4, 8)]
     base = provenance()
     found = []
     for dtype, experts, topk in track(cases, description="router"):
         scale = (torch.randn(experts, device="cuda", generator=generator) * 2).to(dtype)
-        stock = stock_routing(construct, scale)
         per_width = -(-rows // (len(cases) * len(WIDTHS)))
         per_kind = -(-rows // (20 * len(cases) * len(KINDS)))
         batches = [
@@ -65,7 +61,7 @@ def main(
         for kind, x in batches:
             poison = torch.full((32 << 20,), 0x7B, dtype=torch.uint8, device="cuda")
             del poison  # outputs that are not written show
-            differing = bits_differ(fused_routing(x, scale, topk), stock(x, x, topk, True))
+            differing = bits_differ(fused_routing(x, scale, topk), stock.routing(x, scale, topk))
             found.append(
                 {
                     **base,
@@ -78,7 +74,7 @@ def main(
                 }
             )
     frame = pd.DataFrame(found)
-    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    append(frame, out)
     frame["kind"] = frame["kind"].where(~frame["kind"].str.startswith("random"), "random")
     print(frame.groupby(["dtype", "kind"])[["rows", "rows_differing"]].sum().to_string())
     print(frame[["rows", "rows_differing"]].sum().to_string())

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -35,7 +34,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli import lines  # noqa: E402
 from gemma4_turbo.cli.tuning.moe import prepare_sglang  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Call, Timer, readings  # noqa: E402
@@ -95,7 +94,7 @@ class Layers:
         self.factors = [scores.softmax(dim=-1) for scores, _ in chosen]
         self.h = [randn(tokens * TOPK, self.width).bfloat16() for _ in range(CALLS)]
         self.out = torch.empty_like(self.x[0])
-        distinct = sum(len(ids.unique()) for ids in self.ids) / CALLS
+        distinct = sum([len(ids.unique()) for ids in self.ids]) / CALLS
         row = 2 * HIDDEN * self.width
         self.up_bytes = distinct * 2 * row + tokens * (2 * HIDDEN + 2 * TOPK * self.width)
         self.down_bytes = distinct * row + tokens * (2 * TOPK * self.width + 2 * HIDDEN)
@@ -145,11 +144,10 @@ def _compile(job: tuple[int, bool, Up | Down]) -> str:
 
 def jobs(width: int) -> list[tuple[int, bool, Up | Down]]:
     """Every kernel that may be timed."""
-    early = [down._replace(prefetch=fetched) for down in DOWNS for fetched in PREFETCHES]
     plain: list[Up | Down] = [*UPS, *DOWNS]
-    return [(width, False, tile) for tile in plain] + [
-        (width, True, tile) for tile in (*UPS, *early)
-    ]
+    early: list[Up | Down] = [*UPS]
+    early += [down._replace(prefetch=fetched) for down in DOWNS for fetched in PREFETCHES]
+    return [(width, False, tile) for tile in plain] + [(width, True, tile) for tile in early]
 
 
 # -- stock ----------------------------------------------------------------------------------------------
@@ -159,28 +157,17 @@ class Stock:
     """SGLang's fused experts, as 26B-A4B calls them."""
 
     def __init__(self) -> None:
-        from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-        from sglang.srt.layers.moe.topk import StandardTopKOutput
-
         prepare_sglang()
-        # The package exports functions under the names of its modules.
-        self.module = import_module(f"{lines.TRITON_UTILS}.fused_moe")
-        self.tables = import_module(f"{lines.TRITON_UTILS}.fused_moe_triton_config")
-        self.chosen = StandardTopKOutput
-        self.config = MoeRunnerConfig(
-            num_experts=EXPERTS, num_local_experts=EXPERTS, activation="gelu", inplace=False
-        )
+        self.calls = lines.stock()
+        self.module = self.calls.experts_module()
+        self.tables = self.calls.experts_tables()
 
     def call(self, layers: Layers) -> Callable[[int], torch.Tensor]:
         """One layer's experts."""
 
         def run(i: int) -> torch.Tensor:
-            output = self.chosen(layers.factors[i], layers.ids[i], layers.factors[i])
             w13, w2 = layers.w13[i % len(layers.w13)], layers.w2[i % len(layers.w2)]
-            found: torch.Tensor = self.module.fused_experts(
-                layers.x[i], w13, w2, output, self.config
-            )
-            return found
+            return self.calls.fused_experts(layers.x[i], w13, w2, layers.factors[i], layers.ids[i])
 
         return run
 
@@ -291,11 +278,10 @@ class Bench:
         downs = {tile: layers.down(tile) for tile in DOWNS}
         up_us = self.time("up", {text(t): call for t, call in ups.items()}, layers.up_bytes)
         down_us = self.time("down", {text(t): call for t, call in downs.items()}, layers.down_bytes)
-        best = [
-            min(tiles, key=lambda tile: times.get(text(tile), float("inf")))
-            for tiles, times in ((UPS, up_us), (DOWNS, down_us))
-        ]
-        chosen = Tiles(*best)  # type: ignore[arg-type]
+        chosen = Tiles(
+            min(UPS, key=lambda tile: up_us.get(text(tile), float("inf"))),
+            min(DOWNS, key=lambda tile: down_us.get(text(tile), float("inf"))),
+        )
         default = kernel.choose(TOPK)
         cuts = [default._replace(down=default.down._replace(prefetch=0)), chosen]
         self.both(dict.fromkeys(cuts), size, exact)

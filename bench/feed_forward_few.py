@@ -31,7 +31,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
 from gemma4_turbo.kernels import experts_few, pdl, router_few, skinny_gemm  # noqa: E402
 from gemma4_turbo.kernels import feed_forward_few as kernel  # noqa: E402
@@ -92,7 +92,7 @@ class Layers:
             for w in self.weights
         ]
         self.zeros = torch.zeros(8192, dtype=torch.int32, device=DEVICE)
-        self.side = torch.cuda.Stream() if DEVICE == "cuda" else None  # type: ignore[no-untyped-call]
+        self.side = torch.cuda.Stream() if DEVICE == "cuda" else None
 
     @staticmethod
     def _products(w: Weights) -> tuple[tuple[torch.Tensor, Epilogue], ...]:
@@ -179,7 +179,8 @@ class Layers:
         w = self.weights[0]
         ids = router_few.reference_router_few(self.inputs(0).router, w.router, w.scale, TOPK).ids
         dense = w.gate_up.numel() + w.down.numel() + w.router.numel()
-        return 2.0 * (dense + len(ids.unique()) * 3 * HIDDEN * NARROW)
+        distinct = len(ids.unique())
+        return 2.0 * (dense + distinct * 3 * HIDDEN * NARROW)
 
 
 def _compile(job: tuple[int, Tiles]) -> str:

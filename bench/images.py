@@ -13,12 +13,7 @@ measurement, as in ``engine.py``.
 
 from __future__ import annotations
 
-import base64
-import io
-import json
 import os
-import random
-import string
 import sys
 import tempfile
 import time
@@ -34,59 +29,20 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench.engine import (  # noqa: E402
-    PATCHED,
-    STOCK,
-    Results,
-    differences,
-    distance,
-    end_on_sigterm,
-    in_turn,
-)
-from bench.servers import Server, console, launch_arguments, servers  # noqa: E402
-from bench.turns import turn  # noqa: E402
+from bench.common.comparing import NOTHING_RAN, any_ran, differences, distance  # noqa: E402
+from bench.common.engines import end_on_sigterm, in_turn  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
+from bench.common.pictures import ImageServer, letters, prompt  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.servers import console, launch_arguments, servers  # noqa: E402
+from bench.common.turns import turn  # noqa: E402
+from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
 from gemma4_turbo.models import geometry, geometry_mm  # noqa: E402
 
 AGAIN, OTHER_IMAGES = "stock again", "stock, other images"
 CALLS = ("engaged", "captured", "declined")
-WORDS = 40  # of a prompt, beside its images
-
-
-# -- prompts ------------------------------------------------------------------------------------
-
-
-def picture(side: int, seed: int) -> str:
-    """A PNG of coloured blocks as a data URL."""
-    from PIL import Image
-
-    source = random.Random(seed)
-    blocks = Image.frombytes("RGB", (12, 12), source.randbytes(12 * 12 * 3))
-    file = io.BytesIO()
-    blocks.resize((side, side), Image.Resampling.NEAREST).save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def prompt(images: int, side: int, seed: int) -> dict[str, Any]:
-    """The body of a request: words, images between them, words."""
-    source = random.Random(seed)
-    words = [
-        "".join(source.choices(string.ascii_lowercase, k=source.randrange(2, 9)))
-        for _ in range(WORDS)
-    ]
-    text = (
-        " ".join(words[:-8]) + f"\n{geometry_mm.IMAGE_TOKEN}" * images + " " + " ".join(words[-8:])
-    )
-    body: dict[str, Any] = {"text": f"<bos><|turn>user\n{text}<turn|>\n<|turn>model\n"}
-    if images:
-        body["image_data"] = [picture(side, seed * 1000 + i) for i in range(images)]
-    return body
-
-
-def sampling(new: int) -> dict[str, Any]:
-    """Greedy, exactly ``new`` tokens."""
-    return {"temperature": 0, "max_new_tokens": new, "ignore_eos": True}
 
 
 def with_needed(patches: list[str], model: str, layers: int) -> list[str]:
@@ -94,69 +50,6 @@ def with_needed(patches: list[str], model: str, layers: int) -> list[str]:
     shared = 0 if layers else geometry.GEOMETRIES[model].kv_shared_layers
     more = "mm_prefill_graph" in patches and "optional_kv" not in patches and shared
     return [*patches, "optional_kv"] if more else patches
-
-
-# -- the server ---------------------------------------------------------------------------------
-
-
-def as_row(found: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of an answer, with their logprobs as float32 bits."""
-    meta = found["meta_info"]
-    return {
-        "ids": found["output_ids"],
-        "prompt": meta["prompt_tokens"],
-        "input": [],
-        "output": [float(item[0]).hex() for item in meta["output_token_logprobs"]],
-        "top": [
-            [[float(value).hex(), token] for value, token, *_ in step]
-            for step in meta["output_top_logprobs"]
-        ],
-    }
-
-
-class ImageServer(Server):
-    """With the requests of this benchmark."""
-
-    def first_token(self, body: dict[str, Any], new: int) -> float:
-        """Seconds to the first of ``new`` tokens; returns when the last is there."""
-        started = time.perf_counter()
-        first = 0.0
-        with self.post(
-            "/generate", {**body, "sampling_params": sampling(new), "stream": True}
-        ) as answer:
-            for line in answer:
-                if line.startswith(b"data:") and b"[DONE]" not in line:
-                    if b'"error"' in line:
-                        raise RuntimeError(line.decode())
-                    first = first or time.perf_counter() - started
-        if not first:
-            raise RuntimeError(f"the {self.variant} server sent no token: {self.log}")
-        return first
-
-    def tokens(self, body: dict[str, Any], new: int) -> dict[str, Any]:
-        """Greedy tokens with their logprobs as float32 bits."""
-        options = {"return_logprob": True, "top_logprobs_num": 5}
-        with self.post(
-            "/generate", {**body, "sampling_params": sampling(new), **options}
-        ) as answer:
-            return as_row(json.loads(answer.read()))
-
-    def chat(self, side: int) -> str:
-        """An image through the chat endpoint and the chat template; what came back."""
-        content = [
-            {"type": "image_url", "image_url": {"url": picture(side, 1)}},
-            {"type": "text", "text": "what is this?"},
-        ]
-        body = {"model": "default", "messages": [{"role": "user", "content": content}]}
-        with self.post(
-            "/v1/chat/completions", {**body, "max_tokens": 4, "temperature": 0}
-        ) as answer:
-            found = json.loads(answer.read())
-        usage = found["usage"]
-        return f"{usage['prompt_tokens']} tokens of prompt, {usage['completion_tokens']} back"
-
-
-# -- measuring ----------------------------------------------------------------------------------
 
 
 def farthest(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
@@ -172,6 +65,9 @@ def main(
     ] = "",
     prompts: Annotated[int, typer.Option(min=1)] = 16,
     images: Annotated[int, typer.Option(min=0, help="Of a prompt; 0: text alone")] = 6,
+    between: Annotated[
+        int, typer.Option(min=0, help="Words behind each image; 0: images follow each other")
+    ] = 0,
     side: Annotated[int, typer.Option(help="Pixels of an image's side")] = 480,
     soft_tokens: Annotated[
         int, typer.Option(help="Most tokens of an image: 70, 140, 280, 560, 1120")
@@ -179,6 +75,10 @@ def main(
     compared: Annotated[
         int, typer.Option(min=1, help="Prompts whose tokens are compared, one at a time")
     ] = 8,
+    texts: Annotated[
+        int, typer.Option(min=0, help="Prompts of text alone that are compared as well")
+    ] = 0,
+    longest: Annotated[int, typer.Option(min=5, help="Tokens of the longest of these")] = 3000,
     new_tokens: Annotated[int, typer.Option(min=2)] = 16,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     together: Annotated[bool, typer.Option(help="Both servers alive at once")] = False,
@@ -195,7 +95,7 @@ def main(
 ) -> None:
     """Stock against patched, prompts with images, the real server."""
     end_on_sigterm()
-    chosen = with_needed([name for name in patches.split(",") if name], model, layers)
+    chosen = with_needed(patches_of(patches), model, layers)
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
@@ -208,20 +108,22 @@ def main(
         f"--chunked-prefill-size {chunk} {server_arguments}",
     )
 
-    def make(variant: str) -> Server:
+    def make(variant: str) -> ImageServer:
         return ImageServer(variant, chosen, arguments, out.with_name(f"{out.stem}-{variant}.log"))
 
     def bodies(round_: int) -> list[dict[str, Any]]:
         """New images every round: SGLang keeps the embeddings of those it has seen."""
-        return [prompt(images, side, (round_ + 3) * 10_000 + i) for i in range(prompts)]
+        seeds = range((round_ + 3) * 10_000, (round_ + 3) * 10_000 + prompts)
+        return [prompt(images, side, seed, between) for seed in seeds]
 
-    same = bodies(-2)[:compared]
+    same = bodies(-2)[:compared] + letters(texts, 4, longest, 12)
     answers: dict[str, list[dict[str, Any]]] = {}
 
     def measure(server: ImageServer, round_: int, keep: bool = True) -> None:
         """One prompt alone, then all at once."""
         sent = bodies(round_)
-        alone = server.first_token(prompt(images, side, (round_ + 3) * 10_000 + 9_999), 2)
+        body = prompt(images, side, (round_ + 3) * 10_000 + 9_999, between)
+        alone = server.first_token(body, 2)
         started = time.perf_counter()
         with ThreadPoolExecutor(prompts) as pool:
             firsts = list(pool.map(lambda body: server.first_token(body, new_tokens), sent))
@@ -249,9 +151,10 @@ def main(
                 ]
         console.print(f"{server.variant}: chat with an image: {server.chat(side)}")
 
+    rows: dict[str, dict[str, Any]] = {}
+
     def reports() -> None:
         """What the patches did, over all processes of the patched server."""
-        rows: dict[str, dict[str, Any]] = {}
         for process in descendants():
             for row in process.patches:
                 if row["state"] in ("active", "failed"):
@@ -287,6 +190,8 @@ def main(
 
     show(results, answers)
     results.save(out)
+    if not any_ran([{"patches": list(rows.values())}]):
+        raise SystemExit(f"images.py: {NOTHING_RAN}")
 
 
 def show(results: Results, answers: dict[str, list[dict[str, Any]]]) -> None:

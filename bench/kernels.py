@@ -24,6 +24,7 @@ import pandas as pd
 import torch
 import typer
 from rich.progress import track
+from torch._C._autograd import DeviceType
 
 # transformers looks for a package of this name, and scripts have their folder on the path.
 if __name__ == "kernels":
@@ -31,7 +32,8 @@ if __name__ == "kernels":
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common import results  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli import lines  # noqa: E402
 from gemma4_turbo.cli.tuning.kernel_cases import CASES, Call, CannotMeasureError, Case  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
@@ -67,7 +69,7 @@ def kernel_us(call: Call, calls: int = 40) -> tuple[float, int]:
         torch.cuda.synchronize()
     found: dict[str, list[float]] = defaultdict(list)
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             found[event.name].append(event.device_time)
     launches = sum(len(times) for times in found.values())
     return sum(median(times) * len(times) / calls for times in found.values()), round(
@@ -121,7 +123,7 @@ def append(rows: list[dict[str, Any]], base: dict[str, Any], out: Path) -> pd.Da
     """Add rows to the CSV; returns them."""
     frame = pd.DataFrame([base | row for row in rows], columns=[*base, *MEASURED])
     frame = frame.astype(dict.fromkeys(COUNTS, "Int64"))
-    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    results.append(frame, out)
     return frame
 
 
@@ -155,7 +157,7 @@ def chosen(kernel: str) -> list[str]:
         choices = ", ".join([*CASES, ALL])
         raise typer.BadParameter(f"{kernel!r}: choose from {choices}", param_hint="kernel")
     names = list(CASES) if kernel == ALL else [kernel]
-    absent = {name: reason for name in names if (reason := lines.absent(name)) is not None}
+    absent = {name: reason for name in names if (reason := lines.patch_unfit(name)) is not None}
     if absent and kernel != ALL:
         raise typer.BadParameter(absent[kernel], param_hint="kernel")
     for reason in absent.values():

@@ -26,11 +26,12 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench import peers_results, peers_serving  # noqa: E402
-from bench.engine import end_on_sigterm  # noqa: E402
-from bench.peers_engine import FORM, Peer, PeerError, Worker, parse  # noqa: E402
-from bench.peers_results import FAILED, READY, Rows, figures  # noqa: E402
-from bench.peers_workloads import (  # noqa: E402
+from bench.common.engines import end_on_sigterm  # noqa: E402
+from bench.peer import results as peers_results  # noqa: E402
+from bench.peer import serving as peers_serving  # noqa: E402
+from bench.peer.engine import FORM, Peer, PeerError, Worker, parse  # noqa: E402
+from bench.peer.results import FAILED, READY, Rows, figures  # noqa: E402
+from bench.peer.workloads import (  # noqa: E402
     CHUNK,
     DEFAULTS,
     MTP,
@@ -276,6 +277,9 @@ def main(
     limit: Annotated[float, typer.Option(help="Seconds for a measurement")] = 300,
     weight_range: Annotated[float, typer.Option(help="Weights are uniform in +-this")] = 3e-2,
     resume: Annotated[bool, typer.Option(help="Go on with the newest run in the CSV")] = False,
+    retry_failed: Annotated[
+        bool, typer.Option(help="With --resume: try again what failed, as where a time was up")
+    ] = False,
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-peers.csv"),
 ) -> None:
     """Against the field."""
@@ -289,8 +293,12 @@ def main(
             f"--model must be of {', '.join(geometry.GEOMETRIES)}, got {model!r}"
         )
     try:
+        geometry.config(model, layers or None)
+    except ValueError as error:
+        raise typer.BadParameter(f"--layers: {error}") from None
+    try:
         at = peers_serving.rates(rates) if serving else []
-        rows = Rows(out, resume)
+        rows = Rows(out, resume, retry_failed)
     except ValueError as error:
         raise typer.BadParameter(f"--rates, --out: {error}") from None
     end_on_sigterm()

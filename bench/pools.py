@@ -24,17 +24,12 @@ sys.path.insert(0, str(HERE.parent))
 
 import typer  # noqa: E402
 
-from bench.engine import (  # noqa: E402
-    ARGUMENTS,
-    PATCHED,
-    STOCK,
-    Engine,
-    Results,
-    console,
-    distance,
-    end_on_sigterm,
-    engines,
-)
+from bench.common.comparing import NOTHING_RAN, any_ran, distance  # noqa: E402
+from bench.common.engines import Engine, console, end_on_sigterm, engines  # noqa: E402
+from bench.common.logs import RETRACTED  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
@@ -115,7 +110,7 @@ def main(
     if longest < shortest:
         raise typer.BadParameter(f"--longest must be at least --shortest, got {longest}")
     end_on_sigterm()
-    chosen = [name for name in patches.split(",") if name]
+    chosen = patches_of(patches)
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     os.environ["BENCH_POOL_GIB"] = str(gib)
@@ -143,6 +138,7 @@ def main(
 
     expected: list[dict[str, dict[str, Any]]] = []
     comparisons: dict[str, list[dict[str, float]]] = {}
+    processes: list[dict[str, Any]] = []
     try:
         for group in [[STOCK, PATCHED]] if together else [[STOCK], [PATCHED]]:
             with engines(make, group) as live:
@@ -160,7 +156,8 @@ def main(
                             moved = told["rows"][1:] + told["rows"][:1]
                             comparisons["stock, other prompts"] = [compare(moved, expected[0])]
                     if variant == PATCHED:
-                        for process in engine("status")["processes"]:
+                        processes = engine("status")["processes"]
+                        for process in processes:
                             rows = [row for row in process["patches"] if row["state"] == "active"]
                             if rows:
                                 console.print(report.table(rows, f"pid {process['pid']}"))
@@ -178,13 +175,15 @@ def main(
                 results.add(variant, f"pool of {kind} layers", 1, 0, tokens, "tokens")
             for kind, share in fullest(log).items():
                 results.add(variant, f"pool of {kind} layers, fullest", 1, 0, share, "share")
-            retracted = len(re.findall(r"retracted", log, re.IGNORECASE))
+            retracted = len(RETRACTED.findall(log))
             results.add(variant, "times requests were retracted", 1, 0, retracted, "times")
         summary = results.summary()
         if not summary.empty:
             kept = summary[summary["unit"] != "count"].dropna(axis=1, how="all")
             console.print(kept.to_string(index=False, float_format=lambda v: f"{v:.3f}"))
         results.save(out)
+    if not any_ran(processes):
+        raise SystemExit(f"pools.py: {NOTHING_RAN}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,10 @@ from rich.console import Console
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench import engine  # noqa: E402
-from bench.engine import ARGUMENTS, Engine, Results, engines, in_turn, parse_prefill  # noqa: E402
+from bench.common.engines import BENCH, Engine, end_on_sigterm, engines, in_turn  # noqa: E402
+from bench.common.options import parse_prefill  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.variants import ARGUMENTS  # noqa: E402
 from gemma4_turbo.engine import gpu_profile  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
@@ -68,7 +70,7 @@ class ProfiledEngine(Engine):
 
     def path(self) -> str:
         """This package comes before the one beside the benchmarks."""
-        site, rest = str(engine.HERE / "site"), super().path()
+        site, rest = str(BENCH / "site"), super().path()
         return ":".join([site, str(self.package), rest])
 
     def switches(self, patches: list[str]) -> dict[str, str]:
@@ -129,7 +131,7 @@ def main(
         arguments["disable_piecewise_cuda_graph"] = True
     copy = unseen(scratch / "unseen")
     packages = {
-        SHIPPED: (engine.HERE.parent, "0"),
+        SHIPPED: (BENCH.parent, "0"),
         PROFILED: (copy, where),
         BARE: (copy, "0"),
     }
@@ -149,13 +151,13 @@ def main(
             value = one("prefill", batch=count, length=length, seed=round_, new=new)["value"]
             results.add(one.variant, f"prefill of {length}", count, round_, value, "ms")
 
-    engine.end_on_sigterm()
+    end_on_sigterm()
     try:
         with engines(make, [SHIPPED, PROFILED, BARE][: 3 if bare else 2]) as live:
             for round_ in range(-1, rounds):
                 for one in in_turn(live, round_):
                     measure(one, round_)
-            why = live[PROFILED].ignored()  # type: ignore[attr-defined]
+            why = live[PROFILED].ignored()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         results.rows = [row for row in results.rows if row["round"] >= 0]  # the first compiles

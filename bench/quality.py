@@ -24,337 +24,57 @@ what it had; a comparison needs stock's part of it. Rows:
 * with ``--time``, milliseconds of a decode step, the median of rounds in which engines take turns.
 
 Engines start side by side. Needs a GPU. Without ``--time`` others may use it too; with it they are kept
-away by ``BENCH_LOCK``, a file that all of them are told (`bench.turns`).
+away by ``BENCH_LOCK``, a file that all of them are told (`bench.common.turns`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import math
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from threading import Lock
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != HERE]
 sys.path.insert(0, str(HERE.parent))
 
-import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
-from scipy.stats import binomtest  # noqa: E402
 
-from bench import small_models, small_tasks  # noqa: E402
-from bench.engine import (  # noqa: E402
-    ARGUMENTS,
-    PATCHED,
-    STOCK,
-    Engine,
-    Results,
-    console,
-    end_on_sigterm,
-    in_turn,
-    patches_of,
+from bench.answers.asking import (  # noqa: E402
+    Answer,
+    Asked,
+    QualityEngine,
+    answers_of,
+    arguments_of,
+    ask,
+    distributions_of,
 )
-from bench.mtp import MtpEngine, outlived, started  # noqa: E402
-from bench.tables_quality import in_order  # noqa: E402
-from bench.turns import turn  # noqa: E402
+from bench.answers.findings import Findings  # noqa: E402
+from bench.answers.judge import Judge  # noqa: E402
+from bench.answers.names import AGAIN, BATCHES, GENERATED, JUDGE, PROMPT  # noqa: E402
+from bench.answers.pace import Pace  # noqa: E402
+from bench.answers.running import add_calls, measure, results_of  # noqa: E402
+from bench.common.engines import Engine, console, end_on_sigterm  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.variants import STOCK  # noqa: E402
+from bench.models import small_tasks  # noqa: E402
+from bench.rendering.quality import in_order  # noqa: E402
 from gemma4_turbo.catalogue import by_name  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine import states  # noqa: E402
+from gemma4_turbo.instance import ENGINE  # noqa: E402
 
-JUDGE, EXACT, DEFAULT = "transformers, fp32", "exact", "default"
-BATCHES = f"{STOCK}, other batches"
-AGAIN = f"{STOCK}, once more"
+EXACT, DEFAULT = "exact", "default"
 ALONE = {  # tolerance patches that a text-only model of this size can meet
-    "moe": "skinny_gemm,extend_attention,decode_attention,experts_few,router_few",
+    "moe": "skinny_gemm,extend_attention,decode_attention,experts_few,router_few,feed_forward_few",
     "ple": "skinny_gemm,extend_attention,decode_attention,qkv_proj,yoco",
 }
-PROMPT, GENERATED = "prompt", "generated"
-
-
-class QualityEngine(MtpEngine):
-    """With the commands of `quality_worker`; ``patches``: None is stock, an empty list the default."""
-
-    script = "quality_worker.py"
-    untimed = frozenset({"answers", "text", "distributions", "status"})
-
-    def __init__(
-        self, variant: str, patches: list[str] | None, arguments: dict[str, Any], log: Path
-    ) -> None:
-        super().__init__(STOCK if patches is None else PATCHED, patches or [], arguments, log)
-        self.variant = variant
-
-
-class Asked(NamedTuple):
-    """What every engine is asked."""
-
-    count: int  # questions
-    seed: int
-    longest: int  # tokens of a question with its answer
-    text: list[list[int]]  # pieces for perplexity
-    prompts: list[list[int]]  # pieces that are gone on with
-    tail: int  # positions of each prompt whose distributions are compared
-    new: int  # tokens generated after each
-
-    def questions(self) -> list[small_tasks.Question]:
-        """With their right answers."""
-        return small_tasks.questions(self.count, self.seed, self.longest)
-
-
-class Answer(NamedTuple):
-    """What one engine said, or a part of it; fields that are not told are None."""
-
-    rows: list[list[int]] | None = None  # answers to the questions, or to the first of them
-    nats: np.ndarray | None = None  # [pieces, length - 1] of the text
-    prompt: np.ndarray | None = None  # [prompts, tail, vocabulary] log-probabilities
-    generated: np.ndarray | None = None  # [prompts, new, vocabulary]
-    ids: list[list[int]] | None = None  # what was generated
-
-
-# -- the judge ------------------------------------------------------------------------------------
-
-
-class Judge:
-    """The model in fp32, by transformers' own classes, experts one after the other; never beside a timing."""
-
-    def __init__(self, folder: Path, device: str) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        self.model = small_models.load(folder, torch.float32, device, "eager")
-        self.device = device
-
-    @torch.no_grad()
-    def distributions(self, rows: list[list[int]], first: int, batch: int = 16) -> np.ndarray:
-        """Log-probabilities after each token of rows of one length, from position ``first`` to the last."""
-        parts = []
-        with turn(timed=False):
-            for start in range(0, len(rows), batch):
-                ids = torch.tensor(rows[start : start + batch], device=self.device)
-                found = small_models.logits(self.model, ids)[:, first:]
-                parts.append(found.float().log_softmax(-1).cpu().numpy())
-        return np.concatenate(parts)
-
-    def answer(self, asked: Asked) -> tuple[list[bool], float]:
-        """Which questions it answers exactly, and nats a byte of the text."""
-        with turn(timed=False):
-            right, _ = small_models.answered(self.model, asked.questions(), 64)
-            return right, small_models.text_loss(self.model, asked.text)
-
-
-def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL divergence of q from p, both log-probabilities ``[..., vocabulary]``, in nats; ``[...]``.
-
-    ``sum p (r - 1 - log r)`` with r = q / p: equal to it where both sum to one, and without cancellation.
-    """
-    p, q = p.astype(np.float64), q.astype(np.float64)
-    log_r = q - p
-    return (np.exp(p) * (np.expm1(log_r) - log_r)).sum(-1)
-
-
-def agreement(p: np.ndarray, q: np.ndarray) -> float:
-    """How often both have the same likeliest token."""
-    return float((p.argmax(-1) == q.argmax(-1)).mean())
-
-
-def mean_and_error(by_prompt: np.ndarray) -> tuple[float, float]:
-    """Of ``[prompts, positions]``: mean, and its standard error from the prompts' means."""
-    means = by_prompt.mean(1)
-    error = means.std(ddof=1) / len(means) ** 0.5 if len(means) > 1 else math.nan
-    return float(means.mean()), float(error)
-
-
-# -- comparing ------------------------------------------------------------------------------------
-
-
-def mcnemar(one: list[bool], other: list[bool]) -> tuple[int, int, float]:
-    """Questions that only ``one`` got right, that only ``other`` did, and the exact two-sided p."""
-    only_one = sum(x and not y for x, y in zip(one, other, strict=True))
-    only_other = sum(y and not x for x, y in zip(one, other, strict=True))
-    either = only_one + only_other
-    p = float(binomtest(only_one, either).pvalue) if either else 1.0
-    return only_one, only_other, p
-
-
-def rights(rows: list[list[int]], questions: list[small_tasks.Question]) -> list[bool]:
-    """Which answers are the right ones, EOS included."""
-    return [row == one.tokens()[1] for row, one in zip(rows, questions, strict=True)]
-
-
-class Findings:
-    """Rows of the CSV, as engines come to tell; what must be compared with stock waits for stock."""
-
-    def __init__(self, results: Results, asked: Asked, judge: Judge, out: Path) -> None:
-        self.results, self.asked, self.judge, self.out = results, asked, judge, out
-        self.questions = asked.questions()
-        self.stock: list[list[int]] = []  # its answers
-        self.right: dict[str, list[bool]] = {}
-        self.far: dict[tuple[str, str], np.ndarray] = {}
-        self.waiting: list[tuple[str, Answer]] = []
-        self.written = 0
-        self.lock = Lock()
-        first = len(asked.prompts[0]) - asked.tail - 1
-        self.prompt = judge.distributions(asked.prompts, first)[:, :-1]
-
-    def save(self) -> None:
-        """Append to the CSV what it has not."""
-        with self.lock:
-            new = self.results.rows[self.written :]
-            self.written += len(new)
-            if new:
-                frame = pd.DataFrame(new)
-                frame.to_csv(self.out, mode="a", header=not self.out.exists(), index=False)
-
-    def add(self, variant: str, quantity: str, x: int, value: float, unit: str) -> None:
-        """One row."""
-        self.results.add(variant, quantity, x, 0, value, unit)
-
-    def answered(self, variant: str, right: list[bool]) -> None:
-        """Questions answered exactly, in all and by kind, and the test against stock."""
-        self.right[variant] = right
-        questions = self.questions[: len(right)]
-        self.add(variant, "answered exactly", len(right), sum(right), "questions")
-        for kind in small_tasks.KINDS:
-            of_kind = [r for r, one in zip(right, questions, strict=True) if one.kind == kind]
-            self.add(variant, f"answered exactly, {kind}", len(of_kind), sum(of_kind), "questions")
-        if STOCK in self.right and variant != STOCK:
-            ours, theirs, p = mcnemar(right, self.right[STOCK][: len(right)])
-            self.add(variant, "right where stock is wrong", len(right), ours, "questions")
-            self.add(variant, "wrong where stock is right", len(right), theirs, "questions")
-            self.add(variant, "McNemar's p", ours + theirs, p, "probability")
-
-    def text(self, variant: str, nats: float) -> None:
-        """Loss on the held-out text."""
-        count = sum(len(piece) - 1 for piece in self.asked.text)
-        self.add(variant, "held-out text", count, nats, "nats a byte")
-        self.add(variant, "perplexity", count, math.exp(nats), "a byte")
-
-    def distances(self, variant: str, where: str, p: np.ndarray, q: np.ndarray) -> None:
-        """From fp32, and how much more than stock's."""
-        positions = p.shape[0] * p.shape[1]
-        far = self.far[variant, where] = divergences(p, q)
-        names = [(f"KL divergence from fp32, {where}", far)]
-        if variant != STOCK and (STOCK, where) in self.far:
-            names.append((f"KL divergence beyond stock's, {where}", far - self.far[STOCK, where]))
-        for name, values in names:
-            mean, error = mean_and_error(values)
-            self.add(variant, name, positions, mean, "nats")
-            self.add(variant, f"{name}, standard error", positions, error, "nats")
-        self.add(variant, f"same token as fp32, {where}", positions, agreement(p, q), "part")
-
-    def take(self, variant: str, answer: Answer) -> None:
-        """A part of what an engine said."""
-        if variant != STOCK and not self._stock_told(answer):
-            self.waiting.append((variant, answer))
-            return
-        self._compare(variant, answer)
-        if variant == STOCK:
-            waiting, self.waiting = self.waiting, []
-            for other, part in waiting:
-                self.take(other, part)
-
-    def without_stock(self) -> None:
-        """What waits for a part that stock will never tell."""
-        for variant, answer in self.waiting:
-            self._compare(variant, answer)
-        self.waiting = []
-
-    def _stock_told(self, answer: Answer) -> bool:
-        told = {"rows": bool(self.stock), "nats": True}
-        told |= {where: (STOCK, where) in self.far for where in (PROMPT, GENERATED)}
-        return all(getattr(answer, name) is None or there for name, there in told.items())
-
-    def _compare(self, variant: str, answer: Answer) -> None:
-        if answer.rows is not None:
-            self.answered(variant, rights(answer.rows, self.questions[: len(answer.rows)]))
-            if variant == STOCK:
-                self.stock = answer.rows
-            elif self.stock:
-                pairs = zip(answer.rows, self.stock[: len(answer.rows)], strict=True)
-                differing = sum(one != other for one, other in pairs)
-                name = "answers that differ from stock's"
-                self.add(variant, name, len(answer.rows), differing, "questions")
-        if answer.nats is not None:
-            self.text(variant, float(answer.nats.mean()))
-        if answer.prompt is not None:
-            self.distances(variant, PROMPT, self.prompt, answer.prompt)
-        if answer.generated is not None and answer.ids is not None:
-            rows = [
-                [*prompt, *ids[:-1]]
-                for prompt, ids in zip(self.asked.prompts, answer.ids, strict=True)
-            ]
-            first = len(self.asked.prompts[0]) - 1
-            p = self.judge.distributions(rows, first)
-            self.distances(variant, GENERATED, p, answer.generated)
-        self.save()
-
-    def judged(self, right: list[bool], nats: float) -> None:
-        """The judge's own answers."""
-        self.answered(JUDGE, right)
-        self.text(JUDGE, nats)
-        self.save()
-
-
-# -- engines --------------------------------------------------------------------------------------
-
-
-def answers_of(engine: Engine, asked: Asked, group: int = 0, first: int = 0) -> Answer:
-    """To the ``first`` questions, 0: all; ``group``: so many requests at a time, 0: all at once."""
-    count = min(first or asked.count, asked.count)
-    said = engine("answers", count=count, seed=asked.seed, group=group, longest=asked.longest)
-    return Answer(rows=said["rows"])
-
-
-def distributions_of(
-    engine: Engine, asked: Asked, scratch: Path, group: int = 0
-) -> Iterator[Answer]:
-    """Those of prompts, then those of what is generated; ``group``: so many prompts at a time."""
-
-    def array(tail: int, new: int) -> tuple[dict[str, Any], np.ndarray]:
-        out = scratch / f"{engine.variant}-{group}-{tail}.npy".replace(" ", "_")
-        few = {"pieces": asked.prompts, "group": group, "tail": tail, "new": new}
-        said = engine("distributions", out=str(out), **few)
-        return said, np.load(out)
-
-    _, prompt = array(asked.tail, 1)
-    yield Answer(prompt=prompt[:, : asked.tail])
-    said, generated = array(0, asked.new)
-    yield Answer(generated=generated, ids=said["ids"])
-
-
-def ask(engine: Engine, asked: Asked, scratch: Path) -> Iterator[Answer]:
-    """What every engine is asked, part by part; what tells most first."""
-    yield answers_of(engine, asked)
-    out = scratch / f"{engine.variant}-text.npy".replace(" ", "_")
-    engine("text", pieces=asked.text, out=str(out))
-    yield Answer(nats=np.load(out))
-    yield from distributions_of(engine, asked, scratch)
-
-
-def arguments_of(folder: Path, running: int, pool: int = 131_072) -> dict[str, Any]:
-    """Of every engine on a trained folder; ``pool``: tokens of its KV."""
-    made: dict[str, Any] = {
-        "model_path": str(folder),
-        **{name: value for name, value in ARGUMENTS.items() if name != "load_format"},
-        "disable_radix_cache": True,
-        "max_total_tokens": pool,
-        "max_running_requests": running,
-        "cuda_graph_max_bs": running,
-        "mem_fraction_static": 0.85,
-        "sleep_on_idle": True,  # there can be more engines than cores
-    }
-    if json.loads((folder / "config.json").read_text())["num_kv_shared_layers"]:
-        # Stock 0.5.12.post1 cannot start models that share KV with such graphs.
-        made["disable_piecewise_cuda_graph"] = True
-    return made
 
 
 def with_what_they_need(names: list[str]) -> list[str]:
@@ -365,6 +85,18 @@ def with_what_they_need(names: list[str]) -> list[str]:
             found[needed] = None
         found[name] = None
     return list(found)
+
+
+def that_run(names: list[str]) -> list[str]:
+    """Those that this SGLang takes; alone, any other would be stock under a patch's name."""
+    found = []
+    for name in names:
+        state, reason = ENGINE.outlook(by_name(name))
+        if state == states.ACTIVE:
+            found.append(name)
+        else:
+            console.print(f"{name}: left out, {state}: {reason}")
+    return found
 
 
 def variants(patches: list[str], chunk: int) -> dict[str, tuple[list[str] | None, dict[str, Any]]]:
@@ -378,123 +110,6 @@ def variants(patches: list[str], chunk: int) -> dict[str, tuple[list[str] | None
     if chunk:
         found[f"{STOCK}, chunks of {chunk}"] = (None, {"chunked_prefill_size": chunk})
     return found
-
-
-def measure(
-    make: Callable[[str], Engine],
-    names: list[str],
-    together: int,
-    talk: Callable[[Engine], None],
-    more: dict[str, Callable[[Engine], None]] | None = None,
-    last: Callable[[dict[str, Engine]], None] = lambda live: None,
-) -> dict[str, str]:
-    """Engines in groups, each asked in a thread of its own; causes of death of those that died.
-
-    Args:
-        make: starts an engine.
-        names: of all engines.
-        together: how many at once; 0: all.
-        talk: asks an engine what every engine is asked.
-        more: by name, what is asked of one when all engines have answered; it lives until then.
-        last: what is asked of a group's engines at the end; one that dies ends the run.
-    """
-    died: dict[str, str] = {}
-    more = more or {}
-    size = together or len(names)
-    groups = [names[start : start + size] for start in range(0, len(names), size)]
-    kept: dict[str, Engine] = {}
-
-    def survived(name: str, cause: str | None) -> bool:
-        if cause is not None:
-            console.print(f"{name}: died: {cause}")
-            died[name] = cause
-        return cause is None
-
-    with contextlib.ExitStack() as stack:
-        for group in groups:
-            console.print(f"starting {', '.join(group)}")
-            live = stack.enter_context(started(make, group))
-            died |= {name: "did not start" for name in group if name not in live}
-            causes = _at_once(live, talk)
-            live = {name: live[name] for name, cause in causes.items() if survived(name, cause)}
-            kept |= {name: engine for name, engine in live.items() if name in more}
-            if group is groups[-1]:
-                for name, engine in kept.items():
-                    if not survived(name, outlived(engine, partial(more[name], engine))):
-                        live.pop(name, None)
-            last(live)
-            for name, engine in live.items():
-                if name not in more:
-                    engine.stop()
-    return died
-
-
-def _at_once(live: dict[str, Engine], talk: Callable[[Engine], None]) -> dict[str, str | None]:
-    """Each engine in a thread of its own: what it died of, or None."""
-    with ThreadPoolExecutor(max(1, len(live))) as pool:
-        try:
-            causes = pool.map(lambda engine: outlived(engine, partial(talk, engine)), live.values())
-            return dict(zip(live, causes, strict=True))
-        except BaseException:
-            for engine in live.values():
-                engine.process.kill()  # or its thread would wait for it
-            raise
-
-
-def results_of(notes: dict[str, Any], config: dict[str, Any], patches: str) -> Results:
-    """Rows that say how the model was trained; from a folder's training.json and config.json."""
-    made = Results(notes["model"], config["num_hidden_layers"], [patches])
-    made.base |= {
-        "trained_steps": notes["steps"],
-        "trained_seed": notes["seed"],
-        "corpus": notes["corpus"],
-    }
-    return made
-
-
-class Pace(NamedTuple):
-    """How decode steps are timed."""
-
-    sizes: list[int]  # of batches; none: not at all
-    prompts: list[list[int]]
-    new: int = 96  # tokens timed
-    rounds: int = 3
-
-    def read(self, engine: Engine, size: int) -> dict[str, float]:
-        """One reading: milliseconds of a step."""
-        return {"decode step": engine("pace", ids=self.prompts[:size], new=self.new)["ms"]}
-
-    def __call__(self, live: dict[str, Engine], results: Results) -> None:
-        """Median and range of the rounds of each engine and size; the first, which warms up, is left out."""
-        found: dict[tuple[str, str, int], list[float]] = {}
-        if not self.sizes:
-            return
-        with turn():  # all rounds in one go
-            for round_ in range(-1, self.rounds):
-                for engine in in_turn(live, round_):
-                    for size in self.sizes:
-                        for name, value in self.read(engine, size).items():
-                            if round_ >= 0:
-                                found.setdefault((engine.variant, name, size), []).append(value)
-        for (variant, name, size), values in found.items():
-            unit, spread = UNITS[name], max(values) - min(values)
-            results.add(variant, f"{name}, batch {size}", size, 0, float(np.median(values)), unit)
-            results.add(variant, f"{name}, batch {size}, range", size, 0, spread, unit)
-
-
-UNITS = {"decode step": "ms", "verify step": "ms", "tokens a second": "1/s"}
-"""Of what is timed."""
-
-
-def add_calls(results: Results, variant: str, status: dict[str, Any]) -> None:
-    """How often each active patch's code ran on the host, over all processes of an engine."""
-    calls: dict[str, int] = {}
-    for process in status["processes"]:
-        for patch in process["patches"]:
-            if patch["state"] == states.ACTIVE:
-                calls[patch["name"]] = calls.get(patch["name"], 0) + patch["engaged"]
-    for name, count in calls.items():
-        results.add(variant, f"calls of {name}", len(status["processes"]), 0, count, "calls")
 
 
 def table(results: Results) -> Table:
@@ -561,7 +176,7 @@ def main(
     if patches == "auto":  # of quantised weights, which few of these take, none
         patches = ALONE.get(notes["model"], "")
     sizes = [int(size) for size in time.split(",") if size]
-    wanted = variants(patches_of(patches), chunk)
+    wanted = variants(that_run(patches_of(patches)), chunk)
     longest = notes["length"]
     text = (folder / "held_out.txt").read_bytes()
     asked = Asked(
@@ -577,6 +192,7 @@ def main(
     arguments = arguments_of(folder, running)
     if not prefill_graphs:
         arguments["disable_piecewise_cuda_graph"] = True
+    results.base["running"] = running
     results.base["prefill_graphs"] = "disable_piecewise_cuda_graph" not in arguments
     reports: dict[str, Any] = {}
 

@@ -16,7 +16,7 @@ a CSV:
   of rounds in which engines take turns, on text;
 * calls of each patch's code on the host.
 
-Engines start side by side; ``BENCH_LOCK`` keeps others away while one is timed (`bench.turns`). Needs a GPU
+Engines start side by side; ``BENCH_LOCK`` keeps others away while one is timed (`bench.common.turns`). Needs a GPU
 and transformers 5.8, which 0.5.12.post1 does not bring.
 """
 
@@ -37,10 +37,17 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.table import Table  # noqa: E402
 
-from bench import quality, small_tasks  # noqa: E402
-from bench.assistant import speculation as speculation_of  # noqa: E402
-from bench.engine import PATCHED, STOCK, Engine, Results, console, end_on_sigterm  # noqa: E402
-from bench.mtp import DRAFT_STEPS, PLAIN, MtpEngine, Rows, accept_length  # noqa: E402
+from bench.answers.asking import arguments_of  # noqa: E402
+from bench.answers.pace import Pace  # noqa: E402
+from bench.answers.running import add_calls, measure, results_of  # noqa: E402
+from bench.answers.statistics import rights  # noqa: E402
+from bench.common.engines import Engine, console, end_on_sigterm  # noqa: E402
+from bench.common.results import Results, append  # noqa: E402
+from bench.common.variants import PATCHED, STOCK  # noqa: E402
+from bench.models import small_tasks  # noqa: E402
+from bench.models.assistant import speculation as speculation_of  # noqa: E402
+from bench.speculation.comparing import DRAFT_STEPS, PLAIN, Rows, accept_length  # noqa: E402
+from bench.speculation.engine import MtpEngine  # noqa: E402
 
 TEXT, QUESTIONS = "text", "questions"
 BATCHES = {"alone": 1, "in batches of 8": 8}
@@ -48,9 +55,9 @@ PAIRS = ((STOCK, PATCHED), (PLAIN, STOCK), (PLAIN, PATCHED))
 
 
 class QualityMtpEngine(MtpEngine):
-    """With the commands of `quality_mtp_worker`; patched: all that are on by default."""
+    """With the commands of `workers.quality_mtp`; patched: all that are on by default."""
 
-    script = "quality_mtp_worker.py"
+    script = "workers/quality_mtp.py"
     untimed = frozenset({"continued", "status"})
 
 
@@ -91,7 +98,7 @@ class Findings:
         if length is not None:
             self.add(variant, f"accept length, {kind}, {how}", len(rows), length, "tokens")
         if kind == QUESTIONS:
-            right = sum(quality.rights([row["ids"] for row in rows], self.questions))
+            right = sum(rights([row["ids"] for row in rows], self.questions))
             self.add(variant, f"answered exactly, {how}", len(rows), right, "questions")
 
     def compare(self) -> None:
@@ -130,7 +137,7 @@ def ask(engine: Engine, asked: dict[str, Asked]) -> Iterator[tuple[str, str, Row
             yield kind, how, engine("continued", **given)["rows"]
 
 
-class MtpPace(quality.Pace):
+class MtpPace(Pace):
     """How decoding is timed; ``sizes`` are requests at once."""
 
     def read(self, engine: Engine, size: int) -> dict[str, float]:
@@ -189,13 +196,13 @@ def main(
         ),
         QUESTIONS: Asked([p for p, _ in parts], [len(answer) for _, answer in parts], True),
     }
-    results = quality.results_of(notes, config, "all")
+    results = results_of(notes, config, "all")
     results.base |= {
         "assistant_steps": drafts_notes["steps"],
         "assistant_seed": drafts_notes["seed"],
     }
     sizes = [int(size) for size in batches.split(",") if size]
-    arguments = quality.arguments_of(folder, max([*sizes, *BATCHES.values()]), 32_768)
+    arguments = arguments_of(folder, max([*sizes, *BATCHES.values()]), 32_768)
     arguments["disable_piecewise_cuda_graph"] = True
     speculation = speculation_of(draft, DRAFT_STEPS)
 
@@ -218,17 +225,16 @@ def main(
 
     end_on_sigterm()
     try:
-        died = quality.measure(
+        died = measure(
             make, [PLAIN, STOCK, PATCHED], 0, talk, last=lambda live: pace(live, results)
         )
     finally:  # where a limit on its time cuts a run off, what there is still counts
         findings.compare()
         with contextlib.suppress(KeyError):
-            quality.add_calls(results, PATCHED, reports[PATCHED])
+            add_calls(results, PATCHED, reports[PATCHED])
         if results.rows:
             console.print(table(results))
-            frame = results.frame()
-            frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+            append(results.frame(), out)
     if died:
         raise SystemExit(f"quality_mtp.py: {died} died; logs lie beside {out}")
 

@@ -3,7 +3,7 @@
     python bench/quantise_small.py small-models/moe fp8
     python bench/quantise_small.py small-models/moe w4a16
 
-Writes FOLDER-fp8 or FOLDER-w4a16, which SGLang and `quality.py` load; `bench.compressed` has the formats and
+Writes FOLDER-fp8 or FOLDER-w4a16, which SGLang and `quality.py` load; `bench.models.compressed` has the formats and
 says what stays in bf16. Weights are rounded to nearest, without calibration: the model is a worse one, and
 the question of `quality.py` is how far engines are from what *its* weights say.
 """
@@ -22,8 +22,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import typer  # noqa: E402
 
-from bench import checkpoints, compressed, small_models  # noqa: E402
-from bench.compressed import Scheme  # noqa: E402
+from bench.models import checkpoints, compressed, small_models  # noqa: E402
+from bench.models.compressed import Scheme  # noqa: E402
 
 
 def write(folder: Path, scheme: Scheme, experts: bool = True) -> Path:

@@ -15,14 +15,12 @@ import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bench.rendering.catalogue import LOOKS
 from gemma4_turbo.catalogue import CATALOGUE, Patch
 from gemma4_turbo.engine import fingerprints
 from gemma4_turbo.instance import PORTS
 
 RECORD = Path(__file__).resolve().parent / "results" / "releases.csv"
-
-
-LOOKS = "looks"  # a patch that looks for its defect when SGLang is imported; no verdict before that
 
 
 def judged(wheel: Path) -> list[dict[str, str]]:

@@ -20,15 +20,14 @@ import contextlib
 import json
 import os
 import random
-import re
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,10 +40,16 @@ sys.path.insert(0, str(HERE.parent))
 import psutil  # noqa: E402
 import typer  # noqa: E402
 
-from bench.engine import PATCHED, STOCK, Results, differences, end_on_sigterm  # noqa: E402
-from bench.images import ImageServer, prompt, sampling  # noqa: E402
-from bench.servers import console, launch_arguments, servers  # noqa: E402
+from bench.common.comparing import NOTHING_RAN, any_ran, differences  # noqa: E402
+from bench.common.engines import end_on_sigterm  # noqa: E402
+from bench.common.logs import DIED, RETRACTED  # noqa: E402
+from bench.common.options import patches_of  # noqa: E402
+from bench.common.pictures import ImageServer, prompt, sampling  # noqa: E402
+from bench.common.results import Results  # noqa: E402
+from bench.common.servers import console, launch_arguments, servers  # noqa: E402
+from bench.common.variants import PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
+from gemma4_turbo.engine import states  # noqa: E402
 from gemma4_turbo.engine.counters import descendants  # noqa: E402
 from gemma4_turbo.models import geometry_mm  # noqa: E402
 
@@ -52,8 +57,6 @@ KINDS = {"short": 4, "long": 2, "common beginning": 3, "pictures": 2, "aborted":
 """How often which request is sent."""
 
 PROBE_TOKENS = 24
-RETRACTED = re.compile(r"retract", re.IGNORECASE)
-DIED = re.compile(r"Traceback \(most recent call last\)|Scheduler hit an exception|CUDA error")
 
 
 # -- requests -----------------------------------------------------------------------------------
@@ -158,7 +161,7 @@ class SoakedServer(ImageServer):
         family = [psutil.Process(self.process.pid)]
         family += family[0].children(recursive=True)
         on_gpu, resident = gpu_memory_by_process(), 0
-        found: Counter[str] = Counter()
+        found: defaultdict[str, float] = defaultdict(float)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
                 resident += process.memory_info().rss
@@ -241,6 +244,7 @@ def problems(
     memory: list[dict[str, float]],
     leak: float,
     log: str,
+    failed: Sequence[str] = (),
 ) -> list[str]:
     """Why a soak failed, a line each; none: PASS.
 
@@ -248,8 +252,10 @@ def problems(
         asked: the probes' answers, of each time.
         memory: in MiB, the first after the first minute, the last at the end.
         leak: how many MiB more at the end are none.
+        log: the server's.
+        failed: patches whose code had an error, and ran stock's from then on.
     """
-    told = list(soak.failures)
+    told = [*soak.failures, *failed]
     if soak.short:
         told.append(f"{soak.short} answers had not all of their tokens")
     for number, answers in enumerate(asked[1:], 1):
@@ -260,8 +266,10 @@ def problems(
         grown = memory[-1][kind] - memory[0][kind]
         if grown > leak:
             told.append(f"{kind} memory: {grown:.0f} MiB more than after the first minute")
-    if DIED.search(log):
-        told.append(f"the log has: {DIED.search(log)[0]}")  # type: ignore[index]
+    if died := DIED.search(log):
+        told.append(f"the log has: {died[0]}")
+    if not RETRACTED.search(log):
+        told.append("the KV pool was never full: --max-total-tokens is too much for these clients")
     return told
 
 
@@ -294,7 +302,7 @@ def main(
 ) -> None:
     """A patched server under mixed load."""
     end_on_sigterm()
-    chosen = [name for name in patches.split(",") if name]
+    chosen = patches_of(patches)
     variant = STOCK if stock else PATCHED
     results = Results(model, layers or None, chosen)
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
@@ -312,6 +320,7 @@ def main(
     soak, bodies = Soak(), probes(pictures)
     asked: list[list[dict[str, Any]]] = []
     memory: list[dict[str, float]] = []
+    failed: list[str] = []
     started = time.monotonic()
     with servers(make, [variant]) as live:
         server: Any = live[variant]
@@ -345,17 +354,23 @@ def main(
         if server.process.poll() is not None:
             soak.failures.append(f"the server ended with {server.process.poll()}")
         if variant == PATCHED:
+            ran = False
             for process in descendants():
-                rows = [row for row in process.patches if row["engaged"]]
+                lost = [row for row in process.patches if row["state"] == states.FAILED]
+                failed += [
+                    f"pid {process.pid}: {row['name']} failed: {row['reason']}" for row in lost
+                ]
+                rows = [row for row in process.patches if row["engaged"] or row in lost]
+                ran |= any_ran([{"patches": process.patches}])
                 if rows:
                     console.print(report.table(rows, f"pid {process.pid}"))
+            if not ran:
+                failed.append(NOTHING_RAN)
     told = log.read_text(errors="replace")
     full = len(RETRACTED.findall(told))
     results.add(variant, "times requests were retracted", clients, 0, full, "times")
     results.save(out)
-    if not full:
-        console.print("the KV pool was never full: no request was retracted", style="yellow")
-    found = problems(soak, asked, memory, leak, told)
+    found = problems(soak, asked, memory, leak, told, failed)
     for line in found:
         console.print(line, style="red", highlight=False, markup=False)
     total = sum(soak.sent.values())

@@ -27,8 +27,8 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 import typer  # noqa: E402
 
-from bench import small_models, small_tasks  # noqa: E402
-from bench.train_small import (  # noqa: E402
+from bench.models import small_models, small_tasks  # noqa: E402
+from bench.models.training import (  # noqa: E402
     TIMED,
     Data,
     Masters,
@@ -44,7 +44,7 @@ LAYERS = "sssf"
 
 
 def config(target: dict[str, Any], hidden: int = 256, mlp: int = 512) -> dict[str, Any]:
-    """The config.json of an assistant for a target with this one; see `bench.assistant`.
+    """The config.json of an assistant for a target with this one; see `bench.models.assistant`.
 
     SGLang renames the head's fields of an assistant's config itself: they stand as published.
     """

@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
+from gemma4_turbo.cli.report import Console  # noqa: E402
 from gemma4_turbo.cli.tuning.moe import DOWN, EXPERTS, TOKENS, UP, Tile, prepare_sglang, tune  # noqa: E402
 from gemma4_turbo.kernels import moe_tables  # noqa: E402
 

@@ -26,7 +26,7 @@ import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 
-from bench.provenance import provenance  # noqa: E402
+from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import L2_BYTES, Call, Timer, readings  # noqa: E402
 from gemma4_turbo.kernels.skinny_gemm import (  # noqa: E402
     Config,

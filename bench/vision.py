@@ -27,7 +27,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import gemma4_turbo
-from bench.provenance import provenance
+from bench.common.provenance import provenance
+from bench.common.results import append
 from gemma4_turbo.cli import small_moe
 
 PATCHES = [
@@ -55,26 +56,28 @@ def build(device: str, small: bool, attention: str) -> Any:
     if small:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
         sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
-    text = Gemma4TextConfig(
-        hidden_size=1536,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        layer_types=["sliding_attention", "full_attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        global_head_dim=64,
-        vocab_size=64,
-        vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=0,
-        num_kv_shared_layers=0,
-        max_position_embeddings=128,
-    )
+    of_text: dict[str, Any] = {
+        "hidden_size": 1536,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "global_head_dim": 64,
+        "vocab_size": 64,
+        "vocab_size_per_layer_input": 64,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "max_position_embeddings": 128,
+    }
+    text = Gemma4TextConfig(**of_text)
     config = Gemma4Config(
         text_config=text, vision_config=Gemma4VisionConfig(**sizes), audio_config=None
     )
-    config.text_config.swa_head_dim = config.text_config.swa_v_head_dim = 64
-    config.text_config.swa_num_key_value_heads = 1
+    fields: Any = config.text_config
+    fields.swa_head_dim = fields.swa_v_head_dim = 64
+    fields.swa_num_key_value_heads = 1
     if device == "cpu":
         import sglang.srt.layers.rotary_embedding.base as rotary
 
@@ -159,7 +162,7 @@ def main(
                     | {"peak_mib": peak, "distance": distance, "inactive": "+".join(inactive)}
                 )
     frame = pd.DataFrame(rows)
-    frame.to_csv(out, mode="a", header=not out.exists(), index=False)
+    append(frame, out)
     medians = frame.groupby("variant", sort=False)[["ms", "peak_mib", "distance"]].median()
     table = Table("variant", "ms", "ratio", "peak, MiB", "largest distance from stock")
     for variant, row in medians.iterrows():

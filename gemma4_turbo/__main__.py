@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,22 +15,27 @@ try:
 except ImportError:
     sys.exit("gemma4_turbo: the command line needs typer and rich: pip install typer rich")
 
+from gemma4_turbo.cli.commands import Command, Commands
 from gemma4_turbo.version import __version__
 
 NAMES = {"help_option_names": ["-h", "--help"]}
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+WRONG_VARIABLE = 2
 CANNOT_RUN = 3
+PIPE_CLOSED = 141  # as of a program that SIGPIPE ends, so that it is no command's verdict
 
 app = typer.Typer(
     name="gemma4-turbo",
+    cls=Commands,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings=NAMES,
     help=(
         "Runtime accelerator for stock SGLang serving Gemma 4.\n\n"
         "Exit 2 of every command: an option or a variable is wrong. Exit 3: the machine lacks what "
-        "the command needs. Each command's --help has the others. With --json stdout is one object, "
-        "on failure one with the key error."
+        "the command needs. Exit 141: who read the output has closed the pipe. Each command's --help "
+        "has the others. With --json stdout is one object; on failure, which is exit 2, exit 3 or a "
+        "traceback on stderr, it has the key error."
     ),
 )
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, also on failure.")]
@@ -52,7 +57,7 @@ def common(
     """Options before the command."""
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(
     as_json: Json = False,
     everything: All = False,
@@ -73,10 +78,10 @@ def doctor(
     """
     from gemma4_turbo.cli import doctor as command
 
-    _answer(as_json, lambda: command.run(as_json, everything, imported))
+    _answer(as_json, lambda: command.run(as_json, everything, imported), checked=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(as_json: Json = False, everything: All = False) -> None:
     """Run stock and patched side by side and compare.
 
@@ -87,11 +92,12 @@ def verify(as_json: Json = False, everything: All = False) -> None:
     _answer(as_json, lambda: command.run(as_json, everything))
 
 
-@app.command()
+@app.command(cls=Command)
 def tune(
     model: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="MODEL",
             help="A model's folder, or one of 26b-a4b, 31b, 12b, e4b, e2b; may be repeated. All "
             "five by default.",
         ),
@@ -99,7 +105,10 @@ def tune(
     minutes: Annotated[
         float,
         typer.Option(
-            min=0.1, max=1440, help="Stop so long after the start; the same command goes on."
+            min=0.1,
+            max=1440,
+            metavar="MINUTES",
+            help="Stop so long after the start; the same command goes on.",
         ),
     ] = 5.0,
     fresh: Annotated[
@@ -124,7 +133,11 @@ def tune(
     _answer(False, lambda: command.run(model or (), minutes, fresh, share))
 
 
-@app.command(context_settings={"allow_interspersed_args": False})
+@app.command(
+    cls=Command,
+    options_metavar="[OPTIONS] --",
+    context_settings={"allow_interspersed_args": False},
+)
 def bisect(
     command: Annotated[
         list[str], typer.Argument(metavar="COMMAND", help="Exit status 0 passes, others fail.")
@@ -133,7 +146,12 @@ def bisect(
         int | None, typer.Option(min=1, metavar="SECONDS", help="A run that takes longer fails.")
     ] = None,
     repeat: Annotated[
-        int, typer.Option(min=1, help="Runs per set of patches; the set fails if one of them does.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="RUNS",
+            help="Runs per set of patches; the set fails if one of them does.",
+        ),
     ] = 1,
     as_json: Json = False,
     logs: Annotated[
@@ -148,6 +166,7 @@ def bisect(
 
     Run it with every patch off, then with those that the environment asks for,
     then with fewer and fewer of them, each set once: GEMMA4_TURBO_<PATCH>=0 or 1.
+    Patches that cannot be active with the SGLang that is installed here take no part.
 
     No run has a stdin, and no process of its group outlives it. Progress goes to
     stderr. The last line, on stdout, names the culprit and what to set instead.
@@ -158,27 +177,35 @@ def bisect(
     """
     from gemma4_turbo.cli import bisect as implementation
 
-    _answer(as_json, lambda: implementation.run(command, timeout, repeat, as_json, logs), failed=2)
+    _answer(
+        as_json,
+        lambda: implementation.run(command, timeout, repeat, as_json, logs),
+        failed=2,
+        checked=False,
+    )
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
-    layers: Annotated[int, typer.Option(help="Layers of the model on a GPU, multiple of 6.")] = 6,
-    port: Annotated[int, typer.Option(help="HTTP port; 0 takes a free one.")] = 0,
+    layers: Annotated[
+        int, typer.Option(metavar="NUMBER", help="Layers of the model on a GPU, multiple of 6.")
+    ] = 6,
+    port: Annotated[int, typer.Option(metavar="NUMBER", help="HTTP port; 0 takes a free one.")] = 0,
 ) -> None:
     """The main job on what this machine has.
 
-    With a GPU: the real server, requests over HTTP. Without: the stock model classes on the CPU.
+    With a GPU: the real server, requests over HTTP; every active patch must run. Without: small layers
+    of the stock model classes on the CPU, with the patches that can run there.
 
-    Exit 0: it worked. Exit 1: stock and patched differ, or a patch never ran. Exit 3: the machine
-    lacks what it needs.
+    Exit 0: it worked. Exit 1: stock and patched differ, or a patch never ran; on the CPU, none did in
+    a model. Exit 3: the machine lacks what it needs.
     """
     from gemma4_turbo.cli import demo as command
 
     _answer(False, lambda: command.run(layers, port))
 
 
-@app.command(context_settings=PASSED_ON)
+@app.command(cls=Command, context_settings=PASSED_ON)
 def serve(context: typer.Context) -> None:
     """`sglang serve` with the patches on: serve -- --model-path ...
 
@@ -190,7 +217,7 @@ def serve(context: typer.Context) -> None:
     _answer(False, lambda: command.run(context.args))
 
 
-@app.command()
+@app.command(cls=Command)
 def sitecustomize() -> None:
     """Print the folder for PYTHONPATH that turns the patches on without the entry point.
 
@@ -198,14 +225,15 @@ def sitecustomize() -> None:
 
     Needed only where gemma4_turbo is not installed with pip, or SGLANG_PLUGINS names other plugins.
 
-    Exit 3: the installation is incomplete.
+    Exit 3: the installation is incomplete. No variable is looked at: the server names wrong ones.
     """
     from gemma4_turbo.cli import example as command
 
-    _answer(False, command.run)
+    # In $(...) its exit status is lost: the server would stay stock.
+    _answer(False, command.run, checked=False)
 
 
-@app.command()
+@app.command(cls=Command)
 def record(
     wheels: Annotated[list[Path], typer.Argument(metavar="WHEEL...", help="SGLang's wheels.")],
     out: Annotated[
@@ -222,7 +250,7 @@ def record(
     _answer(as_json, lambda: command.record(wheels, out, as_json), failed=2)
 
 
-@app.command()
+@app.command(cls=Command)
 def release(
     wheel: Annotated[Path, typer.Argument(metavar="WHEEL", help="SGLang's wheel.")],
     diff: Annotated[
@@ -244,31 +272,53 @@ def release(
     _answer(as_json, lambda: command.release(wheel, diff, against, everything, as_json), failed=2)
 
 
-def _answer(as_json: bool, run: Callable[[], int], failed: int = CANNOT_RUN) -> None:
-    """Run a command. What the machine lacks is said in one line, without a traceback."""
-    from gemma4_turbo.cli.modules import CannotRunError
+def _answer(
+    as_json: bool, run: Callable[[], int], failed: int = CANNOT_RUN, checked: bool = True
+) -> None:
+    """Run a command. What the machine lacks is said in one line, without a traceback.
 
+    Args:
+        as_json: a failure is told in JSON.
+        run: the command; imports what takes long.
+        failed: its status where it cannot do its work.
+        checked: it does nothing where a variable is wrong; else it reads none, or tells them itself.
+    """
+    from gemma4_turbo.cli.modules import CannotRunError
+    from gemma4_turbo.engine import switches
+
+    told = "; ".join(switches.read().problems) if checked else ""
+    status = WRONG_VARIABLE
     try:
-        status = run()
-    except CannotRunError as error:
-        told, status = str(error), failed
-    except BrokenPipeError:  # head and its like have seen enough
-        with contextlib.suppress(OSError):
-            sys.stdout.close()
-        status = 1
-        raise typer.Exit(status) from None
-    except Exception as error:
-        if not as_json:
+        try:
+            status = status if told else run()
+        except CannotRunError as error:
+            told, status = str(error), failed
+        except BrokenPipeError:
             raise
-        traceback.print_exc()
-        told, status = f"{type(error).__name__}: {error}", 1
-    else:
-        raise typer.Exit(status)
-    if as_json:
-        print(json.dumps({"error": told}, indent=1))
-    else:
-        print(f"gemma4_turbo: {told}", file=sys.stderr)
+        except Exception as error:
+            if not as_json:
+                raise
+            traceback.print_exc()
+            told, status = f"{type(error).__name__}: {error}", 1
+        if told and as_json:
+            print(json.dumps({"error": told}, indent=1))
+        elif told:
+            print(f"gemma4_turbo: {told}", file=sys.stderr)
+        sys.stdout.flush()  # here, where a closed pipe can be told from a verdict
+    except BrokenPipeError:  # head and its like have seen enough
+        _to_nowhere()
+        status = PIPE_CLOSED
     raise typer.Exit(status)
+
+
+def _to_nowhere() -> None:
+    """Nothing is written to a closed pipe once more at exit, where Python would complain of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def main() -> None:

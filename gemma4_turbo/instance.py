@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gemma4_turbo.catalogue import CATALOGUE
-from gemma4_turbo.engine import gpu_profile, run
+from gemma4_turbo.engine import gpu_profile, imports, run
 from gemma4_turbo.engine.installer import Engine
 from gemma4_turbo.engine.port import Port, Ports
 from gemma4_turbo.kernels import measured
@@ -16,6 +16,7 @@ PORTS: Ports = {
     patch.name: tuple(line.PORTS[patch.name] for line in LINES if patch.name in line.PORTS)
     for patch in CATALOGUE
 }
+imports.root = any_line.ROOT
 ENGINE = Engine(
     CATALOGUE,
     PORTS,

@@ -14,9 +14,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from tests import distributions, interpreter, releases
+from tests import distributions, interpreter, op_sources, releases
 
 distributions.quicken()
+op_sources.quicken()
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     interpreter.quicken()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 KINDS = (
@@ -25,7 +27,7 @@ def logits(
 ) -> torch.Tensor:
     """``[rows, experts]`` logits of one of `KINDS` on the generator's device."""
     shape = (rows, experts)
-    place = {"device": generator.device, "generator": generator}
+    place: Any = {"device": generator.device, "generator": generator}
 
     def rand() -> torch.Tensor:
         return torch.rand(shape, **place)

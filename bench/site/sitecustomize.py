@@ -16,25 +16,34 @@ too, upper and lower the same number, and norms near zero damp what comes from t
 ``BENCH_CHECKPOINT=FOLDER`` keeps some weights of the first layer there as a checkpoint's file, for
 `soak.py` to load again.
 
-``BENCH_EXACT_ATTENTION=1``: attention in fp32, see `bench.exact_attention`.
+``BENCH_EXACT_ATTENTION=1``: attention in fp32, see `bench.inside.exact_attention`.
 
 For ``mtp.py``: ``BENCH_AGREEING=FRACTION:SEED:WIDTH`` makes target and assistant agree as
-`bench.agreeing` says. ``BENCH_RANGES=1`` names the parts of a speculative step in traces.
+`bench.inside.agreeing` says. ``BENCH_RANGES=1`` names the parts of a speculative step in traces.
 """
 
+from __future__ import annotations
+
+import importlib
 import os
 
+TYPE_CHECKING = False  # typing would be imported for it in every process of an engine
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
 try:
-    from wrapt import register_post_import_hook
+    _hooks = importlib.import_module("wrapt")
 except ImportError:  # another engine's environment
-    from after_import import register_post_import_hook
+    _hooks = importlib.import_module("after_import")
+register_post_import_hook = _hooks.register_post_import_hook
 
 
-def _widen(loader):
+def _widen(loader: Any) -> None:
     bound = float(os.environ.get("BENCH_WEIGHT_RANGE", "3e-2"))
     draw = loader.initialize_dummy_weights
 
-    def initialize_dummy_weights(model):
+    def initialize_dummy_weights(model: Any) -> None:
         draw(model, low=-bound, high=bound)
         if hasattr(model, "vision_tower") or os.environ.get("BENCH_UNIT_NORMS") == "1":
             for name, tensor in model.state_dict().items():
@@ -54,17 +63,17 @@ def _widen(loader):
 NARROW = 1.1e-3  # what vLLM draws by itself lies below
 
 
-def _widen_vllm(utils):
+def _widen_vllm(utils: Any) -> None:
     """Of each function that draws; the older one has bounds, in others they are fixed."""
     import inspect
 
     bound = float(os.environ.get("BENCH_WEIGHT_RANGE", "3e-2"))
 
-    def widened(draw):
+    def widened(draw: Callable[..., Any]) -> Callable[..., Any]:
         signature = inspect.signature(draw)
         bounds = {"low", "high"} <= set(signature.parameters)
 
-        def drawn(what, *args, **kwargs):
+        def drawn(what: Any, *args: Any, **kwargs: Any) -> Any:
             given = signature.bind(what, *args, **kwargs)
             if bounds:
                 given.arguments |= {"low": -bound, "high": bound}
@@ -81,7 +90,7 @@ def _widen_vllm(utils):
             setattr(utils, name, widened(getattr(utils, name)))
 
 
-def _let_images_through(name, tensor):
+def _let_images_through(name: str, tensor: Any) -> None:
     """Infinite bounds; norms and scales around one; attention's logits of ordinary size."""
     if name.endswith(("put_min", "put_max")):
         tensor.fill_(float("-inf" if name.endswith("min") else "inf"))
@@ -91,7 +100,7 @@ def _let_images_through(name, tensor):
         tensor.add_(1)
 
 
-def _tie_values_to_keys(module):
+def _tie_values_to_keys(module: Any) -> None:
     """Where a checkpoint has one projection for both, SGLang's loader fills both with it."""
     config = getattr(module, "config", None)
     one = getattr(config, "attention_k_eq_v", False) and hasattr(module, "qkv_proj")
@@ -104,7 +113,7 @@ def _tie_values_to_keys(module):
 KEPT = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "layer_scalar")
 
 
-def _keep(model, folder):
+def _keep(model: Any, folder: str) -> None:
     """Small weights that norms, scales and graphs of patches follow, by a checkpoint's names."""
     from safetensors.torch import save_file
 
@@ -118,7 +127,7 @@ def _keep(model, folder):
     save_file(kept, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
-def _size_pools(module):
+def _size_pools(module: Any) -> None:
     size = int(float(os.environ["BENCH_POOL_GIB"]) * 2**30)
     for name in ("ModelRunnerKVCacheMixin", "KVCacheConfigurator"):  # the latter in later releases
         owner = vars(module).get(name)
@@ -126,7 +135,7 @@ def _size_pools(module):
             owner._profile_available_bytes = lambda self, before: size
 
 
-def _order_tokens(ordering):
+def _order_tokens(ordering: Any) -> None:
     """Each token once: whole numbers are not drawn."""
     import torch
 
@@ -134,8 +143,8 @@ def _order_tokens(ordering):
     ordering.copy_(drawn)
 
 
-def _agree(model, fraction, seed, seen_width):
-    from bench import agreeing
+def _agree(model: Any, fraction: str, seed: str, seen_width: str) -> None:
+    from bench.inside import agreeing
 
     agreement = agreeing.Agreement(model.config.vocab_size, float(fraction), int(seed))
     if hasattr(model, "backbone_hidden_size"):
@@ -144,20 +153,20 @@ def _agree(model, fraction, seed, seen_width):
         agreeing.fill_target(model, agreement, int(seen_width))
 
 
-def _named(method, name):
+def _named(method: Callable[..., Any], name: str) -> Callable[..., Any]:
     import functools
 
     import torch
 
     @functools.wraps(method)
-    def call(*args, **kwargs):
+    def call(*args: Any, **kwargs: Any) -> Any:
         with torch.profiler.record_function(name):
             return method(*args, **kwargs)
 
     return call
 
 
-def _name_parts(module):
+def _name_parts(module: Any) -> None:
     """Draft, verification and seed step as ranges in a profiler's trace."""
     worker = module.FrozenKVMTPWorker
     for method, name in (
@@ -168,7 +177,7 @@ def _name_parts(module):
         setattr(worker, method, _named(getattr(worker, method), name))
 
 
-def _name_parts_ahead(module):
+def _name_parts_ahead(module: Any) -> None:
     """The same where the worker runs ahead of the GPU; its draft is a function that a patch replaces."""
     import contextlib
 
@@ -177,7 +186,7 @@ def _name_parts_ahead(module):
     span, names = module.spec_stage_span, {"draft": "mtp draft", "draft_extend": "mtp seed"}
 
     @contextlib.contextmanager
-    def spec_stage_span(name):
+    def spec_stage_span(name: str) -> Iterator[None]:
         with span(name), torch.profiler.record_function(names.get(name, name)):
             yield
 
@@ -186,8 +195,8 @@ def _name_parts_ahead(module):
     worker.verify = _named(worker.verify, "mtp verify")
 
 
-def _exact_attention(module):
-    from bench import exact_attention
+def _exact_attention(module: Any) -> None:
+    from bench.inside import exact_attention
 
     exact_attention.install(module)
 

@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from gemma4_turbo.catalogue import CATALOGUE, Patch
+from gemma4_turbo.cli import outlook, report
 from gemma4_turbo.cli.minimise import expected, minimise
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.cli.process_group import interruptible
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.cli.trials import REPEAT, Trials, say, standing
 from gemma4_turbo.engine import gpu_profile, switches
+from gemma4_turbo.engine.imports import installed_release
+from gemma4_turbo.instance import ENGINE
 
 CULPRIT = "culprit"
 NOT_OURS = "fails without any patch"
@@ -59,7 +61,7 @@ def search(trials: Trials, names: Sequence[str], found: Findings) -> None:
         found.culprits.append(culprit)
         # Of patches that fail only together, the last goes; one that stands on another before it.
         kept = {name: frozenset(culprit) - {name} for name in reversed(culprit)}
-        standalone = (n for n in kept if standing(kept[n], trials.patches) == kept[n])
+        standalone = (n for n in kept if trials.standing(kept[n]) == kept[n])
         off = next(standalone, culprit[-1])
         found.workaround.append(off)
         on.remove(off)
@@ -74,12 +76,12 @@ def run(
     console = Console(stderr=True)
     patches = catalogue()
     try:
-        reasons = _decide(patches)
+        reasons, idle = _decide(patches)
         names = [name for name, reason in reasons.items() if reason is None]
         with _folder(logs) as folder, interruptible():
             found = Findings()
-            trials = Trials(command, patches, folder, console, timeout, repeat)
-            say(console, _who_takes_part(reasons))
+            trials = Trials(command, patches, folder, console, timeout, repeat, idle)
+            say(console, _who_takes_part(reasons, idle))
             try:
                 search(trials, names, found)
             except KeyboardInterrupt:
@@ -89,13 +91,18 @@ def run(
                 print(json.dumps(_record(trials, found, reasons, logs is not None), indent=1))
             else:
                 say(Console(), _verdict(trials, found))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise CannotRunError(str(error)) from None
     return EXIT[found.result]
 
 
-def _decide(patches: Sequence[Patch]) -> dict[str, str | None]:
-    """Why each patch takes no part; None if it does. `CannotRunError` if none does."""
+def _decide(patches: Sequence[Patch]) -> tuple[dict[str, str | None], dict[str, str]]:
+    """Why each patch takes no part, None if it does; and the state of those that are on in vain.
+
+    `CannotRunError` if none takes part.
+    """
     selection = switches.Selection.decode(os.environ.get(switches.SELECTION, ""))
     measured = gpu_profile.decisions()
     read = switches.read(selection=selection, catalogue=patches, measured=measured)
@@ -105,11 +112,16 @@ def _decide(patches: Sequence[Patch]) -> dict[str, str | None]:
         name: None if decision.on else decision.reason for name, decision in read.decisions.items()
     }
     wanted = [name for name, reason in reasons.items() if reason is None]
-    on = standing(wanted, patches)
-    reasons |= {name: "a patch that it requires is off" for name in wanted if name not in on}
+    with report.Progress() as progress:
+        found = outlook.inactive([name for name in wanted if name in ENGINE.runs], progress)
+    idle = {name: state for name, (state, _) in found.items()}
+    reasons |= {name: f"{state}: {reason}" for name, (state, reason) in found.items()}
+    may_run = [name for name in wanted if name not in idle]
+    on = standing(may_run, patches, idle)
+    reasons |= {name: "a patch that it requires is off" for name in may_run if name not in on}
     if not on:
         raise CannotRunError(f"no patch is on, nothing to bisect: {_left_out(reasons)}")
-    return reasons
+    return reasons, idle
 
 
 def _left_out(reasons: Mapping[str, str | None]) -> str:
@@ -120,10 +132,15 @@ def _left_out(reasons: Mapping[str, str | None]) -> str:
     return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
 
 
-def _who_takes_part(reasons: Mapping[str, str | None]) -> str:
+def _who_takes_part(reasons: Mapping[str, str | None], idle: Mapping[str, str]) -> str:
     count = sum(reason is None for reason in reasons.values())
-    out = _left_out(reasons)
-    return f"{count} patches take part" + (f"; left out, always off: {out}" if out else "")
+    off = _left_out({name: reason for name, reason in reasons.items() if name not in idle})
+    vain = _left_out(idle)
+    return (
+        f"{count} patches take part"
+        + (f"; left out, always off: {off}" if off else "")
+        + (f"; cannot be active with SGLang {installed_release()}: {vain}" if vain else "")
+    )
 
 
 @contextlib.contextmanager

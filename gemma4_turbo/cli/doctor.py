@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-
-from gemma4_turbo.cli import report
+from gemma4_turbo.cli import outlook, report
 from gemma4_turbo.cli.modules import NOT_INSTALLED, import_targets
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import fingerprints, gpu_profile, state_folder, states, switches
 from gemma4_turbo.engine.counters import live_processes
 from gemma4_turbo.engine.imports import installed_release
-from gemma4_turbo.engine.run import PatchRun, code_of
 from gemma4_turbo.engine.states import PatchStatus
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import advice
@@ -134,28 +131,10 @@ def _judged() -> list[PatchStatus]:
             if row.state == states.WAITING:
                 progress.detail(f"judging {row.name} by SGLang's sources")
                 _, told, why = row.reason.partition(f"; {states.ALONE}: ")
-                state, reason = _outlook(ENGINE.runs[row.name], definitions)
+                state, reason = outlook.foretold(ENGINE.runs[row.name], definitions)
                 row = row._replace(state=state, reason=reason + told + why)
             rows.append(row)
     return rows
-
-
-def _outlook(run: PatchRun, definitions: fingerprints.Definitions) -> tuple[str, str]:
-    if installed_release() is None:
-        return states.WAITING, NOT_INSTALLED
-    state, reason = ENGINE.outlook(run.patch, definitions)
-    for port in run.ports if state == states.ACTIVE else ():
-        if port.finds_defect:
-            try:  # its code reads the sources as well; what it replaces is not called
-                logging.disable(logging.INFO)
-                code_of(port).build(run, dict.fromkeys(port.targets, _outlook))
-            except states.NotNeededError as why:
-                return states.UPSTREAMED, str(why)
-            except Exception:  # it may want more than the sources: what they say stands
-                continue
-            finally:
-                logging.disable(logging.NOTSET)
-    return state, reason
 
 
 def exit_code(found: dict[str, Any]) -> int:
@@ -178,6 +157,8 @@ def run(as_json: bool, everything: bool = False, imported: bool = False) -> int:
             report.show(console, _lines(key, value, everything))
     if as_json:
         found["verdict"] = report.verdict(found["patches"])
+        if wrong := found.get("obstacles") or found["problems"]:
+            found["error"] = "; ".join(wrong)
         print(json.dumps(found, indent=1))
     else:
         last = report.closing(found["patches"])

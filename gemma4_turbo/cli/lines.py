@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.imports import installed_release
@@ -19,13 +19,10 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from gemma4_turbo.ports.any.sglang_types import Rules
+    from gemma4_turbo.ports.any.stock import Calls
 
 MODEL = "sglang.srt.models.gemma4_causal"
-TRITON_UTILS = "sglang.srt.layers.moe.moe_runner.triton_utils"
-ALIGN = f"{TRITON_UTILS}.moe_align_block_size"
-ATTENTION_KERNELS = ("sglang.kernels.ops.attention", "sglang.srt.layers.attention.triton_ops")
-MOE_KERNELS = ("sglang.kernels.ops.moe", TRITON_UTILS)
-"""Packages that hold stock's Triton kernels, the newest line's first."""
+ALIGN = "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
 
 
 @cache
@@ -42,7 +39,7 @@ def verdict(patch: str) -> fingerprints.Verdict:
     return fingerprints.judge(PORTS[patch], installed_release(), _definitions())
 
 
-def absent(patch: str) -> str | None:
+def patch_unfit(patch: str) -> str | None:
     """Why this SGLang takes no port of the patch, or None."""
     found = verdict(patch)
     return None if found.state == states.ACTIVE else f"{patch}: {found.reason}"
@@ -51,8 +48,8 @@ def absent(patch: str) -> str | None:
 def patch(name: str) -> ModuleType:
     """The module with the patch's port that fits; LookupError where none does."""
     port = verdict(name).port
-    if port is None or absent(name) is not None:
-        raise LookupError(absent(name))
+    if port is None or patch_unfit(name) is not None:
+        raise LookupError(patch_unfit(name))
     return import_module(port.module.partition(":")[0])
 
 
@@ -71,9 +68,10 @@ def part(name: str) -> ModuleType:
     return import_module(f"{package()}.{name}")
 
 
-def stock() -> Any:
-    """The line's ``stock.py``, which fusions follow from now on."""
-    return part("stock")
+def stock() -> Calls:
+    """The line's calls of stock's, which fusions follow from now on; LookupError as `package`."""
+    calls: Calls = part("stock").STOCK
+    return calls
 
 
 def rules() -> Rules:
@@ -128,24 +126,3 @@ def _number(module: str, name: str, otherwise: int) -> int:
         if named and isinstance(node.value, ast.Constant):  # type: ignore[attr-defined]
             return int(node.value.value)  # type: ignore[attr-defined, arg-type]
     return otherwise
-
-
-# -- modules of stock's that move -----------------------------------------------------------------
-
-
-def attention_kernel(kind: str) -> ModuleType:
-    """The module of ``extend_attention`` or ``decode_attention``; ImportError where there is none."""
-    return _first(ATTENTION_KERNELS, kind, f"{kind}_fwd")
-
-
-def moe_kernels() -> ModuleType:
-    """The module of the fused experts' kernel; ImportError where there is none."""
-    return _first(MOE_KERNELS, "fused_moe_triton_kernels", "invoke_fused_moe_kernel")
-
-
-@cache
-def _first(packages: tuple[str, ...], module: str, function: str) -> ModuleType:
-    for name in packages:
-        if _definitions().node(f"{name}.{module}:{function}") is not None:
-            return import_module(f"{name}.{module}")
-    raise ImportError(f"none of {', '.join(packages)} has a {module} with {function}")

@@ -18,7 +18,10 @@ from gemma4_turbo.instance import ENGINE
 if TYPE_CHECKING:
     from gemma4_turbo.cli.report import Progress
 
-NOT_INSTALLED = "SGLang is not installed: pip install 'gemma4-turbo[sglang]'"
+NOT_INSTALLED = (
+    "SGLang is not installed: pip install '.[sglang]' in a checkout of gemma4_turbo, or "
+    "'FILE.whl[sglang]' with its wheel"
+)
 
 
 class CannotRunError(Exception):

@@ -11,24 +11,25 @@ from email import message_from_string
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.console import Console
-
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.cli import report
 from gemma4_turbo.cli.modules import CannotRunError
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.fingerprints import Definitions, SourceOf
 from gemma4_turbo.engine.imports import installed_release
 from gemma4_turbo.engine.port import Port
 from gemma4_turbo.instance import PORTS, every_port
 
-SAME, UPSTREAMED, MOVED, CHANGED, GONE, MISTAKE = (
-    *("same", "upstreamed", "moved", "changed", "gone", "mistake"),
+SAME, UPSTREAMED, NEEDLESS, LATER, MOVED, CHANGED, GONE, MISTAKE = ORDER = (
+    *("same", "upstreamed", "needless", "later", "moved", "changed", "gone", "mistake"),
 )
-ORDER = (SAME, UPSTREAMED, MOVED, CHANGED, GONE, MISTAKE)
+DONE = (SAME, UPSTREAMED, NEEDLESS, LATER)  # need no work
 MEANS = {
     SAME: "fits as it is",
-    UPSTREAMED: "not needed",
+    UPSTREAMED: "SGLang has it itself, or has not the defect",
+    NEEDLESS: "of no use with this source",
+    LATER: "written for later releases alone",
     MOVED: "the same source in another module: a port with the new names",
     CHANGED: "another source: a port to read again (--diff PATCH)",
     GONE: "nothing of this name: a port to write anew",
@@ -163,13 +164,23 @@ def needs(wheel: Wheel, progress: report.Progress | None = None) -> list[Need]:
             found.append(Need(patch.name, what, reason, {}, [], [], verdict.port))
             continue
         if verdict.port is not None:  # that says why the line has no use for the patch
-            found.append(Need(patch.name, UPSTREAMED, verdict.reason, {}, [], [], verdict.port))
+            found.append(Need(patch.name, NEEDLESS, verdict.reason, {}, [], [], verdict.port))
+            continue
+        if _is_later(PORTS[patch.name], wheel.release):
+            found.append(Need(patch.name, LATER, "", {}, [], [], None))
             continue
         compared = [
             _compare(patch.name, port, definitions, elsewhere) for port in PORTS[patch.name]
         ]
         found.append(min(compared, key=lambda need: len(need.gone) * 1000 + len(need.changed)))
     return found
+
+
+def _is_later(ports: Sequence[Port], release: str) -> bool:
+    """Whether this is a release on record, and every port was written for later ones."""
+    known = list(fingerprints.known_releases())  # oldest first
+    written = [other for port in ports for other in port.written_for]
+    return release in known and all(known.index(release) < known.index(one) for one in written)
 
 
 def _compare(name: str, port: Port, definitions: Definitions, elsewhere: _Elsewhere) -> Need:
@@ -292,7 +303,7 @@ def _text(source_of: SourceOf, target: str) -> list[str]:
 def release(
     wheel_path: Path, patch: str | None, against: Path | None, everything: bool, as_json: bool
 ) -> int:
-    """The command: 0 every patch fits or is upstreamed, 1 some need work."""
+    """The command: 0 no patch needs work, 1 some do."""
     if patch is not None and patch not in PORTS:
         raise CannotRunError(f"--diff names no patch: {patch!r}; choose from {', '.join(PORTS)}")
     if against is not None and patch is None:
@@ -324,7 +335,7 @@ def release(
             Console().print(text, soft_wrap=True)
     else:
         report.show(Console(), _listing(found, wheel, everything))
-    return 0 if all(need.what in (SAME, UPSTREAMED) for need in found) else 1
+    return 0 if all(need.what in DONE for need in found) else 1
 
 
 _DIFF = {"+": "green", "-": "red", "@": "cyan"}
@@ -337,9 +348,9 @@ def _listing(found: Iterable[Need], wheel: Wheel, everything: bool) -> report.Li
     for need in found:
         groups.setdefault(need.what, []).append(need)
     for what in sorted(groups, key=ORDER.index):
-        style = "green" if what in (SAME, UPSTREAMED) else "bold"
+        style = "green" if what in DONE else "bold"
         lines.add(f"{what} ({len(groups[what])}): {MEANS[what]}", 2, style)
-        if what == SAME:
+        if what in (SAME, LATER):
             lines.add(f"  {', '.join(need.patch for need in groups[what])}", 2)
             continue
         for need in groups[what]:

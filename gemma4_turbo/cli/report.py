@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions
+import rich.console
+from rich.console import ConsoleOptions
 from rich.text import Text
 
 from gemma4_turbo.catalogue import CATALOGUE, by_name
 from gemma4_turbo.engine import states, summary
-from gemma4_turbo.engine.run import WAITING
+from gemma4_turbo.engine.run import DECLINED, WAITING
 from gemma4_turbo.version import __version__
 
 if TYPE_CHECKING:
@@ -101,6 +102,13 @@ def plain(text: object, style: str = "") -> Text:
     return Text(str(text).encode(errors="backslashreplace").decode(), style)
 
 
+class Console(rich.console.Console):
+    """A terminal or a pipe, which may be closed: BrokenPipeError then, not rich's exit with 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise
+
+
 class Listing:
     """Lines that break between words only."""
 
@@ -145,6 +153,7 @@ def table(
     title: str = "",
     calls: bool = True,
     everything: bool = False,
+    idle: str = "",
 ) -> Listing:
     """The rows, a line each, by state; a cause that several share is told once.
 
@@ -155,6 +164,7 @@ def table(
         title: a line above.
         calls: tell how often each patch's code has run; False where nothing is run.
         everything: what each patch does, its switch and its origin as well.
+        idle: why active patches may have counted no call; their names are one line then.
     """
     listing = Listing()
     if title:
@@ -173,11 +183,20 @@ def table(
         by_reason = groups.setdefault(record["state"], {})
         by_reason.setdefault(record["reason"], []).append(record)
     for state in sorted(groups, key=_rank):
+        silent: list[Mapping[str, Any]] = []
+        if state == states.ACTIVE and idle:
+            silent = _take_idle(groups[state])
         shared = {why: found for why, found in groups[state].items() if len(found) > 1}
         own = [found[0] for why, found in groups[state].items() if why not in shared]
+        for head, found in _alike(own).items() if state == states.UPSTREAMED else ():
+            listing.add(f"{state} ({len(found)}): {head}", 2, STYLES.get(state, "bold"))
+            for one in found:
+                _add_row(listing, one, one["reason"].removeprefix(f"{head}: "), calls, everything)
+                own.remove(one)
         for why, found in shared.items():
-            cause = "" if why in ("", _INSTALLED) else f": {why}"
-            listing.add(f"{state} ({len(found)}){cause}", 2, STYLES.get(state, "bold"))
+            cause = why.removeprefix(_INSTALLED).removeprefix("; ")
+            told = f": {cause}" if cause else ""
+            listing.add(f"{state} ({len(found)}){told}", 2, STYLES.get(state, "bold"))
             for one in found:
                 _add_row(listing, one, "", calls, everything)
         if own:
@@ -185,11 +204,45 @@ def table(
             for one in own:
                 why = one["reason"].removeprefix(_INSTALLED).removeprefix("; ")
                 _add_row(listing, one, why, calls, everything)
+        if silent:
+            _add_idle(listing, silent, idle)
     if absent:
         _add_absent(listing, absent, calls, everything)
     for note in notes:
         listing.add(note, 2, "yellow")
     return listing
+
+
+def _alike(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Those whose reasons begin alike, up to a colon, by that beginning."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        head, colon, _ = record["reason"].partition(": ")
+        if colon:
+            found.setdefault(head, []).append(record)
+    return {head: alike for head, alike in found.items() if len(alike) > 1}
+
+
+def _take_idle(by_reason: dict[str, list[Mapping[str, Any]]]) -> list[Mapping[str, Any]]:
+    """Those that counted no call, out of the others."""
+    found = []
+    for reason, records in list(by_reason.items()):
+        found += [one for one in records if not one["engaged"]]
+        by_reason[reason] = [one for one in records if one["engaged"]]
+        if not by_reason[reason]:
+            del by_reason[reason]
+    return found
+
+
+def _add_idle(listing: Listing, records: Sequence[Mapping[str, Any]], cause: str) -> None:
+    """Names in one line; a row for each that says why it took stock's path."""
+    head = f"{states.ACTIVE}, {NOT_EXERCISED} ({len(records)}): {cause}"
+    listing.add(head, 2, STYLES[states.ACTIVE])
+    if silent := [one["name"] for one in records if one["reason"] == _INSTALLED]:
+        listing.add(f"  {joined(silent)}", 2)
+    for one in records:
+        if one["reason"] != _INSTALLED:
+            _add_row(listing, one, one["reason"].rpartition(f"{DECLINED}: ")[2], False, False)
 
 
 def _rank(state: str) -> int:

@@ -11,10 +11,9 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-
 from gemma4_turbo.catalogue import Patch
 from gemma4_turbo.cli import process_group, report
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import switches
 
 REPEAT = "--repeat 5 runs each set up to 5 times"
@@ -31,9 +30,14 @@ class Run(NamedTuple):
     stderr: Path
 
 
-def standing(names: Collection[str], patches: Iterable[Patch]) -> frozenset[str]:
-    """``names`` without the patches that stay off because one that they require is off."""
-    needs = {patch.name: patch.requires for patch in patches}
+def standing(
+    names: Collection[str], patches: Iterable[Patch], idle: Collection[str] = ()
+) -> frozenset[str]:
+    """``names`` without the patches that stay off because one that they require is off.
+
+    Those of ``idle`` are on.
+    """
+    needs = {patch.name: frozenset(patch.requires).difference(idle) for patch in patches}
     on = frozenset(names)
     while (kept := frozenset(name for name in on if on.issuperset(needs[name]))) != on:
         on = kept
@@ -41,7 +45,11 @@ def standing(names: Collection[str], patches: Iterable[Patch]) -> frozenset[str]
 
 
 class Trials:
-    """Runs the command with some of the patches on, each set once, and remembers the verdicts."""
+    """Runs the command with some of the patches on, each set once, and remembers the verdicts.
+
+    Those of ``idle`` cannot be active. They are switched on wherever a patch is, for the patches that
+    require them, and are in no set.
+    """
 
     def __init__(
         self,
@@ -51,9 +59,10 @@ class Trials:
         console: Console,
         timeout: float | None = None,
         repeat: int = 1,
+        idle: Collection[str] = (),
     ) -> None:
         self.command, self.patches, self.folder, self.console = command, patches, folder, console
-        self.timeout, self.repeat = timeout, repeat
+        self.timeout, self.repeat, self.idle = timeout, repeat, frozenset(idle)
         self.runs: list[Run] = []
         self.verdicts: dict[frozenset[str], bool] = {}  # True: fails
         self.flaky: dict[frozenset[str], int] = {}  # how often the set passed before it failed
@@ -61,10 +70,14 @@ class Trials:
 
     def fails(self, names: frozenset[str]) -> bool:
         """Whether any of the runs with exactly ``names`` on fails."""
-        on = standing(names, self.patches)
+        on = self.standing(names)
         if on not in self.verdicts:
             self.verdicts[on] = self._fails(on)
         return self.verdicts[on]
+
+    def standing(self, names: Collection[str]) -> frozenset[str]:
+        """``names`` without those that stay off because one that they require is off."""
+        return standing(names, self.patches, self.idle)
 
     def _fails(self, on: frozenset[str]) -> bool:
         for attempt in range(self.repeat):
@@ -93,7 +106,7 @@ class Trials:
             return f"no patch on ({switches.MASTER}=0)"
         if len(names) <= LISTED:
             return f"on: {', '.join(names)}"
-        return f"{len(names)} of {len(self.patches)} patches on"
+        return f"{len(names)} of {len(self.patches) - len(self.idle)} patches on"
 
     def _estimate(self, attempt: int) -> str:
         runs = self.sets_left * self.repeat - attempt
@@ -106,7 +119,9 @@ class Trials:
 
     def environment(self, on: Collection[str]) -> dict[str, str]:
         """Ours, with every patch switched explicitly: that wins over profile and aliases."""
-        chosen = {patch.env: "1" if patch.name in on else "0" for patch in self.patches}
+        chosen = {
+            patch.env: "1" if patch.name in {*on, *self.idle} else "0" for patch in self.patches
+        }
         return {**os.environ, **chosen, **({} if on else {switches.MASTER: "0"})}
 
     def ordered(self, names: Collection[str]) -> tuple[str, ...]:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from gemma4_turbo.cli import report
 from gemma4_turbo.cli.modules import CannotRunError
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import gpu_profile, switches
 from gemma4_turbo.engine.gpu_profile import TUNE, Key, Place, Profile, Shape
 from gemma4_turbo.engine.switches import Decision

@@ -7,10 +7,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from gemma4_turbo.cli import report
 from gemma4_turbo.cli.modules import CannotRunError, require_targets
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.states import PatchStatus
@@ -171,6 +170,8 @@ def run(as_json: bool, everything: bool = False) -> int:
             "not_compared": not_compared(rows, checks),
             "verdict": verdict(checks),
         }
+        if not any(map(result, checks)):
+            found["error"] = found["verdict"]
         print(json.dumps(found, indent=1))
     else:
         console = Console()

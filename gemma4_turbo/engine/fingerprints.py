@@ -63,12 +63,13 @@ def known_releases() -> dict[str, dict[str, str]]:
 
 def installed_source(module: str) -> str | None:
     """Source of a module of the installed SGLang, None if it cannot be had. Imports nothing."""
+    root = module.partition(".")[0]
     try:
-        spec = importlib.util.find_spec("sglang")
+        spec = importlib.util.find_spec(root)
         # One that is loaded by a finder of its own may be anywhere; a namespace has several places.
         places = list(spec.submodule_search_locations or ()) if spec is not None else []
     except Exception as error:  # whatever finders there are, and folders that nobody may search
-        _tell(f"sglang cannot be looked for: {error}")
+        _tell(f"{root} cannot be looked for: {error}")
         return None
     sources = (folder_source(Path(place).parent)(module) for place in places)
     return next((source for source in sources if source is not None), None)
@@ -446,7 +447,7 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
                 states.UPSTREAMED,
                 f"{label} does not have the defect: {target.partition(':')[2]} uses {name}",
             )
-        since = f" (since {port.superseded_since})" if port.superseded_since else ""
+        since = f", since {port.superseded_since}" if port.superseded_since else ""
         return Verdict(states.UPSTREAMED, f"{label} has it itself: {name}{since}")
     missing = [target for target, value in prints.items() if value is None]
     nowhere = [t for t in missing if not any(t in known for known in table.values())]
@@ -496,12 +497,17 @@ def _mistake(port: Port, table: dict[str, dict[str, str]]) -> str | None:
     for module in port.lazy:
         if module not in holding:
             return f"lazy names a module that holds none of the patch's sources: {module}"
+    if port.needless or port.tells_only:
+        if port.module:
+            return (
+                f"there is no code to find in {port.module}: needless and tells_only name no module"
+            )
+        told = port.needless or port.superseded_when
+        return None if told else "tells_only without superseded_when tells nothing"
+    if not port.module:
+        return "the port names no module with its code"
     if port.finds_defect:
         return None  # fingerprints do not decide
-    if port.needless:
-        return None
-    if port.tells_only:
-        return None if port.superseded_when else "tells_only without superseded_when tells nothing"
     if not port.written_for:
         return "written_for names no release, and the patch does not look for a defect"
     for target in port.sources:

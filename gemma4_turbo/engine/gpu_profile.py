@@ -58,6 +58,10 @@ class Key(NamedTuple):
     gemma4_turbo: str
 
 
+PACKAGES = Key._fields[2:-1]
+"""Beside ours. The file calls each by its name."""
+
+
 class Shape(NamedTuple):
     """What was measured of a kernel at one shape."""
 
@@ -255,7 +259,7 @@ def save(where: str, profile: Profile) -> None:
 def versions() -> dict[str, str]:
     """Of all that a profile depends on, as installed; "" for what is not."""
     found = {"gemma4_turbo": __version__}
-    for package in ("sglang", "torch", "triton"):
+    for package in PACKAGES:
         try:
             found[package] = metadata.version(package) or ""  # None of a broken installation
         except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""SGLang as Python's import system knows it. Nothing here imports it."""
+"""The package that is patched, as Python's import system knows it. Nothing here imports it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import functools
 import sys
 from importlib import metadata
 
-ROOT = "sglang"
+root = ""
+"""Its name, which whoever has ports gives: `gemma4_turbo.instance`."""
 
 
 def installed_release() -> str | None:
-    """Version of the installed SGLang, without importing it."""
-    return _release(tuple(sys.path))
+    """Its installed version, without importing it; None where there is none, and before it has a name."""
+    return _release(root, tuple(sys.path)) if root else None
 
 
 @functools.cache
-def _release(path: tuple[str, ...]) -> str | None:
+def _release(package: str, path: tuple[str, ...]) -> str | None:
     """By where Python looks: SGLang's metadata are long, and every patch asks."""
     try:
-        return metadata.version(ROOT)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 

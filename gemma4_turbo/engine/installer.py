@@ -46,7 +46,7 @@ class _FirstImport:
         self._callback: Callable[[], None] | None = callback
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> None:
-        if fullname == imports.ROOT and self._callback is not None:
+        if fullname == imports.root and self._callback is not None:
             callback, self._callback = self._callback, None
             callback()
 
@@ -396,7 +396,7 @@ class Engine:
                 for run in self._in_turn:
                     self._install(run, switches)
             self._gates("install")
-        elif imports.ROOT in sys.modules:
+        elif imports.root in sys.modules:
             self._arm()
         elif self._finder not in sys.meta_path:
             self._finder = _FirstImport(self._guarded(self._arm))

@@ -9,8 +9,9 @@ from typing import NamedTuple
 class Port(NamedTuple):
     """One patch in one release line. Functions are named ``"module:qualname"``."""
 
-    module: str  # of ours, or "module:attribute"; see `gemma4_turbo.engine.run.PatchModule`
     targets: tuple[str, ...]  # replaced
+    # Of ours, or "module:attribute", see `gemma4_turbo.engine.run.PatchModule`; "" where there is no code.
+    module: str = ""
     relies_on: tuple[str, ...] = ()  # not replaced, but the source must be known
     # What is only read from, with the names that are read: the rest of its body may change.
     reads: tuple[tuple[str, tuple[str, ...]], ...] = ()

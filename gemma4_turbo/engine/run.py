@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gemma4_turbo")
 WAITING = "SGLang has not imported the target yet"
+DECLINED = "some calls take stock's path"
 
 
 class PatchModule(Protocol):
@@ -105,7 +106,7 @@ class PatchRun:
         """The reason, with a note on declined calls."""
         if not self._decline_reason:
             return self.reason
-        return f"{self.reason}; some calls take stock's path: {self._decline_reason}"
+        return f"{self.reason}; {DECLINED}: {self._decline_reason}"
 
     def definitions(self) -> Definitions:
         """What the imported modules' sources define, for a patch that looks for a defect."""

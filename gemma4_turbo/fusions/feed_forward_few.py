@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions.comparison import samples
 from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.fusions.router_few import LOGITS, WEIGHTS
@@ -55,6 +56,35 @@ class FeedForwardFew(Fusion[Args, Found]):
             inputs=Inputs(*(samples(kernel.MAX_TOKENS, x).roll(shift, -1) for shift in range(3))),
             weights=random_weights(hidden, width, narrow, args.topk + 1, x, w.scale.dtype),
         )
+
+    def checks(self, device: str) -> list[Check]:
+        """The whole launch against plain torch with stock's roundings, 26B-A4B's shape with few experts."""
+        sizes = (2816, 2112, 704, 9, 8) if device == "cuda" else (64, 16, 8, 5, 2)
+        hidden, width, narrow, experts, topk = sizes
+        generator = torch.Generator(device).manual_seed(5)
+        x = torch.randn(3, kernel.MAX_TOKENS, hidden, generator=generator, device=device).bfloat16()
+        weights = random_weights(hidden, width, narrow, experts, x, torch.float32)
+        checks = []
+        for tokens in (1, kernel.MAX_TOKENS):
+            inputs = Inputs(*x[:, :tokens].unbind())
+            found = kernel.feed_forward_few(inputs, weights, topk)
+            pairs = (
+                (found.mlp_output, kernel.reference_mlp(inputs, weights)),
+                (found.experts_output, kernel.reference_experts(inputs, weights, found.routed)),
+            )
+            far = wrong(found, inputs, weights, topk)
+            checks.append(
+                Check(
+                    self.patch,
+                    f"{tokens} tokens, a dense MLP of {width} and {topk} of {experts} experts of {narrow}",
+                    "plain torch with stock's roundings",
+                    2 * tokens * hidden,
+                    sum(int((ours != theirs).sum()) for ours, theirs in pairs),
+                    f"{OUTPUT:.1e} of a row's largest, ids of these logits; {far} further",
+                    far == 0,
+                )
+            )
+        return checks
 
     def differing(self, args: Args, kind: int) -> int:
         """Numbers that are too far from the reference's, of each kernel that is compiled."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from gemma4_turbo.engine import states
+from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.fusions.comparison import different_bits
 from gemma4_turbo.fusions.site import UNPROVEN, Site
@@ -17,6 +19,7 @@ from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.fusions.examples import Examples
 
 A = TypeVar("A")
 R = TypeVar("R")
@@ -45,13 +48,17 @@ class Step:
         else:
             run.declined(reason)
 
+    def checks(self, device: str) -> list[Check]:
+        """What `verify` says of it: nothing, where it has no arithmetic."""
+        return []
+
 
 class Fusion(Step, Generic[A, R]):
     """A kernel with arguments ``A`` and result ``R``, for every release line.
 
-    A subclass says what the kernel is: `unfit`, `launch`, `theirs`, `reference`, `drawn`; `operator`
-    and `traced` where it may run inside piecewise CUDA graphs. A forward calls the fusion with its
-    `Site` and the arguments; None means that stock's calls are to be made.
+    A subclass says what the kernel is: `unfit`, `launch`, `theirs`, `reference`, `drawn`, `examples`;
+    `operator` and `traced` where it may run inside piecewise CUDA graphs. A forward calls the fusion
+    with its `Site` and the arguments; None means that stock's calls are to be made.
     """
 
     follows_rmsnorm: ClassVar[bool] = True
@@ -61,6 +68,7 @@ class Fusion(Step, Generic[A, R]):
         super().__init__()
         self.patch = patch
         self.op: Any = None
+        self.traceable = type(self).traced is not Fusion.traced
 
     # -- what the kernel is ------------------------------------------------------------------------
 
@@ -89,6 +97,10 @@ class Fusion(Step, Generic[A, R]):
         """The same with stock's calls. On a GPU."""
         raise NotImplementedError
 
+    def repeated(self, stock: Stock, args: A) -> Callable[[], R]:
+        """`theirs` as a call that is made again and again: what stock itself makes once is made here."""
+        return partial(self.theirs, stock, args)
+
     def reference(self, args: A) -> R:
         """The same in plain torch, rounding where stock rounds."""
         raise NotImplementedError
@@ -96,6 +108,10 @@ class Fusion(Step, Generic[A, R]):
     def drawn(self, args: A) -> A:
         """Random activations in the place of this call's, its weights kept; the same every time."""
         raise NotImplementedError
+
+    def examples(self, device: str) -> Examples[A]:
+        """What `verify` compares with stock's bits; a kernel within bounds has `checks` of its own."""
+        return []
 
     def like(self, args: A) -> torch.Tensor:
         """The activation whose width, dtype and device decide about stock's RMSNorm."""
@@ -163,6 +179,8 @@ class Fusion(Step, Generic[A, R]):
 
     def fits_traced(self, site: Site, unfit: str | None) -> bool:
         """Whether traced code calls the operator."""
+        if not self.traceable:
+            return False
         if getattr(site.norm, "is_torch_compile", False):  # its native form, for Inductor
             return False
         proven = not self.follows_rmsnorm or site.kinds.traced_reason is None
@@ -192,6 +210,40 @@ class Fusion(Step, Generic[A, R]):
             return run
         run.declined(unfit)
         return None
+
+    # -- verify ------------------------------------------------------------------------------------
+
+    def checks(self, device: str) -> list[Check]:
+        """Each of the examples: bits of stock's calls on a GPU, plain torch within rounding without one."""
+        return [self.check(device, what, draw) for what, draw in self.examples(device)]
+
+    def check(self, device: str, what: str, draw: Callable[[], A]) -> Check:
+        """One comparison; ValueError if the kernel does not take what is drawn."""
+        args, others = draw(), draw()
+        unfit = self.unfit(args)
+        if unfit is not None:
+            raise ValueError(unfit)
+        kind = norm_kinds.find(self.like(args)).eager
+        ours = self.written(args, self.launch(args, kind))
+        on_gpu = device == "cuda"
+        result = self.theirs(followed(), others) if on_gpu else self.reference(others)
+        pairs = [
+            (a.contiguous(), b.contiguous())
+            for a, b in zip(ours, self.written(others, result), strict=True)
+            if a is not None and b is not None
+        ]
+        bits = sum(int((a.view(torch.int16) != b.view(torch.int16)).sum()) for a, b in pairs)
+        if on_gpu:
+            against, allowed, passed = "stock's calls on this GPU", "not one bit", bits == 0
+        else:
+            # The order of a sum shifts a value by an ulp of fp32 and now and then flips a rounding.
+            against, allowed = "plain torch", "2 ulp"
+            slack = 2 * torch.finfo(torch.bfloat16).eps
+            passed = all(
+                torch.allclose(a.float(), b.float(), rtol=slack, atol=1e-2) for a, b in pairs
+            )
+        count = sum(a.numel() for a, _ in pairs)
+        return Check(self.patch, what, against, count, bits, allowed, passed)
 
     # -- the self-check ----------------------------------------------------------------------------
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.examples import EPS, Examples, root, rows, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
-from gemma4_turbo.fusions.stock import Stock
+from gemma4_turbo.fusions.stock import Stock, kept
 from gemma4_turbo.fusions.stock import layer_norms as stock_layer_norms
 from gemma4_turbo.kernels.norms import layer_norms as kernel
 from gemma4_turbo.kernels.norms.layer_norms import Outputs, Router
@@ -56,12 +59,32 @@ class LayerNorms(Fusion[Args, Outputs]):
     def theirs(self, stock: Stock, args: Args) -> Outputs:
         return stock_layer_norms(stock.eager_norms(), *args)
 
+    def repeated(self, stock: Stock, args: Args) -> Callable[[], Outputs]:
+        router, made = args.router, None
+        if router is not None:
+            made = kept(router.scale, router.root_size, args.residual.dtype)
+        return partial(stock_layer_norms, stock.eager_norms(), *args, made)
+
     def reference(self, args: Args) -> Outputs:
         return kernel.reference_layer_norms(*args)
 
     def drawn(self, args: Args) -> Args:
         x = samples(96, args.residual)
         return args._replace(attention_output=x, residual=x.flip(0))
+
+    def examples(self, device: str) -> Examples[Args]:
+        """Widths of 26B-A4B (with router) and E4B (without)."""
+
+        def draw(width: int, with_router: bool) -> Args:
+            x, r = rows(device, width, 1), rows(device, width, 2).flip(0).contiguous()
+            w = [weight(device, width, seed) for seed in (3, 4, 5, 6)]
+            router = Router(w[2], root(device, width), EPS, w[3], EPS) if with_router else None
+            return Args(x, r, w[0], EPS, w[1], EPS, router)
+
+        return [
+            (f"width {width}, scales 0.01 to 30", partial(draw, width, with_router))
+            for width, with_router in ((2816, True), (2560, False))
+        ]
 
     def like(self, args: Args) -> torch.Tensor:
         return args.residual

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.examples import EPS, Examples, rows, scalar, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
 from gemma4_turbo.fusions.stock import Stock
 from gemma4_turbo.kernels.norms import layer_tail as kernel
@@ -58,21 +60,30 @@ class LayerTail(Fusion[Args, Outputs]):
         return self.op(*args[:5], *(args.experts or NO_EXPERTS)[:5], weight, eps, kind)  # type: ignore[no-any-return]
 
     def theirs(self, stock: Stock, args: Args) -> Outputs:
+        return self.repeated(stock, args)()
+
+    def repeated(self, stock: Stock, args: Args) -> Callable[[], Outputs]:
         x, weight, eps, residual, scalar, experts, following = args
-        if experts is None:
-            out = stock.norm_residual(x, weight, residual, scalar, eps)
-        else:
-            output = experts.output
-            if output.dim() == 3:
-                output = torch.empty_like(x)
-                stock.sum_experts(experts.output, output)
-            every = experts.mlp_eps, experts.eps, eps
-            out = stock.dual_norm_residual(
-                x, experts.mlp_weight, output, experts.weight, weight, residual, scalar, every
-            )
-        if following is None:
-            return out, None
-        return out, stock.eager_norms().rmsnorm(out, following.weight, following.eps)
+        total = None
+        if experts is not None and experts.output.dim() == 3:
+            total = torch.empty_like(x)
+
+        def call() -> Outputs:
+            if experts is None:
+                out = stock.norm_residual(x, weight, residual, scalar, eps)
+            else:
+                if total is not None:
+                    stock.sum_experts(experts.output, total)
+                summed = experts.output if total is None else total
+                every = experts.mlp_eps, experts.eps, eps
+                out = stock.dual_norm_residual(
+                    x, experts.mlp_weight, summed, experts.weight, weight, residual, scalar, every
+                )
+            if following is None:
+                return out, None
+            return out, stock.eager_norms().rmsnorm(out, following.weight, following.eps)
+
+        return call
 
     def reference(self, args: Args) -> Outputs:
         return kernel.reference_layer_tail(*args)
@@ -83,6 +94,10 @@ class LayerTail(Fusion[Args, Outputs]):
         if experts is not None:
             experts = experts._replace(output=x.roll(1, 0).contiguous())
         return args._replace(mlp_output=x, residual=x.flip(0), experts=experts)
+
+    def examples(self, device: str) -> Examples[Args]:
+        """26B-A4B's tail with the next norm, the experts summed."""
+        return [example(device, lambda choices: choices.float().sum(1).bfloat16())]
 
     def like(self, args: Args) -> torch.Tensor:
         return args.residual
@@ -102,6 +117,22 @@ class ExpertsTail(LayerTail):
         x, output = samples(rows, like), samples(rows, like, choices * like.shape[-1])
         experts = args.experts._replace(output=output.view(rows, choices, -1))
         return args._replace(mlp_output=x, residual=x.flip(0), experts=experts)
+
+
+def example(
+    device: str, made: Callable[[torch.Tensor], torch.Tensor], sums_from_zero: bool = False
+) -> tuple[str, Callable[[], Args]]:
+    """26B-A4B's width; ``made``: the experts' output of what eight of them give a token."""
+    width = 2816
+
+    def draw() -> Args:
+        x, r = rows(device, width, 1)[:32], rows(device, width, 2)[:32]
+        choices = torch.stack([rows(device, width, 10 + k)[:32] for k in range(8)], dim=1)
+        w = [weight(device, width, seed) for seed in (3, 4, 5, 6)]
+        experts = Experts(made(choices), w[1], EPS, w[0], EPS, sums_from_zero)
+        return Args(x, w[2], EPS, r, scalar(device), experts, NextNorm(w[3], EPS, 0))
+
+    return f"{32 if device == 'cuda' else 6} rows of width {width}", draw
 
 
 def _run(

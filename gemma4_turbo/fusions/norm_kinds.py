@@ -7,7 +7,6 @@ each of them. The kinds differ in one to twenty of a million numbers, so the com
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,16 +46,19 @@ def find(like: torch.Tensor, width: int | None = None) -> Kinds:
     key = (like.shape[-1] if width is None else width, like.dtype, like.device)
     if key not in _found:
         like = like if width is None else like.new_empty((1, width))
-        eager, reason = _compared(followed().eager_norms, like)
-        traced, traced_reason = _compared(followed().traced_norms, like)
+        stock = followed()
+        eager, reason = _compared(stock.eager_norms, like, stock.norms_are_cute())
+        traced, traced_reason = _compared(stock.traced_norms, like)
         _found[key] = Kinds(eager, traced, reason, traced_reason)
     return _found[key]
 
 
-def _compared(functions: Callable[[], Functions], like: torch.Tensor) -> tuple[int, str | None]:
+def _compared(
+    functions: Callable[[], Functions], like: torch.Tensor, cute: bool = False
+) -> tuple[int, str | None]:
     """`compare`; a comparison that cannot be made says so instead of a difference."""
     what = f"self-check of RMSNorm over {like.shape[-1]} {like.dtype}"
-    found, broken = attempt(None, what, lambda: compare(functions(), like))
+    found, broken = attempt(None, what, lambda: compare(functions(), like, cute))
     return (int(Kind.PRECISE), broken) if found is None else found
 
 
@@ -66,16 +68,19 @@ def forget() -> None:
 
 
 @torch.no_grad()
-def compare(stock: Functions, like: torch.Tensor, rounds: int = ROUNDS) -> tuple[int, str | None]:
+def compare(
+    stock: Functions, like: torch.Tensor, cute: bool = False, rounds: int = ROUNDS
+) -> tuple[int, str | None]:
     """The kind with which every bit agrees with stock, and None; or any kind and what differs.
 
     Args:
         stock: the functions in question.
         like: a tensor of the width, dtype and device in question.
+        cute: whether CuTe kernels are tried first, which only spares compilations.
         rounds: how many times `NUMBERS` elements are compared.
     """
     wrong = {}
-    for kind in _by_likelihood():
+    for kind in sorted(Kind, key=lambda kind: (kind == Kind.CUTE) != cute):
         wrong[kind.name] = 0
         for seed in range(rounds):
             wrong[kind.name] += differing(stock, kind, like, seed)
@@ -88,13 +93,6 @@ def compare(stock: Functions, like: torch.Tensor, rounds: int = ROUNDS) -> tuple
         f"self-check: RMSNorm over {like.shape[-1]} {like.dtype} differs from stock on "
         f"{torch.cuda.get_device_name(like.device)} ({counts})"
     )
-
-
-def _by_likelihood() -> list[Kind]:
-    """All kinds. What flashinfer says of itself only spares compilations."""
-    flashinfer: Any = sys.modules.get("flashinfer.norm")
-    cute = flashinfer is not None and not getattr(flashinfer, "_USE_CUDA_NORM", True)
-    return sorted(Kind, key=lambda kind: (kind == Kind.CUTE) != cute)
 
 
 def differing(stock: Functions, kind: Kind, like: torch.Tensor, seed: int) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.examples import EPS, Examples, rows, scalar, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
 from gemma4_turbo.fusions.site import Site
 from gemma4_turbo.fusions.stock import Stock
@@ -115,6 +117,18 @@ class PleTail(Fusion[Args, Three]):
             contribution=x,
         )
 
+    def examples(self, device: str) -> Examples[Args]:
+        """Widths of E2B and E4B."""
+
+        def draw(width: int) -> Args:
+            x, r = rows(device, width, 1), rows(device, width, 2).flip(0).contiguous()
+            w, last = weight(device, width, 3), weight(device, width, 7)
+            gate, factor = rows(device, 256, 5), rows(device, 256, 6)
+            after = rows(device, width, 8)
+            return Args(x, w, EPS, r, gate, factor, after, last, EPS, scalar(device))
+
+        return [(f"width {width}", partial(draw, width)) for width in (1536, 2560)]
+
     def like(self, args: Args) -> torch.Tensor:
         return args.x
 
@@ -152,6 +166,18 @@ class PleInputNorm(Fusion[NormAdd, Pair]):
     def drawn(self, args: NormAdd) -> NormAdd:
         x = samples(96, args.x)
         return args._replace(x=x, residual=x.flip(0))
+
+    def examples(self, device: str) -> Examples[NormAdd]:
+        """Widths of E2B and E4B."""
+
+        def draw(width: int) -> NormAdd:
+            x, r = rows(device, width, 1), rows(device, width, 2).flip(0).contiguous()
+            w, after = weight(device, width, 3), weight(device, width, 4)
+            return NormAdd(x, w, EPS, r, scalar(device), after, EPS)
+
+        return [
+            (f"width {width}, with the next norm", partial(draw, width)) for width in (1536, 2560)
+        ]
 
     def like(self, args: NormAdd) -> torch.Tensor:
         return args.x

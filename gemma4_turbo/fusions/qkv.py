@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.examples import EPS, Examples, rows, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors, differing
 from gemma4_turbo.fusions.stock import Stock, followed
 from gemma4_turbo.kernels import qkv as kernel
@@ -57,15 +59,22 @@ class Qkv(Fusion[Args, Heads]):
         self.op(*args[:7], *(args.rope or NO_ROPE))
         return args[:3]
 
-    def theirs(self, stock: Stock, args: Args) -> Heads:
+    def theirs(self, stock: Stock, args: Args, shared_heads: int = 1) -> Heads:
+        """In place, on strided rows, as stock.
+
+        Args:
+            stock: whose calls.
+            args: `unfit` has nothing against them; ``store`` is not read.
+            shared_heads: of K where it is shared: stock rotates as many zeros.
+        """
         q, k, v = args[:3]
         rows, d = q.shape[0], args.head_dim
-        heads, kv_heads = (0 if x is None else x.shape[1] // d for x in (q, k))
+        kv_heads = shared_heads if k is None else k.shape[1] // d
         k_weight = None if k is None else args.k_weight
-        stock.qkv_rmsnorm(q, k, v, args.q_weight, k_weight, heads, kv_heads, d, args.eps)
-        k = None if k is None else k.contiguous()
+        heads = q.shape[1] // d, kv_heads, d
+        stock.qkv_rmsnorm(q, k, v, args.q_weight, k_weight, *heads, args.eps)
         if args.rope is not None:
-            key = q.new_zeros((rows, d)) if k is None else k
+            key = torch.zeros_like(q[:, : kv_heads * d]) if k is None else k
             positions, cache = args.rope
             stock.rotate(positions, q.view(rows, -1, d), key.view(rows, -1, d), cache)
         return q, k, v
@@ -86,6 +95,23 @@ class Qkv(Fusion[Args, Heads]):
         if args.k is None:
             return args._replace(q=q, rope=rope, store=None)
         return args._replace(q=q, k=k, v=v, rope=rope, store=None)
+
+    def examples(self, device: str) -> Examples[Args]:
+        """Both head sizes; with rotation for `rope_store`, the norms alone for `qkv_norm`."""
+        heads, kv_heads = 4, 2
+
+        def draw(head_dim: int) -> Args:
+            whole = rows(device, (heads + 2 * kv_heads) * head_dim, 7)
+            sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+            q, k, v = torch.split(whole, sizes, dim=-1)
+            weights = weight(device, head_dim, 3), weight(device, head_dim, 4)
+            angles = torch.arange(4096.0)[:, None] * torch.logspace(0, -4, head_dim // 2)
+            cache = torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
+            positions = torch.arange(q.shape[0], device=device) * 7 % 4096
+            turn = Rope(positions, cache) if self.patch == "rope_store" else None
+            return Args(q, k, v, *weights, EPS, head_dim, turn, None)
+
+        return [(f"head size {head_dim}", partial(draw, head_dim)) for head_dim in (256, 512)]
 
     def like(self, args: Args) -> torch.Tensor:
         return args.q

@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import torch
 
+from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions.comparison import samples, telling
+from gemma4_turbo.fusions.examples import rows
 from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.kernels import router_few as kernel
 from gemma4_turbo.kernels.router_few import Routed
@@ -46,6 +48,38 @@ class RouterFew(Fusion[Args, Routed]):
 
     def like(self, args: Args) -> torch.Tensor:
         return args.x
+
+    def checks(self, device: str) -> list[Check]:
+        """The product against fp64, and the routing of its logits against plain torch, 26B-A4B's shape."""
+        experts, hidden = (128, 2816) if device == "cuda" else (16, 64)
+        checks = []
+        for tokens in (1, kernel.MAX_TOKENS):
+            x = rows(device, hidden, 1)[-tokens:] / 30
+            generator = torch.Generator(device).manual_seed(3)
+            w = torch.randn(experts, hidden, generator=generator, device=device) / hidden**0.5
+            scale = torch.rand(experts, generator=generator, device=device).bfloat16() * 2
+            w = w.bfloat16()
+            found = kernel.router_few(x, w, scale, 8)
+            stock = kernel.reference_router_few(x, w, scale, 8)
+            exact = x.double() @ w.double().T
+            error, allowed = (
+                float((y.logits.double() - exact).norm() / exact.norm()) for y in (found, stock)
+            )
+            weights, ids = kernel.reference_routing(found.logits, scale, 8)
+            near = bool(((found.weights - weights).abs() <= weights.abs() * WEIGHTS).all())
+            checks.append(
+                Check(
+                    self.patch,
+                    f"{tokens} tokens, {experts} experts of {hidden}",
+                    "fp64, and plain torch for the routing",
+                    found.logits.numel() + ids.numel() + weights.numel(),
+                    int((found.logits != stock.logits).sum()),
+                    f"relative error {1.1 * allowed:.2e} (stock's plus 10 %), is {error:.2e}; ids of these "
+                    f"logits; {WEIGHTS:.1e} of a weight",
+                    error <= 1.1 * allowed and torch.equal(found.ids, ids) and near,
+                )
+            )
+        return checks
 
     def differing(self, args: Args, kind: int) -> int:
         """Logits too far from the product's, and numbers of the routing that are not those of the logits."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.examples import EPS, Examples, root, rows, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
-from gemma4_turbo.fusions.stock import Stock
+from gemma4_turbo.fusions.stock import Stock, kept
+from gemma4_turbo.fusions.stock import router_norm as stock_router_norm
 from gemma4_turbo.kernels.norms import router_norm as kernel
 from gemma4_turbo.runtime import custom_ops
 
@@ -43,14 +47,25 @@ class RouterNorm(Fusion[Args, torch.Tensor]):
         return self.op(*args, kind)  # type: ignore[no-any-return]
 
     def theirs(self, stock: Stock, args: Args) -> torch.Tensor:
-        normed = stock.eager_norms().rmsnorm(args.x, torch.ones_like(args.scale), args.eps)
-        return normed * (args.scale * args.root_size).to(args.x.dtype)
+        return self.repeated(stock, args)()
+
+    def repeated(self, stock: Stock, args: Args) -> Callable[[], torch.Tensor]:
+        made = kept(args.scale, args.root_size, args.x.dtype)
+        return partial(stock_router_norm, stock.eager_norms(), args.x, made, args.eps)
 
     def reference(self, args: Args) -> torch.Tensor:
         return kernel.reference_router_norm(*args)
 
     def drawn(self, args: Args) -> Args:
         return args._replace(x=samples(96, args.x))
+
+    def examples(self, device: str) -> Examples[Args]:
+        """Width of 26B-A4B."""
+
+        def draw() -> Args:
+            return Args(rows(device, 2816, 1), weight(device, 2816, 2), root(device, 2816), EPS)
+
+        return [("width 2816, scales 0.01 to 30", draw)]
 
     def like(self, args: Args) -> torch.Tensor:
         return args.x

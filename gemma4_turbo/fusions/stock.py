@@ -17,6 +17,26 @@ class Functions(NamedTuple):
     fused_add_rmsnorm: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]  # in place
 
 
+class Kept(NamedTuple):
+    """What a router's norm has at a call: stock makes it once."""
+
+    weight: torch.Tensor
+    factor: torch.Tensor | None  # behind the norm; None: it is in the weight already
+
+
+def kept(scale: torch.Tensor, root_size: torch.Tensor | None, dtype: torch.dtype) -> Kept:
+    """Of a router's scale, which with ``root_size`` is a factor behind the norm."""
+    if root_size is None:
+        return Kept(scale, None)
+    return Kept(torch.ones_like(scale), (scale * root_size).to(dtype))
+
+
+def router_norm(norms: Functions, x: torch.Tensor, made: Kept, eps: float) -> torch.Tensor:
+    """Stock's calls of `gemma4_turbo.kernels.norms.router_norm`."""
+    normed = norms.rmsnorm(x, made.weight, eps)
+    return normed if made.factor is None else normed * made.factor
+
+
 def layer_norms(
     norms: Functions,
     x: torch.Tensor,
@@ -26,19 +46,21 @@ def layer_norms(
     w2: torch.Tensor,
     eps2: float,
     router: Router | None,
+    made: Kept | None = None,
 ) -> Outputs:
-    """Stock's calls of `gemma4_turbo.kernels.norms.layer_norms`, its arguments; ``residual`` in place."""
+    """Stock's calls of `gemma4_turbo.kernels.norms.layer_norms`, its arguments; ``residual`` in place.
+
+    ``made``: of the router, where it was made before.
+    """
     mlp_input = norms.rmsnorm(x, w1, eps1)
     norms.fused_add_rmsnorm(mlp_input, residual, w2, eps2)
     if router is None:
         return mlp_input, None, None
+    if made is None:
+        made = kept(router.scale, router.root_size, x.dtype)
+    router_input = router_norm(norms, residual, made, router.eps)
     w3, eps3 = router.pre_feedforward_2_weight, router.pre_feedforward_2_eps
-    experts_input = norms.rmsnorm(residual, w3, eps3)
-    if router.root_size is None:
-        return mlp_input, norms.rmsnorm(residual, router.scale, router.eps), experts_input
-    scale = (router.scale * router.root_size).to(x.dtype)
-    normed = norms.rmsnorm(residual, torch.ones_like(router.scale), router.eps)
-    return mlp_input, normed * scale, experts_input
+    return mlp_input, router_input, norms.rmsnorm(residual, w3, eps3)
 
 
 class Stock(Protocol):
@@ -49,6 +71,9 @@ class Stock(Protocol):
 
     def traced_norms(self) -> Functions:
         """What runs where Dynamo traced the model."""
+
+    def norms_are_cute(self) -> bool:
+        """Whether their library says that those of eager mode are CuTe kernels."""
 
     def qkv_rmsnorm(
         self,

@@ -7,7 +7,6 @@ down projection have one each, and the release requires equal ``BLOCK_SIZE_M`` i
 from __future__ import annotations
 
 import json
-import os
 import re
 from functools import cache
 from importlib import resources
@@ -196,39 +195,3 @@ def shipped(folder: Traversable | None = None) -> list[Key]:
         for match in found
         if match is not None and not match[3].endswith("_down")
     ]
-
-
-@cache
-def of_the_release() -> dict[str, str]:
-    """SHA-256 (urlsafe base64) of every table that SGLang itself ships, by path.
-
-    Empty if the installation has no record of its files: then every table there counts as the user's.
-    """
-    from importlib.metadata import PackageNotFoundError, files
-
-    try:
-        listed = files("sglang") or []
-    except PackageNotFoundError:
-        return {}
-    return {
-        os.path.realpath(file.locate()): file.hash.value
-        for file in listed
-        if file.hash is not None and file.match("moe_runner/triton_utils/configs/*/*.json")
-    }
-
-
-def users_own(folder: Path, names: tuple[str, ...]) -> Path | None:
-    """A table of these names below SGLang's ``configs`` that SGLang did not ship, if there is one."""
-    import base64
-    import hashlib
-
-    for name in names:
-        for path in sorted(folder.glob(f"configs/triton_*/{name}")):
-            known = of_the_release().get(os.path.realpath(path))
-            try:
-                digest = hashlib.sha256(path.read_bytes()).digest()
-            except OSError:
-                return path  # not ours to read: what stock makes of it is stock's
-            if known != base64.urlsafe_b64encode(digest).decode().rstrip("="):
-                return path
-    return None

@@ -180,8 +180,7 @@ def unfit(
         return f"x is {x.dtype} on {x.device}, the weight {weight.dtype} on {weight.device}"
     if x.shape[0] > MAX_ROWS:
         return f"x must have at most {MAX_ROWS} rows, got {x.shape[0]}"
-    row = found_here(weight.shape, epilogue, x.shape[0], x.device)
-    reason = None if INTERPRETED else measured.unfit("x", x.device, row)
+    reason = unfit_here(weight, epilogue, x.shape[0])
     if reason is not None:
         return reason
     if x.stride(0) % 8 or weight.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16:
@@ -266,6 +265,14 @@ def found_here(
         if left or row.tile.split > blocks:
             return None
     return row
+
+
+def unfit_here(weight: torch.Tensor, epilogue: Epilogue, rows: int) -> str | None:
+    """Why the kernel does not run for a weight and so many rows on the weight's GPU, or None."""
+    if INTERPRETED:
+        return None
+    device = weight.device
+    return measured.unfit("x", device, found_here(weight.shape, epilogue, rows, device))
 
 
 def cut(weight: torch.Tensor, epilogue: Epilogue, rows: int = FEW_ROWS) -> Config:

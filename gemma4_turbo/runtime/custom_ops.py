@@ -42,7 +42,7 @@ def register(
     if name in _registered:
         return _registered[name]
     if not _library:
-        _library.append(torch.library.Library("gemma4_turbo", "FRAGMENT"))  # type: ignore[no-untyped-call]
+        _library.append(torch.library.Library("gemma4_turbo", "FRAGMENT"))
     library = _library[0]
     library.define(schema)
 
@@ -86,5 +86,5 @@ def capturing() -> bool:
     """Whether this thread's current stream is being captured into a CUDA graph."""
     global _cuda
     if not _cuda:
-        _cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        _cuda = torch.cuda.is_initialized()
     return _cuda and torch.cuda.is_current_stream_capturing()

@@ -49,6 +49,19 @@ class Fallback:
         run.set(states.FAILED, reason)
         return reason
 
+    def prepared(self, run: PatchRun, function: Callable[[], T]) -> T:
+        """``function()``, inside ``ours`` of a call where nearly all is let ``through``.
+
+        Several GPUs come to the same in it, by the request and the model alone: a failure is all of theirs,
+        before they wait for each other. Raises `DeclinedError` then, the patch being `failed`.
+        """
+        try:
+            return function()
+        except DeclinedError:
+            raise
+        except Exception as error:
+            raise DeclinedError(self.failed(run, None, error.with_traceback(None))) from None
+
     def call(
         self,
         run: PatchRun,
@@ -64,17 +77,17 @@ class Fallback:
             ours: leaves the arguments as stock can still take them, if it raises.
             stock: the same with SGLang's own code.
             key: what decides whether the call can be done, e.g. types and shapes.
-            through: what is raised as it is.
+            through: what is raised as it is; a `DeclinedError` is not.
         """
         reason = self.unfit(key)
         failure: Exception | None = None
         if reason is None:
             try:
                 found = ours()
-            except through:
-                raise
             except DeclinedError as declined:
                 reason = str(declined)
+            except through:
+                raise
             except Exception as error:
                 logger.debug("gemma4_turbo: %s", self._what, exc_info=True)
                 failure = error.with_traceback(None)  # whose frames hold the call's tensors

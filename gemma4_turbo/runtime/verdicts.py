@@ -48,7 +48,7 @@ class Verdicts(dict[tuple[Any, ...], str | None]):
                 run.set(states.FAILED, found)
             unfit = found or broken
             if run.patch.numerics != BITWISE:
-                unfit = ranks.agreed(f"{run.patch.name} {_on_any_gpu(key)}", unfit)
+                unfit = ranks.agreed(run.patch.name, _on_any_gpu(key), unfit)
             self[key] = unfit
         return self[key]
 

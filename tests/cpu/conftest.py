@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +29,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # Few tests each, of which one waits a minute and more for processes that import SGLang, or for a compiler.
 LONGEST = (
     *("test_server.py", "test_commands.py", "test_compiles.py", "test_stock.py"),
-    *("test_gpu_tests.py", "test_specialisation.py", "test_releases.py", "test_two_ranks.py"),
+    *("test_gpu_tests.py", "test_releases.py", "test_two_ranks.py"),
+    "test_adding_a_patch.py",
 )
 _numbers = itertools.count()
 
@@ -160,14 +162,16 @@ _warm: list[Warm] = []
 
 
 def warm(environment: dict[str, str]) -> Warm:
-    """The process with SGLang's libraries, one for a session; tests that need none start none."""
+    """The process with SGLang's libraries, one for all workers; tests that need none start none."""
     if not _warm:
-        _warm.append(Warm(environment))
+        run = os.environ.get("PYTEST_XDIST_TESTRUNUID")  # as all workers have it
+        where = f"{tempfile.gettempdir()}/gemma4_turbo-{run}" if run else tempfile.mkdtemp()
+        _warm.append(Warm(environment, Path(where)))
     return _warm[0]
 
 
 def pytest_sessionfinish() -> None:
-    """End the process with SGLang's libraries."""
+    """Let go of the process with SGLang's libraries."""
     while _warm:
         _warm.pop().close()
 

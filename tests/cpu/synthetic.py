@@ -61,8 +61,9 @@ class Record(NamedTuple):
 def record(name: str, *targets: str, **fields: Any) -> Record:
     """A patch with one port; plain values for everything that is not given."""
     of_patch: dict[str, Any] = {"summary": name, "numerics": BITWISE, "default": True}
+    without_code = fields.get("needless") or fields.get("tells_only")
     of_port: dict[str, Any] = {
-        "module": f"code_of_{name}",
+        "module": "" if without_code else f"code_of_{name}",
         "targets": targets,
         "written_for": (RELEASE,),
         "superseded_when": (targets[0] if targets else "nowhere:nothing", "stock_has_it_now"),
@@ -108,7 +109,7 @@ class World:
         self.write("__init__", "")
         self.write("leaf", LEAF)
         monkeypatch.syspath_prepend(str(root))
-        monkeypatch.setattr(imports, "ROOT", package)
+        monkeypatch.setattr(imports, "root", package)
         monkeypatch.setattr(fingerprints, "known_releases", lambda: self.table)
 
     def write(self, module: str, source: str) -> Path:

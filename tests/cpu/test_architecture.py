@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import tomllib
 import types
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from gemma4_turbo.engine.port import Port
 from tests.cpu.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "gemma4_turbo"
-ROOMS = ("engine", "kernels", "plans", "runtime", "fusions", "models")
+ROOMS = ("engine", "kernels", "plans", "runtime", "fusions", "models", "sitecustomize_example")
+FILES = ("catalogue.py", "instance.py", "plugin.py", "version.py", "__init__.py")
+LIBRARIES = ("sgl_kernel", "flashinfer")  # SGLang's own kernels, and those that it calls
 PAGE = (REPOSITORY / "docs" / "adding-a-patch.md").read_text()
+ROOMS_PAGE = (REPOSITORY / "docs" / "architecture.md").read_text()
 
 
 def strings(path: Path) -> list[str]:
@@ -34,19 +38,97 @@ def strings(path: Path) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("room", [*ROOMS, "catalogue.py", "instance.py"])
+def identifiers(path: Path) -> set[str]:
+    """Names, attributes and imports of a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            found |= {alias.name for alias in node.names}
+            found.add(getattr(node, "module", None) or "")
+    return found
+
+
+def named(path: Path) -> set[str]:
+    """SGLang and its libraries as a module's code names them; prose, comments and links are none."""
+    found = {
+        text
+        for text in strings(path)
+        if text == "sglang" or "sglang." in text or any(name in text for name in LIBRARIES)
+    }
+    return found | {
+        name
+        for name in identifiers(path)
+        if name.partition(".")[0] == "sglang" or any(library in name for library in LIBRARIES)
+    }
+
+
+@pytest.mark.parametrize("room", [*ROOMS, *FILES])
 def test_no_name_of_sglangs_outside_the_ports(room: str) -> None:
-    """Imports are import-linter's to find; this finds ``"sglang.module:function"``."""
+    """The package, ``"sglang.module:function"``, an import and a library's name. Not a GPU profile's field."""
     place = PACKAGE / room
     files = sorted(place.rglob("*.py")) if place.is_dir() else [place]
     assert files
-    named = [(path.name, text) for path in files for text in strings(path) if "sglang." in text]
-    assert named == []
+    found = {path.name: named(path) for path in files}
+    found["gpu_profile.py"] = found.get("gpu_profile.py", set()) - {"sglang"}
+    assert {name: names for name, names in found.items() if names} == {}
 
 
-def test_such_a_name_is_found() -> None:
-    """In the ports there are many."""
-    assert any("sglang." in text for text in strings(PACKAGE / "ports/v0_5_12/sources.py"))
+def test_no_module_is_in_no_room() -> None:
+    """What neither these tests nor an exception of theirs looks at."""
+    others = {"__main__.py", "cli", "ports", "fingerprints"}
+    there = {path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert there - {"__pycache__"} == {*ROOMS, *FILES, *others}
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ('PLACE = "sglang.srt:name"', "sglang.srt:name"),
+        ('find("sglang")', "sglang"),
+        ("def run():\n    from sglang.srt import models", "sglang.srt"),
+        ("import sglang", "sglang"),
+        ("import sgl_kernel.ops", "sgl_kernel.ops"),
+        ("torch.ops.sgl_kernel.rmsnorm", "sgl_kernel"),
+        ('modules["flashinfer.norm"]', "flashinfer.norm"),
+        ("if flashinfer is None: pass", "flashinfer"),
+        ('"""sglang.srt and flashinfer."""  # sgl_kernel', ""),
+        ('SOURCE = "sgl-project/sglang#1"', ""),
+    ],
+)
+def test_such_a_name_is_found(code: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "code.py"
+    path.write_text(code)
+    assert named(path) == ({found} if found else set())
+
+
+STAGES = {
+    "extend_attention_fwd", "decode_attention_fwd", "gemma4_fused_routing", "stock_routing",
+    "gemma_qkv_rmsnorm", "gemma_rmsnorm_residual_scalar", "gemma_dual_rmsnorm_residual_scalar",
+    "apply_rope_with_cos_sin_cache_inplace", "StandardTopKOutput", "MoeRunnerConfig",
+    "Gemma3TextScaledWordEmbedding",
+}  # fmt: skip
+"""What a line's ``stock.py`` alone calls, of what benchmarks, ``tune`` and GPU tests need."""
+
+
+@pytest.mark.parametrize("folder", ["gemma4_turbo/cli", "bench", "tests/gpu"])
+def test_stock_is_called_through_the_lines_stock(folder: str) -> None:
+    """The router's patch is handed stock's closure: its GPU tests make one."""
+    files = sorted((REPOSITORY / folder).rglob("*.py"))
+    assert files
+    called = {path.name: identifiers(path) & STAGES for path in files}
+    called["test_router.py"] = called.get("test_router.py", set()) - {"stock_routing"}
+    assert {name: found for name, found in called.items() if found} == {}
+
+
+def test_every_stage_is_called_there() -> None:
+    """The other test would find none of a name that is wrong."""
+    files = list((PACKAGE / "ports").rglob("stock.py"))
+    assert len(files) == 3
+    assert set().union(*map(identifiers, files)) >= STAGES
 
 
 @pytest.mark.parametrize("patch", catalogue.CATALOGUE, ids=lambda patch: patch.name)
@@ -55,6 +137,16 @@ def test_a_port_for_every_patch(patch: catalogue.Patch) -> None:
     assert instance.PORTS[patch.name]
     names = {patch.name for patch in catalogue.CATALOGUE}
     assert all(line.PORTS.keys() <= names for line in instance.LINES)
+
+
+def test_what_is_only_read_is_named() -> None:
+    """No fingerprint of a whole class, which any edit to it would change: its methods, or `Port.reads`.
+
+    But of the one that takes the function it runs from its base: a method of its own would be another.
+    """
+    sources = {source for port in instance.every_port() for source in port.sources}
+    classes = {name for name in sources if re.fullmatch(r"_*[A-Z]\w*", re.split(r"[:.]", name)[-1])}
+    assert {name.rpartition(":")[2] for name in classes} == {"Gemma4RotaryEmbedding"}
 
 
 # -- the example of docs/adding-a-patch.md ----------------------------------------------------------
@@ -77,15 +169,11 @@ def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_p
     patch = eval(block("Patch("), names)
     ports = eval("{" + block('"example": Port(') + "}", names)
     code = types.ModuleType("the_line.example")
-    exec(
-        "from gemma4_turbo.runtime import custom_ops\n"
-        "from gemma4_turbo.runtime.hooks import hooked\n" + block("TARGET ="),
-        vars(code),
-    )
+    exec(block("from gemma4_turbo.runtime"), vars(code))
     monkeypatch.setitem(sys.modules, "the_line.example", code)
     (port,) = ports.values()
     prints = fingerprints.record_release(fingerprints.installed_source, [port])
-    table: Any = {**fingerprints.known_releases(), "0.5.12.post1": prints}
+    table: Any = {**fingerprints.known_releases(), **dict.fromkeys(port.written_for, prints)}
     monkeypatch.setattr(fingerprints, "known_releases", lambda: table)
 
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
@@ -96,56 +184,46 @@ def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_p
     try:
         run = engine.runs["example"]
         assert run.state == states.ACTIVE, run.reason
+        before = run.counters.engaged  # of another test's engine in this process, too
         model = mock.Mock(embed_tokens=mock.Mock())
         assert Gemma4TextModel.get_input_embeddings(model) is model.embed_tokens
-        assert run.engaged_count() == 1
+        assert run.engaged_count() == before + 1
         model.embed_tokens.__dict__["_forward_hooks"] = {1: print}
         assert Gemma4TextModel.get_input_embeddings(model) is stocks(model)
-        assert run.engaged_count() == 1
+        assert run.engaged_count() == before + 1
         assert "the embedding has forward hooks" in run.full_reason()
     finally:
         engine.revert()
     assert vars(Gemma4TextModel)["get_input_embeddings"] is stocks
 
 
-def test_the_fusion_of_the_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As it stands there: launched where it fits, declined with its reason where not, self-checked."""
-    import torch
+# -- the benchmarks ---------------------------------------------------------------------------------
 
-    from gemma4_turbo.fusions import fusion, site
+BENCH = REPOSITORY / "bench"
+BENCH_ROOMS = sorted(path.parent for path in BENCH.glob("*/__init__.py"))
 
-    class SiteOfIt(site.Site):
-        """A module that the kernel knows."""
 
-        twice: str | None = site.UNPROVEN
+def test_import_linter_knows_every_benchmark() -> None:
+    """Its contracts name rooms and what a user runs one by one."""
+    linter = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["importlinter"]
+    contracts = {contract["name"]: contract for contract in linter["contracts"]}
+    start = "Benchmarks: what a user runs "
+    runs = sorted(f"bench.{path.stem}" for path in BENCH.glob("*.py"))
+    assert contracts[f"{start}is imported by no room"]["forbidden_modules"] == runs
+    assert contracts[f"{start}knows nothing of the others"]["modules"] == runs
+    rooms = {f"bench.{room.name}" for room in BENCH_ROOMS}
+    named = set(contracts[f"{start}is imported by no room"]["source_modules"])
+    assert named == rooms | {"bench.site"}
+    (floors,) = (c["layers"] for c in linter["contracts"] if "bench.common" in str(c.get("layers")))
+    assert {name for floor in floors for name in floor.split(" | ")} == rooms
 
-        def __init__(self, module: torch.nn.Module) -> None:
-            super().__init__((), None)
-            self.cover("twice", module)
 
-    names: dict[str, Any] = {"samples": lambda rows, like: like.new_ones(rows, 2)}
-    exec(
-        "from __future__ import annotations\n"
-        "from typing import NamedTuple\nimport torch\n"
-        "from gemma4_turbo.fusions.fusion import Fusion\n"
-        "from gemma4_turbo.fusions.site import site_of\n" + block("class Args"),
-        names,
-    )
-    twice = names["FUSION"] = names["Twice"]("twice")
-    names |= {"SiteOfIt": SiteOfIt, "stocks": lambda self, x: "stock's"}
-    exec(block("def forward"), names)
-    engaged: list[bool] = []
-    declined: list[str] = []
-    run = mock.Mock(engaged=engaged.append, declined=declined.append)
-    module, x = torch.nn.Linear(2, 2), torch.ones(2, 2, dtype=torch.bfloat16)
-    assert names["forward"](module, x) == "stock's"  # not in yet
-    twice.enable(run)
-    assert torch.equal(names["forward"](module, x), x * 2)
-    assert names["forward"](module, torch.ones(2, 2, 2)[..., 0]) == "stock's"
-    module.register_forward_hook(lambda *args: None)
-    assert names["forward"](module, x) == "stock's"
-    assert (len(engaged), declined) == (1, ["x is not contiguous", "a Linear has forward hooks"])
-    monkeypatch.setattr(fusion, "followed", lambda: None)
-    assert twice.differing(names["Args"](x), 0) == 0
-    monkeypatch.setattr(twice, "launch", lambda args, kind: args.x)
-    assert twice.differing(names["Args"](x), 0) == 96 * 2
+@pytest.mark.parametrize("room", BENCH_ROOMS, ids=lambda room: room.name)
+def test_a_room_of_the_benchmarks_says_its_rule(room: Path) -> None:
+    """And nothing that a user runs lies in it, but for the processes that benchmarks start."""
+    said = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
+    assert said is not None
+    assert "\nRule: " in said
+    assert f"`bench/{room.name}/`" in ROOMS_PAGE
+    runs = [path.name for path in room.glob("*.py") if "__main__" in path.read_text()]
+    assert not runs or room.name == "workers"

@@ -14,7 +14,7 @@ from gemma4_turbo.engine.fingerprints import Definitions, installed_source
 from tests.cpu.conftest import REPOSITORY, run_scenario
 
 FILES = sorted(
-    path for folder in ("tests/gpu", "bench") for path in (REPOSITORY / folder).glob("*.py")
+    path for folder in ("tests/gpu", "bench") for path in (REPOSITORY / folder).rglob("*.py")
 )
 # It looks what there is before it imports, and all of it is called below.
 LOOKS_FIRST = REPOSITORY / "tests" / "gpu" / "lines.py"
@@ -44,7 +44,7 @@ def there(module: str, name: str) -> bool:
     )
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_nothing_names_a_moved_module(path: Path):
     """Also in functions that only a GPU calls; and no release line's folder."""
     for module, name in imported(path):
@@ -67,8 +67,8 @@ def test_every_gpu_test_is_collected_or_says_why(found: Any):
     assert set(found["counts"]) | set(found["skipped"]) == files
     assert not set(found["counts"]) & set(found["skipped"])
     absent = found["line"]["absent"]
-    for file, patch in (("test_router.py", "router"), ("test_yoco_graph.py", "yoco_graph")):
-        said = found["skipped"].pop(file, None)
+    for patch in ("router", "router_few", "picture_memory", "yoco_graph"):
+        said = found["skipped"].pop(f"test_{patch}.py", None)
         assert (said is None) == (absent[patch] is None)
         assert said is None or absent[patch] in said
     assert found["skipped"] == {}
@@ -78,7 +78,7 @@ def test_every_gpu_test_is_collected_or_says_why(found: Any):
 
 def test_every_benchmark_can_be_imported(found: Any):
     assert {name for name, error in found["imports"].items() if error} == set(), found["imports"]
-    assert {"kernels.py", "tune_moe.py"} < set(found["imports"])
+    assert {"kernels.py", "tune_moe.py", "workers/engine.py"} < set(found["imports"])
 
 
 def test_what_a_cpu_can_run_of_them_passes(found: Any):

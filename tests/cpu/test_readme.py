@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from bench import tables, tables_catalogue
+from bench import tables
+from bench.rendering import catalogue as tables_catalogue
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.catalogue import CATALOGUE, DEFECTS, PATCHES
 from gemma4_turbo.engine import states, switches

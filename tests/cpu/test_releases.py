@@ -14,6 +14,7 @@ import pytest
 
 from bench import releases
 from gemma4_turbo.catalogue import CATALOGUE
+from gemma4_turbo.cli import releases as commands
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.fingerprints import Definitions
 from gemma4_turbo.engine.port import Port
@@ -89,6 +90,17 @@ def test_no_patch_drifts_on_a_release_that_is_known(release: str) -> None:
     assert upstreamed >= {"router", "router_norm"}
 
 
+# The oldest release that a user is told to install, and the newest.
+@pytest.mark.parametrize("release", [BASELINE, "0.5.23"])
+def test_a_supported_release_needs_no_work(release: str) -> None:
+    """``release`` exits with 0: what has no port there says why, or is for later releases."""
+    found = {need.patch: need for need in commands.needs(commands.opened(wheel(release)))}
+    assert {name for name, need in found.items() if need.what not in commands.DONE} == set()
+    debug = found["trtllm_debug"]
+    assert debug.what == (commands.SAME if release == BASELINE else commands.NEEDLESS)
+    assert debug.reason.startswith(f"SGLang {release}: ") == (release != BASELINE)
+
+
 @pytest.mark.parametrize("release", ["0.5.11", BASELINE, "0.5.13", "0.5.23"])
 def test_the_table_is_what_the_wheels_hold(release: str) -> None:
     """The tables were made from these very files."""
@@ -129,6 +141,16 @@ def test_every_release_that_a_patch_is_written_for_is_in_the_table() -> None:
     for port in every_port():
         for release in port.written_for:
             assert set(port.sources) <= set(table[release]), (port.module, release)
+
+
+def test_the_tables_are_no_command() -> None:
+    """Who types their old name is told the new one, in a line."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gemma4_turbo.fingerprints"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert "python -m gemma4_turbo release" in line
 
 
 def test_the_installed_release_is_on_record() -> None:

@@ -31,7 +31,7 @@ from typing import Any
 
 import pytest
 
-from bench import checkpoints
+from bench.models import checkpoints
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.instance import PORTS
 from tests import releases

@@ -51,16 +51,16 @@ MODULES = sorted(
 LOOK = f"""
 import importlib, json, multiprocessing, os, sys
 
-def look():
+def look(modules={MODULES!r}, named={TARGETS!r}):
     import gemma4_turbo
-    for name in {MODULES!r}:
+    for name in modules:
         importlib.import_module(name)
     from gemma4_turbo.instance import ENGINE
     ENGINE.give_up_waiting()  # as a server does when its model stands
     rows = {{row.name: row for row in gemma4_turbo.status()}}
     alone = rows[{ALONE!r}]
     targets = {{}}
-    for target in {TARGETS!r}:
+    for target in named:
         module, _, qualname = target.partition(":")
         owner = module = sys.modules[module]
         *scopes, name = qualname.split(".")
@@ -88,12 +88,12 @@ def look():
 CHILD = f"""
 ALONE = {ALONE!r}
 
-def child(results, begin, done):
+def child(results, begin, done, *of):
     from sglang.srt.plugins import load_plugins
     assert "gemma4_turbo" not in sys.modules
     begin.wait(300)  # until the parent has looked at itself: the states of children outweigh its own
     load_plugins()
-    found = look()
+    found = look(*of)
     from gemma4_turbo.instance import ENGINE
     if found["state"] == "active":
         ENGINE.runs[ALONE].engaged(False)
@@ -127,7 +127,8 @@ if __name__ == "__main__":
     found["switched off after the import"] = look()
     del os.environ[{SWITCH!r}]
     gemma4_turbo.revert()
-    children.append(context.Process(target=child, args=(reverted, begin, done), daemon=True))
+    of = [{TARGET.partition(":")[0]!r}], [{TARGET!r}]  # the one that is looked at
+    children.append(context.Process(target=child, args=(reverted, begin, done, *of), daemon=True))
     children[1].start()
     gemma4_turbo.apply()
     found["applied again"] = look()

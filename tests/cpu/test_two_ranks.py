@@ -110,8 +110,25 @@ def test_if_they_did_not_tell_each_other_they_would_go_on_from_other_numbers(ran
 def test_one_that_does_not_come_to_the_question_is_not_waited_for(ranks: list[Any], when: str):
     one, other = of(ranks, "faults", when)
     assert one["engaged"]["skinny_gemm"] == other["engaged"]["skinny_gemm"] == 0
-    assert "waited" in one["reasons"]["skinny_gemm"]
+    why = "waited 1 s" if when == "never asks" else "a GPU did not come to an earlier question"
+    assert why in one["reasons"]["skinny_gemm"]
     assert one["out"] == other["out"]
+
+
+def test_all_questions_of_a_patch_are_waited_for_once(ranks: list[Any]):
+    one, other = of(ranks, "faults", "never asks", "seconds")
+    assert len(one) >= 3
+    assert not other
+    assert max(one) >= 1
+    assert sum(one) < 2
+
+
+def test_one_with_other_tiles_is_not_alone_with_them(ranks: list[Any]):
+    """Of a layer that both compute as a whole the order of the sums would be another."""
+    for rank in of(ranks, "faults", "other tiles"):
+        assert rank["engaged"] == {"skinny_gemm": 0, "ple_tail": LAYERS}
+        assert rank["states"]["skinny_gemm"] == "active"
+        assert "GPU" in rank["reasons"]["skinny_gemm"]
 
 
 def test_of_a_bitwise_patch_one_may_run_alone(ranks: list[Any]):
@@ -120,3 +137,22 @@ def test_of_a_bitwise_patch_one_may_run_alone(ranks: list[Any]):
     assert one["engaged"]["layer_norms"] == LAYERS
     assert other["engaged"]["layer_norms"] == 0
     assert one["sums"] == other["sums"]
+
+
+@pytest.mark.skipif(is_another(), reason="0.5.23 has the gate in its own tests of yoco")
+@pytest.mark.parametrize("fault", ["none", "tail"])
+def test_no_rows_are_cut_on_one_alone(ranks: list[Any], fault: str):
+    """The tail may run out of memory on one: it would sum all rows, the other two."""
+    for rank in of(ranks, "prefills"):
+        assert "several GPUs" in rank[fault]["reason"]
+        assert rank[fault]["state"] == "active"
+        assert rank[fault]["rows"] == ranks[0]["prefills"]["stock"]["rows"]
+
+
+def test_a_batch_of_images_that_fails_on_one_alone_does_not_begin_anew(ranks: list[Any]):
+    """The other would add its second layer to this one's first. As under stock, the error is the server's."""
+    one, other = of(ranks, "pictures")
+    assert one["engaged"] == other["engaged"] == 1
+    assert one["together"] == other["together"]
+    assert other["fails"] == "no such kernel"
+    assert "Connection" in one["fails"] or "timeout" in one["fails"]

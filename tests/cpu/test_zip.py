@@ -232,4 +232,4 @@ def test_a_table_in_sglang_s_folder_that_cannot_be_read(tmp_path: Path) -> None:
     """Is not one that SGLang shipped: stock is left to it."""
     name = moe_tables.file_name(H200, down=False)
     (tmp_path / "configs" / "triton_3" / name).mkdir(parents=True)
-    assert moe_tables.users_own(tmp_path, (name,)) == tmp_path / "configs" / "triton_3" / name
+    assert moe_configs.users_own(tmp_path, (name,)) == tmp_path / "configs" / "triton_3" / name

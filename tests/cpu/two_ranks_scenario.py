@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ def join(rank: int, port: int) -> None:
     else:
         arguments = (small_moe._arguments({"tp_size": 2}),)
         widths = {"tensor_model_parallel_size": 2}
+        import_module("sglang.srt.layers.dp_attention")._ATTN_DP_SIZE = 1  # as a server sets it
     init_distributed_environment(
         world_size=2,
         rank=rank,
@@ -225,6 +227,30 @@ def _no_memory(*args: Any) -> Any:
     raise NoMemoryError("out of memory")
 
 
+def timed_questions(patch: pytest.MonkeyPatch) -> list[float]:
+    """Filled with what each question of this process takes from now on."""
+    seconds: list[float] = []
+    agreed = ranks.agreed
+
+    def timed(*args: Any) -> Any:
+        started = time.monotonic()
+        found = agreed(*args)
+        seconds.append(time.monotonic() - started)
+        return found
+
+    patch.setattr(ranks, "agreed", timed)
+    return seconds
+
+
+def wait_again(rank: int) -> None:
+    """As if no wait had been in vain: no fault is another's."""
+    dist.barrier()
+    if rank == 0:
+        for patch in ("skinny_gemm/", ""):
+            ranks._store().delete_key(f"gemma4_turbo/0-1/{patch}{ranks.IN_VAIN}")
+    dist.barrier()
+
+
 def faults(rank: int) -> dict[str, Any]:
     """Something goes wrong on GPU 1 alone."""
     from gemma4_turbo.fusions import norm_kinds
@@ -252,21 +278,91 @@ def faults(rank: int) -> dict[str, Any]:
         patch.setattr(ranks, "_group_of", [])
         patch.setattr(ranks, "told_by", lambda group: None)
         found["alone"] = told(patched(built("ple", rank), "skinny_gemm", "ple_tail"))
+    choose = product.choose
+
+    def others(*args: Any, **options: Any) -> product.Config:
+        return choose(*args, **options)._replace(split=2)
+
+    with pytest.MonkeyPatch.context() as patch:  # its profile, or its processors, are others
+        patch.setattr(ranks, "PATIENCE_S", 0.3)
+        here(product, "choose", others, patch)
+        found["other tiles"] = told(patched(built("ple", rank), "skinny_gemm", "ple_tail"))
+    wait_again(rank)
     model = built("dense", rank)
     with pytest.MonkeyPatch.context() as patch:  # it never comes to the question
-        patch.setattr(ranks, "PATIENCE_S", 0.3)
+        patch.setattr(ranks, "PATIENCE_S", 1.0)
+        seconds = timed_questions(patch)
         if rank == 1:
             for layer in model.layers:
                 for module in layer.modules():
                     if hasattr(module, "quant_method"):
                         module.register_forward_hook(lambda *args: None)
         found["never asks"] = told(patched(model, "skinny_gemm"))
+        found["never asks"]["seconds"] = list(seconds)
         found["asks later"] = told(patched(built("dense", rank), "skinny_gemm"))
     model = built("dense", rank)
     with pytest.MonkeyPatch.context() as patch:  # of a patch with stock's bits: nobody need know
         other = norm_kinds.Kinds(reason="self-check: RMSNorm differs")
         here(norm_kinds, "find", lambda *args: other, patch)
         found["bitwise"] = told(patched(model, "layer_norms"))
+    return found
+
+
+def prefills(rank: int) -> dict[str, Any]:
+    """Layers that share KV (0.5.12.post1): stock, the cut, and a tail that fails on GPU 1 alone."""
+    from gemma4_turbo.ports.any import yoco_cut
+    from tests.cpu import shared_kv
+
+    model = shared_kv.build()
+    run = ENGINE.runs["yoco"]
+
+    def told() -> dict[str, Any]:
+        run._decline_reason = ""
+        batch = shared_kv.Memory().prefill({1: 5, 2: 6}, {})
+        out = model(batch.input_ids, batch.positions, batch)
+        return {
+            "rows": digest(out[shared_kv.last_rows(batch)]),
+            "reason": run.full_reason(),
+            "state": run.state,
+        }
+
+    found = {"stock": told()}
+    with pytest.MonkeyPatch.context() as patch:
+        ENGINE.apply(only=["yoco"])
+        found["none"] = told()
+        if rank == 1:
+            patch.setattr(yoco_cut, "tail", _no_memory)
+        found["tail"] = told()
+        ENGINE.revert()
+    return found
+
+
+def pictures(rank: int) -> dict[str, Any]:
+    """Two images in one batch, and an encoder that fails on GPU 1 alone behind its first sum."""
+    from tests.cpu import vision
+
+    model = vision.model("triton_attn")
+    items = [vision.image(4, 4, seed=seed) for seed in (1, 2)]
+    layer = type(model.vision_tower.encoder.layers[0])
+    forward = layer.forward
+    calls: list[Any] = []
+
+    def fails_once(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if rank == 1 and len(calls) == 2:
+            raise NoMemoryError("no such kernel")
+        return forward(*args, **kwargs)
+
+    found: dict[str, Any] = {}
+    with applied("vision_batch"), pytest.MonkeyPatch.context() as patch:
+        before = engaged("vision_batch")["vision_batch"]
+        found["together"] = digest(model.get_image_feature(items))
+        found["engaged"] = engaged("vision_batch")["vision_batch"] - before
+        patch.setattr(layer, "forward", fails_once)
+        try:
+            found["fails"] = digest(model.get_image_feature(items))
+        except Exception as error:
+            found["fails"] = str(error)
     return found
 
 
@@ -292,6 +388,8 @@ def main() -> None:
         with few_programs(), norms_as_on_a_gpu(), torch.no_grad():
             seen = {"forwards": forwards(rank), "faults": faults(rank)}
             seen["beside"] = beside(built("moe", rank))
+            seen["prefills"] = {} if newest() else prefills(rank)
+            seen["pictures"] = pictures(rank)  # the last: a sum stays open
         if rank:
             answer.write_text(json.dumps(seen))
     except BaseException:

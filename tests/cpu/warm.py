@@ -2,7 +2,7 @@
 
 Four fifths of what SGLang takes to be imported are theirs. Nothing of SGLang and nothing of ours is
 in a fork before its script imports it, nor in the processes that the script spawns, which are forks
-too. Kernels run in Triton's interpreter.
+too. Kernels run in Triton's interpreter. The workers of pytest-xdist share it: it takes 20 s of a core.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,10 +34,14 @@ LIBRARIES = (
     *("aiohttp", "uvicorn", "uvloop", "zmq", "IPython", "mistral_common", "watchfiles"),
     *("openai.types.realtime", "triton_kernels.tensor", "gguf", "wrapt"),
     *("flashinfer.comm", "fsspec.asyn", "msgspec", "jsonschema", "partial_json_parser"),
+    *("torchcodec", "torchvision.transforms.v2", "zmq.asyncio", "zmq.auth.thread", "aiohttp.web"),
+    *("transformers.models.llama.modeling_llama", "transformers.models.auto.processing_auto"),
+    *("transformers.models.gemma4.configuration_gemma4", "fastapi.middleware.cors", "lxml.etree"),
     *("pandas", "typer", "rich.console"),  # and under the benchmarks
 )
 OURS = ("sglang", "sgl_kernel", "gemma4_turbo")
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of <linux/prctl.h>
+SOCKET = "warm"
 _LARGEST = 1 << 17  # bytes of a request to spawn: an environment, mostly
 
 
@@ -63,26 +69,51 @@ class Child:
 
 
 class Warm:
-    """The process, from outside."""
+    """The process, from outside: one for all that name the same folder, from the first to the last."""
 
-    def __init__(self, environment: dict[str, str]) -> None:
+    command = ("-m", "tests.cpu.warm")
+
+    def __init__(self, environment: dict[str, str], folder: Path) -> None:
+        """``folder``: for the socket that it listens at; made here, and gone with the process."""
+        self._process: subprocess.Popen[bytes] | None = None
+        while self._process is None or not self._process.wait():
+            try:
+                connection = _connected(folder) or self._made(environment, folder)
+                self._lines = connection.makefile("rw")
+                connection.close()  # as soon as the lines are
+                if self._lines.readline():  # its greeting, once it has imported
+                    return
+            except (FileNotFoundError, ConnectionError):  # it was about to end
+                continue
+        raise RuntimeError(f"{self.command[-1]} ended with {self._process.returncode}")
+
+    def _made(self, environment: dict[str, str], folder: Path) -> socket.socket:
         repository = str(Path(__file__).resolve().parents[2])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.cpu.warm"],
-            env={**environment, "PYTHONPATH": repository, "TRITON_INTERPRET": "1"},
-            cwd=repository,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        with _locked(folder):
+            there = _connected(folder)
+            if there is not None:  # another was quicker
+                return there
+            path = folder / SOCKET
+            path.unlink(missing_ok=True)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(path))
+                listener.listen()
+                self._process = subprocess.Popen(
+                    [sys.executable, *self.command, str(listener.fileno()), str(folder)],
+                    env={**environment, "PYTHONPATH": repository, "TRITON_INTERPRET": "1"},
+                    cwd=repository,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[listener.fileno()],
+                )
+            made = _connected(folder)
+            assert made is not None
+            return made
 
     def ask(self, **question: Any) -> Any:
         """A line there, a line back."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        self._lines.write(json.dumps(question) + "\n")
+        self._lines.flush()
+        return json.loads(self._lines.readline())
 
     def start(self, **request: Any) -> Child:
         """``code``, ``module`` or ``script``, ``arguments``, ``env``, ``cwd``, ``timeout`` in seconds.
@@ -107,8 +138,31 @@ class Warm:
         return subprocess.CompletedProcess([], code, *told)
 
     def close(self) -> None:
-        """End the process."""
-        self._process.communicate()
+        """Let go of the process, which ends when everybody has."""
+        self._lines.close()
+
+
+def _connected(folder: Path) -> socket.socket | None:
+    """To the process that listens there, None if none does."""
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(folder / SOCKET))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    return connection
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Nobody else starts or ends a process there."""
+    folder.mkdir(mode=0o700, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 # -- inside ---------------------------------------------------------------------------------------
@@ -120,7 +174,7 @@ def _run(request: dict[str, Any]) -> int:
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(request["cwd"])
-    sys.stdin = os.fdopen(0)  # the warm process has read ahead in its own
+    sys.stdin = os.fdopen(0)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for library in request.get("libraries", ()):
         ctypes.CDLL(library)
@@ -234,33 +288,77 @@ def _fork_when_asked(asked: socket.socket, parent: int, common: dict[str, Any]) 
             os.close(number)
 
 
+def _serve(listener: socket.socket, folder: Path) -> None:
+    """A fork for each that connects, until they are gone and nobody new has come."""
+    forks: set[int] = set()
+    listener.settimeout(60)  # for the first, who may have ended meanwhile
+    while True:
+        with contextlib.suppress(TimeoutError):
+            _answer(forks, listener)
+        listener.settimeout(1)
+        forks -= {fork for fork in forks if os.waitpid(fork, os.WNOHANG)[0]}
+        if forks:
+            continue
+        with _locked(folder):
+            if select.select([listener], [], [], 0)[0]:
+                continue
+            (folder / SOCKET).unlink()
+            folder.rmdir()
+            return
+
+
+def _answer(forks: set[int], listener: socket.socket) -> None:
+    """The next that connects: a request a line and its answer a line, in a fork."""
+    connection, _ = listener.accept()
+    fork = os.fork()
+    if fork:
+        forks.add(fork)
+        connection.close()
+        return
+    try:
+        listener.close()
+        connection.setblocking(True)
+        _obey(connection)
+    finally:
+        os._exit(0)
+
+
+def _obey(connection: socket.socket) -> None:
+    """Until the other end lets go of it."""
+    with connection.makefile("rw") as lines:
+        print("ready", file=lines, flush=True)
+        for line in iter(lines.readline, ""):
+            ((verb, of),) = json.loads(line).items()
+            answer: int | None
+            if verb == "start":
+                answer = os.fork()
+                if not answer:
+                    os.close(connection.fileno())
+                    _start(of)
+            else:
+                ended, status = os.waitpid(of, os.WNOHANG if verb == "poll" else 0)
+                answer = os.waitstatus_to_exitcode(status) if ended else None
+            print(json.dumps(answer), file=lines, flush=True)
+
+
 def main() -> None:
-    """Import, then a request a line and its answer a line."""
-    answers = os.fdopen(os.dup(1), "w")
+    """Import, then listen."""
     os.dup2(2, 1)  # what libraries print
-    from tests import distributions, interpreter
+    from tests import distributions, interpreter, op_sources
 
     distributions.quicken()
     for name in LIBRARIES:
-        with contextlib.suppress(ImportError):
+        with contextlib.suppress(Exception):  # one that lacks a library of the system's
             importlib.import_module(name)
     interpreter.quicken()
+    op_sources.quicken()
     assert not set(OURS) & set(sys.modules)
     repository = os.getcwd()
     sys.path[:] = [path for path in sys.path if path != repository]
     gc.collect()
     gc.freeze()  # a fork that collected garbage would copy the pages of all that was imported
-    for line in sys.stdin:
-        ((verb, of),) = json.loads(line).items()
-        answer: int | None
-        if verb == "start":
-            answer = os.fork()
-            if not answer:
-                _start(of)
-        else:
-            ended, status = os.waitpid(of, os.WNOHANG if verb == "poll" else 0)
-            answer = os.waitstatus_to_exitcode(status) if ended else None
-        print(json.dumps(answer), file=answers, flush=True)
+    listener, folder = sys.argv[1:]
+    _serve(socket.socket(fileno=int(listener)), Path(folder))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ Window = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 def need(name: str) -> None:
     """Leave out what asks, a test or a whole module, where this SGLang takes no port of the patch."""
-    reason = lines.absent(name)
+    reason = lines.patch_unfit(name)
     if reason is not None:
         pytest.skip(reason, allow_module_level=True)
 

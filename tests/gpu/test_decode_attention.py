@@ -96,26 +96,18 @@ def exact(arguments: dict[str, Any]) -> torch.Tensor:
 
 def stock(arguments: dict[str, Any], splits: int = SPLITS) -> torch.Tensor:
     """Stock's two kernels."""
-    attention = lines.attention_kernel("decode_attention")
     q = arguments["q"]
     rows, heads, dim = q.shape
-    out = torch.full_like(q, torch.nan)
-    attention.decode_attention_fwd(
-        q,
-        arguments["k_buffer"],
-        arguments["v_buffer"],
-        out,
-        arguments["kv_indptr"],
-        arguments["kv_indices"],
+    buffers = (
         torch.empty(rows, heads, SPLITS, dim, device="cuda"),
         torch.empty(rows, heads, SPLITS, device="cuda"),
-        torch.full((rows,), splits, dtype=torch.int32, device="cuda"),
-        SPLITS,
-        arguments["sm_scale"],
-        1.0,
-        1.0,
     )
-    return out
+    return lines.stock().decode_attention(
+        **arguments,
+        out=torch.full_like(q, torch.nan),
+        buffers=buffers,
+        splits=torch.full((rows,), splits, dtype=torch.int32, device="cuda"),
+    )
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

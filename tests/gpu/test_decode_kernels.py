@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,8 +11,14 @@ import torch
 
 from gemma4_turbo.cli import lines
 from gemma4_turbo.engine import run
+from gemma4_turbo.fusions import layer_norms as norms_between
+from gemma4_turbo.fusions import layer_tail as layers_end
 from gemma4_turbo.fusions import norm_kinds
+from gemma4_turbo.fusions import ple_tail as ple_end
+from gemma4_turbo.fusions import qkv as heads
+from gemma4_turbo.fusions import router_norm as routers_norm
 from gemma4_turbo.fusions.ple_tail import gelu_mul_op, norm_add_op
+from gemma4_turbo.fusions.stock import Stock
 from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail, router_norm
 from gemma4_turbo.kernels.norms import rmsnorm as norms
@@ -66,14 +73,16 @@ def same(*pairs: tuple[Any, Any]) -> None:
         assert int(wrong.sum()) == 0
 
 
-def stocks(mode: str, like: torch.Tensor) -> tuple[norm_kinds.Functions, int]:
-    """Stock's norms in eager mode or under Dynamo, and the kind that follows them."""
+def stocks(mode: str, like: torch.Tensor) -> tuple[Stock, int]:
+    """Stock's calls as they are in eager mode or under Dynamo, and the kind that follows their norms."""
     kinds = norm_kinds.find(like)
     if mode == "eager":
         assert kinds.reason is None
-        return stock.eager_norms(), kinds.eager
+        return stock, kinds.eager
     assert kinds.traced_reason is None
-    return stock.traced_norms(), kinds.traced
+    traced, norms = copy.copy(stock), stock.traced_norms()
+    traced.eager_norms = lambda: norms
+    return traced, kinds.traced
 
 
 def norm64(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -102,33 +111,22 @@ def finite(kind: str, followed: int | None = None) -> bool:
 def test_layer_norms_and_router_norm(width, rows, kind, mode, folded):
     """The router's scale applied to its normed input, or in its norm's weight already."""
     x, r = draw(kind, rows, width, 1), draw(kind, rows, width, 2)
-    (rmsnorm, fused_add_rmsnorm), followed = stocks(mode, x)
+    calls, followed = stocks(mode, x)
     w = [weight(width, seed) for seed in (3, 4, 5, 6)]
     root = torch.tensor(width**-0.5, device="cuda", dtype=DTYPE)
     residual = r.clone()
-    found = layer_norms.layer_norms(
-        x,
-        residual,
-        w[0],
-        EPS,
-        w[1],
-        EPS,
-        layer_norms.Router(w[2], None if folded else root, EPS, w[3], EPS),
-        kind=followed,
-    )
+    router = layer_norms.Router(w[2], None if folded else root, EPS, w[3], EPS)
+    found = layer_norms.layer_norms(x, residual, w[0], EPS, w[1], EPS, router, kind=followed)
     alone = router_norm.router_norm(residual, w[2], root, EPS, kind=followed)
     if not rows:
         assert all(y is not None and y.shape == x.shape for y in found)
         return
-    mlp_input = rmsnorm(x, w[0], EPS)
-    before = mlp_input.double() + r.double()
-    fused_add_rmsnorm(mlp_input, r, w[1], EPS)
-    router_input = rmsnorm(r, torch.ones_like(w[0]), EPS) * (w[2] * root)
-    same((alone, router_input))
-    if folded:
-        router_input = rmsnorm(r, w[2], EPS)
-    same((residual, r), (found[0], mlp_input), (found[1], router_input))
-    same((found[2], rmsnorm(r, w[3], EPS)))
+    before = calls.eager_norms().rmsnorm(x, w[0], EPS).double() + r.double()
+    args = norms_between.Args(x, r, w[0], EPS, w[1], EPS, router)
+    expected = norms_between.LayerNorms("layer_norms").theirs(calls, args)
+    same((residual, r), *zip(found, expected, strict=True))
+    args = routers_norm.Args(r, w[2], root, EPS)
+    same((alone, routers_norm.RouterNorm("router_norm").theirs(calls, args)))
     if finite(kind, followed):
         close(found[0], norm64(before, w[1]), 1)
         if folded:
@@ -144,15 +142,18 @@ def test_layer_norms_and_router_norm(width, rows, kind, mode, folded):
 @each_mode
 def test_ple_tail(width, rows, kind, mode):
     x, r = draw(kind, rows, width, 1), draw(kind, rows, width, 2)
-    (rmsnorm, _), followed = stocks(mode, x)
+    calls, followed = stocks(mode, x)
     w, after, s = weight(width, 3), weight(width, 4), scalar(0.7)
     out, normed = ple_tail.norm_add(x, w, EPS, r, s, after, EPS, kind=followed)
     gate, factor = draw(kind, rows, 256, 5), draw(kind, rows, 256, 6)
     closed = ple_tail.gelu_mul(gate, factor)
-    same((closed, torch.nn.functional.gelu(gate, approximate="tanh") * factor))
+    assert closed.shape == gate.shape
     if rows:
-        expected = (rmsnorm(x, w, EPS) + r) * s
-        same((out, expected), (normed, rmsnorm(expected, after, EPS)))
+        end = ple_end.NormAdd(x, w, EPS, r, s, after, EPS)
+        expected = ple_end.PleInputNorm("input_norm").theirs(calls, end)
+        same(*zip((out, normed), expected, strict=True))
+        three = ple_end.Args(x, w, EPS, r, gate, factor, x, after, EPS, s)
+        same((closed, ple_end.PleTail("ple_tail").theirs(calls, three)[1]))
         if finite(kind, followed):
             exact = norm64(x, w)
             terms = (exact.abs() + r.double().abs()).amax(-1, keepdim=True)
@@ -166,7 +167,7 @@ def test_ple_tail(width, rows, kind, mode):
 @pytest.mark.parametrize("experts", [False, True], ids=["dense", "experts"])
 def test_layer_tail(width, rows, kind, mode, experts):
     x, r, e = (draw(kind, rows, width, seed) for seed in (1, 2, 7))
-    (rmsnorm, _), followed = stocks(mode, x)
+    calls, followed = stocks(mode, x)
     w, s = [weight(width, seed) for seed in (3, 4, 5, 6)], scalar(0.7)
     branch = layer_tail.Experts(e, w[1], EPS, w[0], EPS) if experts else None
     after = layer_tail.NextNorm(w[3], EPS, followed)
@@ -174,11 +175,9 @@ def test_layer_tail(width, rows, kind, mode, experts):
     if not rows:
         assert out.shape == x.shape
         return
-    if experts:
-        expected = stock.dual_norm_residual(x, w[0], e, w[1], w[2], r, s, (EPS, EPS, EPS))
-    else:
-        expected = stock.norm_residual(x, w[2], r, s, EPS)
-    same((out, expected), (normed, rmsnorm(expected, w[3], EPS)))
+    args = layers_end.Args(x, w[2], EPS, r, s, branch, after)
+    expected = layers_end.LayerTail("input_norm").theirs(calls, args)
+    same(*zip((out, normed), expected, strict=True))
     if finite(kind):
         exact = norm64(norm64(x, w[0]) + norm64(e, w[1]) if experts else x, w[2])
         terms = (exact.abs() + r.double().abs()).amax(-1, keepdim=True)
@@ -202,11 +201,8 @@ def test_qkv(rows, kind, head_dim, turned):
     found = qkv.qkv(*ours, qw, kw, EPS, head_dim, rope)
     if not rows:
         return
-    stock.qkv_rmsnorm(q, k, v, qw, kw, 4, 2, head_dim, EPS)
-    k = k.contiguous()
-    if turned:
-        stock.rotate(positions, q.view(rows, -1, head_dim), k.view(rows, -1, head_dim), cache)
-    same(*zip(found, (q, k, v), strict=True))
+    args = heads.Args(q, k, v, qw, kw, EPS, head_dim, rope, None)
+    same(*zip(found, heads.Qkv("rope_store").theirs(stock, args), strict=True))
     if finite(kind) and not turned:
         exact = norm64(before.view(rows, 4, head_dim), qw).flatten(1)
         close(found[0], exact, 1)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
-import sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe  # noqa: F401
 import torch
-from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-from sglang.srt.layers.moe.topk import StandardTopKOutput
 
-from gemma4_turbo.cli.lines import TRITON_UTILS
+from gemma4_turbo.cli import lines
 from gemma4_turbo.kernels import experts_few as kernel
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.experts_few import Down, Tiles, Up
 from tests.gpu.lines import give_arguments
 
-# The package exports functions under the names of its modules.
-FUSED_MOE = sys.modules[f"{TRITON_UTILS}.fused_moe"]
 HIDDEN, EXPERTS, TOPK = 2816, 128, 8
 # The default, and cuts with several warps, lines within a warp, groups, and blocks of K held at once.
 CUTS = (
@@ -68,12 +61,7 @@ def routed(tokens: int, skewed: bool) -> tuple[torch.Tensor, torch.Tensor, torch
 
 def stock(x: torch.Tensor, weights: Weights, factors: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # fmt: skip
     """SGLang's own five launches."""
-    config = MoeRunnerConfig(
-        num_experts=EXPERTS, num_local_experts=EXPERTS, activation="gelu", inplace=False
-    )
-    output = StandardTopKOutput(factors, ids, factors)
-    found: torch.Tensor = FUSED_MOE.fused_experts(x.contiguous(), *weights, output, config)
-    return found
+    return lines.stock().fused_experts(x.contiguous(), *weights, factors, ids)
 
 
 def exact(x: torch.Tensor, weights: Weights, factors: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:  # fmt: skip

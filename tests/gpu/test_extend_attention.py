@@ -18,7 +18,7 @@ from gemma4_turbo.kernels.attention import window as window_indices
 from tests.extend_inputs import POISON, Batch, make, relative_error
 from tests.gpu.lines import stocks_window
 
-stock = lines.attention_kernel("extend_attention")
+stock = lines.stock()
 
 CASES = 90  # per geometry
 
@@ -116,7 +116,7 @@ def drawn(geometry: Geometry, choose: random.Random, generator: torch.Generator)
 
 
 def query_block(head_dim: int) -> int:
-    return int(stock._get_block_sizes_for_extend_attention(head_dim, head_dim)[3])
+    return stock.query_block(head_dim)
 
 
 def ours(batch: Batch, out: torch.Tensor) -> torch.Tensor:
@@ -125,31 +125,15 @@ def ours(batch: Batch, out: torch.Tensor) -> torch.Tensor:
 
 
 def by_stock(batch: Batch) -> torch.Tensor:
-    q, k, v, k_buffer, v_buffer, qo_indptr, kv_indptr, kv_indices = batch.positional
-    options = batch.keywords
-    out = torch.full(q.shape, POISON, dtype=q.dtype, device=q.device)
-    stock.extend_attention_fwd(
-        q.contiguous(),
-        k.contiguous(),
-        v.contiguous(),
-        out,
-        k_buffer,
-        v_buffer,
-        qo_indptr,
-        kv_indptr,
-        kv_indices,
-        options.get("custom_mask"),
-        options["is_causal"],
-        options.get("mask_indptr"),
-        int(qo_indptr.diff().max()),
-        1.0,
-        1.0,
-        options["sm_scale"],
-        skip_prefix_custom_mask=options.get("skip_prefix_custom_mask", True),
-        sliding_window_size=options["sliding_window_size"],
-        window_kv_offsets=options.get("window_kv_offsets"),
+    q, k, v, *rest = batch.positional
+    options = {name: x for name, x in batch.keywords.items() if name != "mask_query_block"}  # ours
+    return stock.extend_attention(
+        *(x.contiguous() for x in (q, k, v)),
+        torch.full(q.shape, POISON, dtype=q.dtype, device=q.device),
+        *rest,
+        longest=int(batch.positional[5].diff().max()),
+        **options,
     )
-    return out
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 
 import pytest
-import sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe  # noqa: F401
 import torch
-from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-from sglang.srt.layers.moe.topk import StandardTopKOutput
 
 from gemma4_turbo.cli import lines
-from gemma4_turbo.cli.lines import TRITON_UTILS
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import moe_align as kernel
@@ -26,10 +22,8 @@ MULTIPLE = lines.align_multiple()
 # So few slots stock itself aligns in one launch, of so many experts: the patch leaves them to it.
 OWN_SLOTS, OWN_EXPERTS = lines.slots_of_stocks(), lines.experts_of_stocks()
 
-# The package exports functions under the names of its modules.
-ALIGN = sys.modules[f"{TRITON_UTILS}.moe_align_block_size"]
-FUSED_MOE = sys.modules[f"{TRITON_UTILS}.fused_moe"]
-STOCK = getattr(ALIGN.moe_align_block_size, "__wrapped__", ALIGN.moe_align_block_size)
+FUSED_MOE = lines.stock().experts_module()
+STOCK = inspect.unwrap(FUSED_MOE.moe_align_block_size)  # with all that its signature has
 
 POISON = -77_777
 GUARD = 64
@@ -225,13 +219,9 @@ def test_output_of_the_experts(
     if skewed:  # every token on the same eight or nine experts: blocks fill up
         scores[:, 40:49] += 1
     weights, ids = scores.softmax(dim=-1).topk(topk)
-    output = StandardTopKOutput(weights.float(), ids.int(), scores)
-    config = MoeRunnerConfig(
-        num_experts=experts, num_local_experts=experts, activation="gelu", inplace=False
-    )
 
     def run_experts() -> torch.Tensor:
-        return FUSED_MOE.fused_experts(x, w1, w2, output, config)
+        return lines.stock().fused_experts(x, w1, w2, weights.float(), ids.int())
 
     monkeypatch.setattr(FUSED_MOE, "moe_align_block_size", STOCK)
     expected = run_experts()

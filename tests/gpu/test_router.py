@@ -8,6 +8,7 @@ import pytest
 import torch
 from sglang.srt.models.gemma4_causal import Gemma4MoE
 
+from gemma4_turbo.cli import lines
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import router as kernel
@@ -37,7 +38,7 @@ def generator() -> torch.Generator:
 
 def both(x: torch.Tensor, scale: torch.Tensor, topk: int) -> int:
     """Rows in which fused and stock differ."""
-    expected = patch.stock_routing(CONSTRUCT, scale)(x, x, topk, True)
+    expected = lines.stock().routing(x, scale, topk)
     return bits_differ(kernel.fused_routing(x, scale, topk), expected)
 
 

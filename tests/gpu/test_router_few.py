@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gemma4_turbo.cli import lines
 from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels import router_few as kernel
+from tests.gpu.lines import need
 from tests.router_inputs import KINDS, logits
 
 HIDDEN, EXPERTS, TOPK = 2816, 128, 8
-routing = pytest.importorskip(
-    "sglang.kernels.ops.moe.gemma4_routing", reason="this SGLang routes in eager mode"
-)
+need("router_few")
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def operands(
 
 def check(found: kernel.Routed, s: torch.Tensor, topk: int = TOPK) -> None:
     """Ids exactly those that SGLang's kernel finds for these logits, weights to a few ulp of fp32."""
-    weights, ids = routing.gemma4_fused_routing(found.logits, s, topk)
+    weights, ids = lines.stock().routing(found.logits, s, topk)
     assert torch.equal(found.ids, ids)
     torch.testing.assert_close(found.weights, weights, rtol=2e-6, atol=0, equal_nan=True)
 

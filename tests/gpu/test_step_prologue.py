@@ -7,8 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 from sglang.srt.models.gemma4_causal import Gemma4TextModel
 from sglang.srt.models.gemma4_mm import Gemma4ForConditionalGeneration
 
@@ -19,6 +17,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.any import step_prologue as patch
+from gemma4_turbo.ports.any.stock import Embedding, Projection, text_model
 from tests.gpu.lines import patch as patch_of
 from tests.runs import unpublished
 
@@ -33,6 +32,7 @@ TOKENS = pytest.mark.parametrize("tokens", [0, 1, 7, 32, 64, 257, 4096])
 DTYPES = pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)
 ROWS, VOCAB = 1024, 1000
 IMAGE, VIDEO, AUDIO, PAD = 1001, 1002, 7, 3
+STEP = 257  # tokens of a whole forward
 
 
 @pytest.fixture(autouse=True)
@@ -80,22 +80,13 @@ def model(
     generator: torch.Generator, layers: int, dtype: torch.dtype = torch.bfloat16
 ) -> SimpleNamespace:
     """What the two methods read of a Gemma4TextModel; the GEMM hands its input on."""
-    embedding = Gemma3TextScaledWordEmbedding(1, 1, None, embed_scale=256**0.5)
     table = torch.randn(ROWS, layers * 256, generator=generator, device="cuda")
-    embedding.weight = torch.nn.Parameter(patch.odd_rows(table).to(dtype))
-    _, projection_scale, weight, eps, _, input_scale = patch.project_inputs(generator, dtype, 1, 10)
-    norm = RMSNorm(256, eps)
-    norm.weight = torch.nn.Parameter(weight)
-    return SimpleNamespace(
-        embed_tokens_per_layer=embedding,
-        vocab_size_per_layer_input=VOCAB,
-        hidden_size_per_layer_input=256,
-        config=SimpleNamespace(num_hidden_layers=layers),
-        per_layer_model_projection=lambda x: (x, None),
-        per_layer_projection_norm=norm,
-        per_layer_projection_scale=projection_scale,
-        per_layer_input_scale=input_scale,
+    embedding = Embedding(patch.odd_rows(table).to(dtype), 256**0.5, VOCAB)
+    _, scale, weight, eps, _, input_scale = patch.project_inputs(generator, dtype, 1, 10)
+    made: SimpleNamespace = text_model(
+        layers, 256, embedding, Projection(scale, weight, eps, input_scale)
     )
+    return made
 
 
 def projection_of(
@@ -367,12 +358,12 @@ def test_multimodal_forward(ple, generator):
     """The same inputs reach the language model, in so many launches fewer."""
     mm = multimodal(generator, ple)
     ours = replaced(make_run())[patch.FORWARD]
-    ids = ids_of(generator, 257)
+    ids = ids_of(generator, STEP)
     ids[:8] = torch.tensor([IMAGE, VIDEO, AUDIO, PAD, -1, VOCAB, 0, 1], device="cuda")
     kept = ids.clone()
     results = []
     for forward in (ours, STOCK_FORWARD):
-        positions = torch.arange(257, device="cuda")
+        positions = torch.arange(STEP, device="cuda")
         results.append(forward(mm, ids, positions, decode_batch()))
         assert int(positions[0]) == 1
         assert torch.equal(ids, kept)
@@ -384,7 +375,7 @@ def test_multimodal_forward(ple, generator):
     else:
         assert inputs is None
         assert stock_inputs is None
-    positions = torch.arange(257, device="cuda")
+    positions = torch.arange(STEP, device="cuda")
     ours_launches = launches(lambda: ours(mm, ids, positions, decode_batch()))
     stock_launches = launches(lambda: STOCK_FORWARD(mm, ids, positions, decode_batch()))
     embedding = 6 if ple else 0  # seven in stock, one here

@@ -120,17 +120,16 @@ class Arena:
         """A call of stock's kernels, with stock's splits for these lengths."""
         from sglang.srt.layers.attention import triton_backend
 
-        decode_attention_fwd = lines.attention_kernel("decode_attention").decode_attention_fwd
+        stock = lines.stock()
         triton_backend.get_num_kv_splits_triton[(1,)](
             self.splits, self.lengths, len(self.lengths), 1, self.q.shape[1], self.k.shape[1],
             STOCK_SPLITS, gpu(self.q.device).processors, MAX_NUM_SEQ=256,
         )  # fmt: skip
 
         def call(i: int) -> None:
-            decode_attention_fwd(
+            stock.decode_attention(
                 self.q, self.k, self.v, self.out, self.indptr, self.indices[i % self.copies],
-                *self.stock_buffers, self.splits, STOCK_SPLITS, self.scale, 1.0, 1.0,
-                use_pdl=pdl.supported(self.q.device),
+                self.stock_buffers, self.splits, self.scale, pdl.supported(self.q.device),
             )  # fmt: skip
 
         return call

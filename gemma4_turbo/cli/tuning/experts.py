@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -124,22 +123,11 @@ class ExpertsBench:
             return lambda i: kernel.reference_experts_few(
                 self.x[i], self.w13, self.w2, self.factors[i], self.ids[i]
             )
-        from sglang.srt.layers.moe.moe_runner import MoeRunnerConfig
-        from sglang.srt.layers.moe.topk import StandardTopKOutput
-
         prepare_sglang()
-        # The package exports functions under the names of its modules.
-        module: Any = import_module(f"{lines.TRITON_UTILS}.fused_moe")
-        count = self.subject.experts
-        config = MoeRunnerConfig(
-            num_experts=count, num_local_experts=count, activation="gelu", inplace=False
+        stock = lines.stock()
+        return lambda i: stock.fused_experts(
+            self.x[i], self.w13, self.w2, self.factors[i], self.ids[i]
         )
-
-        def call(i: int) -> object:
-            output = StandardTopKOutput(self.factors[i], self.ids[i], self.factors[i])
-            return module.fused_experts(self.x[i], self.w13, self.w2, output, config)
-
-        return call
 
     def error(self, call: Call) -> float:
         """Against fp64."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import cached_property
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from gemma4_turbo.kernels.attention import extend_tiles as config
 from gemma4_turbo.kernels.gpu import Gpu
 from gemma4_turbo.models import geometry
 
-Call = Callable[..., Any]
+Attend = Callable[..., torch.Tensor]
 MOST = 3  # candidates where the package's own was measured: such a kernel takes seconds to compile
 CALLS = 3  # of a graph: each takes long, and reads more than a cache holds
 
@@ -105,33 +106,25 @@ class Case:
             split=split,
         )
 
-    def stock(self, function: Call) -> torch.Tensor:
+    def stock(self, function: Attend) -> torch.Tensor:
         """One call of stock's, with the copies of K and V that its backend makes."""
-        out = torch.empty_like(self.q)
-        function(
+        return function(
             self.q,
             self.k.contiguous(),
             self.v.contiguous(),
-            out,
+            torch.empty_like(self.q),
             self.k_buffer,
             self.v_buffer,
             self.qo_indptr,
             self.kv_indptr,
             self.indices,
-            self.mask,
-            True,
-            self.mask_indptr,
             self.longest,
-            1.0,
-            1.0,
-            self.scale,
-            logit_cap=0.0,
+            sm_scale=self.scale,
             sliding_window_size=self.shape.window,
-            sinks=None,
+            custom_mask=self.mask,
+            mask_indptr=self.mask_indptr,
             window_kv_offsets=self.offsets,
-            xai_temperature_len=-1,
         )
-        return out
 
     def exact(self) -> torch.Tensor:
         """In fp64."""
@@ -167,12 +160,14 @@ def _mask(new: int, old: int, kind: str, device: str) -> torch.Tensor:
     return mask.flatten()
 
 
-def stock_function() -> Call | None:
-    """SGLang's wrapper, None where it cannot be imported."""
+def stock_function() -> Attend | None:
+    """The line's ``extend_attention``, None where there is no line, or none of its kernel."""
     try:
-        return lines.attention_kernel("extend_attention").extend_attention_fwd  # type: ignore[no-any-return]
-    except ImportError:
+        stock = lines.stock()
+        import_module(stock.extend_kernel)
+    except (ImportError, LookupError):
         return None
+    return stock.extend_attention
 
 
 DENSE: dict[int, tuple[config.Dense, ...]] = {

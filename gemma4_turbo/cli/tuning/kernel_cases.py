@@ -8,21 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
-from importlib import import_module
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.cli import lines
-from gemma4_turbo.fusions import norm_kinds
-from gemma4_turbo.kernels import moe_align, qkv, step_prologue
+from gemma4_turbo.fusions import layer_norms as norms_between
+from gemma4_turbo.fusions import layer_tail, norm_kinds, ple_tail, qkv
+from gemma4_turbo.fusions import router_norm as routers_norm
+from gemma4_turbo.kernels import moe_align, step_prologue
 from gemma4_turbo.kernels import router as router_kernel
 from gemma4_turbo.kernels import router_few as few_kernel
-from gemma4_turbo.kernels.norms import layer_norms as layer_norms_kernel
-from gemma4_turbo.kernels.norms import layer_tail, ple_tail
-from gemma4_turbo.kernels.norms import router_norm as router_norm_kernel
-from gemma4_turbo.kernels.qkv import Mode
+from gemma4_turbo.kernels.norms.layer_norms import Router
+from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
+from gemma4_turbo.kernels.norms.rmsnorm import Kind
+from gemma4_turbo.kernels.qkv import Mode, Rope, Store
 from gemma4_turbo.models.geometry import (
     GEOMETRIES,
     HEAD_DIM_FULL,
@@ -31,6 +31,10 @@ from gemma4_turbo.models.geometry import (
     Geometry,
 )
 from gemma4_turbo.ports.any import attention
+from gemma4_turbo.ports.any.stock import Embedding, Projection, text_model
+
+if TYPE_CHECKING:
+    from gemma4_turbo.fusions.fusion import A, Fusion, R
 
 Call = Callable[[], Any]
 
@@ -105,56 +109,47 @@ def kind_of(x: torch.Tensor) -> int:
     return kinds.eager
 
 
+def beside(fusion: Fusion[A, R], mine: A, stocks: A, kind: int, size: int) -> Calls:
+    """A fusion's kernel and stock's calls, each with operands of its own; ``size`` in bytes."""
+    theirs = fusion.repeated(lines.stock(), stocks)
+
+    def ours() -> Any:
+        return fusion.written(mine, fusion.launch(mine, kind))
+
+    def stock() -> Any:
+        return fusion.written(stocks, theirs())
+
+    return Calls(ours, stock, size)
+
+
 # -- norms ------------------------------------------------------------------------------------------
 
 
 def layer_norms(model: Geometry, rows: int, device: str) -> Calls:
     """Between attention and feed-forward."""
     draw = Draw(device)
-    x, ours_r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
-    stock_r = ours_r.clone()
+    x, r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
     w = [draw.weight(model.hidden) for _ in range(4)]
     root = None if lines.router_scale_is_folded() else draw.scalar(model.hidden**-0.5)
-    router = layer_norms_kernel.Router(w[2], root, EPS, w[3], EPS) if model.experts else None
-    kind, norm = kind_of(x), lines.stock().eager_norms()
-    # Stock keeps this product of its first call, and later lines have it in the norm's weight.
-    ones, scale = torch.ones_like(w[2]), None if root is None else w[2] * root
-
-    def ours() -> Any:
-        found = layer_norms_kernel.launch_layer_norms(x, ours_r, w[0], EPS, w[1], EPS, router, kind)
-        return ours_r, *found
-
-    def stock() -> Any:
-        mlp_input = norm.rmsnorm(x, w[0], EPS)
-        norm.fused_add_rmsnorm(mlp_input, stock_r, w[1], EPS)
-        if router is None:
-            return stock_r, mlp_input, None, None
-        if scale is None:
-            router_input = norm.rmsnorm(stock_r, w[2], EPS)
-        else:
-            router_input = norm.rmsnorm(stock_r, ones, EPS) * scale
-        return stock_r, mlp_input, router_input, norm.rmsnorm(stock_r, w[3], EPS)
-
-    read, written = [x, ours_r, w[0], w[1]], [ours_r, x]
+    router = Router(w[2], root, EPS, w[3], EPS) if model.experts else None
+    args = norms_between.Args(x, r, w[0], EPS, w[1], EPS, router)
+    read, written = [x, r, w[0], w[1]], [r, x]
     if router is not None:
         read, written = [*read, w[2], w[3]], [*written, x, x]
         if root is not None:
             read.append(root)
-    return Calls(ours, stock, moved(*read, *written))
+    fusion = norms_between.LayerNorms("layer_norms")
+    stocks = args._replace(residual=r.clone())
+    return beside(fusion, args, stocks, kind_of(x), moved(*read, *written))
 
 
 def router_norm(model: Geometry, rows: int, device: str) -> Calls:
     """What the router's projection reads."""
     draw = Draw(device)
     x, w = draw.rows(rows, model.hidden), draw.weight(model.hidden)
-    root = draw.scalar(model.hidden**-0.5)
-    kind, norm = kind_of(x), lines.stock().eager_norms()
-    ones, scale = torch.ones_like(w), w * root
-    return Calls(
-        lambda: (router_norm_kernel.launch_router_norm(x, w, root, EPS, kind),),
-        lambda: (norm.rmsnorm(x, ones, EPS) * scale,),
-        moved(x, w, root, x),
-    )
+    args = routers_norm.Args(x, w, draw.scalar(model.hidden**-0.5), EPS)
+    fusion = routers_norm.RouterNorm("router_norm")
+    return beside(fusion, args, args, kind_of(x), moved(x, w, args.root_size, x))
 
 
 # -- ends of a layer --------------------------------------------------------------------------------
@@ -167,23 +162,11 @@ def ple_tail_launches(model: Geometry, rows: int, device: str) -> Calls:
     gate = draw.rows(rows, model.per_layer_width)
     p = draw.rows(rows, model.layers, model.per_layer_width)[:, 1]  # one layer's part
     w, last, scalar = draw.weight(model.hidden), draw.weight(model.hidden), draw.scalar(0.7, 1)
-    kind, norm = kind_of(m), lines.stock().eager_norms()
-
-    def ours() -> Any:
-        h, _ = ple_tail.launch_norm_add(m, w, EPS, r, None, None, 0.0, kind)
-        g = ple_tail.launch_gelu_mul(gate, p)
-        out, _ = ple_tail.launch_norm_add(c, last, EPS, h, scalar, None, 0.0, kind)
-        return h, g, out
-
-    def stock() -> Any:
-        h = norm.rmsnorm(m, w, EPS) + r
-        g = torch.nn.functional.gelu(gate, approximate="tanh") * p
-        return h, g, (h + norm.rmsnorm(c, last, EPS)) * scalar
-
+    args = ple_tail.Args(m, w, EPS, r, gate, p, c, last, EPS, scalar)
     first = moved(m, w, r, r)  # the last of each line stands for the result, which has its size
     second = moved(gate, p, gate)
     third = moved(c, last, r, scalar, r)
-    return Calls(ours, stock, first + second + third)
+    return beside(ple_tail.PleTail("ple_tail"), args, args, kind_of(m), first + second + third)
 
 
 def input_norm(model: Geometry, rows: int, device: str) -> Calls:
@@ -191,56 +174,31 @@ def input_norm(model: Geometry, rows: int, device: str) -> Calls:
     draw = Draw(device)
     x, r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
     w, after, scalar = draw.weight(model.hidden), draw.weight(model.hidden), draw.scalar(0.7, 1)
-    kind, norm = kind_of(x), lines.stock().eager_norms()
+    kind = kind_of(x)
     if not model.experts:
-
-        def stock_ple() -> Any:
-            out = (r + norm.rmsnorm(x, w, EPS)) * scalar
-            return out, norm.rmsnorm(out, after, EPS)
-
-        return Calls(
-            lambda: ple_tail.launch_norm_add(x, w, EPS, r, scalar, after, EPS, kind),
-            stock_ple,
-            moved(x, w, r, scalar, after, x, x),
-        )
+        end = ple_tail.NormAdd(x, w, EPS, r, scalar, after, EPS)
+        size = moved(x, w, r, scalar, after, x, x)
+        return beside(ple_tail.PleInputNorm("input_norm"), end, end, kind, size)
     e, w1, w2 = draw.rows(rows, model.hidden), draw.weight(model.hidden), draw.weight(model.hidden)
-    experts = layer_tail.Experts(e, w2, EPS, w1, EPS)
-    following = layer_tail.NextNorm(after, EPS, kind)
-    dual_norm_residual = lines.stock().dual_norm_residual
-
-    def stock() -> Any:
-        out = dual_norm_residual(x, w1, e, w2, w, r, scalar, (EPS, EPS, EPS))
-        return out, norm.rmsnorm(out, after, EPS)
-
-    return Calls(
-        lambda: layer_tail.launch_layer_tail(x, w, EPS, r, scalar, experts, following),
-        stock,
-        moved(x, w1, e, w2, w, r, scalar, after, x, x),
-    )
+    experts, following = Experts(e, w2, EPS, w1, EPS), NextNorm(after, EPS, kind)
+    args = layer_tail.Args(x, w, EPS, r, scalar, experts, following)
+    size = moved(x, w1, e, w2, w, r, scalar, after, x, x)
+    return beside(layer_tail.LayerTail("input_norm"), args, args, kind, size)
 
 
 def experts_sum(following: bool, model: Geometry, rows: int, device: str) -> Calls:
     """A layer's end with the sum over a token's experts; ``following``: and the next layer's norm."""
     draw = Draw(device)
     x, r = draw.rows(rows, model.hidden), draw.rows(rows, model.hidden)
-    e, total = draw.rows(rows, model.topk, model.hidden), torch.empty_like(x)
+    e = draw.rows(rows, model.topk, model.hidden)
     w, w1, w2, after = (draw.weight(model.hidden) for _ in range(4))
     scalar = draw.scalar(0.7, 1)
-    experts = layer_tail.Experts(e, w2, EPS, w1, EPS, lines.rules().sums_from_zero())
-    next_norm = layer_tail.NextNorm(after, EPS, kind_of(x)) if following else None
-    calls = lines.stock()
-    norm = calls.eager_norms()
-
-    def stock() -> Any:
-        calls.sum_experts(e, total)
-        out = calls.dual_norm_residual(x, w1, total, w2, w, r, scalar, (EPS, EPS, EPS))
-        return out, norm.rmsnorm(out, after, EPS) if following else None
-
-    return Calls(
-        lambda: layer_tail.launch_layer_tail(x, w, EPS, r, scalar, experts, next_norm),
-        stock,
-        moved(x, w1, e, w2, w, r, scalar, x) + (moved(after, x) if following else 0),
-    )
+    experts = Experts(e, w2, EPS, w1, EPS, lines.rules().sums_from_zero())
+    kind = kind_of(x) if following else int(Kind.PRECISE)  # nobody asks for one
+    next_norm = NextNorm(after, EPS, kind) if following else None
+    args = layer_tail.Args(x, w, EPS, r, scalar, experts, next_norm)
+    size = moved(x, w1, e, w2, w, r, scalar, x) + (moved(after, x) if following else 0)
+    return beside(layer_tail.LayerTail("experts_sum"), args, args, kind, size)
 
 
 # -- attention --------------------------------------------------------------------------------------
@@ -304,19 +262,12 @@ def qkv_norm(heads: Heads, rows: int, device: str) -> Calls:
     whole = projection(draw, heads, rows)
     mine, theirs = projected(whole, heads, mode), projected(whole.clone(), heads, mode)
     qw, kw = draw.weight(heads.size), draw.weight(heads.size)
-    qkv_rmsnorm = lines.stock().qkv_rmsnorm
-
-    def stock() -> Any:
-        qkv_rmsnorm(*theirs, qw, None if mode == Mode.Q else kw, heads.q, heads.kv, heads.size, EPS)
-        return theirs
-
+    args = qkv.Args(*mine, qw, kw, EPS, heads.size, None, None)
+    stocks = qkv.Args(*theirs, qw, kw, EPS, heads.size, None, None)
     present = [tensor for tensor in mine if tensor is not None]
     weights = [qw] if mode == Mode.Q else [qw, kw]
-    return Calls(
-        lambda: qkv.launch_qkv(*mine, qw, kw, EPS, heads.size, None, None),
-        stock,
-        moved(*present, *weights, *present),
-    )
+    size = moved(*present, *weights, *present)
+    return beside(qkv.Qkv("qkv_norm"), args, stocks, Kind.PRECISE, size)  # it follows none
 
 
 def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
@@ -327,7 +278,7 @@ def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
     theirs = projected(whole.clone(), heads, stock_mode(heads))
     qw, kw = draw.weight(heads.size), draw.weight(heads.size)
     angles = torch.arange(float(POSITIONS))[:, None] * torch.logspace(0, -4, heads.size // 2)
-    rope = qkv.Rope(
+    rope = Rope(
         draw.below(POSITIONS, rows), torch.cat([angles.cos(), angles.sin()], dim=-1).to(device)
     )
     locations = draw.below(SLOTS, rows)
@@ -337,21 +288,17 @@ def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
     )
     store = None
     if stored:
-        store = qkv.Store(locations, ours_pool[0], ours_pool[1], lines.skipped_slot())
-    calls = lines.stock()
+        store = Store(locations, ours_pool[0], ours_pool[1], lines.skipped_slot())
+    calls, fusion = lines.stock(), qkv.Qkv("rope_store")
+    args = qkv.Args(*mine, qw, kw, EPS, heads.size, rope, store)
+    stocks = qkv.Args(*theirs, qw, kw, EPS, heads.size, rope, None)
 
     def ours() -> Any:
-        found = qkv.launch_qkv(*mine, qw, kw, EPS, heads.size, rope, store)
+        found = fusion.launch(args, Kind.PRECISE)  # it follows none
         return (found[0], *ours_pool) if stored else found
 
     def stock() -> Any:
-        q, k, v = theirs
-        calls.qkv_rmsnorm(
-            q, k, v, qw, None if k is None else kw, heads.q, heads.kv, heads.size, EPS
-        )
-        key = torch.zeros_like(q[:, : heads.kv * heads.size]) if k is None else k
-        q_heads, k_heads = q.view(rows, -1, heads.size), key.view(rows, -1, heads.size)
-        calls.rotate(rope.positions, q_heads, k_heads, rope.cos_sin_cache)
+        q, k, v = fusion.theirs(calls, stocks, heads.kv)
         if not stored or k is None or v is None:
             return q, k, v
         kv_heads = k.view(rows, heads.kv, heads.size), v.view(rows, heads.kv, heads.size)
@@ -374,48 +321,40 @@ def rope_store(heads: Heads, stored: bool, rows: int, device: str) -> Calls:
 
 def router(dtype: torch.dtype, model: Geometry, rows: int, device: str) -> Calls:
     """Logits to weights and experts."""
-    from sglang.srt.models.gemma4_causal import Gemma4MoE
-
-    stock_routing = lines.patch("router").stock_routing
-    construct: Any = Gemma4MoE.__init__
-    draw = Draw(device)
+    draw, stock = Draw(device), lines.stock()
     scale, x = draw.weight(model.experts), draw.rows(rows, model.experts, dtype=dtype)
-    routing = stock_routing(getattr(construct, "__wrapped__", construct), scale)
     results = rows * model.topk * (4 + 4)  # weights and ids
     return Calls(
         lambda: router_kernel.fused_routing(x, scale, model.topk),
-        lambda: routing(x, x, model.topk, True),
+        lambda: stock.routing(x, scale, model.topk),
         moved(x, scale) + results,
     )
 
 
 def router_few(model: Geometry, rows: int, device: str) -> Calls:
     """The router's normed input to weights and experts. Its weight stays in the L2 cache, for both."""
-    stock = import_module("sglang.kernels.ops.moe.gemma4_routing").gemma4_fused_routing
-    draw = Draw(device)
+    draw, stock = Draw(device), lines.stock()
     x, scale = draw.rows(rows, model.hidden), draw.weight(model.experts)
     w = draw.rows(model.experts, model.hidden) * model.hidden**-0.5
     arrived = torch.zeros(1, dtype=torch.int32, device=device)
     results = rows * (2 * model.experts + model.topk * (4 + 4))  # logits, weights and ids
     return Calls(
         lambda: few_kernel.launch_router_few(x, w, scale, model.topk, arrived)[1:],
-        lambda: stock(torch.nn.functional.linear(x, w), scale, model.topk),
+        lambda: stock.routing(torch.nn.functional.linear(x, w), scale, model.topk),
         moved(x, w, scale) + results,
     )
 
 
 def align(model: Geometry, rows: int, device: str) -> Calls:
     """Slots grouped by expert."""
-    from sglang.srt.layers.moe.moe_runner.triton_utils import moe_align_block_size as stock_align
-
     ids = Draw(device).rows(rows, model.experts).topk(model.topk)[1].int()
     arguments = ids, ALIGN_BLOCK, model.experts
-    multiple = lines.align_multiple()
+    multiple, stock = lines.align_multiple(), lines.stock()
     token_ids, expert_ids, padded = moe_align.launch_align(*arguments, multiple)
     used = expert_ids[: int(padded) // ALIGN_BLOCK]  # the others are not written
     return Calls(
         lambda: moe_align.launch_align(*arguments, multiple),
-        lambda: stock_align(*arguments),
+        lambda: stock.align(*arguments),
         moved(ids, token_ids, used, padded),
     )
 
@@ -431,29 +370,20 @@ def prologue_kind(device: str) -> int:
 
 def prologue(model: Geometry, rows: int, device: str, vocabulary: int = VOCABULARY) -> Calls:
     """Per-layer inputs in two launches; the GEMM between them is stock's on both sides and left out."""
-    from sglang.srt.layers.layernorm import RMSNorm
-    from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
-    from sglang.srt.models.gemma4_causal import Gemma4TextModel
-
     draw, width, embed_scale = Draw(device), model.per_layer_width, model.per_layer_width**0.5
     table = draw.rows(vocabulary, model.layers * width)
     projection = draw.rows(rows, model.layers * width)
     ids, weight = draw.below(vocabulary, rows), draw.weight(width)
     scale, input_scale = draw.scalar(model.hidden**-0.5), draw.scalar(0.5**0.5)
     kind = prologue_kind(device)
-    embedding = Gemma3TextScaledWordEmbedding(1, 1, None, embed_scale=embed_scale)
-    embedding.weight = torch.nn.Parameter(table, requires_grad=False)
-    norm = RMSNorm(width, EPS)
-    norm.weight = torch.nn.Parameter(weight, requires_grad=False)
-    text = SimpleNamespace(
-        embed_tokens_per_layer=embedding,
-        vocab_size_per_layer_input=vocabulary,
-        hidden_size_per_layer_input=width,
-        config=SimpleNamespace(num_hidden_layers=model.layers),
-        per_layer_model_projection=lambda x: (x, None),
-        per_layer_projection_norm=norm,
-        per_layer_projection_scale=scale,
-        per_layer_input_scale=input_scale,
+    calls, text = (
+        lines.stock(),
+        text_model(
+            model.layers,
+            width,
+            Embedding(table, embed_scale, vocabulary),
+            Projection(scale, weight, EPS, input_scale),
+        ),
     )
 
     def ours() -> Any:
@@ -464,8 +394,8 @@ def prologue(model: Geometry, rows: int, device: str, vocabulary: int = VOCABULA
         )
 
     def stock() -> Any:
-        inputs = Gemma4TextModel.get_per_layer_inputs(text, ids)
-        return inputs, Gemma4TextModel.project_per_layer_inputs(text, projection, inputs)
+        inputs = calls.per_layer_inputs(text, ids)
+        return inputs, calls.project_per_layer_inputs(text, projection, inputs)
 
     # The table's rows, the per-layer inputs and the result are of the projection's size.
     first = moved(ids, projection, projection)
@@ -558,8 +488,8 @@ def rope_store_cases(models: Models = MODELS) -> list[Case]:
 
 
 def experts_sum_cases(models: Models = MODELS) -> list[Case]:
-    """Above `layer_tail.COMPILED_SUM_ROWS` rows the patch leaves the sum to stock."""
-    rows = tuple(count for count in ROWS if count <= layer_tail.COMPILED_SUM_ROWS)
+    """Above `COMPILED_SUM_ROWS` rows the patch leaves the sum to stock."""
+    rows = tuple(count for count in ROWS if count <= COMPILED_SUM_ROWS)
     return [
         case
         for also, following in (("", False), (" (with input_norm)", True))
@@ -599,5 +529,5 @@ CASES: dict[str, Callable[..., list[Case]]] = {
     "experts_sum": experts_sum_cases,
     "router_few": router_few_cases,
 }
-"""By patch, in the catalogue's order, of these models or others; `gemma4_turbo.cli.lines.absent` says which
+"""By patch, in the catalogue's order, of these models or others; `gemma4_turbo.cli.lines.patch_unfit` says which
 of them SGLang does not take."""

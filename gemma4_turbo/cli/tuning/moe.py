@@ -20,10 +20,10 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
 from gemma4_turbo.cli import lines, report, small_moe
+from gemma4_turbo.cli.report import Console
 from gemma4_turbo.cli.tuning.timing import Timer, readings
 from gemma4_turbo.kernels import moe_tables
 
@@ -157,7 +157,7 @@ class Experts:
 
         sorted_ids, expert_ids, padded = self.alignment(tile.m)[number % len(self.ids)]
         up = projection == UP
-        lines.moe_kernels().invoke_fused_moe_kernel(
+        lines.stock().experts_kernel().invoke_fused_moe_kernel(
             self.inputs[projection],
             self.weights[projection],
             None,
@@ -187,11 +187,8 @@ class Experts:
     def alignment(self, m: int) -> list[tuple[torch.Tensor, ...]]:
         """Slots grouped by expert in blocks of m, one for each routing."""
         if m not in self.aligned:
-            from sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size import (
-                moe_align_block_size,
-            )
-
-            self.aligned[m] = [moe_align_block_size(ids, m, EXPERTS) for ids in self.ids]
+            stock = lines.stock()
+            self.aligned[m] = [stock.align(ids, m, EXPERTS) for ids in self.ids]
         return self.aligned[m]
 
     def timer(self, projection: str, tile: Tile) -> Timer:

@@ -51,7 +51,7 @@ def printable(text: str) -> str:
 def cases(models: Models) -> Iterator[Case]:
     """What is timed, of the patches that this SGLang takes."""
     for patch, make in CASES.items():
-        if lines.absent(patch) is None:
+        if lines.patch_unfit(patch) is None:
             yield from (case for case in make(models) if case.tokens in ROWS)
 
 

@@ -141,7 +141,7 @@ def run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
     except Exception as error:
         return Failed(f"{type(error).__name__}: {error}"[:300])
     finally:
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():
             with contextlib.suppress(Exception):
                 torch.cuda.empty_cache()
 

@@ -21,7 +21,7 @@ class Timer:
     def __init__(self, call: Call, calls: int, pool: Any = None) -> None:
         """``pool``: memory that it shares with other graphs, of which it needs no results."""
         self.calls = calls
-        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream: Any = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())  # which may still be writing the inputs
         with torch.cuda.stream(stream):
             call(0)

@@ -135,7 +135,7 @@ def forward(
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     forward_batch: ForwardBatch,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> torch.Tensor:
     """Projection, norms, rotation, attention, output projection."""
     site = site_of(self, AttentionSite)
@@ -183,7 +183,7 @@ def _attend(
     forward_batch: ForwardBatch,
     stored: bool,
 ) -> torch.Tensor:
-    q = q.unflatten(-1, (self.num_heads, self.head_dim))  # type: ignore[no-untyped-call]
+    q = q.unflatten(-1, (self.num_heads, self.head_dim))
     if stored or k is None:
         k = v = None
     else:

@@ -97,7 +97,7 @@ def layer_unfit(
     return None
 
 
-def unproven(run: PatchRun, call: Call, capturing: bool) -> str | None:
+def check_unfit(run: PatchRun, call: Call, capturing: bool) -> str | None:
     """Why this kernel may not run here, or None.
 
     Without a GPU nothing is compared: the interpreter's results are the tests' business.

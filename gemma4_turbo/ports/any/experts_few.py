@@ -91,8 +91,8 @@ def _replacement(
         w2: torch.Tensor,
         topk_weights: torch.Tensor,
         topk_ids: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
         given = hidden_states, w1, w2, topk_weights, topk_ids
 
@@ -118,8 +118,8 @@ def _replacement(
             _options_unfit(allowed, values)
             or kernel.unfit(*given)
             or (SUMMED if sums_over_ranks() else None)
-            or _invariant()
-            or unproven(run, *given)
+            or _mode_unfit()
+            or check_unfit(run, *given)
         )
         if reason is not None:
             run.declined(reason)
@@ -150,7 +150,7 @@ def _options_unfit(allowed: dict[str, tuple[Any, ...]], chosen: dict[str, Any]) 
     return None
 
 
-def _invariant() -> str | None:
+def _mode_unfit() -> str | None:
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
 
     if is_batch_invariant_mode_enabled():  # also what deterministic inference sets
@@ -158,7 +158,7 @@ def _invariant() -> str | None:
     return None
 
 
-def unproven(
+def check_unfit(
     run: PatchRun,
     x: torch.Tensor,
     w13: torch.Tensor,

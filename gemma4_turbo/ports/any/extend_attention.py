@@ -7,7 +7,6 @@ index tensor is therefore as long as the windows can be at most.
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -110,7 +109,7 @@ class Call:
         }
         self.causal = _causal(backend, layer)
 
-    def reason(self) -> str | None:
+    def unfit(self) -> str | None:
         """Why the kernel does not take it, or None."""
         if self.kv_indptr is None or self.kv_indices is None:
             return "the backend has no KV indices for the layer"
@@ -220,10 +219,10 @@ def _gather(run: PatchRun, given: dict[str, Any], rows_of: RowsOf) -> window_ind
 # -- verify -------------------------------------------------------------------------------------
 
 
-def compared(device: str, stock_kernel: str) -> list[Check]:
+def compared(device: str, stock: Callable[..., torch.Tensor]) -> list[Check]:
     """Against fp64: no further from it than stock's kernel (on a GPU) or than rounding (without).
 
-    ``stock_kernel``: the module that has it.
+    ``stock``: the line's ``extend_attention``.
     """
     generator = torch.Generator(device).manual_seed(0)
     if device == "cuda" and kernel.device_unfit(torch.device("cuda", 0)) is not None:
@@ -262,7 +261,11 @@ def compared(device: str, stock_kernel: str) -> list[Check]:
             exact = kernel.reference_extend_attention(*tensors, **options)
             bound, against = 1e-3, "plain torch in fp64"
             if device == "cuda":
-                bound = 1.1 * _error(_stock(stock_kernel, tensors, max(new), **options), exact)
+                q, *others = tensors
+                theirs = stock(
+                    q, *others[:2], torch.empty_like(q), *others[2:], max(new), **options
+                )
+                bound = 1.1 * _error(theirs, exact)
                 against = "fp64, against which stock is measured too"
             error = _error(got, exact)
             what = f"head size {head_dim}, lengths {list(new)} on {old}"
@@ -289,30 +292,3 @@ def _starts(lengths: list[int], device: str) -> torch.Tensor:
 
 def _error(got: torch.Tensor, exact: torch.Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
-
-
-def _stock(
-    module: str,
-    tensors: tuple[torch.Tensor, ...],
-    longest: int,
-    sm_scale: float,
-    sliding_window_size: int,
-) -> torch.Tensor:
-    q, k, v, *rest = tensors
-    out = torch.empty_like(q)
-    importlib.import_module(module).extend_attention_fwd(
-        q,
-        k,
-        v,
-        out,
-        *rest,
-        None,
-        True,
-        None,
-        longest,
-        1.0,
-        1.0,
-        sm_scale,
-        sliding_window_size=sliding_window_size,
-    )
-    return out

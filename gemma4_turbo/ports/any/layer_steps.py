@@ -24,6 +24,7 @@ from gemma4_turbo.runtime import handed
 from gemma4_turbo.runtime.custom_ops import TRACED, capturing
 
 if TYPE_CHECKING:
+    from gemma4_turbo.engine.checks import Check
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.kernels.norms.layer_norms import Outputs
     from gemma4_turbo.ports.any.model_protocols import (
@@ -213,7 +214,7 @@ def after_attention(
     residual: torch.Tensor,
     per_layer_input: torch.Tensor | None,
     following: RMSNorm | None,
-    router_of: Callable[[DecoderLayer], Router],
+    router_of: Callable[[Any], Router],
     sums: Sums | None = None,
 ) -> Ends:
     """The layer from the attention's output on; ``residual``, its input, is overwritten, as by stock.
@@ -290,7 +291,7 @@ def _layer_norms(
     site: LayerSite,
     attention_output: torch.Tensor,
     residual: torch.Tensor,
-    router_of: Callable[[DecoderLayer], Router],
+    router_of: Callable[[Any], Router],
 ) -> Outputs | None:
     if LAYER_NORMS.settled(site):
         return None
@@ -326,7 +327,7 @@ def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.
         return None
     MLP_STREAM.run.engaged(True)
     if x.device not in _streams:
-        _streams[x.device] = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        _streams[x.device] = torch.cuda.Stream(x.device)
     return _streams[x.device]
 
 
@@ -383,6 +384,13 @@ def _experts(
     site.experts_sum = "somebody goes on with the experts' sum before the layer gets it"
     run.declined(site.experts_sum)
     return self.moe(x, router_logits)
+
+
+def experts_sum_checks(device: str) -> list[Check]:
+    """`EXPERTS_SUM` against stock, the sum started as this release starts it."""
+    from_zero = sglang_types.rules().sums_from_zero()
+    what, draw = layer_tail.example(device, torch.Tensor.contiguous, from_zero)
+    return [EXPERTS_SUM.check(device, what, draw)]
 
 
 # -- the layer's end ------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ class LinearSite(Site):
             key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
             self.few = kernel.cut(weight, epilogue)
             self.many = kernel.cut(weight, epilogue, kernel.MAX_ROWS)
+            # Of another GPU's profile or processors they may be others, and so the order of the sums. A
+            # layer that every GPU computes as a whole must come to the same numbers on all of them.
+            for rows, tiles in ((kernel.FEW_ROWS, self.few), (kernel.MAX_ROWS, self.many)):
+                key += (kernel.unfit_here(weight, epilogue, rows) or tuple(tiles),)
             self.sum = sglang_types.rules().sum_of(module)  # over GPUs, where the layer makes it
         super().__init__(key, None)
         self.cover(NAME, module)

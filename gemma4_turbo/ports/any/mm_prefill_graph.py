@@ -118,7 +118,7 @@ def forget_all(forget: Callable[[Any], None]) -> None:
         forget(graphs_of.runner())
 
 
-def crowded(runner: Any, least: float) -> str | None:
+def memory_unfit(runner: Any, least: float) -> str | None:
     """Why the graphs that were recorded take too much, or None. ``least``: GB of memory beside them."""
     from sglang.srt.utils import common
 

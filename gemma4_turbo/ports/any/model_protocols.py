@@ -1,4 +1,7 @@
-"""What this line's ports read of SGLang's objects: a class for each of SGLang's, with nothing else in it.
+"""What the text model's ports read of SGLang's objects: a class for each of SGLang's, with nothing else in it.
+
+What the steps in ``ports/any`` read, and what the ports of several lines do. What one line's ports read
+alone is in its ``protocols.py``, which may add to a class of this file.
 
 For the type checker alone, which does not look into SGLang: import it under ``TYPE_CHECKING``. Types are
 those of SGLang's source. Where a port reads one more attribute, it is added here.
@@ -10,7 +13,6 @@ None, and a comment.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import MethodType
 from typing import Any, Protocol, overload
 
@@ -503,13 +505,6 @@ class ScheduleBatch(Protocol):
     spec_info: object | None
 
 
-class ForwardContext(Protocol):
-    """``sglang.srt.compilation.piecewise_context_manager.ForwardContext``."""
-
-    forward_batch: ForwardBatch
-    attention_layers: list[RadixAttention]
-
-
 # -- attention backends and KV pools ------------------------------------------------------------------
 
 
@@ -532,29 +527,6 @@ class TritonBackend(any_line.TritonBackend, Protocol):
         forward_batch: ForwardBatch,
         save_kv_cache: bool,
         /,
-    ) -> torch.Tensor: ...
-
-
-class TRTLLMMetadata(Protocol):
-    """``sglang.srt.layers.attention.trtllm_mha_backend.TRTLLMMHAMetadata``."""
-
-    cache_seqlens_int32: torch.Tensor
-    page_table: torch.Tensor | None
-    swa_page_table: torch.Tensor | None
-
-
-class TRTLLMBackend(Protocol):
-    """``sglang.srt.layers.attention.trtllm_mha_backend.TRTLLMHAAttnBackend``."""
-
-    forward_metadata: TRTLLMMetadata
-    page_size: int
-    max_context_len: int
-    speculative_num_draft_tokens: int | None
-    use_sliding_window_kv_pool: bool
-    _swa_kv_pool: SWAKVPool | None
-
-    def _get_layer_page_table(
-        self, layer: RadixAttention, forward_batch: ForwardBatch, /
     ) -> torch.Tensor: ...
 
 
@@ -604,19 +576,6 @@ class KVAllocator(Protocol):
     """``sglang.srt.mem_cache.allocator.BaseTokenToKVPoolAllocator``."""
 
     page_size: int
-
-
-class SWAAllocator(KVAllocator, Protocol):
-    """``sglang.srt.mem_cache.swa_memory_pool.SWATokenToKVPoolAllocator``."""
-
-    full_to_swa_index_mapping: torch.Tensor
-    _kvcache: SWAKVPool
-
-    @property
-    def size_full(self) -> int: ...
-    @property
-    def size_swa(self) -> int: ...
-    def translate_loc_from_full_to_swa(self, kv_indices: torch.Tensor, /) -> torch.Tensor: ...
 
 
 # -- the server and its runners -----------------------------------------------------------------------
@@ -677,7 +636,9 @@ class ModelRunnerOutput(Protocol):
 class Group(Protocol):
     """``sglang.srt.distributed.parallel_state.GroupCoordinator``."""
 
-    def all_gather_object(self, obj: str, /) -> list[str]: ...
+    world_size: int
+    rank_in_group: int
+    ranks: list[int]
 
 
 class ModelRunner(Protocol):
@@ -691,7 +652,6 @@ class ModelRunner(Protocol):
     model_is_mrope: bool
     device: str
     gpu_id: int
-    tp_group: Group
     kv_cache_dtype: torch.dtype
     req_to_token_pool: object
     spec_algorithm: SpeculativeAlgorithm
@@ -701,18 +661,6 @@ class ModelRunner(Protocol):
         self, forward_batch: ForwardBatch, *, skip_attn_backend_init: bool
     ) -> ModelRunnerOutput: ...
     def _resolve_max_num_reqs(self, token_capacity: int, /) -> int: ...
-
-
-class MultimodalRunner(ModelRunner, Protocol):
-    """A `ModelRunner` of a `MultimodalModel`."""
-
-    model: MultimodalModel
-
-
-class PoolConfigurator(Protocol):
-    """``sglang.srt.model_executor.pool_configurator.HybridSWAPoolConfigurator``."""
-
-    _cell_size: float
 
 
 # -- multi-token prediction ---------------------------------------------------------------------------
@@ -742,97 +690,9 @@ class DraftInput(Protocol):
     ) -> DraftInput: ...
 
 
-class DraftBatch(ForwardBatch, Protocol):
-    """A `ForwardBatch` of the draft's."""
-
-    spec_info: DraftInput
-
-
-class CapturedDraftBatch(DraftBatch, Protocol):
-    """A `DraftBatch` over the buffers of a `DraftGraphRunner`."""
-
-    seq_lens_cpu: torch.Tensor
-
-
 class FrozenKVContext(Protocol):
     """``sglang.srt.speculative.frozen_kv_mtp_info.FrozenKVMTPContext``."""
 
     target_token_to_kv_pool: KVPool
 
     def get_physical_layer_id(self, idx: int, /) -> int: ...
-
-
-class DraftWorker(Protocol):
-    """``sglang.srt.speculative.frozen_kv_mtp_worker.FrozenKVMTPWorker``."""
-
-    topk: int
-    speculative_num_steps: int
-    speculative_num_draft_tokens: int
-    draft_attn_backend: TritonBackend
-    kv_context: FrozenKVContext  # None before the model is bound
-
-    @property
-    def draft_model_runner(self) -> ModelRunner: ...
-    def draft(self, batch: ScheduleBatch, /) -> Any: ...
-    def draft_forward(
-        self, forward_batch: ForwardBatch, skip_attn_backend_init: bool, /
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
-    def forward_draft_extend(self, batch: ScheduleBatch, /, *args: Any, **kwargs: Any) -> None: ...
-    def forward_draft_extend_after_decode(self, batch: ScheduleBatch, /) -> None: ...
-    def _capture_for_decode(
-        self, logits_output: LogitsProcessorOutput, draft_input: DraftInput, /
-    ) -> None: ...
-    def _init_frozen_kv_metadata(self, forward_batch: ForwardBatch, /) -> None: ...
-    def _init_frozen_kv_metadata_replay_cuda_graph(
-        self, forward_batch: ForwardBatch, bs: int, seq_lens_sum: int, /
-    ) -> None: ...
-    def _set_positions(self, forward_batch: ForwardBatch, /) -> None: ...
-    def _target_kv_pool_view(
-        self, forward_batch: ForwardBatch, /
-    ) -> AbstractContextManager[None]: ...
-
-
-class DraftBuffers(Protocol):
-    """``sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner.FrozenKVMTPInputBuffers``."""
-
-    req_pool_indices: torch.Tensor
-    positions: torch.Tensor
-    mrope_positions: torch.Tensor
-    seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor
-    hidden_states: torch.Tensor
-
-
-class DeepEPAdapter(Protocol):
-    """``sglang.srt.model_executor.cuda_graph_runner.DeepEPCudaGraphRunnerAdapter``."""
-
-    def replay(self) -> None: ...
-
-
-class DraftGraphRunner(Protocol):
-    """``sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner.FrozenKVMTPCudaGraphRunner``."""
-
-    frozen_kv_mtp_worker: DraftWorker
-    model_runner: ModelRunner
-    draft_attn_backend: TritonBackend
-    buffers: DraftBuffers
-    deepep_adapter: DeepEPAdapter
-    stream: torch.cuda.Stream
-    topk: int
-    tp_size: int
-    max_bs: int
-    seq_len_fill_value: int
-    disable_padding: bool
-    require_mlp_sync: bool
-    require_gathered_buffer: bool
-
-    def _create_graph(self) -> torch.cuda.CUDAGraph: ...
-    def _capture_init(self, run_once: Callable[[], object], /) -> None: ...
-    def _capture_graph(
-        self,
-        graph: torch.cuda.CUDAGraph,
-        pool: object,
-        stream: torch.cuda.Stream,
-        run_once: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
-        /,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...

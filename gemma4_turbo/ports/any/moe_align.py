@@ -25,7 +25,7 @@ Align = Callable[..., kernel.Alignment]  # of the ids, the block and the number 
 _verdicts = Verdicts()  # per device and compiled kernel
 
 
-def unproven(
+def check_unfit(
     run: PatchRun,
     align: Align,
     topk_ids: torch.Tensor,
@@ -110,7 +110,7 @@ def verify(
     Args:
         run: of the patch.
         device: cuda or cpu.
-        multiple: as in `unproven`.
+        multiple: as in `check_unfit`.
         slots: that are compared on a GPU.
         few: that are compared without one.
     """

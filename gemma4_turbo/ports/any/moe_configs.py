@@ -9,9 +9,12 @@ A trace of torch.compile sees stock's function. A line says how the server's arg
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import os
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ import torch
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.kernels import moe_tables
 from gemma4_turbo.kernels.moe_tables import Key, Pair
+from gemma4_turbo.ports.any.sources import ROOT
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -101,7 +105,7 @@ def _look(experts: int, width: int) -> tuple[Pair | None, str]:
         stock.get_config_file_name(experts, width, None, [0, 0], False, down_moe=down)
         for down in (False, True)
     )
-    own = moe_tables.users_own(Path(os.path.realpath(str(stock.__file__))).parent, names)
+    own = users_own(Path(os.path.realpath(str(stock.__file__))).parent, names)
     if own is not None:
         return None, f"the user's own table is there: {own}"
     measured = moe_tables.found_here(experts, width, _device())
@@ -114,6 +118,37 @@ def _look(experts: int, width: int) -> tuple[Pair | None, str]:
     if pair is None:
         return None, f"no table for E={experts}, N={width} on {device} with {moe_tables.triton()}"
     return pair, ""
+
+
+@functools.cache
+def of_the_release() -> dict[str, str]:
+    """SHA-256 (urlsafe base64) of every table that SGLang itself ships, by path.
+
+    Empty if the installation has no record of its files: then every table there counts as the user's.
+    """
+    try:
+        listed = metadata.files(ROOT) or []
+    except metadata.PackageNotFoundError:
+        return {}
+    return {
+        os.path.realpath(file.locate()): file.hash.value
+        for file in listed
+        if file.hash is not None and file.match("moe_runner/triton_utils/configs/*/*.json")
+    }
+
+
+def users_own(folder: Path, names: tuple[str, ...]) -> Path | None:
+    """A table of these names below SGLang's ``configs`` that SGLang did not ship, if there is one."""
+    for name in names:
+        for path in sorted(folder.glob(f"configs/triton_*/{name}")):
+            known = of_the_release().get(os.path.realpath(path))
+            try:
+                digest = hashlib.sha256(path.read_bytes()).digest()
+            except OSError:
+                return path  # not ours to read: what stock makes of it is stock's
+            if known != base64.urlsafe_b64encode(digest).decode().rstrip("="):
+                return path
+    return None
 
 
 def _device() -> torch.device:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         FusedMoE,
         GeluAndMul,
         Gemma4RMSNorm,
+        Group,
         Linear,
         MHAKVPool,
         MoE,
@@ -60,11 +61,11 @@ class Types(NamedTuple):
     pool: type[MHAKVPool]
 
 
-def _fits(module: Any) -> str | None:
+def _fits(module: object) -> str | None:
     return None
 
 
-def _no_sum(module: Any) -> None:
+def _no_sum(module: object) -> None:
     return None
 
 
@@ -82,7 +83,7 @@ class Rules(NamedTuple):
     branches_unfit: Callable[[Any], str | None]
     """Of experts: summed over GPUs where two streams are open."""
     sums_from_zero: Callable[[], bool]  # does the sum over a token's experts, for few tokens
-    tp_group: Callable[[], Any]  # SGLang's group of tensor parallelism
+    tp_group: Callable[[], Group]  # SGLang's group of tensor parallelism
     now_unfit: Callable[[], str | None] = _never  # why no module runs its own function at present
     norm_unfit: Callable[[Any], str | None] = _fits  # more options of a norm
     linear_unfit: Callable[[Any], str | None] = _fits  # and of a linear layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 from gemma4_turbo.engine.port import Port
 
 HERE = __package__
+ROOT = "sglang"  # the package that all ports are for
 GEMMA4_MODELS = "sglang.srt.models.gemma4_"  # how the modules of its models begin
 GEMMA4_KINDS = frozenset({"causal", "mm", "unified", "mtp"})  # DiffusionGemma is beside them
 
@@ -38,10 +39,16 @@ PORTS: dict[str, Port] = {
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_video_feature",
         ),
         relies_on=(
-            "sglang.srt.models.gemma4_mm:Gemma4MultimodalEmbedder",
+            "sglang.srt.models.gemma4_mm:Gemma4MultimodalEmbedder.forward",
             "sglang.srt.models.gemma4_vision:Gemma4VisionEncoder.forward",
             "sglang.srt.models.gemma4_vision:Gemma4VisionTransformer.forward",
             "sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",
+        ),
+        reads=(
+            (
+                "sglang.srt.models.gemma4_mm:Gemma4MultimodalEmbedder.__init__",
+                ("embedding_pre_projection_norm", "embedding_projection"),
+            ),
         ),
         written_for=VISION_RELEASES,
     ),

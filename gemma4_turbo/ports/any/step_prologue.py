@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
@@ -28,6 +27,7 @@ from gemma4_turbo.fusions.stock import followed
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.any.sglang_types import weight_unfit
+from gemma4_turbo.ports.any.stock import Embedding, Projection, text_model
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.hooks import hooked
 from gemma4_turbo.runtime.verdicts import Verdicts
@@ -73,7 +73,7 @@ def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function
             (input_ids.shape[0], weight.shape[1])
         ),
     )
-    reason_of = embedding_unfit()
+    unfit_of = embedding_unfit()
 
     def get_per_layer_inputs(self: TextModel, input_ids: torch.LongTensor) -> torch.Tensor:
         embedding = self.embed_tokens_per_layer
@@ -85,7 +85,7 @@ def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function
                 run.declined(NOT_PER_LAYER)
             return None  # type: ignore[return-value]  # as stock
         vocab = self.vocab_size_per_layer_input
-        reason = reason_of(embedding, input_ids, vocab)
+        reason = unfit_of(embedding, input_ids, vocab)
         if reason is None and compiling:
             rows = traced(input_ids, embedding.weight, embedding.embed_scale, vocab)
             return per_layer(self, rows)
@@ -126,7 +126,7 @@ def project_method(
             (projection.shape[0], projection.shape[1] // kernel.WIDTH, kernel.WIDTH)
         ),
     )
-    reason_of = norm_unfit() if unfit is None else unfit
+    unfit_of = norm_unfit() if unfit is None else unfit
 
     def project_per_layer_inputs(
         self: TextModel,
@@ -138,7 +138,7 @@ def project_method(
         norm = self.per_layer_projection_norm
         compiling = torch.compiler.is_compiling()
         capturing = not compiling and custom_ops.capturing()
-        reason = reason_of(norm, inputs_embeds)
+        reason = unfit_of(norm, inputs_embeds)
         kind = int(Kind.PRECISE)
         if reason is None and not compiling:
             kind, reason = norm_kind(run, inputs_embeds, False, capturing)
@@ -200,7 +200,7 @@ def embedding_unfit() -> EmbeddingUnfit:
     """What says why the per-layer embedding does not fit. Call it while a patch is built."""
     from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
 
-    def reason(embedding: ScaledWordEmbedding, input_ids: torch.Tensor, vocab: int) -> str | None:
+    def unfit(embedding: ScaledWordEmbedding, input_ids: torch.Tensor, vocab: int) -> str | None:
         """Why the embedding is not a plain scaled look-up that the kernel takes, or None."""
         if type(embedding) is not Gemma3TextScaledWordEmbedding:
             return f"the per-layer embedding is a {type(embedding).__name__}"
@@ -211,12 +211,12 @@ def embedding_unfit() -> EmbeddingUnfit:
         if not torch.compiler.is_compiling():
             if hooked(embedding):  # those for all modules, and a forward of its own
                 return "the per-layer embedding has hooks"
-            unfit = weight_unfit(embedding.weight)
-            if unfit is not None:
-                return unfit
+            reason = weight_unfit(embedding.weight)
+            if reason is not None:
+                return reason
         return kernel.gather_unfit(input_ids, embedding.weight, vocab)
 
-    return reason
+    return unfit
 
 
 def norm_unfit() -> NormUnfit:
@@ -224,7 +224,7 @@ def norm_unfit() -> NormUnfit:
     from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
     from sglang.srt.layers.layernorm import RMSNorm
 
-    def reason(norm: protocols.RMSNorm, inputs_embeds: torch.Tensor) -> str | None:
+    def unfit(norm: protocols.RMSNorm, inputs_embeds: torch.Tensor) -> str | None:
         """Why the norm does not run the kernel that ours stands for, or None. Before the GEMM."""
         if type(norm) is not RMSNorm or norm.variance_size_override is not None:
             return f"the projection's norm is a {type(norm).__name__} with another equation"
@@ -237,9 +237,9 @@ def norm_unfit() -> NormUnfit:
         if not torch.compiler.is_compiling():
             if hooked(norm):
                 return "the projection's norm has hooks"
-            unfit = weight_unfit(norm.weight)
-            if unfit is not None:
-                return unfit
+            reason = weight_unfit(norm.weight)
+            if reason is not None:
+                return reason
         if not kernel.INTERPRETED:
             if not isinstance(norm._forward_method, types.MethodType):
                 return "the projection's norm runs a function of somebody else's"
@@ -255,7 +255,7 @@ def norm_unfit() -> NormUnfit:
             return f"inputs_embeds must be 2-D bf16 or fp16, got {inputs_embeds.dim()}-D {inputs_embeds.dtype}"
         return None
 
-    return reason
+    return unfit
 
 
 def _traced_gather(
@@ -423,17 +423,8 @@ def verify(run: PatchRun, device: str) -> list[Check]:
 
 @torch.no_grad()
 def _check_gather(run: PatchRun, generator: torch.Generator, dtype: torch.dtype) -> Check:
-    from sglang.srt.models.gemma3_causal import Gemma3TextScaledWordEmbedding
-
     ids, table = gather_inputs(generator, dtype)
-    embedding = Gemma3TextScaledWordEmbedding(*table.shape, 0, embed_scale=16.0)
-    embedding.weight = torch.nn.Parameter(table)
-    model: Any = SimpleNamespace(
-        embed_tokens_per_layer=embedding,
-        vocab_size_per_layer_input=40,
-        config=SimpleNamespace(num_hidden_layers=2),
-        hidden_size_per_layer_input=256,
-    )
+    model = text_model(2, kernel.WIDTH, Embedding(table, 16.0, 40), None)
     expected = _stock(run, GATHER)(model, ids)
     got = per_layer(model, kernel.gather_per_layer(ids, table, 16.0, 40))
     return _check("per-layer embeddings", "stock's method", got, expected)
@@ -441,24 +432,14 @@ def _check_gather(run: PatchRun, generator: torch.Generator, dtype: torch.dtype)
 
 @torch.no_grad()
 def _check_project(run: PatchRun, arguments: tuple[Any, ...]) -> Check:
-    from sglang.srt.layers.layernorm import RMSNorm
-
     projection, scale, weight, eps, inputs, input_scale = arguments
     if not projection.is_cuda:
         kind = int(Kind.PRECISE)
         expected = kernel.reference_project(kernel.reference_rms_norm(kind), *arguments)
         got = kernel.project_per_layer(*arguments, kind=kind)
         return _check("per-layer projection", "the same order in torch", got, expected)
-    norm = RMSNorm(kernel.WIDTH, eps)
-    norm.weight = torch.nn.Parameter(weight)
-    model = SimpleNamespace(
-        per_layer_model_projection=lambda x: (x, None),
-        per_layer_projection_scale=scale,
-        per_layer_projection_norm=norm,
-        per_layer_input_scale=input_scale,
-        config=SimpleNamespace(num_hidden_layers=inputs.shape[1]),
-        hidden_size_per_layer_input=kernel.WIDTH,
-    )
+    given = Projection(scale, weight, eps, input_scale)
+    model = text_model(inputs.shape[1], kernel.WIDTH, None, given)
     expected = _stock(run, PROJECT)(model, projection, inputs)
     kind, _ = norm_kind(run, projection, False, False)
     got = kernel.project_per_layer(*arguments, kind=kind)

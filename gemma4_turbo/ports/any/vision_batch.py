@@ -12,12 +12,13 @@ rounding of the weights' type; the order of the tokens is stock's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.plans import vision_batches as batches
+from gemma4_turbo.ports.any import ranks as ranks_here
 from gemma4_turbo.runtime import hooks
 from gemma4_turbo.runtime.attempts import attempt
 from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
@@ -72,19 +73,30 @@ def _features(
     if ranks is None:
         run.declined(str(problem))
         return stocks()
-    return _fallback.call(
-        run,
-        lambda: _batched(model, items, attribute, ranks),
-        stocks,
-        # One of several ranks alone must not begin anew: the others wait for its part.
-        through=torch.OutOfMemoryError if ranks > 1 else (),
-    )
+    if ranks == 1:
+        return _fallback.call(
+            run, lambda: _encoded(model, _plan(model, items, attribute, 1)), stocks
+        )
+
+    def ours() -> torch.Tensor:
+        plan = _fallback.prepared(run, lambda: _plan(model, items, attribute, ranks))
+        return _encoded(model, plan)
+
+    # One of several ranks alone must not begin anew: the others wait for its part.
+    return _fallback.call(run, ours, stocks, through=Exception)
 
 
-def _batched(
-    model: MultimodalModel, items: list[MultimodalItem], attribute: str, ranks: int
-) -> torch.Tensor:
-    """The embeddings of all items; `DeclinedError` where stock's path is to run."""
+class Plan(NamedTuple):
+    """What goes through the encoder together."""
+
+    entries: list[batches.Entry]
+    pixels: list[batches.Entry]  # of them, those that are no embeddings yet
+    chunks: list[list[int]]
+    ranks: int
+
+
+def _plan(model: MultimodalModel, items: list[MultimodalItem], attribute: str, ranks: int) -> Plan:
+    """From the items, the model and, on one GPU, its memory; `DeclinedError` where stock's path is to run."""
     entries = [entry for item in items for entry in _entries(model, item, attribute)]
     if not any(entry.positions is not None for entry in entries):
         raise DeclinedError("no image and no frame to encode")
@@ -92,20 +104,27 @@ def _batched(
     if reason is not None:
         raise DeclinedError(reason)
     tower = model.vision_tower
-    device, dtype = tower.device, model.language_model.dtype()
     pixels = [entry for entry in entries if entry.positions is not None]
     described = describe(tower)
     # To ask the allocator takes longer than a single entry's share of anything here.
-    budget = batches.free_budget(device, ranks) if len(pixels) > 1 else 0
+    budget = batches.free_budget(tower.device, ranks) if len(pixels) > 1 else 0
     chunks = batches.plan(
         [entry.pixels.shape[1] for entry in pixels],
         lambda patches: batches.entry_bytes(described, patches),
         budget,
         1 if _one_at_a_time(tower) else None,
     )
-    encoded = batches.encode(pixels, chunks, tower, device, dtype, halve=ranks == 1)
+    return Plan(entries, pixels, chunks, ranks)
+
+
+def _encoded(model: MultimodalModel, plan: Plan) -> torch.Tensor:
+    """The embeddings of all items."""
+    tower, dtype = model.vision_tower, model.language_model.dtype()
+    encoded = batches.encode(
+        plan.pixels, plan.chunks, tower, tower.device, dtype, halve=plan.ranks == 1
+    )
     projected, masks = batches.project(encoded, _embedder(model))
-    return batches.in_order(entries, encoded, projected, masks, model.language_model.device)
+    return batches.in_order(plan.entries, encoded, projected, masks, model.language_model.device)
 
 
 def model_unfit(model: MultimodalModel) -> str | None:
@@ -199,6 +218,4 @@ def _one_at_a_time(tower: VisionTower) -> bool:
 
 
 def _ranks() -> int:
-    from sglang.srt.distributed import parallel_state  # later packages do not hand its getters on
-
-    return int(parallel_state.get_tensor_model_parallel_world_size())
+    return ranks_here.gpus()

@@ -41,7 +41,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         def ours() -> torch.Tensor:
             reason = kernel.unfit(x, cos, sin)
             if reason is None:
-                reason = _unproven(run, rotate, x, custom_ops.capturing())
+                reason = _check_unfit(run, rotate, x, custom_ops.capturing())
             if reason is not None:
                 raise DeclinedError(reason)
             return kernel.launch_vision_rope(x, cos, sin)
@@ -58,7 +58,7 @@ def undo(run: PatchRun) -> None:
     _fallback.clear()
 
 
-def _unproven(run: PatchRun, rotate: Rotate, x: torch.Tensor, captured: bool) -> str | None:
+def _check_unfit(run: PatchRun, rotate: Rotate, x: torch.Tensor, captured: bool) -> str | None:
     """Why the kernel may not run for this type and head size, or None."""
     key = (x.device, x.dtype, x.shape[1], x.shape[2])
 

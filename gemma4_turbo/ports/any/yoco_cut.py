@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 
@@ -81,33 +81,37 @@ class Tail(NamedTuple):
     per_layer_inputs: torch.Tensor | None
 
 
-class Line(NamedTuple):
+B = TypeVar("B")  # a line's batch
+K = TypeVar("K")  # and its Triton backend
+
+
+class Line(NamedTuple, Generic[B, K]):
     """Where a release line keeps what the cut reads and makes."""
 
-    backend: Callable[[ForwardBatch], Any]  # that attends in this forward
-    pool: Callable[[ForwardBatch], KVPool]
+    backend: Callable[[B], K]  # that attends in this forward
+    pool: Callable[[B], Any]  # a `KVPool`
     arguments: Callable[[], Any]  # the server's, by the names of `graphs.argument_unfit`
     gpus: Callable[[], int]  # of tensor parallelism
     graph_unfit: Callable[[], str | None]  # whether a prefill graph runs the model, or records it
-    layout_unfit: Callable[[ForwardBatch], str | None]  # more than the lines have in common
-    slots_unfit: Callable[[ForwardBatch], str | None]  # of keys, which `slots` is to gather
+    layout_unfit: Callable[[B], str | None]  # more than the lines have in common
+    slots_unfit: Callable[[B], str | None]  # of keys, which `slots` is to gather
     sets_forward: Callable[[TextModel, Any], bool]  # SGLang itself, on the text model
-    decode: Callable[[ForwardBatch, torch.Tensor, TritonBackend], None]  # the batch's last fields
+    decode: Callable[[B, torch.Tensor, K], None]  # the batch's last fields
     slots: Callable[..., torch.Tensor]  # see `_backend`
     metadata: Callable[..., Any]  # the backend's, from the fields that the lines have in common
-    made: Callable[..., Any]  # a batch of so many rows to decode in a graph
+    made: Callable[..., B]  # a batch of so many rows to decode in a graph
     run: Callable[[Any, int, Tail], torch.Tensor]  # the layers on a tail
 
 
-_line: list[Line] = []
+_line: list[Line[Any, Any]] = []
 
 
-def made_for(line: Line) -> None:
+def made_for(line: Line[Any, Any]) -> None:
     """The process's release line."""
     _line[:] = [line]
 
 
-def line() -> Line:
+def line() -> Line[Any, Any]:
     """It; IndexError before `made_for`."""
     return _line[0]
 

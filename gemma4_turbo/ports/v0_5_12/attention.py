@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.ports.any import attention, sglang_types
 from gemma4_turbo.ports.v0_5_12 import classes
-from gemma4_turbo.ports.v0_5_12 import stock as calls
+from gemma4_turbo.ports.v0_5_12.stock import STOCK as STOCK  # the fusions follow it
 
 if TYPE_CHECKING:
     import torch
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from gemma4_turbo.fusions.fusion import Step
     from gemma4_turbo.kernels.qkv import Store
     from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention
-
-STOCK = calls  # imported: the fusions follow it
 
 
 def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
     import torch
 
+    from gemma4_turbo.ports.any.model_protocols import Group, Linear, MoE, PlatformOp
+
 
 def load() -> None:
     """Look the classes up. Call it while a patch is built, never from traced code."""
@@ -27,22 +29,23 @@ def load() -> None:
     )
 
 
-def _tp_group() -> Any:
+def _tp_group() -> Group:
     from sglang.srt.distributed import get_tp_group
 
-    return get_tp_group()
+    group: Group = get_tp_group()
+    return group
 
 
 def _never() -> bool:
     return False
 
 
-def _running(module: Any) -> Callable[..., Any] | None:
+def _running(module: PlatformOp) -> Callable[..., Any] | None:
     method: Callable[..., Any] = module._forward_method
     return method
 
 
-def _output_unfit(module: Any) -> str | None:
+def _output_unfit(module: Linear) -> str | None:
     if getattr(module, "tp_size", 1) == 1:
         return None
     if getattr(module, "gather_output", False):
@@ -58,7 +61,7 @@ def _output_unfit(module: Any) -> str | None:
     return None
 
 
-def _sum_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+def _sum_of(module: Linear) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """The all-reduce that a linear layer makes of its own product, by the name that it calls it."""
     if type(module) is not sglang_types.types().row_linear:
         return None
@@ -69,7 +72,7 @@ def _sum_of(module: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     return lambda part: linear.tensor_model_parallel_all_reduce(part)
 
 
-def _parallel_unfit(moe: Any) -> str | None:
+def _parallel_unfit(moe: MoE) -> str | None:
     if moe.tp_size > 1 or getattr(moe.experts, "moe_ep_size", 1) > 1:
         return "the experts' outputs are reduced over several GPUs"
     return None

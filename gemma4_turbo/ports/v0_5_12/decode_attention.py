@@ -13,7 +13,8 @@ import torch
 
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.ports.any import held_kernels
-from gemma4_turbo.ports.any.decode_attention import Call, layer_unfit, undo, unproven, verify
+from gemma4_turbo.ports.any.decode_attention import Call, check_unfit, layer_unfit, undo, verify
+from gemma4_turbo.ports.v0_5_12.stock import STOCK
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ("build", "undo", "verify")
 
-STOCK_KERNEL = "sglang.srt.layers.attention.triton_ops.decode_attention"
 TARGET = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode"
 
 
@@ -46,7 +46,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         call = None
         reason = layer_unfit(self, layer, sinks)
-        reason = reason or held_kernels.unfit(self, "decode_attention_fwd", STOCK_KERNEL)
+        reason = reason or held_kernels.unfit(self, "decode_attention_fwd", STOCK.decode_kernel)
         if reason is None:
             call = Call(self, forward_batch.token_to_kv_pool, q, layer)
             reason = call.reason
@@ -54,7 +54,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             run.declined(str(reason))
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         capturing = custom_ops.capturing()
-        reason = unproven(run, call, capturing)
+        reason = check_unfit(run, call, capturing)
         if reason is not None:
             run.declined(reason)
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)

@@ -12,7 +12,6 @@ import torch
 
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions.fusion import forget
-from gemma4_turbo.ports.any import checks as checks_of
 from gemma4_turbo.ports.any import layer_steps
 from gemma4_turbo.ports.v0_5_12 import decoder_layer
 
@@ -49,4 +48,4 @@ def undo(run: PatchRun) -> None:
 
 def verify(run: PatchRun, device: str) -> list[Check]:
     """Kernel against stock's calls."""
-    return checks_of.experts_sum(device)
+    return layer_steps.experts_sum_checks(device)

@@ -8,7 +8,6 @@ The two that gather the sliding window's slots read no lengths on the host.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from gemma4_turbo.ports.any.extend_attention import (
     window,
 )
 from gemma4_turbo.ports.v0_5_12 import extend_wraps
+from gemma4_turbo.ports.v0_5_12.stock import STOCK
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention, TritonBackend
 
 BACKEND = "sglang.srt.layers.attention.triton_backend"
-STOCK_KERNEL = "sglang.srt.layers.attention.triton_ops.extend_attention"
-HELD = "extend_attention_fwd", STOCK_KERNEL
+HELD = "extend_attention_fwd", STOCK.extend_kernel
 WINDOW = f"{BACKEND}:update_sliding_window_buffer"
 WINDOW_GRAPH = f"{BACKEND}:update_sliding_window_buffer_cuda_graph"
 
@@ -88,7 +87,7 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
             try:
                 pool, slots = forward_batch.token_to_kv_pool, forward_batch.out_cache_loc
                 call = Call(self, pool, q, k, v, layer, slots)
-                reason = call.reason()
+                reason = call.unfit()
                 found = None
                 if reason is None:
                     if k is None or v is None:
@@ -96,7 +95,7 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
                         call.k, call.v = call.k_buffer[slots], call.v_buffer[slots]
                     elif save_kv_cache:
                         pool.set_kv_buffer(layer, slots, k, v)
-                    found = call.attend(torch.empty_like(q), _stock_query_block)
+                    found = call.attend(torch.empty_like(q), STOCK.query_block)
             except Exception as error:
                 failure = error.with_traceback(None)  # whose frames hold the call's tensors
                 # K and V are stored again: the same, at the same place.
@@ -110,15 +109,6 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
         return stocks()
 
     return forward_extend
-
-
-@functools.cache
-def _stock_query_block(head_dim: int) -> int:
-    """Stock's block of queries on this GPU, which shows in what a custom mask lets them see."""
-    sizes = importlib.import_module(STOCK_KERNEL)._get_block_sizes_for_extend_attention(
-        head_dim, head_dim
-    )
-    return int(sizes[3])
 
 
 def _rows(given: dict[str, Any]) -> tuple[Rows | None, str]:
@@ -137,4 +127,4 @@ def _rows(given: dict[str, Any]) -> tuple[Rows | None, str]:
 
 def verify(run: PatchRun, device: str) -> list[Check]:
     """Against fp64, and on a GPU against stock."""
-    return compared(device, STOCK_KERNEL)
+    return compared(device, STOCK.extend_attention)

@@ -32,7 +32,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         reason = kernel.unfit(topk_ids, block_size, num_experts)
         if reason is None:
             capturing = custom_ops.capturing()
-            reason = shared.unproven(run, align, topk_ids, block_size, num_experts, capturing)
+            reason = shared.check_unfit(run, align, topk_ids, block_size, num_experts, capturing)
             if reason is None:
                 run.engaged(capturing)
                 return kernel.launch_align(topk_ids, block_size, num_experts)

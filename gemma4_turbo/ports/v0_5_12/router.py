@@ -19,6 +19,7 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.kernels import router as kernel
 from gemma4_turbo.kernels import topk_order
+from gemma4_turbo.ports.v0_5_12.stock import stock_routing
 from gemma4_turbo.runtime import custom_ops
 from gemma4_turbo.runtime.verdicts import Verdicts
 
@@ -212,26 +213,6 @@ def tie_rows(rows: int, experts: int, generator: torch.Generator) -> torch.Tenso
     shape = (rows - rows // 2, experts)
     fine = torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
     return torch.cat([coarse, fine])
-
-
-def stock_routing(construct: types.FunctionType, per_expert_scale: torch.Tensor) -> Routing:
-    """Stock's own closure, made from the code inside ``Gemma4MoE.__init__``, without a model.
-
-    Args:
-        construct: stock's ``Gemma4MoE.__init__``.
-        per_expert_scale: what the closure closes over.
-
-    Raises:
-        LookupError: if that constructor defines no ``routing_function``.
-    """
-    for constant in construct.__code__.co_consts:
-        if isinstance(constant, types.CodeType) and constant.co_name == "routing_function":
-            cells = {"per_expert_scale": types.CellType(per_expert_scale)}
-            closure = tuple(cells[name] for name in constant.co_freevars)
-            return types.FunctionType(
-                constant, construct.__globals__, "routing_function", None, closure
-            )
-    raise LookupError("Gemma4MoE.__init__ defines no routing_function")
 
 
 def verify(run: PatchRun, device: str) -> list[Check]:

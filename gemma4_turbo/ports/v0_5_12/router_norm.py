@@ -10,7 +10,6 @@ from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions import router_norm
 from gemma4_turbo.fusions.fusion import forget
 from gemma4_turbo.fusions.site import UNPROVEN, Site, eps_of, site_of
-from gemma4_turbo.ports.any import checks as checks_of
 from gemma4_turbo.ports.any import sglang_types
 from gemma4_turbo.ports.v0_5_12 import classes
 
@@ -69,4 +68,4 @@ def undo(run: PatchRun) -> None:
 
 def verify(run: PatchRun, device: str) -> list[Check]:
     """Kernel against stock's calls."""
-    return checks_of.router_norms(device)
+    return ROUTER_NORM.checks(device)

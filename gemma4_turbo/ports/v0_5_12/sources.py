@@ -87,6 +87,20 @@ _PIECEWISE = (
 )
 
 
+# Of which a decode step of the layers that share KV makes one of its own.
+_METADATA_READS = (
+    (
+        "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
+        (
+            *("attn_logits", "attn_lse", "max_extend_len", "num_kv_splits", "kv_indptr"),
+            *("kv_indices", "qo_indptr", "custom_mask", "mask_indptr", "window_kv_indptr"),
+            *("window_kv_indices", "window_num_kv_splits", "window_kv_offsets"),
+            "swa_attn_logits",
+        ),
+    ),
+)
+
+
 PORTS: dict[str, Port] = {
     "router": Port(
         module=f"{HERE}.router",
@@ -108,8 +122,14 @@ PORTS: dict[str, Port] = {
         ),
         relies_on=(
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_per_layer_inputs",
-            "sglang.srt.models.gemma3_causal:Gemma3TextScaledWordEmbedding",
+            "sglang.srt.models.gemma3_causal:Gemma3TextScaledWordEmbedding.forward",
             "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
+        ),
+        reads=(
+            (
+                "sglang.srt.models.gemma3_causal:Gemma3TextScaledWordEmbedding.__init__",
+                ("embed_scale",),
+            ),
         ),
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=_NORM_CALLS,
@@ -334,12 +354,12 @@ PORTS: dict[str, Port] = {
             "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
             "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
             "sglang.srt.layers.radix_attention:RadixAttention.forward",
-            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.init_forward_metadata",
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
             "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
         ),
+        reads=_METADATA_READS,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=(
             *_LAYER_CALLS,
@@ -355,7 +375,6 @@ PORTS: dict[str, Port] = {
             "sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",
             "sglang.srt.models.gemma4_causal:Gemma4Attention.forward",
             "sglang.srt.layers.radix_attention:RadixAttention.forward",
-            "sglang.srt.layers.attention.triton_backend:ForwardMetadata",
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
             "sglang.srt.layers.attention.triton_backend"
             ":TritonAttnBackend.init_forward_metadata_capture_cuda_graph",
@@ -364,6 +383,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.get_key_buffer",
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.get_key_buffer",
         ),
+        reads=_METADATA_READS,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=_LAYER_CALLS,
     ),
@@ -454,12 +474,15 @@ PORTS: dict[str, Port] = {
         module=f"{HERE}.mtp.mtp_merge_batch",
         targets=("sglang.srt.managers.schedule_batch:ScheduleBatch.merge_batch",),
         relies_on=(
-            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
-            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPVerifyInput",
-            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftExtendInput",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput.__post_init__",
             "sglang.srt.speculative.eagle_info:EagleDraftInput.create_idle_input",
             "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
             "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
+        ),
+        # That there are such.
+        reads=(
+            ("sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPVerifyInput", ()),
+            ("sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftExtendInput", ()),
         ),
         written_for=("0.5.12", "0.5.12.post1"),
         superseded_when=(
@@ -565,10 +588,18 @@ PORTS: dict[str, Port] = {
             ":FrozenKVMTPCudaGraphRunner.__init__",
             "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
             ":FrozenKVMTPCudaGraphRunner.replay",
-            "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPInputBuffers",
-            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput",
+            "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput.__post_init__",
             "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
             "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
+        ),
+        reads=(
+            (
+                "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPInputBuffers",
+                (
+                    *("req_pool_indices", "positions", "mrope_positions", "seq_lens"),
+                    *("seq_lens_cpu", "hidden_states"),
+                ),
+            ),
         ),
         written_for=("0.5.12", "0.5.12.post1"),
         lazy=(_MTP_WORKER.partition(":")[0],),
@@ -604,13 +635,11 @@ PORTS: dict[str, Port] = {
     ),
     # It reads what was accepted, and with it the lengths, before it goes on.
     "mtp_sync": Port(
-        module=f"{HERE}.mtp",
         targets=("sglang.srt.speculative.frozen_kv_mtp_utils:capture_for_decode",),
         needless="the draft's worker waits for every verification, it does not run ahead of the GPU",
     ),
     # Up to 0.5.17, which the second of the targets tells, all of a process allocates from one pool.
     "picture_memory": Port(
-        module=f"{HERE}.picture_memory",
         targets=(
             "sglang.srt.multimodal.processors.base_processor"
             ":BaseMultimodalProcessor.process_mm_data",

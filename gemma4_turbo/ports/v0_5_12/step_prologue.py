@@ -13,7 +13,7 @@ import torch
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.ports.any import step_prologue as shared
 from gemma4_turbo.ports.any.step_prologue import FORWARD, GATHER, PROJECT, Function
-from gemma4_turbo.ports.v0_5_12 import stock as stock  # whose norms ours follow
+from gemma4_turbo.ports.v0_5_12.stock import STOCK as STOCK  # whose norms ours follow
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 def multimodal_forward(run: PatchRun, stock: Function) -> Function:
     """What replaces ``Gemma4ForConditionalGeneration.forward``."""
     module = sys.modules[FORWARD.partition(":")[0]]
-    reason_of = shared.embedding_unfit()
+    unfit_of = shared.embedding_unfit()
 
     @torch.no_grad()
     def forward(
@@ -65,7 +65,7 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
             reason = (
                 "a placeholder's token id is not set"
                 if placeholders is None
-                else reason_of(embedding, input_ids, text.vocab_size_per_layer_input)
+                else unfit_of(embedding, input_ids, text.vocab_size_per_layer_input)
                 or shared.norm_kind(run, embedding.weight, False, capturing)[1]
             )
             if reason is not None:

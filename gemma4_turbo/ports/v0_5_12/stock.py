@@ -1,86 +1,84 @@
-"""SGLang's own kernels, one function per stage, as its Gemma 4 calls them.
-
-Whoever needs stock goes through here: what runs where a fusion declines, self-checks, ``verify``,
-benchmarks and GPU tests. Each looks its kernel up at the call, where SGLang's model does, so that a
-wrapper that somebody put there is called too.
-"""
+"""What 0.5.11 and 0.5.12 call by names of their own, or otherwise."""
 
 from __future__ import annotations
 
-import sys
+import inspect
+import types
+from typing import Any
 
 import torch
 
 from gemma4_turbo.fusions.stock import Functions, follow
-from gemma4_turbo.ports.any.stock import (
-    dual_norm_residual,
-    eager_norms,
-    norm_residual,
-    qkv_rmsnorm,
-)
-
-__all__ = (
-    "dual_norm_residual",
-    "eager_norms",
-    "norm_residual",
-    "qkv_rmsnorm",
-    "rotate",
-    "store_kv",
-    "sum_experts",
-    "traced_norms",
-)
+from gemma4_turbo.ports.any import stock
 
 
-def traced_norms() -> Functions:
-    """What it comes to when Dynamo traces it."""
+class Calls(stock.Calls):
+    """See `gemma4_turbo.ports.any.stock`."""
 
-    def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        out = torch.empty_like(x)
-        torch.ops.sgl_kernel.rmsnorm.default(out, x, weight, eps, False)
-        return out
+    extend_kernel = "sglang.srt.layers.attention.triton_ops.extend_attention"
+    decode_kernel = "sglang.srt.layers.attention.triton_ops.decode_attention"
+    moe_kernel = f"{stock.TRITON_UTILS}.fused_moe_triton_kernels"
 
-    def fused_add(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
-        torch.ops.sgl_kernel.fused_add_rmsnorm.default(x, r, weight, eps, False)
+    def traced_norms(self) -> Functions:
+        """What it comes to when Dynamo traces it."""
 
-    return Functions(rmsnorm, fused_add)
+        def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+            out = torch.empty_like(x)
+            torch.ops.sgl_kernel.rmsnorm.default(out, x, weight, eps, False)
+            return out
 
+        def fused_add(x: torch.Tensor, r: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+            torch.ops.sgl_kernel.fused_add_rmsnorm.default(x, r, weight, eps, False)
 
-def rotate(
-    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor
-) -> None:
-    """Rotary embedding of Q and K ``[rows, heads, head_dim]``, halves apart, in place."""
-    from sglang.jit_kernel import rope
+        return Functions(rmsnorm, fused_add)
 
-    rope.apply_rope_with_cos_sin_cache_inplace(
-        positions=positions, q=q, k=k, cos_sin_cache=cos_sin_cache, is_neox=True
-    )
+    def rotate(
+        self,
+        positions: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+    ) -> None:
+        """Rotary embedding of Q and K ``[rows, heads, head_dim]``, halves apart, in place."""
+        from sglang.jit_kernel import rope
 
+        rope.apply_rope_with_cos_sin_cache_inplace(
+            positions=positions, q=q, k=k, cos_sin_cache=cos_sin_cache, is_neox=True
+        )
 
-def sum_experts(x: torch.Tensor, out: torch.Tensor) -> None:
-    """``x [rows, topk, hidden]`` summed over a token's experts into ``out [rows, hidden]``."""
-    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+    def sum_experts(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """``x [rows, topk, hidden]`` summed over a token's experts into ``out [rows, hidden]``."""
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
 
-    fused_moe.moe_sum_reduce_torch_compile(x, out, 1.0)
+        fused_moe.moe_sum_reduce_torch_compile(x, out, 1.0)
 
+    def routing(self, logits: torch.Tensor, scale: torch.Tensor, topk: int) -> stock.Pair:
+        """By the closure of ``Gemma4MoE``."""
+        from sglang.srt.models.gemma4_causal import Gemma4MoE
 
-def store_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pool: tuple[torch.Tensor, torch.Tensor],
-    locations: torch.Tensor,
-) -> None:
-    """K and V ``[rows, heads, head_dim]`` into a layer's pool at ``locations``."""
-    from sglang.srt.mem_cache import memory_pool
-
-    memory_pool._set_kv_buffer_impl(
-        k,
-        v,
-        *pool,
-        locations,
-        row_dim=k.shape[1] * k.shape[2],
-        store_dtype=k.dtype,
-        device_module=torch.cuda,
-    )
+        construct: Any = inspect.unwrap(Gemma4MoE.__init__)
+        return stock_routing(construct, scale)(logits, logits, topk, True)  # type: ignore[no-any-return]
 
 
-follow(sys.modules[__name__])  # a process has one release line
+def stock_routing(construct: types.FunctionType, per_expert_scale: torch.Tensor) -> Any:
+    """Stock's own closure, made from the code inside ``Gemma4MoE.__init__``, without a model.
+
+    Args:
+        construct: stock's ``Gemma4MoE.__init__``.
+        per_expert_scale: what the closure closes over.
+
+    Raises:
+        LookupError: if that constructor defines no ``routing_function``.
+    """
+    for constant in construct.__code__.co_consts:
+        if isinstance(constant, types.CodeType) and constant.co_name == "routing_function":
+            cells = {"per_expert_scale": types.CellType(per_expert_scale)}
+            closure = tuple(cells[name] for name in constant.co_freevars)
+            return types.FunctionType(
+                constant, construct.__globals__, "routing_function", None, closure
+            )
+    raise LookupError("Gemma4MoE.__init__ defines no routing_function")
+
+
+STOCK = Calls()
+follow(STOCK)  # a process has one release line

@@ -8,7 +8,7 @@ and the tail may run in a CUDA graph (`gemma4_turbo.ports.any.yoco_graph`).
 from __future__ import annotations
 
 import functools
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -17,18 +17,21 @@ from gemma4_turbo.ports.any import yoco_cut, yoco_graph
 from gemma4_turbo.ports.v0_5_12 import layer_loop
 from gemma4_turbo.ports.v0_5_12.yoco import piecewise as yoco_piecewise
 
+if TYPE_CHECKING:
+    from gemma4_turbo.ports.any.model_protocols import TextModel
+
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward"
 
 
 def forward(
-    self: Any,
+    self: TextModel,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
     forward_batch: ForwardBatch,
     input_embeds: torch.Tensor = None,  # type: ignore[assignment]
     per_layer_inputs: Optional[torch.Tensor] = None,  # noqa: UP045 - SGLang reads the annotations
-    **kwargs: Any,
-) -> Any:
+    **kwargs: object,
+) -> torch.Tensor | tuple[torch.Tensor, list[torch.Tensor]]:
     """Embedding, layers, last norm. The result is stock's; ValueError as stock's."""
     if (input_ids is None) == (input_embeds is None):
         raise ValueError("You must specify exactly one of input_ids or inputs_embeds")

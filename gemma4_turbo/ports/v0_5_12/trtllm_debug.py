@@ -22,12 +22,8 @@ from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import (
-        ForwardBatch,
-        RadixAttention,
-        SWAAllocator,
-        TRTLLMBackend,
-    )
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention
+    from gemma4_turbo.ports.v0_5_12.protocols import SWAAllocator, TRTLLMBackend
 
 BACKEND = "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend"
 ALLOCATOR = "sglang.srt.mem_cache.swa_memory_pool:SWATokenToKVPoolAllocator"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.ports.any import attention as attention_steps
-from gemma4_turbo.ports.any import checks, layer_steps, linear
+from gemma4_turbo.ports.any import layer_steps, linear
 from gemma4_turbo.ports.any import yoco_batch as batch
 from gemma4_turbo.ports.any import yoco_cut as cut
 from gemma4_turbo.ports.any import yoco_graph as graph
@@ -45,19 +45,15 @@ def _cut_no_more() -> None:
     in_graphs.forget()
 
 
-layer_norms = Wired((layer_steps.LAYER_NORMS,), (_layer,), checks.layer_norms)
-ple_tail = Wired((layer_steps.PLE_TAIL,), (_layer,), checks.ple_tails)
-input_norm = Wired(
-    (layer_steps.INPUT_NORM, layer_steps.PLE_INPUT_NORM), (_layer, _model), checks.input_norm
-)
+layer_norms = Wired((layer_steps.LAYER_NORMS,), (_layer,))
+ple_tail = Wired((layer_steps.PLE_TAIL,), (_layer,))
+input_norm = Wired((layer_steps.INPUT_NORM, layer_steps.PLE_INPUT_NORM), (_layer, _model))
 mlp_stream = Wired((layer_steps.MLP_STREAM,), (_layer,))
-pdl = Wired((layer_steps.PDL,), (_layer,), None, launch_early, launch_as_usual)
-qkv_norm = Wired((attention_steps.QKV_NORM,), (attention.enable,), checks.qkv_norm)
-qkv_proj = Wired((attention_steps.QKV_PROJ,), (attention.enable,), checks.qkv_proj)
-rope_store = Wired((attention_steps.ROPE_STORE,), (attention.enable,), checks.rope_store)
-skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, _layer), checks.skinny_gemm)
-yoco = Wired((cut.YOCO,), (_model, batch.enable), None, nothing, cut.forget)
-yoco_graph = Wired((graph.YOCO_GRAPH,), (_model,), None, nothing, graph.drop_all)
-yoco_piecewise = Wired(
-    (in_graphs.YOCO_PIECEWISE,), (_model,), None, piecewise.register, _cut_no_more
-)
+pdl = Wired((layer_steps.PDL,), (_layer,), launch_early, launch_as_usual)
+qkv_norm = Wired((attention_steps.QKV_NORM,), (attention.enable,))
+qkv_proj = Wired((attention_steps.QKV_PROJ,), (attention.enable,))
+rope_store = Wired((attention_steps.ROPE_STORE,), (attention.enable,))
+skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, _layer))
+yoco = Wired((cut.YOCO,), (_model, batch.enable), nothing, cut.forget)
+yoco_graph = Wired((graph.YOCO_GRAPH,), (_model,), nothing, graph.drop_all)
+yoco_piecewise = Wired((in_graphs.YOCO_PIECEWISE,), (_model,), piecewise.register, _cut_no_more)

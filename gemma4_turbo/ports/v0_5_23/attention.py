@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.ports.any import attention, sglang_types
 from gemma4_turbo.ports.v0_5_23 import classes
-from gemma4_turbo.ports.v0_5_23 import stock as calls
+from gemma4_turbo.ports.v0_5_23.stock import STOCK as STOCK  # the fusions follow it
 
 if TYPE_CHECKING:
     import torch
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from gemma4_turbo.kernels.qkv import Store
     from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention
 
-STOCK = calls  # imported: the fusions follow it
 _STORES = frozenset(("forward", "forward_decode", "_set_kv_buffer"))
 """Each stores K and V, or calls what does."""
 PADDING = 0

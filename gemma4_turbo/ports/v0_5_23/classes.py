@@ -12,6 +12,9 @@ from gemma4_turbo.ports.v0_5_23 import sums
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gemma4_turbo.ports.any.model_protocols import Group, Linear
+    from gemma4_turbo.ports.v0_5_23.protocols import MoE
+
 _fused_op: list[Any] = []
 
 
@@ -38,10 +41,11 @@ def load() -> None:
     )
 
 
-def _tp_group() -> Any:
+def _tp_group() -> Group:
     from sglang.srt.runtime_context import get_parallel
 
-    return get_parallel().tp_group
+    group: Group = get_parallel().tp_group
+    return group
 
 
 def running(module: Any) -> Callable[..., Any]:
@@ -66,13 +70,13 @@ def now_unfit() -> str | None:
     return None
 
 
-def _norm_unfit(norm: Any) -> str | None:
+def _norm_unfit(norm: object) -> str | None:
     if getattr(norm, "_quant_linear", None) is not None:
         return "an RMSNorm quantises what a linear layer reads"
     return None
 
 
-def _linear_unfit(module: Any) -> str | None:
+def _linear_unfit(module: object) -> str | None:
     from sglang.srt.layers.quantization.unquant import get_bf16_gemm_backend
 
     backend = get_bf16_gemm_backend()
@@ -81,7 +85,7 @@ def _linear_unfit(module: Any) -> str | None:
     return None
 
 
-def _output_unfit(module: Any) -> str | None:
+def _output_unfit(module: Linear) -> str | None:
     from sglang.srt.layers.linear import get_group_rank_size
 
     if getattr(module, "use_decode_attn_tp", False):
@@ -101,13 +105,13 @@ def _output_unfit(module: Any) -> str | None:
     return sums.parallel_unfit()
 
 
-def _parallel_unfit(moe: Any) -> str | None:
+def _parallel_unfit(moe: MoE) -> str | None:
     if moe.experts.moe_tp_size > 1 or moe.experts.moe_ep_size > 1:
         return "the experts' outputs are summed over several GPUs"
     return None
 
 
-def _branches_unfit(moe: Any) -> str | None:
+def _branches_unfit(moe: MoE) -> str | None:
     if moe.experts.moe_ep_size > 1 or moe.experts.reduce_results:
         return "the experts sum their outputs over several GPUs"
     return None

@@ -13,8 +13,9 @@ import torch
 
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.ports.any import held_kernels
-from gemma4_turbo.ports.any.decode_attention import Call, layer_unfit, undo, unproven, verify
+from gemma4_turbo.ports.any.decode_attention import Call, check_unfit, layer_unfit, undo, verify
 from gemma4_turbo.ports.v0_5_23 import triton_backend
+from gemma4_turbo.ports.v0_5_23.stock import STOCK
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ("build", "undo", "verify")
 
-STOCK_KERNEL = "sglang.kernels.ops.attention.decode_attention"
 TARGET = f"{triton_backend.MODULE}:TritonAttnBackend.forward_decode"
 
 
@@ -56,7 +56,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return stocks(None)
         reason = triton_backend.unfit(self, layer, score_mod, aux_tensors)
         reason = reason or layer_unfit(self, layer, sinks)
-        reason = reason or held_kernels.unfit(self, "decode_attention_fwd", STOCK_KERNEL)
+        reason = reason or held_kernels.unfit(self, "decode_attention_fwd", STOCK.decode_kernel)
         if reason is None and save_kv_cache:
             reason = _slots_unfit(self, forward_batch)
         if reason is not None:
@@ -65,7 +65,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         if call.reason is not None:
             return stocks(call.reason)
         capturing = custom_ops.capturing()
-        reason = unproven(run, call, capturing)
+        reason = check_unfit(run, call, capturing)
         if reason is not None:
             return stocks(reason)
         run.engaged(capturing)

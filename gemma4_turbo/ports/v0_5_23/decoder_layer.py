@@ -14,38 +14,19 @@ import torch
 
 from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels.norms.layer_norms import Router
-from gemma4_turbo.ports.any import (
-    feed_forward_few,
-    handover,
-    layer_steps,
-    linear,
-    router_few,
-    sglang_types,
-)
+from gemma4_turbo.ports.any import handover, layer_steps, sglang_types
 from gemma4_turbo.ports.v0_5_23 import classes, sums
-from gemma4_turbo.ports.v0_5_23 import stock as calls
+from gemma4_turbo.ports.v0_5_23.stock import STOCK as STOCK  # the fusions follow it
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.fusions.fusion import Step
     from gemma4_turbo.ports.any.model_protocols import RMSNorm
-    from gemma4_turbo.ports.v0_5_23.protocols import StagedLayer
+    from gemma4_turbo.ports.v0_5_23.protocols import LayerBatch, StagedLayer
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
-STOCK = calls  # imported: the fusions follow it
 
-STEPS: tuple[Step, ...] = (
-    layer_steps.LAYER_NORMS,
-    layer_steps.PLE_TAIL,
-    layer_steps.INPUT_NORM,
-    layer_steps.EXPERTS_SUM,
-    layer_steps.MLP_STREAM,
-    layer_steps.PDL,
-    linear.SKINNY_GEMM,
-    router_few.ROUTER_FEW,
-    feed_forward_few.FEED_FORWARD_FEW,
-)
-
+steps: list[Step] = []  # of the layer, of the patches that were in
 _stock: dict[str, Callable[..., torch.Tensor]] = {}
 _result: list[Any] = []  # SGLang's method that computes what a layer writes
 _boundary: list[Any] = []  # the module of SGLang's that writes the stream
@@ -94,6 +75,8 @@ def _boundaries_unfit(layer: StagedLayer) -> str | None:
         or after.apply is not layer.post_attention_layernorm
     ):
         return "a norm was replaced, of which the layer's boundaries keep the first one"
+    if not attn.declaration.update.is_plain_add or not ffn.declaration.update.applied_at_exit:
+        return "the layer's boundaries write the residual stream in another way"
     return None
 
 
@@ -117,6 +100,7 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     sums.load()
     handover.made_for(forward)
     layer_steps.enable(fusions, run)
+    steps.extend(fusion for fusion in fusions if fusion not in steps)
     return {TARGET: forward}
 
 
@@ -125,11 +109,11 @@ def forward(
     positions: torch.Tensor,
     hidden_states: torch.Tensor,
     per_layer_input: torch.Tensor,
-    forward_batch: Any,
+    forward_batch: LayerBatch,
     capture_output: Callable[..., None] | None = None,
     normed: torch.Tensor | None = None,
     following: RMSNorm | None = None,
-    **kwargs: Any,
+    **kwargs: object,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """One layer: hidden states; where ``following`` is given and could run, also those normed by it.
 
@@ -147,15 +131,19 @@ def forward(
     site = site_of(self, LayerSite)
     stream = forward_batch.residual_stream
     unfit = site.stocks or sglang_types.rules().now_unfit()
-    if unfit is None and capture_output is not None:
-        unfit = "the layer's input is captured for a draft model"
-    if unfit is None and (stream is None or stream.pending is not None):
-        unfit = "the layer before has left a sum to its boundary"
-    if unfit is None and stream.residual is not None and stream.residual is not hidden_states:
-        unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
+    if unfit is None:
+        if capture_output is not None:
+            unfit = "the layer's input is captured for a draft model"
+        elif stream is None or stream.pending is not None:
+            unfit = "the layer before has left a sum to its boundary"
+        elif stream.residual is not None and stream.residual is not hidden_states:
+            unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
     if unfit is not None:
-        for step in STEPS:
-            step.declined(unfit)
+        told: list[str] = []
+        for step in steps:
+            if step.run is not None and step.run.patch.name not in told:  # a patch may have several
+                told.append(step.run.patch.name)
+                step.declined(unfit)
         return _stock[TARGET](
             self, positions, hidden_states, per_layer_input, forward_batch, capture_output, **kwargs
         )
@@ -177,7 +165,7 @@ def forward(
     return out if after is None else (out, after)
 
 
-def _router(self: Any) -> Router:
+def _router(self: StagedLayer) -> Router:
     router, experts = self.router, self.pre_feedforward_layernorm_2
     if not router._scale_fused:  # as stock at its first call
         router.fuse_scale()

@@ -12,7 +12,6 @@ import torch
 
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.fusions.fusion import forget
-from gemma4_turbo.ports.any import checks as checks_of
 from gemma4_turbo.ports.any import layer_steps
 from gemma4_turbo.ports.v0_5_23 import decoder_layer
 
@@ -34,8 +33,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         routed_scaling_factor: float | None,
         no_combine: bool = False,
         use_fused_moe_sum_all_reduce: bool = False,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> torch.Tensor:
         plain = not (no_combine or use_fused_moe_sum_all_reduce)
         if (
@@ -78,4 +77,4 @@ def undo(run: PatchRun) -> None:
 
 def verify(run: PatchRun, device: str) -> list[Check]:
     """Kernel against stock's calls."""
-    return checks_of.experts_sum(device)
+    return layer_steps.experts_sum_checks(device)

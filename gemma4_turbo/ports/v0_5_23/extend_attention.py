@@ -9,7 +9,6 @@ the host.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +25,7 @@ from gemma4_turbo.ports.any.extend_attention import (
     window,
 )
 from gemma4_turbo.ports.v0_5_23 import triton_backend
+from gemma4_turbo.ports.v0_5_23.stock import STOCK
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.ports.v0_5_23.protocols import ForwardBatch, RadixAttention, TritonBackend
 
-STOCK_KERNEL = "sglang.kernels.ops.attention.extend_attention"
-HELD = "extend_attention_fwd", STOCK_KERNEL
+HELD = "extend_attention_fwd", STOCK.extend_kernel
 TARGET = f"{triton_backend.MODULE}:TritonAttnBackend.forward_extend"
 WINDOW = f"{triton_backend.MODULE}:update_sliding_window_buffer"
 
@@ -118,14 +117,14 @@ def _attend(
         return triton_backend.NO_SLOTS
     call = Call(backend, backend.token_to_kv_pool, q, k, v, layer, slots)
     out = getattr(forward_batch, "_attn_output", None)
-    reason = call.reason() or _output_unfit(out, q)
+    reason = call.unfit() or _output_unfit(out, q)
     if reason is not None:
         return reason
     if k is None or v is None:
         call.k, call.v = call.k_buffer[slots], call.v_buffer[slots]
     elif save_kv_cache:
         triton_backend.store(backend, layer, forward_batch, k, v)
-    return call.attend(torch.empty_like(q) if out is None else out, _stock_query_block)
+    return call.attend(torch.empty_like(q) if out is None else out, STOCK.query_block)
 
 
 def _output_unfit(out: torch.Tensor | None, q: torch.Tensor) -> str | None:
@@ -137,15 +136,6 @@ def _output_unfit(out: torch.Tensor | None, q: torch.Tensor) -> str | None:
             f"the output is to be {tuple(out.shape)} {out.dtype}, q is {tuple(q.shape)} {q.dtype}"
         )
     return None if out.is_contiguous() else "the output is to be in rows that are not contiguous"
-
-
-@functools.cache
-def _stock_query_block(head_dim: int) -> int:
-    """Stock's block of queries on this GPU, which shows in what a custom mask lets them see."""
-    sizes = importlib.import_module(STOCK_KERNEL)._get_block_sizes_for_extend_attention(
-        head_dim, head_dim
-    )
-    return int(sizes[3])
 
 
 # -- the window's slots -------------------------------------------------------------------------
@@ -170,4 +160,4 @@ def _rows(given: dict[str, Any]) -> tuple[Rows | None, str]:
 
 def verify(run: PatchRun, device: str) -> list[Check]:
     """Against fp64, and on a GPU against stock."""
-    return compared(device, STOCK_KERNEL)
+    return compared(device, STOCK.extend_attention)

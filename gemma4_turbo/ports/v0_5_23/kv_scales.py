@@ -62,7 +62,7 @@ def _then_extend(run: PatchRun, function: Callable[..., Any]) -> Callable[..., A
     """After a link was made, backends that are there already are looked after."""
 
     @functools.wraps(function)
-    def linking(*args: Any, **kwargs: Any) -> Any:
+    def linking(*args: object, **kwargs: object) -> object:
         found = function(*args, **kwargs)
         if kv_scales.linked():
             for backend in list(_backends):
@@ -74,7 +74,7 @@ def _then_extend(run: PatchRun, function: Callable[..., Any]) -> Callable[..., A
 
 def _make(run: PatchRun, construct: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(construct)
-    def __init__(self: TritonBackend, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: TritonBackend, *args: object, **kwargs: object) -> None:
         construct(self, *args, **kwargs)
         if type(self) is not triton_backend.types().backend:
             return

@@ -114,7 +114,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     decide = stock[TARGET]
     LATE.put_in(run)
 
-    def disable_breakable_cudagraph_if_incompatible(server_args: Any) -> None:
+    def disable_breakable_cudagraph_if_incompatible(server_args: object) -> None:
         from sglang.srt.arg_groups import overrides
 
         try:
@@ -151,7 +151,7 @@ def undo(run: PatchRun) -> None:
 # -- which servers get them ------------------------------------------------------------------------
 
 
-def unfit(server_args: Any) -> str | None:
+def unfit(server_args: object) -> str | None:
     """Why stock's rule stays, or None. Asked while SGLang makes up its mind about the arguments."""
     from sglang.srt.arg_groups import overrides
 
@@ -225,7 +225,9 @@ def record(run: PatchRun, stock: Function) -> Function:
             return theirs()  # type: ignore[no-any-return]
         asked_for = forced(model_runner.server_args)
         try:
-            reason = never(model_runner) or (None if asked_for else missing(model_runner))
+            reason = model_unfit(model_runner) or (
+                None if asked_for else process_unfit(model_runner)
+            )
         except Exception as error:
             reason = common.failed(run, error)
         if reason is not None and asked_for:  # as stock, which ends here
@@ -265,7 +267,7 @@ def forced(server_args: object) -> bool:
     return ("prefill", "backend") in (getattr(server_args, "_cuda_graph_config_locked", None) or ())
 
 
-def never(model_runner: GraphedRunner) -> str | None:
+def model_unfit(model_runner: GraphedRunner) -> str | None:
     """What a graph would compute wrongly, whoever asked for it, or None."""
     if moved_positions():
         return (
@@ -278,7 +280,7 @@ def never(model_runner: GraphedRunner) -> str | None:
     return None
 
 
-def missing(model_runner: GraphedRunner) -> str | None:
+def process_unfit(model_runner: GraphedRunner) -> str | None:
     """What keeps this process from recording, though the arguments were fine, or None."""
     from sglang.srt.arg_groups import overrides
 
@@ -312,7 +314,7 @@ def _record(
         )  # where no size fits SGLang returns the eager one
         if not hasattr(runner, "_fill_input_embeds_slot"):
             return None, "SGLang records no graphs of prefill here"
-        reason = "" if asked_for else common.crowded(model_runner, LEFT_GB) or ""
+        reason = "" if asked_for else common.memory_unfit(model_runner, LEFT_GB) or ""
         if not reason:
             _watch(run, model_runner, runner, inputs)
             run.engaged(True)
@@ -364,8 +366,8 @@ class Inputs:
             positions: torch.Tensor,
             forward_batch: GraphedBatch,
             input_embeds: torch.Tensor | None = None,
-            **others: Any,
-        ) -> Any:
+            **others: object,
+        ) -> object:
             if input_ids is not None and input_embeds is not None:
                 rows = self.rows(input_ids)
                 if rows is not None:

@@ -56,7 +56,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
                 reason = kernel.unfit(topk_ids, block_size, num_experts)
             if reason is None:
                 capturing = custom_ops.capturing()
-                reason = shared.unproven(
+                reason = shared.check_unfit(
                     run, align, topk_ids, block_size, num_experts, capturing, MULTIPLE
                 )
                 if reason is None:

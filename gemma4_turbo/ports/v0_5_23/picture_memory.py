@@ -65,11 +65,11 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
     def _call_processor(
         self: MultimodalProcessor,
-        processor: Any,
+        processor: object,
         input_text: object,
         processor_device: str | None,
         kwargs: dict[str, Any],
-    ) -> Any:
+    ) -> object:
         try:
             reason = unfit(self, processor, processor_device, _call_processor, pool)
             if reason is None:
@@ -119,7 +119,7 @@ def unfit(
     return None
 
 
-def written_in(package: str, function: Any) -> bool:
+def written_in(package: str, function: object) -> bool:
     """Whether a function's code is the package's own, whichever class or mixin it comes from."""
     code = getattr(function, "__code__", None)
     if code is None:

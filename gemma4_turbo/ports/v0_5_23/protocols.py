@@ -34,6 +34,8 @@ class OutputTransform(Protocol):
 class ResidualUpdate(Protocol):
     """``sglang.srt.layers.layer_boundary.residual.ResidualUpdate``."""
 
+    is_plain_add: bool
+    applied_at_exit: bool
     quantized_sum: bool
 
 
@@ -80,7 +82,52 @@ class StageBoundary(Protocol):
     declaration: StageDeclaration
     plan: StagePlan
 
-    def sum_part(self, part: torch.Tensor, batch: Any, group: object, /) -> torch.Tensor: ...
+    def sum_part(self, part: torch.Tensor, batch: LayerBatch, group: object, /) -> torch.Tensor: ...
+
+
+class FusedMoE(protocols.FusedMoE, Protocol):
+    """``sglang.srt.layers.moe.fused_moe_triton.layer.FusedMoE``."""
+
+    moe_tp_size: int
+    moe_ep_size: int
+    reduce_results: bool
+
+
+class MoE(protocols.MoE, Protocol):
+    """``sglang.srt.models.gemma4_causal.Gemma4MoE``."""
+
+    experts: FusedMoE
+
+
+class FoldedRouter(protocols.Router, Protocol):
+    """``sglang.srt.models.gemma4_causal.Gemma4Router``, whose scale becomes the norm's weight."""
+
+    _scale_fused: bool
+
+    def fuse_scale(self) -> None: ...
+
+
+class ResidualStream(Protocol):
+    """``sglang.srt.layers.layer_boundary.residual.stream.ResidualStream``."""
+
+    residual: torch.Tensor | None
+    pending: object | None
+
+
+class LayerBatch(protocols.ForwardBatch, Protocol):
+    """``sglang.srt.model_executor.forward_batch_info.ForwardBatch``, as the layers and the cut read it."""
+
+    residual_stream: ResidualStream | None
+    kv_loc_plan: object
+    attn_tp_sequence_sharded: bool
+    attn_dcp_metadata: object | None
+    token_indices_to_pool: object | None
+    decision_layouts: object | None
+    global_num_token_non_padded_cpu: int
+    global_num_token_non_padded: torch.Tensor | None
+    num_token_non_padded: torch.Tensor | None
+    input_embeds: torch.Tensor | None
+    mm_input_embeds: torch.Tensor | None
 
 
 class StagedLayer(protocols.DecoderLayer, Protocol):
@@ -88,6 +135,7 @@ class StagedLayer(protocols.DecoderLayer, Protocol):
 
     attn_boundary: StageBoundary
     ffn_boundary: StageBoundary
+    router: FoldedRouter
     _next_stream: Callable[..., torch.Tensor]
 
 
@@ -95,6 +143,20 @@ class GroupCoordinator(Protocol):
     """``sglang.srt.distributed.parallel_state.GroupCoordinator``."""
 
     world_size: int
+
+
+class TextModel(protocols.TextModel, Protocol):
+    """``sglang.srt.models.gemma4_causal.Gemma4TextModel``."""
+
+    pp_group: GroupCoordinator
+
+
+class AuxHiddenStates(Protocol):
+    """``sglang.srt.layers.aux_hidden_states.AuxHiddenStateList``, a list."""
+
+    def __bool__(self) -> bool: ...
+    def append(self, hidden: torch.Tensor, /) -> None: ...
+    def capture(self, hidden: torch.Tensor, *, owned: bool = False) -> None: ...
 
 
 class MultimodalModel(protocols.MultimodalModel, Protocol):
@@ -149,6 +211,21 @@ class KVIndexTranslator(Protocol):
 
     req_to_token: torch.Tensor
     is_translating: bool
+    window_kv_kind: object
+
+    def pack_read_stream(
+        self,
+        plan: object,
+        /,
+        *,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        indptr: torch.Tensor,
+        out: torch.Tensor,
+        kv_start_idx: torch.Tensor | None,
+        token_mapping: torch.Tensor | None,
+        kind: object = ...,
+    ) -> None: ...
 
 
 class KVWriteLoc(Protocol):
@@ -171,6 +248,7 @@ class TritonBackend(any_line.TritonBackend, Protocol):
     is_draft_runner: bool
     use_verify_splitkv: bool
     use_verify_shared_kv: bool
+    enable_lean_attention: bool
 
     def _set_kv_buffer(
         self,
@@ -300,10 +378,8 @@ class GraphedBatch(Protocol):
     """``sglang.srt.model_executor.forward_batch_info.ForwardBatch``, on its way to a runner."""
 
 
-class GraphedTextModel(protocols.TextModel, Protocol):
+class GraphedTextModel(TextModel, Protocol):
     """``sglang.srt.models.gemma4_causal.Gemma4TextModel``, which is recorded."""
-
-    pp_group: GroupCoordinator
 
     def children(self) -> Iterator[protocols.Module]: ...
 

@@ -10,31 +10,69 @@ RELEASES = ("0.5.23",)
 
 _MODEL = "sglang.srt.models.gemma4_causal"
 _OP = "sglang.kernels.fused_op:BaseFusedOp.forward"
-_RESIDUAL = "sglang.srt.layers.layer_boundary.residual"
+_BOUNDARY = "sglang.srt.layers.layer_boundary"
+_RESIDUAL = f"{_BOUNDARY}.residual"
+_STAGE = f"{_BOUNDARY}.stage:StageBoundary"
+_PLAN = f"{_BOUNDARY}.construction:StagePlan"
+_EXIT = f"{_BOUNDARY}.exit:ExitPolicy"
+_STREAM = f"{_RESIDUAL}.stream:ResidualStream"
+_READS = f"{_RESIDUAL}.add_norm"
 
 # What a layer's boundaries do on one GPU and under tensor parallelism, which the layer's forward stands for.
 _BOUNDARIES = (
-    "sglang.srt.layers.layer_boundary.prepare:_reduce_update_read",
-    "sglang.srt.layers.layer_boundary.boundary:_select_entry_step",
-    "sglang.srt.layers.layer_boundary.ops:attn_tp_all_reduce",
+    f"{_BOUNDARY}.prepare:_reduce_update_read",
+    f"{_BOUNDARY}.boundary:_select_entry_step",
+    f"{_BOUNDARY}.ops:attn_tp_all_reduce",
     "sglang.srt.layers.moe.utils:sum_post_experts_output",
     f"{_MODEL}:Gemma4DecoderLayer._next_stream",
     f"{_MODEL}:Gemma4DecoderLayer.stage_facts",
-    "sglang.srt.layers.layer_boundary.prepare:_update_read",
-    "sglang.srt.layers.layer_boundary.prepare:_run_entry",
-    "sglang.srt.layers.layer_boundary.stage:StageBoundary",
-    "sglang.srt.layers.layer_boundary.construction:StagePlan",
-    "sglang.srt.layers.layer_boundary.boundary:_TransformedRead",
-    "sglang.srt.layers.layer_boundary.exit:ExitPolicy",
-    "sglang.srt.layers.layer_boundary.exit:FfnExit",
-    "sglang.srt.layers.layer_boundary.ops:sum_output",
+    f"{_BOUNDARY}.prepare:_update_read",
+    f"{_BOUNDARY}.prepare:_run_entry",
+    # Of each class what these layers run: not pipelines, captures, branches, row transport.
+    *(
+        f"{_STAGE}.{name}"
+        for name in (
+            *("__init__", "kind", "norm", "entry", "prepare", "finish", "exit", "sum_part"),
+            *("_prepare", "_prepare_input", "_prepare_attention", "_select"),
+        )
+    ),
+    *(f"{_PLAN}.{name}" for name in ("__init__", "variant_for", "path_for", "output")),
+    f"{_BOUNDARY}.boundary:_TransformedRead.update_and_read",
+    *(
+        f"{_EXIT}.{name}"
+        for name in (
+            *("__init__", "ffn_exit", "_decide", "_complete_now", "_record_output"),
+            *("_defers_sum", "_next_input_can_scatter"),
+            *("_dp_reduce_scatter_step", "_sum_in_reduce_scatter"),
+        )
+    ),
+    f"{_BOUNDARY}.exit:FfnExit.__init__",
+    f"{_BOUNDARY}.exit:FfnExit.finish",
+    f"{_BOUNDARY}.ops:sum_output",
     f"{_RESIDUAL}.batch:set_written",
     f"{_RESIDUAL}.batch:start",
-    f"{_RESIDUAL}.stream:ResidualStream",
-    f"{_RESIDUAL}.add_norm:NormQuantReadout",
-    f"{_RESIDUAL}.add_norm:NormReadout",
-    f"{_RESIDUAL}.add_norm:PlainAdd",
-    f"{_RESIDUAL}.add_norm:ReplaceAtExit",
+    *(f"{_STREAM}.{name}" for name in ("__init__", "check", "input", "record", "write")),
+    f"{_READS}:NormQuantReadout.init_residual",
+    f"{_READS}:NormQuantReadout.read",
+    f"{_READS}:NormReadout.read",
+    f"{_READS}:NormReadout.update_and_read",
+    f"{_READS}:ReplaceAtExit.update",
+)
+# And what the layer's forward asks of them, each time the layer's parts change.
+_LAYER_READS = (
+    (f"{_STAGE}.__init__", ("plan", "declaration")),
+    (f"{_PLAN}.__init__", ("norm", "paths")),
+    (f"{_BOUNDARY}.factories:StageDeclaration", ("output_transform", "update")),
+    (f"{_BOUNDARY}.output:OutputTransform", ("apply",)),
+    (f"{_BOUNDARY}.contracts:BatchVariant", ("ORDINARY",)),
+    (f"{_BOUNDARY}.contracts:StagePath", ("entry", "output")),
+    (f"{_BOUNDARY}.contracts:EntryPath", ("prepare", "input_move", "declared_sum")),
+    (f"{_BOUNDARY}.contracts:OutputContract", ("group", "always_partial", "sum_impl")),
+    (f"{_BOUNDARY}.layout:SumGroup", ("ATTN_TP", "TP", "MOE_OUTPUT")),
+    (f"{_READS}:PlainAdd", ("is_plain_add", "quantized_sum")),
+    (f"{_READS}:ReplaceAtExit", ("applied_at_exit",)),
+    (f"{_STREAM}.__init__", ("residual", "pending")),
+    ("sglang.srt.model_executor.forward_batch_info:ForwardBatch", ("residual_stream",)),
 )
 # What the steps of a decoder layer's forward rely on, those of its end, and those of attention's.
 _LAYER = (
@@ -64,7 +102,7 @@ _STREAM_CALLS = (
     f"{_RESIDUAL}:bind_update",
     f"{_RESIDUAL}.batch:written_residual",
     f"{_RESIDUAL}.add_norm:_update_and_read_residual_plain",
-    "sglang.srt.layers.layer_boundary.ops:keep_output",
+    f"{_BOUNDARY}.ops:keep_output",
 )
 
 # What a layer calls by way of its modules.
@@ -169,7 +207,8 @@ _CUT = (
     f"{_RESIDUAL}.batch:final_norm",
     f"{_RESIDUAL}.batch:take_output",
     f"{_RESIDUAL}.batch:clear",
-    "sglang.srt.layers.aux_hidden_states:AuxHiddenStateList",
+    f"{_STREAM}.export",
+    "sglang.srt.layers.aux_hidden_states:AuxHiddenStateList.capture",
     f"{_MODEL}:Gemma4DecoderLayer.forward",
     f"{_MODEL}:Gemma4Attention.__init__",
     f"{_MODEL}:Gemma4Attention.forward",
@@ -191,6 +230,7 @@ _CUT = (
     f"{_KERNELS}.kv_indices:create_flashinfer_kv_indices_triton",
 )
 _CUT_READS = (
+    *_LAYER_READS,
     (
         f"{_BACKEND}:ForwardMetadata",
         (
@@ -251,7 +291,6 @@ _MULTIMODAL = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration"
 # What breakable graphs of a model that takes pictures are recorded from, and what feeds them.
 _MM_GRAPH = (
     f"{_GRAPH_SETUP}:capture_prefill_graph",
-    f"{_GRAPH_SETUP}:GraphCapture",
     f"{_RECORDER}:_build_layer_model_forward_kwargs",
     f"{_RECORDER}:_resolve_transformer_layer_model",
     f"{_RECORDER}:PrefillCudaGraphRunner._get_layer_model_positions",
@@ -310,11 +349,15 @@ PORTS: dict[str, Port] = {
         ),
         relies_on=(
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_per_layer_inputs",
-            "sglang.srt.models.gemma3_causal:Gemma3TextScaledWordEmbedding",
+            "sglang.srt.models.gemma3_causal:Gemma3TextScaledWordEmbedding.forward",
             "sglang.srt.layers.layernorm:RMSNorm.forward_cuda",
             "sglang.kernels.fused_op:BaseFusedOp._resolve_forward_method",
         ),
         reads=(
+            (
+                "sglang.srt.models.gemma3_causal:Gemma3TextScaledWordEmbedding.__init__",
+                ("embed_scale",),
+            ),
             (
                 "sglang.kernels.fused_op:BaseFusedOp.forward",
                 (
@@ -368,6 +411,7 @@ PORTS: dict[str, Port] = {
             f"{_MODEL}:Gemma4MoE.__init__",
             f"{_MODEL}:Gemma4MoE.forward",
         ),
+        reads=_LAYER_READS,
         written_for=RELEASES,
         goes_round=(
             *_STREAM_CALLS,
@@ -396,6 +440,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.moe.topk:apply_routing_simulation",
             "sglang.srt.layers.moe.topk:select_experts",
         ),
+        reads=_LAYER_READS,
         written_for=("0.5.23",),
         goes_round=(
             *_STREAM_CALLS,
@@ -448,7 +493,6 @@ PORTS: dict[str, Port] = {
     ),
     # Stock runs a program for each head now, as the patch did.
     "qkv_norm": Port(
-        module=f"{HERE}.wiring",
         targets=(f"{_OPS}:_gemma_qkv_rmsnorm_kernel",),
         superseded_when=(f"{_OPS}:_gemma_qkv_rmsnorm_kernel", "BY_HEAD"),
         superseded_since="0.5.13",
@@ -458,6 +502,7 @@ PORTS: dict[str, Port] = {
         module=f"{HERE}.wiring:layer_norms",
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
+        reads=_LAYER_READS,
         written_for=RELEASES,
         goes_round=(*_STREAM_CALLS, *_NORM_CALLS, f"{_MODEL}:Gemma4Router.forward"),
     ),
@@ -465,6 +510,7 @@ PORTS: dict[str, Port] = {
         module=f"{HERE}.wiring:ple_tail",
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
+        reads=_LAYER_READS,
         written_for=RELEASES,
         goes_round=(*_STREAM_CALLS, *_NORM_CALLS),
     ),
@@ -479,8 +525,9 @@ PORTS: dict[str, Port] = {
             *_TAIL,
             f"{_RESIDUAL}.batch:final_norm",
             f"{_RESIDUAL}.batch:take_output",
-            "sglang.srt.layers.aux_hidden_states:AuxHiddenStateList",
+            "sglang.srt.layers.aux_hidden_states:AuxHiddenStateList.capture",
         ),
+        reads=_LAYER_READS,
         written_for=RELEASES,
         goes_round=(*_STREAM_CALLS, *_NORM_CALLS),
     ),
@@ -500,6 +547,7 @@ PORTS: dict[str, Port] = {
             "sglang.kernels.ops.moe.fused_moe_triton_kernels:_moe_sum_reduce_kernel",
             f"{_MODEL}:Gemma4MoE.forward",
         ),
+        reads=_LAYER_READS,
         written_for=RELEASES,
         goes_round=(*_STREAM_CALLS, *_EXPERTS_CALLS),
     ),
@@ -507,6 +555,7 @@ PORTS: dict[str, Port] = {
         module=f"{HERE}.wiring:mlp_stream",
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
+        reads=_LAYER_READS,
         written_for=RELEASES,
         goes_round=(*_STREAM_CALLS, *_MLP_CALLS),
     ),
@@ -523,6 +572,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
             "sglang.srt.layers.linear:RowParallelLinear.forward",
         ),
+        reads=_LAYER_READS,
         written_for=RELEASES,
         goes_round=(*_STREAM_CALLS, *_MLP_CALLS),
     ),
@@ -530,6 +580,7 @@ PORTS: dict[str, Port] = {
         module=f"{HERE}.wiring:pdl",
         targets=(f"{_MODEL}:Gemma4DecoderLayer.forward",),
         relies_on=_LAYER,
+        reads=_LAYER_READS,
         written_for=RELEASES,
         goes_round=_STREAM_CALLS,
     ),
@@ -759,7 +810,7 @@ PORTS: dict[str, Port] = {
             f"{_DRAFT_GRAPHS}:FrozenKVMTPCudaGraphRunner.execute",
             f"{_SPEC}.frozen_kv_mtp_utils:set_frozen_kv_positions",
             f"{_SPEC}.frozen_kv_mtp_utils:position_for_batch",
-            f"{_SPEC}.frozen_kv_mtp_info:FrozenKVMTPVerifyInput",
+            f"{_SPEC}.frozen_kv_mtp_info:FrozenKVMTPVerifyInput.__post_init__",
             f"{_SPEC}.eagle_info:EagleVerifyInput.__post_init__",
             f"{_SPEC}.eagle_utils:build_tree_kernel_efficient",
             # How many slots a request has at least.
@@ -769,7 +820,7 @@ PORTS: dict[str, Port] = {
             f"{_POOLS}.allocation_sizing:page_aligned_decode_alloc_lens",
             f"{_POOLS}.allocation_sizing:get_alloc_reserve_per_decode",
             # Who reads the mask and the sum of the lengths, and which buffer is whose.
-            "sglang.srt.layers.attention.verify_mask:VerifyMask",
+            "sglang.srt.layers.attention.verify_mask:VerifyMask.fits",
             "sglang.srt.layers.attention.verify_mask:tree_mask_numel",
             "sglang.srt.layers.attention.verify_mask:maybe_create_verify_mask",
             f"{_BACKEND}:TritonAttnBackend.verify_mask",
@@ -781,6 +832,7 @@ PORTS: dict[str, Port] = {
             f"{_BACKEND}:TritonAttnBackend._build_cuda_graph_forward_metadata",
         ),
         reads=(
+            ("sglang.srt.layers.attention.verify_mask:VerifyMask", ("buffer", "mode")),
             ("sglang.srt.managers.schedule_batch:ReqKvInfo", ("kv_allocated_len",)),
             (
                 "sglang.srt.managers.schedule_batch:ScheduleBatch",
@@ -796,7 +848,6 @@ PORTS: dict[str, Port] = {
     ),
     # The draft's input is in the place of the verification's after every step, whoever has finished.
     "mtp_merge_batch": Port(
-        module=f"{HERE}.mtp",
         targets=(f"{_SPEC}.frozen_kv_mtp_worker_v2:FrozenKVMTPWorkerV2.forward_batch_generation",),
         superseded_when=(
             f"{_SPEC}.frozen_kv_mtp_worker_v2:FrozenKVMTPWorkerV2.forward_batch_generation",
@@ -807,7 +858,6 @@ PORTS: dict[str, Port] = {
     ),
     # The seed step is the first one of the draft's own graph.
     "mtp_seed_graph": Port(
-        module=f"{HERE}.mtp",
         targets=(f"{_DRAFT}.draft_forward",),
         superseded_when=(f"{_DRAFT}.draft_forward", "bonus_tokens"),
         superseded_since="0.5.14",
@@ -815,7 +865,6 @@ PORTS: dict[str, Port] = {
     ),
     # And both run on metadata that are made once.
     "mtp_metadata": Port(
-        module=f"{HERE}.mtp",
         targets=(f"{_DRAFT}.draft_forward",),
         superseded_when=(f"{_DRAFT}.draft_forward", "needs_forward_metadata_init"),
         superseded_since="0.5.14",
@@ -823,7 +872,6 @@ PORTS: dict[str, Port] = {
     ),
     # FlashInfer's runner is for one kind of quantised weights, which is asked for.
     "mtp_moe_runner": Port(
-        module=f"{HERE}.mtp",
         targets=("sglang.srt.arg_groups.model_overrides.gemma4:_gemma4_overrides",),
         superseded_when=(
             "sglang.srt.arg_groups.model_overrides.gemma4:_gemma4_overrides",
@@ -866,6 +914,12 @@ PORTS: dict[str, Port] = {
             "sglang.srt.arg_groups.cuda_graph_hook:disable_breakable_cudagraph_if_incompatible",
         ),
         relies_on=_MM_GRAPH,
+        reads=(
+            (
+                f"{_GRAPH_SETUP}:GraphCapture",
+                ("runner", "memory_phase", "memory_usage_gb", "capture_time"),
+            ),
+        ),
         written_for=RELEASES,
         # The server's arguments are read before any of it is imported.
         lazy=tuple(source.partition(":")[0] for source in _MM_GRAPH),
@@ -882,13 +936,31 @@ PORTS: dict[str, Port] = {
             f"{_KV}._build_default_req_pool",
             f"{_KV}.resolve_max_num_reqs",
             f"{_SIZES}:create_memory_pool_configurator",
-            f"{_SIZES}:HybridSWAPoolConfigurator",
-            f"{_SIZES}:SWARequestCapPoolConfigurator",
+            *(
+                f"{_SIZES}:HybridSWAPoolConfigurator.{name}"
+                for name in (
+                    *("__init__", "_full_cell_bytes", "_swa_cell_bytes", "_recompute_cell_size"),
+                    *("_solve_pool_sizes", "_make_pool_config", "calculate_pool_sizes"),
+                    "calculate_pool_sizes_from_max_tokens",
+                )
+            ),
+            *(
+                f"{_SIZES}:SWARequestCapPoolConfigurator.{name}"
+                for name in (
+                    *("__init__", "is_applicable", "calculate_pool_sizes"),
+                    "calculate_pool_sizes_from_max_tokens",
+                )
+            ),
             "sglang.srt.model_executor.model_runner:ModelRunner.init_kv_cache_configurator",
-            "sglang.srt.model_executor.model_runner_components.layer_setup:ModelLayerInfo",
             f"{_POOLS}.allocation_sizing:get_req_to_token_extra_context_len",
             f"{_POOLS}.memory_pool:ReqToTokenPool.__init__",
             f"{_POOLS}.swa_memory_pool:SWAKVPool.__init__",
+        ),
+        reads=(
+            (
+                "sglang.srt.model_executor.model_runner_components.layer_setup:ModelLayerInfo",
+                ("full_attention_layer_ids", "swa_attention_layer_ids"),
+            ),
         ),
         written_for=RELEASES,
     ),
@@ -900,5 +972,14 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.22", "0.5.23"),
         # The server's arguments are read before it is imported.
         lazy=(_SIZES,),
+    ),
+    # Of graphs, newer lines' backends make the metadata here.
+    "trtllm_debug": Port(
+        module=f"{HERE}.trtllm_debug",
+        targets=(
+            "sglang.srt.layers.attention.trtllm_mha_backend"
+            ":TRTLLMHAAttnBackend.init_forward_metadata_out_graph",
+        ),
+        needless="a tool for finding faults of the TRT-LLM backend that 0.5.12 has, which is another one",
     ),
 }

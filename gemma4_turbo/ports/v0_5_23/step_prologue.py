@@ -15,7 +15,7 @@ from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.ports.any import step_prologue as shared
 from gemma4_turbo.ports.any.step_prologue import FORWARD, GATHER, PROJECT, Function, NormUnfit
 from gemma4_turbo.ports.v0_5_23 import classes
-from gemma4_turbo.ports.v0_5_23 import stock as stock  # whose norms ours follow
+from gemma4_turbo.ports.v0_5_23.stock import STOCK as STOCK  # whose norms ours follow
 from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
@@ -42,33 +42,33 @@ def norm_unfit() -> NormUnfit:
     from sglang.srt.layers.layernorm import RMSNorm as StocksNorm
 
     classes.load()
-    reason_of = shared.norm_unfit()
+    unfit_of = shared.norm_unfit()
     stocks_forward = StocksNorm.forward_cuda
 
-    def reason(norm: RMSNorm, inputs_embeds: torch.Tensor) -> str | None:
+    def unfit(norm: RMSNorm, inputs_embeds: torch.Tensor) -> str | None:
         """Why the norm does not run the kernel that ours stands for, or None. Before the GEMM."""
         if type(norm) is not StocksNorm:
-            return reason_of(norm, inputs_embeds)
+            return unfit_of(norm, inputs_embeds)
         if norm._quant_linear is not None:
             return "the projection's norm may quantise what it returns"
-        unfit = classes.now_unfit()
-        if unfit is not None:
-            return unfit
+        reason = classes.now_unfit()
+        if reason is not None:
+            return reason
         if not (torch.compiler.is_compiling() or kernel.INTERPRETED):
             function = getattr(classes.running(norm), "__func__", None)
             foreign = getattr(function, "__name__", "") == "forward_cuda"
             if foreign and function is not stocks_forward:
                 return "the projection's norm runs a forward_cuda of somebody else's"
-        return reason_of(norm, inputs_embeds)
+        return unfit_of(norm, inputs_embeds)
 
-    return reason
+    return unfit
 
 
 def multimodal_forward(run: PatchRun, stock: Function) -> Function:
     """What replaces ``Gemma4ForConditionalGeneration.forward``."""
     module = sys.modules[FORWARD.partition(":")[0]]
     stocks_gather = module.Gemma4ForConditionalGeneration.get_per_layer_inputs
-    reason_of = shared.embedding_unfit()
+    unfit_of = shared.embedding_unfit()
 
     def model_unfit(model: MultimodalModel) -> str | None:
         """Why its forward is not the one below, or None."""
@@ -114,7 +114,7 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
             if embedding is not None:
                 vocab = text.vocab_size_per_layer_input
                 reason = (
-                    reason_of(embedding, input_ids, vocab)
+                    unfit_of(embedding, input_ids, vocab)
                     or shared.norm_kind(run, embedding.weight, False, capturing)[1]
                 )
         if reason is not None:

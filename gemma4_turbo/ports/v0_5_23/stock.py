@@ -1,81 +1,61 @@
-"""SGLang's own kernels, one function per stage, as its Gemma 4 calls them.
-
-Whoever needs stock goes through here: what runs where a fusion declines, self-checks, ``verify``,
-benchmarks and GPU tests. Each looks its kernel up at the call, where SGLang's model does, so that a
-wrapper that somebody put there is called too.
-"""
+"""What 0.5.22 and 0.5.23 call by names of their own, or otherwise."""
 
 from __future__ import annotations
 
-import sys
+from typing import Any
 
 import torch
 
 from gemma4_turbo.fusions.stock import Functions, follow
-from gemma4_turbo.ports.any.stock import (
-    dual_norm_residual,
-    eager_norms,
-    norm_residual,
-    qkv_rmsnorm,
-)
-
-__all__ = (
-    "dual_norm_residual",
-    "eager_norms",
-    "norm_residual",
-    "qkv_rmsnorm",
-    "rotate",
-    "store_kv",
-    "sum_experts",
-    "traced_norms",
-)
+from gemma4_turbo.ports.any import stock
 
 
-def traced_norms() -> Functions:
-    """The same: nothing traces the model in this line."""
-    return eager_norms()
+class Calls(stock.Calls):
+    """See `gemma4_turbo.ports.any.stock`."""
+
+    extend_kernel = "sglang.kernels.ops.attention.extend_attention"
+    decode_kernel = "sglang.kernels.ops.attention.decode_attention"
+    moe_kernel = "sglang.kernels.ops.moe.fused_moe_triton_kernels"
+
+    def traced_norms(self) -> Functions:
+        """The same: nothing traces the model in this line."""
+        return self.eager_norms()
+
+    def rotate(
+        self,
+        positions: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+    ) -> None:
+        """Rotary embedding of Q and K ``[rows, heads, head_dim]``, halves apart, in place."""
+        from sglang.srt.layers.rotary_embedding import base
+
+        base.apply_rope_with_cos_sin_cache_inplace(
+            positions=positions, q=q, k=k, cos_sin_cache=cos_sin_cache, is_neox=True
+        )
+
+    def sum_experts(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """``x [rows, topk, hidden]`` summed over a token's experts into ``out [rows, hidden]``."""
+        from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
+
+        if fused_moe.is_arch_support_pdl():
+            fused_moe.moe_sum_reduce_triton(x, out, 1.0)
+        else:
+            fused_moe.moe_sum_reduce_torch_compile(x, out, 1.0)
+
+    def store_options(self, pool: stock.Pair) -> dict[str, Any]:
+        """Slot 0 is left alone, and so is what is no slot."""
+        return {"size_limit": pool[0].shape[0]}
+
+    def routing(self, logits: torch.Tensor, scale: torch.Tensor, topk: int) -> stock.Pair:
+        """In one launch."""
+        from sglang.srt.models import gemma4_causal
+
+        return gemma4_causal.gemma4_fused_routing(  # type: ignore[no-any-return]
+            logits, scale, topk
+        )
 
 
-def rotate(
-    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor
-) -> None:
-    """Rotary embedding of Q and K ``[rows, heads, head_dim]``, halves apart, in place."""
-    from sglang.srt.layers.rotary_embedding import base
-
-    base.apply_rope_with_cos_sin_cache_inplace(
-        positions=positions, q=q, k=k, cos_sin_cache=cos_sin_cache, is_neox=True
-    )
-
-
-def sum_experts(x: torch.Tensor, out: torch.Tensor) -> None:
-    """``x [rows, topk, hidden]`` summed over a token's experts into ``out [rows, hidden]``."""
-    from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe
-
-    if fused_moe.is_arch_support_pdl():
-        fused_moe.moe_sum_reduce_triton(x, out, 1.0)
-    else:
-        fused_moe.moe_sum_reduce_torch_compile(x, out, 1.0)
-
-
-def store_kv(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pool: tuple[torch.Tensor, torch.Tensor],
-    locations: torch.Tensor,
-) -> None:
-    """K and V ``[rows, heads, head_dim]`` into a layer's pool at ``locations``; slot 0 is left alone."""
-    from sglang.srt.mem_cache import memory_pool
-
-    memory_pool._set_kv_buffer_impl(
-        k,
-        v,
-        *pool,
-        locations,
-        row_dim=k.shape[1] * k.shape[2],
-        store_dtype=k.dtype,
-        device_module=torch.cuda,
-        size_limit=pool[0].shape[0],
-    )
-
-
-follow(sys.modules[__name__])  # a process has one release line
+STOCK = Calls()
+follow(STOCK)  # a process has one release line

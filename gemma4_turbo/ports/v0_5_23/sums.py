@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from gemma4_turbo.ports.v0_5_23.protocols import StagedLayer
+    from gemma4_turbo.ports.v0_5_23.protocols import LayerBatch, StagedLayer
 
 _attention: list[Any] = []  # SGLang's module with the function for attention's sum
 _groups: list[Any] = []  # SGLang's names for who sums
@@ -91,7 +91,7 @@ def boundary_unfit(layer: StagedLayer) -> str | None:
     return None
 
 
-def attention(layer: StagedLayer, output: torch.Tensor, forward_batch: Any) -> torch.Tensor:
+def attention(layer: StagedLayer, output: torch.Tensor, forward_batch: LayerBatch) -> torch.Tensor:
     """Attention's output, summed over the GPUs as by stock's entry of the feed-forward."""
     quantised = layer.attn_boundary.declaration.update.quantized_sum
     summed: torch.Tensor = _attention[0].attn_tp_all_reduce(
@@ -100,10 +100,10 @@ def attention(layer: StagedLayer, output: torch.Tensor, forward_batch: Any) -> t
     return summed
 
 
-def later(layer: StagedLayer, forward_batch: Any) -> layer_steps.Sums:
+def later(layer: StagedLayer, forward_batch: LayerBatch) -> layer_steps.Sums:
     """The dense MLP's and the experts', as in stock's ``_next_stream``."""
 
-    def over(group: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def over(group: object) -> Callable[[torch.Tensor], torch.Tensor]:
         return lambda part: layer.ffn_boundary.sum_part(part, forward_batch, group)
 
     groups = _groups[0]

@@ -38,7 +38,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     collect = stock[TARGET]
 
     def collect_model_override_declarations(
-        architecture: str, server_args: Any, hf_config: Any
+        architecture: str, server_args: object, hf_config: object
     ) -> Declarations:
         found: Declarations = collect(architecture, server_args, hf_config)
         try:
@@ -55,7 +55,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     return {TARGET: collect_model_override_declarations}
 
 
-def unfit(architecture: str, server_args: Any, found: Declarations) -> str | None:
+def unfit(architecture: str, server_args: object, found: Declarations) -> str | None:
     """Why stock's default stays, or None."""
     from sglang.srt.arg_groups import overrides
 

@@ -20,6 +20,7 @@ from gemma4_turbo.ports.v0_5_23 import classes, layer_loop, triton_backend, yoco
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.fusions.fusion import Step
+    from gemma4_turbo.ports.v0_5_23.protocols import LayerBatch, TextModel
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward"
 PIPELINE = "pipeline parallelism: the layers are spread over several GPUs"
@@ -47,15 +48,15 @@ def enable_cut(steps: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) ->
 
 
 def forward(
-    self: Any,
+    self: TextModel,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
-    forward_batch: Any,
+    forward_batch: LayerBatch,
     input_embeds: torch.Tensor = None,  # type: ignore[assignment]
     per_layer_inputs: torch.Tensor | None = None,
-    pp_proxy_tensors: Any = None,
-    **kwargs: Any,
-) -> Any:
+    pp_proxy_tensors: object = None,
+    **kwargs: object,
+) -> object:
     """Embedding, layers, last norm. The result is stock's; ValueError as stock's."""
     from sglang.srt.layers.aux_hidden_states import AuxHiddenStateList
     from sglang.srt.layers.layer_boundary.residual import batch

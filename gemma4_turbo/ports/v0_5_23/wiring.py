@@ -7,8 +7,8 @@ Patches share the rewritten forwards, which live as long as one of them is in.
 from __future__ import annotations
 
 from gemma4_turbo.ports.any import attention as attention_steps
-from gemma4_turbo.ports.any import checks, layer_steps, linear
 from gemma4_turbo.ports.any import feed_forward_few as feed_forward
+from gemma4_turbo.ports.any import layer_steps, linear
 from gemma4_turbo.ports.any import router_few as routers
 from gemma4_turbo.ports.any import yoco_batch as batch
 from gemma4_turbo.ports.any import yoco_cut as cut
@@ -20,26 +20,20 @@ from gemma4_turbo.ports.v0_5_23 import yoco_piecewise as piecewise
 
 layer = decoder_layer.enable
 
-layer_norms = Wired((layer_steps.LAYER_NORMS,), (layer,), checks.layer_norms)
-ple_tail = Wired((layer_steps.PLE_TAIL,), (layer,), checks.ple_tails)
-input_norm = Wired(
-    (layer_steps.INPUT_NORM, layer_steps.PLE_INPUT_NORM),
-    (layer, text_model.enable),
-    checks.input_norm,
-)
+layer_norms = Wired((layer_steps.LAYER_NORMS,), (layer,))
+ple_tail = Wired((layer_steps.PLE_TAIL,), (layer,))
+input_norm = Wired((layer_steps.INPUT_NORM, layer_steps.PLE_INPUT_NORM), (layer, text_model.enable))
 mlp_stream = Wired((layer_steps.MLP_STREAM,), (layer,))
-pdl = Wired((layer_steps.PDL,), (layer,), None, launch_early, launch_as_usual)
-qkv_proj = Wired((attention_steps.QKV_PROJ,), (attention.enable,), checks.qkv_proj)
-rope_store = Wired((attention_steps.ROPE_STORE,), (attention.enable,), checks.rope_store)
-skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, layer), checks.skinny_gemm)
-router_few = Wired((routers.ROUTER_FEW,), (layer, routing.enable), checks.router_few)
+pdl = Wired((layer_steps.PDL,), (layer,), launch_early, launch_as_usual)
+qkv_proj = Wired((attention_steps.QKV_PROJ,), (attention.enable,))
+rope_store = Wired((attention_steps.ROPE_STORE,), (attention.enable,))
+skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, layer))
+router_few = Wired((routers.ROUTER_FEW,), (layer, routing.enable))
 feed_forward_few = Wired(
-    (feed_forward.FEED_FORWARD_FEW,),
-    (layer, routing.enable, experts_few.enable),
-    checks.feed_forward_few,
+    (feed_forward.FEED_FORWARD_FEW,), (layer, routing.enable, experts_few.enable)
 )
-yoco = Wired((cut.YOCO,), (text_model.enable_cut, batch.enable), None, nothing, cut.forget)
-yoco_graph = Wired((graph.YOCO_GRAPH,), (text_model.enable_cut,), None, nothing, graph.drop_all)
+yoco = Wired((cut.YOCO,), (text_model.enable_cut, batch.enable), nothing, cut.forget)
+yoco_graph = Wired((graph.YOCO_GRAPH,), (text_model.enable_cut,), nothing, graph.drop_all)
 yoco_piecewise = Wired(
-    (in_graphs.YOCO_PIECEWISE,), (text_model.enable_cut,), None, piecewise.load, in_graphs.forget
+    (in_graphs.YOCO_PIECEWISE,), (text_model.enable_cut,), piecewise.load, in_graphs.forget
 )

@@ -16,6 +16,13 @@ from gemma4_turbo.ports.v0_5_23 import layer_loop, triton_backend
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import TextModel
+    from gemma4_turbo.ports.v0_5_23.protocols import (
+        ForwardMetadata,
+        KVPool,
+        LayerBatch,
+        SWAKVPool,
+        TritonBackend,
+    )
 
 _RUNNER = "sglang.srt.model_executor.runner.prefill_cuda_graph_runner"
 
@@ -43,7 +50,7 @@ _LATE_READS = frozenset(("shared_read_ends", "_snapshot_prefill_shared_reads"))
 that the scheduler waits for the whole prefill."""
 
 
-def _arguments() -> Any:
+def _arguments() -> SimpleNamespace:
     from sglang.srt.runtime_context import get_context
 
     found = SimpleNamespace()
@@ -59,13 +66,14 @@ def _gpus() -> int:
     return int(get_parallel().tp_size)
 
 
-def _backend(batch: Any) -> Any:
+def _backend(batch: LayerBatch) -> TritonBackend:
     from sglang.srt.model_executor.forward_context import get_attn_backend
 
-    return get_attn_backend()
+    backend: TritonBackend = get_attn_backend()
+    return backend
 
 
-def _pool(batch: Any) -> Any:
+def _pool(batch: LayerBatch) -> KVPool | SWAKVPool:
     return _backend(batch).token_to_kv_pool
 
 
@@ -80,7 +88,7 @@ def _graph_unfit() -> str | None:
     return None
 
 
-def _layout_unfit(batch: Any) -> str | None:
+def _layout_unfit(batch: LayerBatch) -> str | None:
     from sglang.srt.runtime_context import get_parallel
 
     if _gpus() > 1 or get_parallel().pp_group.world_size > 1:
@@ -94,7 +102,7 @@ def _layout_unfit(batch: Any) -> str | None:
     return None
 
 
-def _slots_unfit(batch: Any) -> str | None:
+def _slots_unfit(batch: LayerBatch) -> str | None:
     backend = _backend(batch)
     if backend.dcp_size > 1:
         return "the KV cache is spread over several GPUs (DCP)"
@@ -108,7 +116,7 @@ def _slots_unfit(batch: Any) -> str | None:
     return triton_backend.translator_unfit(backend.kv_index_translator)
 
 
-def _sets_forward(model: TextModel, forward: Any) -> bool:
+def _sets_forward(model: TextModel, forward: object) -> bool:
     """Around a replay of a prefill graph; after it, what was there before stays on the instance.
 
     Or `mm_prefill_graph`, while one is recorded: it gives the model what SGLang's forward is given.
@@ -120,22 +128,22 @@ def _sets_forward(model: TextModel, forward: Any) -> bool:
     return getattr(forward, "__func__", None) is type(model).forward
 
 
-def _decode(made: Any, rows: torch.Tensor, backend: Any) -> None:
+def _decode(made: LayerBatch, rows: torch.Tensor, backend: TritonBackend) -> None:
     made.global_num_token_non_padded_cpu = made.batch_size
     made.num_token_non_padded = made.global_num_token_non_padded = None
-    made.input_embeds = made.mm_input_embeds = made._attn_output = None
+    made.input_embeds = made.mm_input_embeds = made._attn_output = None  # type: ignore[assignment]
     made.residual_stream = None
     _plainly(backend)
 
 
-def _plainly(backend: Any) -> None:
+def _plainly(backend: TritonBackend) -> None:
     """A copy of SGLang's runs its usual kernel: "lean" attention wants buffers of its own."""
     backend.enable_lean_attention = False
 
 
 def _slots(
-    backend: Any,
-    batch: Any,
+    backend: TritonBackend,
+    batch: LayerBatch,
     keys: torch.Tensor,
     first: torch.Tensor | None,
     indptr: torch.Tensor,
@@ -144,9 +152,10 @@ def _slots(
 ) -> torch.Tensor:
     """Slots of each request's keys, one request after another."""
     indices = torch.empty(total, dtype=torch.int64, device=indptr.device)
-    pool, translator = backend.token_to_kv_pool, backend.kv_index_translator
+    pool: Any = backend.token_to_kv_pool
+    translator = backend.kv_index_translator
     swa = sliding and type(pool) is triton_backend.types().swa_pool
-    more = {"kind": translator.window_kv_kind} if sliding else {}
+    more: dict[str, object] = {"kind": translator.window_kv_kind} if sliding else {}
     translator.pack_read_stream(
         batch.kv_loc_plan,
         req_pool_indices=batch.req_pool_indices,
@@ -160,22 +169,25 @@ def _slots(
     return indices
 
 
-def _metadata(theirs: Any, rows: torch.Tensor, **fields: Any) -> Any:
+def _metadata(theirs: ForwardMetadata, rows: torch.Tensor, **fields: object) -> object:
     """``uneven_batch``, which is left out, is read on AMD's GPUs alone."""
-    from sglang.srt.layers.attention.triton_backend import ForwardMetadata
+    from sglang.srt.layers.attention import triton_backend
 
     slots = theirs.swa_out_cache_loc
-    return ForwardMetadata(**fields, swa_out_cache_loc=None if slots is None else slots[rows])
+    kept = None if slots is None else slots[rows]
+    made: object = triton_backend.ForwardMetadata(**fields, swa_out_cache_loc=kept)
+    return made
 
 
-def _made(like: Any, backend: Any, **fields: Any) -> Any:
+def _made(like: LayerBatch, backend: TritonBackend, **fields: object) -> LayerBatch:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
     _plainly(backend)
-    return ForwardBatch(global_num_token_non_padded_cpu=fields["batch_size"], **fields)
+    made: LayerBatch = ForwardBatch(global_num_token_non_padded_cpu=fields["batch_size"], **fields)
+    return made
 
 
-LINE = yoco_cut.Line(
+LINE: yoco_cut.Line[LayerBatch, TritonBackend] = yoco_cut.Line(
     backend=_backend,
     pool=_pool,
     arguments=_arguments,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,6 +23,7 @@ from gemma4_turbo.runtime import graphs
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import TextModel
+    from gemma4_turbo.ports.v0_5_23.protocols import LayerBatch
 
 OFF = {
     "enable_return_hidden_states": "hidden states are returned",
@@ -47,7 +48,7 @@ def load() -> None:
 # -- while a graph is made ----------------------------------------------------------------------------
 
 
-def first_layer(model: TextModel, batch: Any, kwargs: dict[str, object]) -> int | None:
+def first_layer(model: TextModel, batch: LayerBatch, kwargs: dict[str, object]) -> int | None:
     """The first layer that the function stands for; None: no graph is made, or one of all layers."""
     from sglang.srt.model_executor.runner_utils import prefill_graph
 
@@ -70,7 +71,7 @@ def _none_are_made() -> bool:
     return found
 
 
-def unfit(model: TextModel, batch: Any, kwargs: dict[str, object]) -> str | None:
+def unfit(model: TextModel, batch: LayerBatch, kwargs: dict[str, object]) -> str | None:
     """Why no cut is made inside the graphs of this server, or None."""
     from sglang.srt.model_executor.runner_backend_utils import breakable_cuda_graph
     from sglang.srt.model_executor.runner_utils import prefill_graph
@@ -133,7 +134,7 @@ def shared_layers(
     from sglang.srt.layers.layer_boundary.residual import batch as residual
     from sglang.srt.model_executor.runner_utils.forward_batch import get_forward_batch
 
-    batch: Any = get_forward_batch()
+    batch: LayerBatch = get_forward_batch()
     state = hidden_states, None, normed
     if not rows_only(
         model, first, batch, state, positions, per_layer_inputs, output, _without_padding
@@ -143,7 +144,7 @@ def shared_layers(
         output.copy_(rows)
 
 
-def _without_padding(batch: Any, positions: torch.Tensor) -> Any:
+def _without_padding(batch: LayerBatch, positions: torch.Tensor) -> LayerBatch | None:
     """The batch as it was before SGLang padded it to the size of a graph; None before one is recorded."""
     from sglang.srt.model_executor.runner_utils.prefill_graph import get_prefill_raw_num_tokens
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import typer
 
-from bench import before_after, engine
+from bench import before_after
 
 CHECKOUT = """
 class Engine:
@@ -50,7 +50,7 @@ def checkout(folder: Path, value: float) -> Path:
 
 
 def test_several_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    monkeypatch.setattr(engine, "Engine", Engine)
+    monkeypatch.setattr(before_after, "Engine", Engine)
     old = [checkout(tmp_path / "one", 4.0), checkout(tmp_path / "two", 2.0)]
     out = tmp_path / "out.csv"
     before_after.main(old, layers=6, batches="1", prefill="", rounds=2, out=out)

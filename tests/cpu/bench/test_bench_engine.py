@@ -16,6 +16,8 @@ import pytest
 import typer
 
 from bench import engine
+from bench.common import comparing, engines
+from bench.workers import engine as worker
 from tests.cpu.conftest import REPOSITORY, warm
 from tests.cpu.warm import Child
 
@@ -43,7 +45,8 @@ for line in sys.stdin:
         step = [-1.0 - exact, -2.0 - 0.25 * patched, -3.0 - 0.5 * command["alone"]]
         answer = {"rows": [{"ids": [1], "before": [], "after": [step]}]}
     if command["do"] == "status":
-        answer = {"processes": []}
+        rows = [{"name": "router", "state": "active", "reason": "", "engaged": int(os.environ["RAN"])}]
+        answer = {"processes": [{"pid": 1, "command": "x", "patches": rows}]}
     print(json.dumps(answer), flush=True)
 """
 RUN = """
@@ -53,19 +56,21 @@ from pathlib import Path
 import typer
 
 from bench import engine
+from bench.common import engines
 
-engine.HERE = Path(sys.argv.pop(1))
+engines.BENCH = Path(sys.argv.pop(1))
 typer.run(engine.main)
 """
 
 
 @pytest.fixture
-def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[int], Child]]:
+def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Child]]:
     """Starts the command with stand-ins for its engines; it prints to `printed`."""
     started: list[Child] = []
 
-    def run(calls: int) -> Child:
-        (tmp_path / "engine_worker.py").write_text(WORKER)
+    def run(calls: int, ran: int = 1) -> Child:
+        (tmp_path / "workers").mkdir()
+        (tmp_path / "workers" / "engine.py").write_text(WORKER)
         (tmp_path / "printed").touch()
         options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
         options += ["--equality", "1", "--kl", "1", "--kl-exact", "--breakdown", "0"]
@@ -73,7 +78,7 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[[int
         child = warm(environment).start(
             code=RUN,
             arguments=[str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
-            env={**os.environ, "CALLS": str(calls)},
+            env={**os.environ, "CALLS": str(calls), "RAN": str(ran)},
             cwd=str(REPOSITORY),
             files=[str(tmp_path / "printed")] * 2,
             timeout=120,
@@ -114,6 +119,13 @@ def test_a_run(start: Callable[[int], Child], tmp_path: Path):
     assert value(frame, f"{exact} vs patched", "KL divergence") > moved
 
 
+def test_stock_against_stock_fails(start: Callable[..., Child], tmp_path: Path):
+    """No patch's code ran: nothing is proven, whatever was equal."""
+    assert start(99, 0).wait() == 1
+    assert "engine.py: no patch's code ran" in (tmp_path / "printed").read_text()
+    assert (tmp_path / "out.csv").exists()
+
+
 def test_what_is_known_is_saved_when_a_limit_cuts_it_off(
     start: Callable[[int], Child], tmp_path: Path
 ):
@@ -138,7 +150,7 @@ def test_a_decoded_token_counts_while_what_is_before_it_is_the_same():
     one = {"ids": [1, 2, 3, 4], "before": [[-1.0]], "after": [[-1.0], [-1.0], [-1.0], [-1.0]]}
     other = {"ids": [1, 2, 9, 4], "before": [[-1.0]], "after": [[-1.0], [-1.5], [-1.0], [-9.0]]}
     found = engine.divergence([one], [other])
-    moved = math.exp(-1.0) * (math.expm1(-0.5) + 0.5) * engine.VOCABULARY
+    moved = math.exp(-1.0) * (math.expm1(-0.5) + 0.5) * comparing.VOCABULARY
     assert found == {"KL divergence": 0, "KL divergence, decode": pytest.approx(moved / 2)}
     three = engine.divergence([one, one, one], [other, one, one])
     assert three["KL divergence, decode"] < found["KL divergence, decode"]
@@ -157,10 +169,11 @@ def test_prompts_length_and_tokens():
 
 
 def test_an_engine_that_does_not_start(tmp_path, monkeypatch):
-    (tmp_path / "engine_worker.py").write_text(
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "engine.py").write_text(
         "import sys; open(sys.argv[1], 'w').write('[1] TypeError: no KV\\nbye\\n')"
     )
-    monkeypatch.setattr(engine, "HERE", tmp_path)
+    monkeypatch.setattr(engines, "BENCH", tmp_path)
     failing = engine.Engine(engine.PIECEWISE, [], {}, tmp_path / "log")
     assert engine.fate(failing) == "does not start: [1] TypeError: no KV"
 
@@ -169,7 +182,7 @@ def test_processes_take_turns(tmp_path, monkeypatch):
     """A second process waits until the first has left."""
     told = tmp_path / "told"
     body = (
-        "import sys, time; from bench.turns import turn\n"
+        "import sys, time; from bench.common.turns import turn\n"
         f"with turn():\n    f = open({str(told)!r}, 'a'); f.write('in '); f.flush()\n"
         "    time.sleep(0.5); f.write('out '); f.flush()\n"
     )
@@ -181,7 +194,7 @@ def test_processes_take_turns(tmp_path, monkeypatch):
 
 
 def test_arguments_have_the_names_of_the_release():
-    from bench.engine_worker import named_here
+    from bench.workers.engine import named_here
 
     given = {"cuda_graph_max_bs": 8, "disable_cuda_graph": False}
     assert named_here(given, ["cuda_graph_max_bs", "disable_cuda_graph"]) == given
@@ -206,6 +219,27 @@ def test_kernels_of_a_profile_by_class():
     assert engine.by_class(kernels) == {"sums over GPUs": (6, 55.0), "norms": (5, 11.0)}
 
 
+def test_lengths_of_the_compared_prompts():
+    """Recorded comparisons are of the default's; a longer limit has the shortest and the longest."""
+    recorded = [len(ids) for ids in worker.mixed_prompts(64, 99)]
+    assert (min(recorded), max(recorded), sum(recorded)) == (11, 697, 22394)
+    long = [len(ids) for ids in worker.mixed_prompts(64, 99, 3000)]
+    assert (min(long), max(long)) == (4, 3000)
+    assert sum(length > 1024 for length in long) > 30  # beyond the window
+
+
+def test_patches_besides_those_that_are_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked: dict[str, str] = {}
+    monkeypatch.setattr(
+        engines.subprocess, "Popen", lambda command, env, **kwargs: asked.update(env)
+    )
+    engine.Engine(engine.PATCHED, [], {}, tmp_path / "log", ["feed_forward_few"])
+    assert asked["GEMMA4_TURBO_SELECTION"] == "only=*;skip="
+    assert asked["GEMMA4_TURBO_FEED_FORWARD_FEW"] == "1"
+    engine.Engine(engine.PATCHED, ["router"], {}, tmp_path / "log", ["swa_ratio"])
+    assert asked["GEMMA4_TURBO_SELECTION"] == "only=router,swa_ratio;skip="
+
+
 def test_an_engine_with_the_bitwise_patches_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Whatever the patches of the measurement are."""
     asked: dict[str, str] = {}
@@ -213,7 +247,7 @@ def test_an_engine_with_the_bitwise_patches_alone(tmp_path: Path, monkeypatch: p
     def popen(command: list[str], env: dict[str, str], **kwargs: object) -> None:
         asked.update(env)
 
-    monkeypatch.setattr(engine.subprocess, "Popen", popen)
+    monkeypatch.setattr(engines.subprocess, "Popen", popen)
     engine.Engine(engine.BITS, [], {}, tmp_path / "log")
     only = asked["GEMMA4_TURBO_SELECTION"].removeprefix("only=").partition(";")[0].split(",")
     assert only == engine.patches_of("exact")

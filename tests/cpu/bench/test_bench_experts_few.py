@@ -66,13 +66,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> bench.Bench:
     monkeypatch.setattr(moe_tables, "load", lambda key: moe_tables.Pair({1: {}}, {1: {}}))
     reference = kernel.reference_experts_few
     stock: Any = bench.Stock.__new__(bench.Stock)
-    stock.module = SimpleNamespace(
-        fused_experts=lambda x, w13, w2, output, _: reference(x, w13, w2, output.f, output.ids),
-        moe_align_block_size=None,
-    )
+    stock.calls = SimpleNamespace(fused_experts=reference)
+    stock.module = SimpleNamespace(moe_align_block_size=None)
     stock.tables = SimpleNamespace(get_moe_configs=None)
-    stock.chosen = lambda f, ids, _: SimpleNamespace(f=f, ids=ids)
-    stock.config = None
     return bench.Bench(bench.Layers(16), stock, 3, {"gpu": "none"})
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 pytest.importorskip("pandas", reason="the bench's own packages are not installed")
-from bench import checkpoints, hostile
+from bench.models import checkpoints
+from bench.proof import comparing, doctor, foreign, run, server, watching
 from tests.cpu.conftest import REPOSITORY, warm
 
 SMALL = checkpoints.Size(
@@ -136,13 +137,13 @@ def answer(ids: list[int], gap: float = 1.0, shift: float = 0.0) -> dict[str, An
 
 
 def test_equal_answers_are_equal_bit_for_bit():
-    found, told = hostile.compare([answer([1, 2, 3])], [answer([1, 2, 3])], 0.1)
+    found, told = comparing.compare([answer([1, 2, 3])], [answer([1, 2, 3])], 0.1)
     assert (found.tokens, found.equal, found.ties, found.wrong, found.bits) == (3, 3, 0, 0, True)
     assert (found.distance, told, str(found)) == (0.0, [], "3/3")
 
 
 def test_logprobs_that_differ_are_told_by_their_distance():
-    found, _ = hostile.compare([answer([1, 2])], [answer([1, 2], shift=0.25)], 0.1)
+    found, _ = comparing.compare([answer([1, 2])], [answer([1, 2], shift=0.25)], 0.1)
     assert (found.equal, found.wrong, found.bits, found.distance) == (2, 0, False, 0.25)
 
 
@@ -150,19 +151,19 @@ def test_logprobs_that_differ_are_told_by_their_distance():
 def test_a_difference_is_excused_only_where_stock_finds_both_as_good(
     gap: float, ties: int, wrong: int
 ) -> None:
-    found, told = hostile.compare([answer([1, 2, 3], gap)], [answer([1, 99, 7])], 0.1)
+    found, told = comparing.compare([answer([1, 2, 3], gap)], [answer([1, 99, 7])], 0.1)
     assert (found.tokens, found.equal, found.ties, found.wrong) == (3, 1, ties, wrong)
     assert "token 1 differs" in told[0]
 
 
 def test_a_token_that_stock_does_not_think_of_is_wrong():
-    assert hostile.compare([answer([1, 2], 0.0)], [answer([1, 5])], 9.0)[0].wrong == 1
+    assert comparing.compare([answer([1, 2], 0.0)], [answer([1, 5])], 9.0)[0].wrong == 1
 
 
 def test_missing_answers_tokens_and_numbers_are_wrong():
-    assert hostile.compare([answer([1]), answer([2])], [answer([1])], 0.1)[0].wrong == 1
-    assert hostile.compare([answer([1, 2])], [answer([1])], 0.1)[0].wrong == 1
-    assert hostile.compare([answer([1])], [answer([1], shift=float("nan"))], 0.1)[0].wrong == 1
+    assert comparing.compare([answer([1]), answer([2])], [answer([1])], 0.1)[0].wrong == 1
+    assert comparing.compare([answer([1, 2])], [answer([1])], 0.1)[0].wrong == 1
+    assert comparing.compare([answer([1])], [answer([1], shift=float("nan"))], 0.1)[0].wrong == 1
 
 
 def test_the_floor_is_the_farthest_batch():
@@ -171,17 +172,17 @@ def test_the_floor_is_the_farthest_batch():
         [answer([1, 2]), answer([3, 4], shift=0.125)],
         [answer([1, 2], shift=0.5), answer([3, 9])],
     )
-    found = hostile.farthest(alone, [*alone, *near, *far], 0.1)
+    found = comparing.farthest(alone, [*alone, *near, *far], 0.1)
     assert (found.distance, found.equal, found.bits) == (0.5, 3, False)
-    assert found.mean == hostile.compare(alone, far, 0.1)[0].mean > 0.125
-    assert found.wrong == hostile.compare(alone, far, 0.1)[0].wrong
-    assert hostile.farthest(alone, alone, 0.1).bits
+    assert found.mean == comparing.compare(alone, far, 0.1)[0].mean > 0.125
+    assert found.wrong == comparing.compare(alone, far, 0.1)[0].wrong
+    assert comparing.farthest(alone, alone, 0.1).bits
 
 
 def test_the_batches_of_the_floor_are_those_of_other_graphs(monkeypatch):
     sent = []
 
-    class Asked(hostile.TestedServer):
+    class Asked(server.TestedServer):
         def __init__(self):
             pass
 
@@ -189,22 +190,22 @@ def test_the_batches_of_the_floor_are_those_of_other_graphs(monkeypatch):
             sent.append(len(prompts))
             return [len(prompt) for prompt in prompts]
 
-    assert Asked().crowds(1000) == list(hostile.LENGTHS) * len(hostile.CROWDS)
+    assert Asked().crowds(1000) == list(server.LENGTHS) * len(server.CROWDS)
     assert sent == [2, 2, 2, 4, 4, 8, 12, 24]
 
 
 def test_a_snapshot_sees_what_changed_and_opens_no_pipe(tmp_path: Path) -> None:
     folder, victim = tmp_path / "state", tmp_path / "victim"
     victim.write_text("mine")
-    hostile.foreign_files(folder, victim, pids=20)
-    before = hostile.snapshot([folder])
+    foreign.foreign_files(folder, victim, pids=20)
+    before = watching.snapshot([folder])
     assert len(before) > 40
     (folder / "new.json").write_text("{}")
-    assert hostile.changes(before, hostile.snapshot([folder])) == []
+    assert watching.changes(before, watching.snapshot([folder])) == []
     (folder / "config.json").write_text("{}")
     (folder / "pipe.json").unlink()
     os.utime(folder / "notes.txt", ns=(1, 1))
-    found = hostile.changes(before, hostile.snapshot([folder]))
+    found = watching.changes(before, watching.snapshot([folder]))
     assert sorted(Path(line.split(":")[0]).name for line in found) == [
         "config.json",
         "notes.txt",
@@ -218,7 +219,7 @@ def row(name: str, state: str, reason: str = "", engaged: int = 0) -> dict[str, 
 
 
 def test_the_process_that_runs_a_patch_speaks_for_it():
-    found = hostile.merged(
+    found = doctor.merged(
         [
             {
                 "command": "python -m sglang.launch_server",
@@ -238,8 +239,8 @@ def test_the_process_that_runs_a_patch_speaks_for_it():
 
 def test_reasons_are_told_once_and_short():
     rows = [row(name, "unsupported", "r" * 200) for name in "abcd"] + [row("e", "active")]
-    assert hostile.by_state(rows) == "unsupported 4, active 1"
-    (line,) = hostile.reasons(rows)
+    assert doctor.by_state(rows) == "unsupported 4, active 1"
+    (line,) = doctor.reasons(rows)
     assert line.startswith("unsupported: 4 patches: rrr")
     assert len(line) < 150
 
@@ -252,11 +253,11 @@ def test_patches_that_do_not_stand_aside_for_a_model_are_named():
         row("c", "active"),
         row("d", "unsupported"),
     ]
-    assert [line[0] for line in hostile.not_aside(rows, "LlamaForCausalLM")] == ["c", "d"]
+    assert [line[0] for line in doctor.not_aside(rows, "LlamaForCausalLM")] == ["c", "d"]
 
 
 def test_slots_never_hold_more_than_there_are():
-    slots = hostile.Slots(2)
+    slots = run.Slots(2)
     with slots.taken(5):
         assert slots.free == 0
     assert slots.free == 2
@@ -323,10 +324,11 @@ ThreadingHTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), 
 RUN = """
 import os
 from bench import hostile
+from bench.proof import run, server
 
-hostile.write_models = lambda name, folder: folder.mkdir() or folder
+run.write_models = lambda name, folder: folder.mkdir() or folder
 hostile.SCENARIOS = (hostile.SCENARIOS[0]._replace(runs=os.environ["FAKE_RUNS"].split(",")),)
-hostile.TestedServer.doctor = lambda server: {"servers": [], "problems": [], "exit_code": 0}
+server.TestedServer.doctor = lambda server: {"servers": [], "problems": [], "exit_code": 0}
 hostile.typer.run(hostile.main)
 """
 

@@ -15,14 +15,15 @@ from gemma4_turbo.models import geometry_mm
 from tests.cpu.conftest import REPOSITORY
 
 images = pytest.importorskip("bench.images", reason="the bench's own packages are not installed")
+pictures = pytest.importorskip("bench.common.pictures")
 
 
 def test_a_picture_is_a_png_of_its_own():
     from PIL import Image
 
-    urls = [images.picture(96, seed) for seed in range(3)]
+    urls = [pictures.picture(96, seed) for seed in range(3)]
     assert len(set(urls)) == 3
-    assert images.picture(96, 1) == urls[1]
+    assert pictures.picture(96, 1) == urls[1]
     header, _, data = urls[0].partition(",")
     assert header == "data:image/png;base64"
     decoded = Image.open(io.BytesIO(base64.b64decode(data)))
@@ -36,6 +37,22 @@ def test_a_prompt_has_a_placeholder_for_each_of_its_images(count: int):
     assert len(set(body.get("image_data", []))) == count
     assert body == images.prompt(count, 48, 7)
     assert body["text"] != images.prompt(count, 48, 8)["text"]
+
+
+def test_words_between_images():
+    body = images.prompt(3, 48, 7, between=2)
+    parts = body["text"].split(geometry_mm.IMAGE_TOKEN)
+    assert [len(part.split()) for part in parts[1:-1]] == [2, 2]
+    assert body["image_data"] == images.prompt(3, 48, 7)["image_data"]
+    assert body["text"].split()[:32] == images.prompt(3, 48, 7)["text"].split()[:32]
+
+
+def test_texts_of_all_lengths():
+    bodies = pictures.letters(64, 4, 3000, 12)
+    lengths = [len(body["text"]) for body in bodies]
+    assert len(lengths) == 64
+    assert (min(lengths), max(lengths)) == (4, 3000)
+    assert all(set(body) == {"text"} for body in bodies)
 
 
 @pytest.mark.parametrize(

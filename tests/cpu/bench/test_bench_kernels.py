@@ -6,7 +6,6 @@ Stock's CUDA kernels are replaced by plain torch here. What is left of stock are
 from __future__ import annotations
 
 import importlib
-import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -23,7 +22,6 @@ from bench import kernels as bench
 from gemma4_turbo.catalogue import CATALOGUE
 from gemma4_turbo.cli import lines
 from gemma4_turbo.cli.tuning import kernel_cases as cases
-from gemma4_turbo.engine.fingerprints import installed_source
 from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.kernels import moe_align, qkv
 from gemma4_turbo.kernels.norms import layer_tail
@@ -35,16 +33,6 @@ from tests.cpu.conftest import REPOSITORY
 
 MOE = GEOMETRIES["26b-a4b"]._replace(hidden=256, layers=2, experts=16)
 PLE = GEOMETRIES["e4b"]._replace(hidden=256, layers=2)
-IMPORTED_BY_CASES = (
-    "sglang.srt.layers.moe.fused_moe_triton",
-    "sglang.srt.mem_cache.memory_pool",
-    *(
-        ("sglang.srt.model_executor.cuda_graph_runner",)  # of 0.5.12
-        if installed_source("sglang.srt.model_executor.cuda_graph_runner")
-        else ()
-    ),
-    "sglang.srt.models.gemma4_causal",
-)
 HEADS = cases.Heads(4, 2, 128, Mode.QKV)
 SMALL = {
     "router": partial(cases.router, torch.float32, MOE),
@@ -74,7 +62,7 @@ SMALL = {
 }
 for name in list(SMALL):
     patch = name.partition(",")[0]
-    if patch != "qkv_norm" and lines.absent(patch) is not None:  # its kernel is in every line
+    if patch != "qkv_norm" and lines.patch_unfit(patch) is not None:  # its kernel is in every line
         del SMALL[name]
 
 
@@ -127,23 +115,10 @@ def stock(monkeypatch: pytest.MonkeyPatch) -> None:
         "dual_norm_residual": dual_norm_residual,
         "rotate": rotate,
         "sum_experts": lambda x, out: out.copy_(x.float().sum(1)),
+        "align": partial(moe_align.reference_align, multiple=lines.align_multiple()),
     }
     for name, function in in_torch.items():
         monkeypatch.setattr(lines.stock(), name, function)
-    triton_utils = "sglang.srt.layers.moe.moe_runner.triton_utils"
-    replaced: dict[str, dict[str, Any]] = {
-        triton_utils: {
-            "moe_align_block_size": partial(
-                moe_align.reference_align, multiple=lines.align_multiple()
-            )
-        },
-    }
-    # What is imported while a function is replaced would keep the stand-in.
-    for module in (*replaced, *IMPORTED_BY_CASES):
-        importlib.import_module(module)
-    for module, functions_of in replaced.items():
-        for name, function in functions_of.items():
-            monkeypatch.setattr(sys.modules[module], name, function)
 
 
 # -- cases --------------------------------------------------------------------------------------------
@@ -341,7 +316,7 @@ def test_without_a_gpu_it_says_so(kernel, tmp_path):
     """And of a patch that this SGLang does not take, why."""
     out = tmp_path / "none.csv"
     done = invoke(kernel, "--out", str(out))
-    reason = None if kernel == "all" else lines.absent(kernel)
+    reason = None if kernel == "all" else lines.patch_unfit(kernel)
     assert done.exit_code == (1 if reason is None else 2)
     assert reason is None or "has it itself" in done.output
     assert not out.exists()
@@ -351,7 +326,7 @@ def test_the_list_needs_no_gpu():
     """Every case of the patches that this SGLang takes, and of the others a line."""
     done = invoke("all", "--list")
     assert done.exit_code == 0, done.output
-    here = [name for name in cases.CASES if lines.absent(name) is None]
+    here = [name for name in cases.CASES if lines.patch_unfit(name) is None]
     assert len(here) >= 7
     listed = [row for row in done.stdout.splitlines() if row.endswith(" tokens")]
     assert listed == [
@@ -362,9 +337,9 @@ def test_the_list_needs_no_gpu():
     assert done.output.count("left out: ") == len(cases.CASES) - len(here)
 
 
-def test_it_is_not_taken_for_the_package_of_its_name():
+def test_it_is_not_taken_for_the_package_of_its_name(monkeypatch):
     """transformers imports a package `kernels`, if there is one, in every script of that folder."""
-    folder = Path(bench.__file__).parent
-    code = f"import sys; sys.path.insert(0, {str(folder)!r}); import kernels"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ImportError: bench/kernels.py is not the package kernels" in done.stderr
+    monkeypatch.syspath_prepend(str(Path(bench.__file__).parent))
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    with pytest.raises(ImportError, match=r"bench/kernels\.py is not the package kernels"):
+        importlib.import_module("kernels")

@@ -16,8 +16,12 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import assistant, mtp, mtp_worker
-from bench.agreeing import Agreement, fill_assistant, fill_target
+from bench import mtp
+from bench.common import engines
+from bench.inside.agreeing import Agreement, fill_assistant, fill_target
+from bench.models import assistant
+from bench.speculation import comparing
+from bench.workers import mtp as mtp_worker
 from gemma4_turbo.models import geometry
 from tests.cpu import forward_batch, small_mtp
 from tests.cpu.conftest import REPOSITORY, warm
@@ -210,14 +214,16 @@ def test_tokens_that_differ():
         {"ids": [4, 5, 6], "margins": [5.0, 5.0, 5.0], "seconds": [8, 8, 8], "verified": 0},
     ]
     other = [{"ids": [1, 9, 7], "verified": 2}, {"ids": [4, 5, 6], "verified": 1}]
-    found = mtp.compare(truth, other)
+    found = comparing.compare(truth, other)
     assert (found["token_diffs"], found["tokens"]) == (2, 6)
     first = {"sequence": 0, "position": 1, "margin": 0.25, "second best": True}
     assert found["first"] == [first]
-    assert "first at 1; margins there up to 0.2500 nats; the second best in 1" in mtp.told(found)
-    assert "margins" not in mtp.told(mtp.compare(other, truth))
-    assert mtp.accept_length(truth) is None
-    assert mtp.accept_length(other) == 4 / 3
+    assert "first at 1; margins there up to 0.2500 nats; the second best in 1" in comparing.told(
+        found
+    )
+    assert "margins" not in comparing.told(comparing.compare(other, truth))
+    assert comparing.accept_length(truth) is None
+    assert comparing.accept_length(other) == 4 / 3
 
 
 def test_a_trace_by_part():
@@ -255,22 +261,22 @@ def test_a_trace_by_part():
 
 def test_cause_of_death(tmp_path: Path):
     log = tmp_path / "log"
-    assert mtp.cause_of_death(log) == "no exception in the log"
+    assert engines.cause_of_death(log) == "no exception in the log"
     log.write_text("start\nTraceback (most recent call last):\nAttributeError: no 'x'\nkilled\n")
-    assert mtp.cause_of_death(log) == "AttributeError: no 'x'"
+    assert engines.cause_of_death(log) == "AttributeError: no 'x'"
     with log.open("a") as file:
         file.write("[now] Scheduler hit an exception: Traceback\n\nKeyError: 1\nOSError: later\n")
-    assert mtp.cause_of_death(log) == "KeyError: 1"
+    assert engines.cause_of_death(log) == "KeyError: 1"
 
 
 class Crowd:
     """Stands in for an engine whose requests end by themselves, by an abort, or never."""
 
-    def __init__(self, never: int = -1) -> None:
+    def __init__(self, never: int = -1, delta: bool = False) -> None:
         self.loop = asyncio.new_event_loop()
         self.tokenizer_manager = self
         self.aborted: set[str] = set()
-        self.never, self.asked = never, []
+        self.never, self.delta, self.asked = never, delta, []
 
     def abort_request(self, name: str) -> None:
         self.aborted.add(name)
@@ -285,7 +291,8 @@ class Crowd:
                 done = {"type": "length"} if made == new else None
                 if rid in self.aborted:
                     done = {"type": "abort"}
-                yield {"meta_info": {"finish_reason": done, "completion_tokens": made}}
+                meta = {"finish_reason": done, "completion_tokens": made}
+                yield {"meta_info": meta, "output_ids": [7] * (1 if self.delta else made)}
                 if done:
                     return
 
@@ -300,6 +307,11 @@ def test_a_stress_test():
     asked = worker.engine.asked
     assert {length for length, _ in asked} == {3, 40, 200, 900}
     assert {new for _, new in asked} == {*range(2, 9), 400}
+    worker.engine = Crowd(delta=True)
+    pieces = worker.stress(count=104, limit_s=20, seed=1, words=False)["rows"]
+    whole = [i for i in range(104) if i % 13 not in (5, 9)]  # the others are aborted
+    for rows in (answer["rows"], pieces):
+        assert [len(rows[i]["tokens"]) for i in whole] == [2 + i // 8 % 7 for i in whole]
     worker.engine = Crowd(never=3)
     answer = worker.stress(count=16, limit_s=1, seed=1, words=True)
     assert answer["ended"] == {"length": 13, "abort": 2, "late": 1}
@@ -310,7 +322,7 @@ def test_a_stress_test():
 WORKER = """
 import json, os, sys, types
 sys.modules["torch"] = types.ModuleType("torch")  # seconds of import; what it would draw is in a file
-from bench.agreeing import Agreement
+from bench.inside.agreeing import Agreement
 
 patched = os.environ["BENCH_PATCHED"] == "1"
 arguments = json.loads(sys.argv[2])
@@ -353,9 +365,12 @@ for line in sys.stdin:
             log.write("AttributeError: no merge_batch\\n")
             log.flush()
             os._exit(1)
-        answer = {"ended": {"length": 30, "abort": 2}, "seconds": 1.0}
+        rows = [{"last": 2 * i, "tokens": agreement.tokens(2 * i, 3 + i)} for i in range(4)]
+        rows[2]["tokens"][-1] += 2
+        answer = {"ended": {"length": 30, "abort": 2}, "seconds": 1.0, "rows": rows}
     if command["do"] == "status":
-        answer = {"processes": []}
+        ran = {"name": "mtp_chain", "state": "inactive", "reason": "", "engaged": 1}
+        answer = {"processes": [{"pid": 1, "command": "x", "patches": [ran]}]}
     print(json.dumps(answer), flush=True)
 """
 RUN = """
@@ -364,9 +379,10 @@ from pathlib import Path
 
 import typer
 
-from bench import engine, mtp
+from bench import mtp
+from bench.common import engines
 
-engine.HERE = Path(sys.argv.pop(1))
+engines.BENCH = Path(sys.argv.pop(1))
 typer.run(mtp.main)
 """
 
@@ -388,7 +404,8 @@ def run(tmp_path: Path, environment: dict[str, str], drawn: Path) -> Run:
     """The command with stand-ins for its engines; stderr is with stdout."""
 
     def ran(*options: str, dies: str = "") -> subprocess.CompletedProcess[str]:
-        (tmp_path / "mtp_worker.py").write_text(WORKER)
+        (tmp_path / "workers").mkdir(exist_ok=True)
+        (tmp_path / "workers" / "mtp.py").write_text(WORKER)
         ours = {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "DRAWN": str(drawn), "DIES": dies}
         done = warm(environment).run(
             code=RUN,
@@ -426,6 +443,7 @@ def test_a_run(run: Run, tmp_path: Path, together: bool):
     assert value("no speculation alone vs patched alone", "token_diffs") == 0
     assert (value("stock", "stress: died"), value("patched", "stress: died")) == (1, 0)
     assert value("patched", "stress: abort") == 2
+    assert value("patched", "stress: a wrong token") == 1
     assert "died after 0 s: AttributeError: no merge_batch" in done.stdout
 
 

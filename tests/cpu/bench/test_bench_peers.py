@@ -20,14 +20,12 @@ import pytest
 typer = pytest.importorskip("typer")
 peers = pytest.importorskip("bench.peers", reason="the bench's own packages are not installed")
 import gemma4_turbo  # noqa: E402
-from bench import (  # noqa: E402
-    peers_engine,
-    peers_results,
-    peers_serving,
-    peers_worker,
-    peers_workloads,
-    tables_peers,
-)
+from bench.peer import engine as peers_engine  # noqa: E402
+from bench.peer import results as peers_results  # noqa: E402
+from bench.peer import serving as peers_serving  # noqa: E402
+from bench.peer import workloads as peers_workloads  # noqa: E402
+from bench.rendering import peers as tables_peers  # noqa: E402
+from bench.workers import peers as peers_worker  # noqa: E402
 from tests.cpu.conftest import REPOSITORY  # noqa: E402
 
 FILES = {
@@ -184,7 +182,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         workload = peers_workloads.Workload(name, model, kind, *sizes)
         monkeypatch.setitem(peers_workloads.WORKLOADS, name, workload)
     for name, kind in (("images", "pictures"), ("MTP", "mtp")):
-        workload = peers_workloads.WORKLOADS[name]._replace(count=2, new=5)
+        workload = peers_workloads.WORKLOADS[name]._replace(requests=2, new=5)
         monkeypatch.setitem(peers_workloads.WORKLOADS, name, workload._replace(kind=kind))
     where = {"timestamp": "2026-01-01T00:00:00+00:00", "gpu": "NVIDIA H9", "sglang": "this one"}
     monkeypatch.setattr(peers_results, "provenance", lambda: where)
@@ -514,6 +512,7 @@ def test_ratios_are_to_the_best_of_the_others():
             measured({"ours": ("ours", 3.0), "field": ("vllm", 3.6)}, workload)
         )
         assert peers_results.lines(found)[0][-1] == target
+        assert peers_results.lines(found)[1][-2] == "36.00"  # the verify step, of all engines
     alone = peers_results.lines(peers_results.summary(measured({"ours": ("ours", 3.0)})))
     assert alone[0][3:5] == ["3.00", "-"]
 
@@ -523,6 +522,8 @@ def test_ratios_are_to_the_best_of_the_others():
 
 def test_no_prompt_begins_as_another(monkeypatch: pytest.MonkeyPatch):
     """Both engines keep prefixes: what was sent before would be answered from the cache."""
+    beginnings = [(min(prompt, 20), new) for prompt, new in peers_workloads.chat_lengths()]
+    monkeypatch.setattr(peers_workloads, "chat_lengths", lambda: beginnings)
     texts = [w for w in peers_workloads.WORKLOADS.values() if w.kind != "pictures"]
     begins = [
         tuple(request["ids"][:5])
@@ -675,3 +676,16 @@ def test_serving(stand_ins: Path, small: None, tmp_path: Path, monkeypatch: pyte
     assert [one["--request-rate"] for one in options[:4]] == ["inf", "2.0", "inf", "16.0"]
     assert len({one["--seed"] for one in options[:4]}) == 4
     assert not any("--tokenize-prompt" in call for call in calls)
+
+
+def test_what_failed_is_tried_again_if_asked(stand_ins: Path, tmp_path: Path):
+    """Where the time was up, say; what was measured stays."""
+    out = tmp_path / "out.csv"
+    peer = peers_engine.parse(of(stand_ins, "stock", "sglang"))
+    rows = peers_results.Rows(out, False)
+    place = {"setting": "own defaults", "round": 0}
+    rows.add(peer, {}, {**place, "workload": "A"}, [("failed", None, "")], "no time")
+    rows.add(peer, {}, {**place, "workload": "B"}, [("duration", 1.0, "s")])
+    for again, had in ((False, [True, True, False]), (True, [False, True, False])):
+        kept = peers_results.Rows(out, True, again)
+        assert [kept.has(peer, "own defaults", name, 0) for name in "ABC"] == had

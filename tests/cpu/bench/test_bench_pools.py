@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from bench import pools
-from bench.engine_worker import soak_requests
+from bench.workers.engine import soak_requests
 from tests.cpu.conftest import REPOSITORY, warm
 
 WORKER = """
@@ -19,6 +19,7 @@ patched = os.environ["BENCH_PATCHED"] == "1"
 with open(sys.argv[1], "a") as log:
     log.write(f"x full_layer_tokens={200 if patched else 100}, swa_layer_tokens=80\\n")
     log.write("full token usage: 0.50, swa token usage: 0.97\\nfull token usage: 0.99, swa\\n")
+RAN = {"name": "yoco", "state": "inactive", "reason": "", "engaged": 1}
 print(json.dumps({"ready_s": 1.0}), flush=True)
 for line in sys.stdin:
     command = json.loads(line)
@@ -26,7 +27,7 @@ for line in sys.stdin:
         {"ids": [i, 5, 6], "output": [float(-i).hex()] * 3, "left": i == 7}
         for i in range(command.get("count", 0))
     ]
-    answer = {"rows": rows, "seconds": 2.0, "processes": []}
+    answer = {"rows": rows, "seconds": 2.0, "processes": [{"pid": 1, "patches": [RAN]}]}
     if command["do"] == "soak_alone":
         answer = {"rows": {str(i): rows[i] for i in range(command["only"])}}
     elif rows and patched and os.environ["DAMAGE"] == "1":
@@ -41,16 +42,18 @@ from pathlib import Path
 
 import typer
 
-from bench import engine, pools
+from bench import pools
+from bench.common import engines
 
-engine.HERE = Path(sys.argv.pop(1))
+engines.BENCH = Path(sys.argv.pop(1))
 typer.run(pools.main)
 """
 
 
 @pytest.mark.parametrize("damage", [False, True])
 def test_a_run(environment: dict[str, str], tmp_path: Path, damage: bool):
-    (tmp_path / "engine_worker.py").write_text(WORKER)
+    (tmp_path / "workers").mkdir()
+    (tmp_path / "workers" / "engine.py").write_text(WORKER)
     options = ["--together", "--requests", "8", "--rounds", "1", "--alone", "6"]
     ran = warm(environment).run(
         code=RUN,

@@ -41,11 +41,12 @@ from pathlib import Path
 
 import typer
 
-from bench import engine, profiled
+from bench import profiled
+from bench.common import engines
 
 worker, stale = Path(sys.argv.pop(1)), sys.argv.pop(1)
 profiled.gpu_profile.stale = lambda key: stale or None
-engine.Engine.script = str(worker)  # an absolute path stays one
+engines.Engine.script = str(worker)  # an absolute path stays one
 typer.run(profiled.main)
 """
 

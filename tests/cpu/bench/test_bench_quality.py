@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,12 @@ import pandas as pd
 import pytest
 import torch
 
-from bench import quality, quality_worker, small_models, small_tasks, train_small
-from bench.quality_worker import QualityWorker
+from bench import quality, train_small
+from bench.answers import statistics
+from bench.models import small_models, small_tasks
+from bench.workers import quality as quality_worker
+from bench.workers.quality import QualityWorker
+from tests.cpu.conftest import warm
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 LENGTH, TAIL, NEW = 40, 6, 3
@@ -30,7 +35,10 @@ LENGTH, TAIL, NEW = 40, 6, 3
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder with random weights."""
     out = tmp_path_factory.mktemp("quality") / "ple"
-    size = train_small.TINY_SIZES["ple"]
+    # As little as still has all kinds of layers: nothing here is about the model.
+    size = train_small.TINY_SIZES["ple"]._replace(
+        hidden=32, mlp=32, kinds="sff", per_layer=16, shared=1, head_sliding=16, head_full=32
+    )
     model = small_models.build(small_models.published(size), "eager")
     small_models.initialise(model, 0)
     notes = {"model": "ple", "length": 64, "steps": 7, "seed": 0, "corpus": "none"}
@@ -148,7 +156,7 @@ class StandIn:
 GIVEN: dict[str, Any] = {
     "patches": "qkv_proj",
     "count": 6,
-    "seed": 1,
+    "seed": 28,  # questions whose answers are short: each of their tokens is a forward
     "pieces": 2,
     "prompts": 3,
     "length": LENGTH,
@@ -224,8 +232,9 @@ def test_stocks_floors_come_when_all_have_answered(
             if do == "answers" and arguments["count"] < 6:
                 assert arguments["count"] == 5
                 told[-1] = (self.variant, f"first, {arguments['group']}")
-                # Noise in the floors alone, so that they are seen to be compared.
-                self.worker.engine.noise = 3.0
+                # The floors alone differ, so that they are seen to be compared.
+                said = super().__call__(do, **arguments)["rows"]
+                return {"rows": [[row[0] + 1, *row[1:]] for row in said]}
             return super().__call__(do, **arguments)
 
         def stop(self) -> None:
@@ -331,30 +340,30 @@ here.quality.main(Path(sys.argv[1]), **here.GIVEN | {"together": 0}, out=Path(sy
 """
 
 
-def test_what_is_known_is_saved_when_a_limit_cuts_it_off(folder: Path, tmp_path: Path):
+def told(file: Path) -> set[str]:
+    """The lines so far."""
+    return {line.strip() for line in file.read_text(errors="replace").splitlines()}
+
+
+def test_what_is_known_is_saved_when_a_limit_cuts_it_off(
+    folder: Path, tmp_path: Path, environment: dict[str, str]
+):
     """A process of its own, and SIGTERM: stock had answered its questions and no more."""
-    out = tmp_path / "q.csv"
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(folder), str(out)],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
+    out, said = tmp_path / "q.csv", tmp_path / "said"
+    process = warm(environment).start(
+        code=STUCK,
+        arguments=[str(folder), str(out)],
+        env={**environment, "PYTHONPATH": str(REPOSITORY)},
+        cwd=str(REPOSITORY),
+        files=[str(said), str(said)],
+        timeout=400,
     )
-    try:
-        wanted = {f"{name}: answered" for name in ("exact", "default", "qkv_proj")}
-        assert process.stdout is not None
-        for line in process.stdout:
-            wanted.discard(line.strip())
-            if not wanted:
-                break
-        assert not wanted
-        process.send_signal(signal.SIGTERM)
-        printed, _ = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    assert process.returncode == 143, printed
+    wanted = {f"{name}: answered" for name in ("exact", "default", "qkv_proj")}
+    while process.poll() is None and not (said.exists() and wanted <= told(said)):
+        time.sleep(0.05)
+    assert wanted <= told(said)
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait() == 143, said.read_text()
     frame = pd.read_csv(out)
     assert set(values(frame, "McNemar's p")) >= {"exact", "default", "qkv_proj"}
     assert set(values(frame, "held-out text")) >= {"exact", "default", "qkv_proj"}
@@ -409,10 +418,10 @@ def test_environment_of_an_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def popen(command: Any, **given: Any) -> Any:
         started.append(given["env"])
-        assert command[1].endswith("quality_worker.py")
+        assert command[1].endswith("workers/quality.py")
         return SimpleNamespace()
 
-    monkeypatch.setattr("bench.engine.subprocess.Popen", popen)
+    monkeypatch.setattr("bench.common.engines.subprocess.Popen", popen)
     for name, patches in (("stock", None), ("default", []), ("alone", ["qkv_proj"])):
         engine = quality.QualityEngine(name, patches, {}, tmp_path / "log")
         assert engine.variant == name
@@ -428,8 +437,8 @@ def test_an_engine_is_stopped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         [sys.executable, "-c", "input()"], stdin=subprocess.PIPE, start_new_session=True
     )
     killed: list[int] = []
-    monkeypatch.setattr("bench.engine.subprocess.Popen", lambda *_, **__: child)
-    monkeypatch.setattr("bench.mtp.os.killpg", lambda group, _: killed.append(group))
+    monkeypatch.setattr("bench.common.engines.subprocess.Popen", lambda *_, **__: child)
+    monkeypatch.setattr("bench.speculation.engine.os.killpg", lambda group, _: killed.append(group))
     engine = quality.QualityEngine("stock", None, {}, tmp_path / "log")
     engine.stop()
     assert child.poll() is not None
@@ -508,10 +517,10 @@ def test_untimed_commands():
 def test_mcnemar():
     one = [True] * 9 + [False] + [True] * 5
     other = [False] * 9 + [True] + [True] * 5
-    only_one, only_other, p = quality.mcnemar(one, other)
+    only_one, only_other, p = statistics.mcnemar(one, other)
     assert (only_one, only_other) == (9, 1)
     assert p == pytest.approx(2 * (1 + 10) / 2**10)  # of ten coins at most one the other way
-    assert quality.mcnemar(one, one) == (0, 0, 1.0)
+    assert statistics.mcnemar(one, one) == (0, 0, 1.0)
 
 
 def test_divergence_is_that_of_its_definition():
@@ -521,10 +530,10 @@ def test_divergence_is_that_of_its_definition():
         for _ in range(2)
     )
     expected = (np.exp(p) * (p - q)).sum(-1)
-    np.testing.assert_allclose(quality.divergences(p, q), expected)
-    assert np.abs(quality.divergences(p, p)).max() == 0
+    np.testing.assert_allclose(statistics.divergences(p, q), expected)
+    assert np.abs(statistics.divergences(p, p)).max() == 0
     by_prompt = np.array([[1.0, 3.0], [5.0, 7.0]])
-    assert quality.mean_and_error(by_prompt) == (4.0, pytest.approx(2.0))
+    assert statistics.mean_and_error(by_prompt) == (4.0, pytest.approx(2.0))
 
 
 @pytest.mark.parametrize(
@@ -542,4 +551,14 @@ def test_ends_of_answers(tokens: list[int], reason: str, expected: list[int]):
 def test_rights_ask_for_the_end():
     asked = [small_tasks.Question("sums", b"sum 1+1=", b"1+1=2")] * 2
     whole = asked[0].tokens()[1]
-    assert quality.rights([whole, whole[:-1]], asked) == [True, False]
+    assert statistics.rights([whole, whole[:-1]], asked) == [True, False]
+
+
+def test_a_patch_that_this_sglang_does_not_take_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Its engine would be stock under the patch's name."""
+    found = {"skinny_gemm": ("active", ""), "router_few": ("unsupported", "not in this release")}
+    monkeypatch.setattr(quality.ENGINE, "outlook", lambda patch: found[patch.name])
+    assert quality.that_run(["skinny_gemm", "router_few"]) == ["skinny_gemm"]
+    assert "router_few: left out, unsupported: not in this release" in capsys.readouterr().out

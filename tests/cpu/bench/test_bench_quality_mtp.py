@@ -10,9 +10,10 @@ from typing import Any, ClassVar
 import pandas as pd
 import pytest
 
-from bench import quality_mtp, small_tasks
-from bench.mtp import PLAIN
-from bench.quality_mtp_worker import QualityMtpWorker
+from bench import quality_mtp
+from bench.models import small_tasks
+from bench.speculation.comparing import PLAIN
+from bench.workers.quality_mtp import QualityMtpWorker
 from tests.cpu.bench import test_bench_quality as plain
 from tests.cpu.bench.test_bench_quality import folder  # noqa: F401, a fixture
 
@@ -31,7 +32,7 @@ class SGLang(plain.SGLang):
                 answer["meta_info"]["spec_verify_ct"] = len(answer["output_ids"]) // 2
         if self.wrong_in_batches and len(answers) > 1:
             last = answers[-1]["output_ids"]
-            answers[-1]["output_ids"] = [*last[:-1], 300 + last[-1] % 2]
+            answers[-1]["output_ids"] = [300 + (last[0] + 1) % 2, *last[1:]]
         return answers
 
 
@@ -79,7 +80,7 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  
     monkeypatch.setattr(quality_mtp, "QualityMtpEngine", StandIn)
     monkeypatch.setattr(quality_mtp, "end_on_sigterm", lambda: None)
     monkeypatch.setattr(quality_mtp, "find_spec", lambda name: name)
-    given = {"pieces": 8, "length": 20, "new": 4, "count": 9, "rounds": 3}
+    given = {"pieces": 8, "length": 20, "new": 4, "count": 9, "seed": 28, "rounds": 3}
 
     def go(**changed: Any) -> pd.DataFrame:
         out = tmp_path / "q.csv"

@@ -1,4 +1,4 @@
-"""bench/compressed.py and bench/quantise_small.py: numbers, names and files; no SGLang."""
+"""bench/models/compressed.py and bench/quantise_small.py: numbers, names and files; no SGLang."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import compressed, quantise_small, small_models
-from bench.compressed import Scheme
+from bench import quantise_small
+from bench.models import compressed, small_models
+from bench.models.compressed import Scheme
 
 SIZE = small_models.Size(256, 64, "sf", 2, 1, 1, window=8, experts=4, expert_width=32, topk=2)
 

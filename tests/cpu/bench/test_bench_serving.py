@@ -19,10 +19,11 @@ from gemma4_turbo.models import geometry_mm
 from tests.cpu.conftest import REPOSITORY, warm
 
 typer = pytest.importorskip("typer")
-servers = pytest.importorskip("bench.servers")
-load_client = pytest.importorskip("bench.load_client")
+servers = pytest.importorskip("bench.common.servers")
+load = pytest.importorskip("bench.common.load")
+load_client = pytest.importorskip("bench.workers.load")
 serving = pytest.importorskip("bench.serving", reason="the bench's own packages are not installed")
-FIGURES = {name: float(number) for number, (name, _, _) in enumerate(serving.MEASURED)}
+FIGURES = {name: float(number) for number, (name, _, _) in enumerate(load.MEASURED)}
 
 
 def test_the_figures_of_a_run():

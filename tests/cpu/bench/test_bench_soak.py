@@ -9,7 +9,7 @@ import random
 import runpy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ class StandIn(ThreadingHTTPServer):
         self.fault, self.now = fault, ""
         self.seen: list[tuple[str, dict[str, Any]]] = []
         self.resident = 1000.0
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -82,13 +82,22 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
 
+# Of a server of 0.5.23: its arguments have the word as well.
+ARGUMENTS = (
+    "server_args={'retraction_policy': 'fcfs', 'disaggregation_decode_retraction_backup': None}\n"
+)
+FULL = f"{ARGUMENTS}KV cache pool is full. Retract requests. #retracted_reqs: 1, #new_tokens_gained: 9\n"
+RAN = {"name": "router", "state": "active", "reason": "", "engaged": 3}
+
+
 def run(
     fault: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     *more: str,
-    log: str = "retracted\n",
-    minutes: float = 0.03,  # the update is half-way
+    log: str = FULL,
+    rows: Sequence[dict[str, Any]] = (RAN,),
+    minutes: float = 0.02,  # the update is half-way: after the second pause
 ) -> tuple[Result, StandIn]:
     """The command."""
     stand_in = StandIn(fault)
@@ -104,6 +113,10 @@ def run(
 
     monkeypatch.setattr(soak, "servers", servers)
     monkeypatch.setattr(soak, "end_on_sigterm", lambda: None)
+    found = [SimpleNamespace(pid=7, patches=rows)]
+    monkeypatch.setattr(soak, "descendants", lambda: found)
+    monkeypatch.setattr(soak.report, "table", lambda rows, title: str(len(rows)))
+    monkeypatch.setattr(soak.geometry_mm, "write_model", lambda folder, *_: folder)
     monkeypatch.setattr(
         soak.SoakedServer, "memory", lambda self: {"GPU": 10.0, "resident": stand_in.resident}
     )
@@ -111,7 +124,7 @@ def run(
         monkeypatch.setenv(name, "")
     app = Typer()
     app.command()(soak.main)
-    arguments = ["--minutes", str(minutes), "--pause", "0.01", "--clients", "3"]
+    arguments = ["--minutes", str(minutes), "--pause", "0.005", "--clients", "3"]
     result = CliRunner().invoke(
         app, [*arguments, "--out", str(tmp_path / "soak.csv"), *more], catch_exceptions=False
     )
@@ -120,7 +133,7 @@ def run(
 
 
 def test_every_kind_is_sent_and_the_file_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    result, stand_in = run("", tmp_path, monkeypatch, minutes=0.05)
+    result, stand_in = run("", tmp_path, monkeypatch, minutes=0.03)
     assert result.exit_code == 0, result.output
     table = (tmp_path / "soak.csv").read_text()
     for kind in soak.KINDS:
@@ -156,11 +169,27 @@ def test_what_goes_wrong_fails(
 
 
 def test_the_log_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    log = "Traceback (most recent call last):\n"
+    log = f"{ARGUMENTS}Traceback (most recent call last):\n"
     result, _ = run("", tmp_path, monkeypatch, "--no-pictures", "--no-update", log=log)
     assert result.exit_code == 1
     assert "the log has: Traceback" in result.output
     assert "the KV pool was never full" in result.output
+
+
+def test_a_patch_that_failed_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lost = {"name": "yoco", "state": "failed", "reason": "RuntimeError: no", "engaged": 0}
+    result, _ = run("", tmp_path, monkeypatch, "--no-pictures", "--no-update", rows=(RAN, lost))
+    assert result.exit_code == 1
+    assert "pid 7: yoco failed: RuntimeError: no" in result.output
+
+
+def test_a_soak_of_stock_under_the_name_of_patched_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    idle = {**RAN, "engaged": 0}
+    result, _ = run("", tmp_path, monkeypatch, "--no-pictures", "--no-update", rows=(idle,))
+    assert result.exit_code == 1
+    assert "no patch's code ran" in result.output
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,9 @@ import pytest
 
 from bench import kernels as bench
 from bench import tables, tune_moe
-from bench import tables_catalogue as catalogue_tables
+from bench.rendering import catalogue as catalogue_tables
+from bench.rendering import kernels as kernel_tables
+from bench.rendering import steps, text
 from gemma4_turbo.catalogue import BITWISE, CATALOGUE, DEFECTS, PATCHES, by_name
 from gemma4_turbo.kernels import moe_tables
 
@@ -73,7 +75,7 @@ def test_an_engine_table(results):
     """Medians of the rounds, and of the newest run in the file only."""
     engine_csv(results / "decode-e9b-engine.csv", OLD, scale=10)
     engine_csv(results / "decode-e9b-engine.csv")
-    table = tables.decode_engine()
+    table = steps.decode_engine(tables.RESULTS)
     assert table is not None
     step = "8.50 -> 4.50 (0.529)"
     (line,) = cells(table)
@@ -84,15 +86,15 @@ def test_an_engine_table(results):
 
 
 def test_the_headline_is_the_newest_run_with_more_than_bitwise_patches(results):
-    assert tables.headline() is None
+    assert steps.headline(tables.RESULTS) is None
     engine_csv(results / "decode-a-engine.csv", patches="router+moe_align")
-    assert tables.headline() is None
+    assert steps.headline(tables.RESULTS) is None
     engine_csv(results / "decode-b-engine.csv", OLD, patches="router+skinny_gemm", norms="cuda")
     engine_csv(results / "decode-c-engine.csv", patches="all", scale=2)
     engine_csv(results / "decode-d-engine.csv", OLD, patches="all", gpu="NVIDIA H8", norms="cuda")
     engine_csv(results / "decode-e-engine.csv", patches="all", tp=2, gpu="NVIDIA H7")
     save(results / "decode-f-engine.csv", UNTIMED, gpu="NVIDIA H6")
-    table = tables.headline()
+    table = steps.headline(tables.RESULTS)
     assert table is not None
     once, twice = "8.50 -> 4.50 (0.529)", "17.00 -> 9.00 (0.529)"
     assert cells(table) == [
@@ -105,7 +107,7 @@ def test_the_newest_sglang_stands_first(results):
     """By its number, not as text: each release has rows of its own."""
     for release in ("1.9.1.post1", "1.10.0", "1.2.0"):
         engine_csv(results / f"decode-{release}-engine.csv", patches="all", sglang=release)
-    for table in (tables.headline(), tables.decode_engine()):
+    for table in (steps.headline(tables.RESULTS), steps.decode_engine(tables.RESULTS)):
         assert table is not None
         assert [line[0] for line in cells(table)] == ["1.10.0", "1.9.1.post1", "1.2.0"]
 
@@ -115,7 +117,7 @@ def test_the_headline_of_a_run_without_prefills(results):
     engine_csv(path, patches="all")
     frame = pd.read_csv(path)
     frame[~frame["quantity"].str.startswith("prefill")].to_csv(path, index=False)
-    table = tables.headline()
+    table = steps.headline(tables.RESULTS)
     assert table is not None
     assert [line[-1] for line in cells(table)] == ["-"]
 
@@ -126,12 +128,14 @@ def test_the_headline_has_the_prefill_that_all_have(results):
     frame = pd.read_csv(path)
     longer = frame[frame["quantity"].str.startswith("prefill")].assign(quantity="prefill of 7000")
     pd.concat([frame, longer.assign(x=30)]).to_csv(path, index=False)
-    table = tables.headline()
+    table = steps.headline(tables.RESULTS)
     assert table is not None
     assert [line[-1].split(":")[0] for line in cells(table)] == ["8 x 4096"]
     longer.to_csv(path, index=False)
     pd.concat([pd.read_csv(path), frame[frame["quantity"] == "decode step"]]).to_csv(path)
-    assert [line[-1].split(":")[0] for line in cells(tables.headline() or "")] == ["8 x 7000"]
+    assert [line[-1].split(":")[0] for line in cells(steps.headline(tables.RESULTS) or "")] == [
+        "8 x 7000"
+    ]
 
 
 def test_engines_of_several_files(results):
@@ -140,7 +144,7 @@ def test_engines_of_several_files(results):
     changed["gpu"] = "NVIDIA H8 80GB HBM3"
     engine_csv(results / "decode-b-engine.csv", OLD, **changed)
     engine_csv(results / "router-engine.csv")
-    table = tables.decode_engine()
+    table = steps.decode_engine(tables.RESULTS)
     assert table is not None
     found = [line[:4] for line in cells(table)]
     assert found == [
@@ -158,7 +162,7 @@ def test_the_divergence_and_what_stock_has_of_its_own(results):
         row = {**frame.iloc[0], "variant": variant, "quantity": "KL divergence", "x": 12}
         frame.loc[len(frame)] = row | {"value": value, "unit": "nats"}
     frame.to_csv(path, index=False)
-    table = tables.decode_engine()
+    table = steps.decode_engine(tables.RESULTS)
     assert table is not None
     assert cells(table)[0][-2:] == ["2.0e-09 (3.0e-09)", "3"]
 
@@ -179,9 +183,14 @@ TILE = {"width": 704, "tokens": 8, "us": 6.0, "chosen": 0, "stock": 0, "projecti
 
 
 def test_attention_and_experts(results):
-    assert tables.extend_attention() is tables.decode_attention() is tables.moe() is None
+    assert (
+        kernel_tables.extend_attention(tables.RESULTS)
+        is kernel_tables.decode_attention(tables.RESULTS)
+        is kernel_tables.moe(tables.RESULTS)
+        is None
+    )
     save(results / "extend-attention-h9.csv", SHAPE, SHAPE | {"timestamp": OLD})
-    table = tables.extend_attention()
+    table = kernel_tables.extend_attention(tables.RESULTS)
     assert table is not None
     assert table.startswith("| shape | H9: us | TFLOP/s |\n")
     assert cells(table) == [["full", "100 -> 25 (0.250)", "300"]]
@@ -192,7 +201,7 @@ def test_attention_and_experts(results):
     save(
         results / "extend-attention-h9.csv", SHAPE | before, SHAPE | before | {"shape": "b"}, SHAPE
     )
-    table = tables.extend_attention()
+    table = kernel_tables.extend_attention(tables.RESULTS)
     assert table is not None
     assert sorted(cells(table)) == [
         ["b", "200 -> 25 (0.125)", "300"],
@@ -202,7 +211,7 @@ def test_attention_and_experts(results):
     assert table.endswith("2026-01-02.")
 
     save(results / "decode-attention-h9.csv", POINT, POINT | {"length": 64, "us": 20.0})
-    table = tables.decode_attention()
+    table = kernel_tables.decode_attention(tables.RESULTS)
     assert table is not None
     assert cells(table) == [["a/full", "8", "H9", "10.0 -> 20.0 (2.000)", "10.0 -> 5.0 (0.500)"]]
 
@@ -212,7 +221,7 @@ def test_attention_and_experts(results):
         TILE | {"projection": "down", "stock": 1, "chosen": 1},
         TILE | {"chosen": 1, "us": 3.0},
     )
-    table = tables.moe()
+    table = kernel_tables.moe(tables.RESULTS)
     assert table is not None
     assert cells(table) == [["8", "12 -> 9 (0.750)"]]
 
@@ -225,7 +234,7 @@ def test_gpus_side_by_side(results):
     first, last = SHAPE | {"shape": "first"}, SHAPE | {"shape": "last", "ours_us": 50.0}
     save(results / "extend-attention-h8.csv", last | old, gpu=other)
     save(results / "extend-attention-h9.csv", first, last)
-    table = tables.extend_attention()
+    table = kernel_tables.extend_attention(tables.RESULTS)
     assert table is not None
     assert table.startswith("| shape | H8: us | TFLOP/s | H9: us | TFLOP/s |\n")
     assert cells(table) == [
@@ -237,7 +246,7 @@ def test_gpus_side_by_side(results):
     small = POINT | {"batch": 1, "length": 64}
     save(results / "decode-attention-h8.csv", small | old, gpu=other)
     save(results / "decode-attention-h9.csv", POINT, small)
-    table = tables.decode_attention()
+    table = kernel_tables.decode_attention(tables.RESULTS)
     assert table is not None
     half = "10.0 -> 5.0 (0.500)"
     assert cells(table) == [
@@ -251,7 +260,7 @@ def test_gpus_side_by_side(results):
     narrow, more = tile | {"width": 352, "us": 3.0}, tile | {"tokens": 16}
     save(results / "moe-h8.csv", more | old, tile | old, gpu=other)
     save(results / "moe-h9.csv", tile, narrow, narrow | {"tokens": 32})
-    table = tables.moe()
+    table = kernel_tables.moe(tables.RESULTS)
     assert table is not None
     assert table.startswith("| tokens | H8: N = 704, us | H9: N = 704, us | N = 352, us |\n")
     wide, thin = "6 -> 6 (1.000)", "3 -> 3 (1.000)"
@@ -264,7 +273,7 @@ def test_gpus_side_by_side(results):
 
 
 def test_the_experts_times_are_those_of_the_shipped_tables():
-    for _, run in tables.newest("moe-*.csv"):
+    for _, run in kernel_tables.newest(tables.RESULTS, "moe-*.csv"):
         device = run.iloc[0]["gpu"].replace(" ", "_")
         folder = moe_tables.tuned_under(moe_tables.named(run.iloc[0]["triton"]))
         for width, rows in run[run["chosen"] == 1].groupby("width"):
@@ -281,7 +290,7 @@ def test_an_engine_that_measured_little(results):
     engine_csv(path)
     frame = pd.read_csv(path)
     frame[(frame["quantity"] == "decode step") & (frame["x"] == 8)].to_csv(path, index=False)
-    table = tables.decode_engine()
+    table = steps.decode_engine(tables.RESULTS)
     assert table is not None
     step = "8.50 -> 4.50 (0.529)"
     assert cells(table)[0][4:] == ["-", step, "-", "-", "-", "-", "-", "-", "3"]
@@ -298,7 +307,7 @@ def test_an_engine_that_measured_little(results):
     ],
 )
 def test_the_patches_of_a_run(patches, label):
-    assert tables.chosen(patches) == label
+    assert text.chosen(patches) == label
 
 
 # -- kernels --------------------------------------------------------------------------------------------
@@ -333,7 +342,7 @@ def kernel_csv(path: Path, timestamp: str, kernels: list[str], stock_us: float =
 
 def test_a_kernel_table(results):
     kernel_csv(results / "decode-kernels-h9.csv", NEW, ["layer_norms"])
-    table = tables.decode_kernels()
+    table = kernel_tables.decode_kernels(tables.RESULTS)
     assert table is not None
     assert cells(table) == [
         ["`layer_norms`", "e9b, 1", "5 -> 1", "8.0 -> 2.0 (0.250)", "1.5 kB", "0.0%"],
@@ -351,7 +360,7 @@ def test_the_newest_run_of_each_patch_counts(results):
     path = results / "decode-kernels-h9.csv"
     kernel_csv(path, OLD, ["layer_norms", "moe_align"])
     kernel_csv(path, NEW, ["moe_align"], stock_us=4.0)
-    table = tables.decode_kernels()
+    table = kernel_tables.decode_kernels(tables.RESULTS)
     assert table is not None
     found = {(line[0], line[3]) for line in cells(table)}
     assert found == {
@@ -361,20 +370,23 @@ def test_the_newest_run_of_each_patch_counts(results):
 
 
 def test_bytes_in_words():
-    found = [tables.decimal(count) for count in (2, 999, 1500, 999_000, 1_500_000, 2.5e9)]
+    found = [text.decimal(count) for count in (2, 999, 1500, 999_000, 1_500_000, 2.5e9)]
     assert found == ["2 B", "999 B", "1.5 kB", "999 kB", "1.5 MB", "2,500.0 MB"]
 
 
 # -- pages ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_not_measured_leaves_its_markers_empty(results, monkeypatch):
+def test_what_is_not_measured_is_said_between_its_markers(results, monkeypatch):
     chosen = {name: tables.TABLES[name] for name in ("decode-engine", "decode-kernels")}
     monkeypatch.setattr(tables, "TABLES", chosen)
     text = "a\n<!-- table: decode-engine -->\n<!-- end -->\nb\n"
     text += "<!-- table: decode-kernels -->\nold\n<!-- end -->\nc\n"
-    empty = text.replace("old\n", "")
+    nothing = "\nNot measured yet.\n\n"
+    empty = text.replace("old\n", nothing).replace("engine -->\n", f"engine -->\n{nothing}")
     assert tables.render([text]) == [empty]
+    monkeypatch.setattr(tables, "WITHOUT_A_WORD", ("decode-engine",))
+    assert tables.render([text]) == [text.replace("old\n", nothing)]
     engine_csv(results / "decode-e9b-engine.csv")
     kernel_csv(results / "decode-kernels-h9.csv", NEW, ["layer_norms"])
     (full,) = tables.render([text])

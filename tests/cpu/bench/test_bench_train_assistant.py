@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import small_models, train_assistant, train_small
+from bench import train_assistant, train_small
+from bench.models import small_models
 
 pytest.importorskip("transformers.models.gemma4_assistant")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from typing import Any
 
 import pytest
@@ -139,14 +137,12 @@ def test_the_launches_are_stocks(monkeypatch):
 
     In fp32, as the interpreter does not multiply bf16; the alignment is plain torch.
     """
-    fused_moe_triton_kernels = lines.moe_kernels()
-    importlib.import_module(lines.TRITON_UTILS)
+    stock = lines.stock()
+    fused_moe_triton_kernels = stock.experts_kernel()
     monkeypatch.setattr(tune_moe, "DEVICE", "cpu")
     monkeypatch.setattr(tune_moe, "HIDDEN", 64)
     monkeypatch.setattr(tune_moe, "EXPERTS", 8)
-    # The package has a function of the module's own name.
-    module = sys.modules[lines.ALIGN]
-    monkeypatch.setattr(module, "moe_align_block_size", align.reference_align)
+    monkeypatch.setattr(stock.experts_module(), "moe_align_block_size", align.reference_align)
     launch = fused_moe_triton_kernels.invoke_fused_moe_kernel
     monkeypatch.setattr(
         fused_moe_triton_kernels,

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
-from gemma4_turbo.catalogue import TOLERANCE, Patch
+from gemma4_turbo.catalogue import CATALOGUE, TOLERANCE, Patch
 from gemma4_turbo.cli import bisect
 from gemma4_turbo.cli.minimise import minimise
 from gemma4_turbo.cli.trials import Trials, standing
 from tests.cpu import synthetic
-from tests.cpu.conftest import REPOSITORY
+from tests.cpu.conftest import REPOSITORY, state_by_default
 from tests.cpu.synthetic import alias, clean_environment
 
 NAMES = ("alpha", "beta", "gamma", "delta")
@@ -198,8 +199,41 @@ def test_two_culprits_and_one_workaround_for_both():
 def test_the_catalogue_of_the_package(monkeypatch):
     monkeypatch.undo()
     clean_environment(monkeypatch)
-    done = call("--", *failing_if("on('router')"))
-    assert done.stdout == "Culprit: router. The command passes with GEMMA4_TURBO_ROUTER=0\n"
+    monkeypatch.setenv("GEMMA4_TURBO_PDL", "0")
+    # rope_store requires qkv_norm, which newer releases have themselves.
+    done = call("--json", "--", *failing_if("on('rope_store')"))
+    found = json.loads(done.stdout)
+    assert found["culprits"] == [["rope_store"]]
+    on = {patch.name for patch in CATALOGUE if state_by_default(patch) == "active"} - {"pdl"}
+    assert set(found["took_part"]) == on
+    assert sets_run(found)[1] == on
+    idle = {patch.name for patch in CATALOGUE if state_by_default(patch) == "upstreamed"}
+    assert all(found["left_out"][name].startswith("upstreamed: ") for name in idle)
+    (told,) = [line for line in done.stderr.splitlines() if "take part" in line]
+    assert told.startswith(f"{len(on)} patches take part; left out, always off: ")
+    release = metadata.version("sglang")
+    assert told.count(f"; cannot be active with SGLang {release}: ") == 1
+    listed = told.partition("cannot be active")[2]
+    assert all(name in listed for name in idle)
+    assert found["left_out"]["pdl"] == "GEMMA4_TURBO_PDL=0"
+
+
+def test_what_cannot_be_active_is_on_for_those_that_require_it(monkeypatch, tmp_path):
+    """In every run with a patch on; it is in no set, and nothing is asked about it."""
+    base = record("base")
+    trials = Trials(
+        [], [record("top", requires=("base",)), base], tmp_path, Console(), idle=["base"]
+    )
+    assert trials.standing({"top"}) == {"top"}
+    assert standing({"top"}, trials.patches) == frozenset()
+    environment = trials.environment(frozenset({"top"}))
+    assert (environment[env("top")], environment[env("base")]) == ("1", "1")
+    assert trials.environment(frozenset())["GEMMA4_TURBO"] == "0"
+    monkeypatch.setattr(trials, "_fails", lambda on: "top" in on)
+    found = bisect.Findings()
+    bisect.search(trials, ["top"], found)
+    assert found.culprits == [["top"]]
+    assert set(trials.verdicts) == {frozenset(), frozenset({"top"})}
 
 
 def test_json_has_every_run_and_no_set_twice():

@@ -235,7 +235,7 @@ def test_doctor_in_a_pipe(environment, answer, tmp_path):
 
 NOTHING_WORKS = """
 import contextlib, io, json, os
-from gemma4_turbo.cli import doctor, report
+from gemma4_turbo.cli import doctor, outlook, report
 
 def run(as_json):
     told = io.StringIO()
@@ -246,10 +246,10 @@ def run(as_json):
 doctor.bootstrap_routes = list
 report.torch_problem = lambda: "PyTorch cannot be imported: OSError: x"
 report.device = lambda: None
-doctor.installed_release = lambda: None
+doctor.installed_release = outlook.installed_release = lambda: None
 answers = [run(False), run(True)]
 os.environ["GEMMA4_TURBO"] = "0"
-doctor.installed_release = lambda: "0.5.12.post1"
+doctor.installed_release = outlook.installed_release = lambda: "0.5.12.post1"
 print(json.dumps([*answers, run(False)]))
 """
 
@@ -347,18 +347,54 @@ def test_sitecustomize_prints_a_folder_that_works(environment, tmp_path):
     assert done.stdout == "True\n"
 
 
-def test_demo_runs_stock_against_patched(environment):
-    """Without a GPU: the report and the comparison, exit 0, no traceback."""
-    done = warm_command(environment, "demo")
+DEMO_AND_VERIFY = """
+import contextlib, io, json
+from gemma4_turbo.__main__ import app
+from gemma4_turbo.cli import verify
+
+stock, made = verify.check_all, []
+
+def once(device, begin):
+    if not made:
+        made.append(stock(device, begin))
+    return made[0]
+
+verify.check_all = once
+answers = []
+for arguments in (["demo"], ["verify", "--json"]):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        code = app(arguments, standalone_mode=False)
+    answers.append([code, told.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def compared(environment) -> tuple[list[tuple[int, str]], str]:
+    """Exit code and stdout of each, and stderr: in a process of their own, on the same comparisons."""
+    done = warm(environment).run(
+        **{"code": DEMO_AND_VERIFY, "arguments": [], "env": environment, "cwd": str(REPOSITORY)},
+        timeout=600,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "ids equal, 0 of 128 weights differ" in done.stdout
-    assert re.fullmatch(r"demo: \d+ comparisons, all .*", done.stdout.splitlines()[-1])
-    assert "not exercised here" in done.stdout
-    assert f"\n{looked_for()}\n" in done.stdout
-    assert f"\n{closing()}\n" in done.stdout
-    assert "importing SGLang" in done.stderr
-    assert "DIFFERENT" not in done.stdout
-    assert "Traceback" not in done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+def test_demo_runs_stock_against_patched(compared):
+    """Without a GPU: the report and the comparison, exit 0, no traceback."""
+    ((code, stdout), _), stderr = compared
+    assert code == 0, stdout + stderr
+    for told in demo.SMALL.values():
+        (line,) = [line for line in stdout.splitlines() if f"A step of {told}: " in line]
+        assert re.search(r"ran a patch's code: .*layer_norms 2, .*rope_store 2", line)
+    assert re.fullmatch(r"demo: \d+ comparisons, all .*", stdout.splitlines()[-1])
+    assert "not exercised here" in stdout
+    assert f"\n{looked_for()}\n" in stdout
+    assert f"\n{closing()}\n" in stdout
+    assert "importing SGLang" in stderr
+    assert "DIFFERENT" not in stdout
+    assert "Traceback" not in stderr
 
 
 INTERPRETED = """
@@ -380,10 +416,10 @@ def test_the_interpreter_is_chosen_before_triton_is_imported(environment):
     assert done.stdout == "InterpretedFunction\n", done.stderr
 
 
-def test_verify_json(answer):
-    done = answer("verify", "--json")
-    assert done.exit_code == 0, done.stderr
-    checks = json.loads(done.stdout)["checks"]
+def test_verify_json(compared):
+    (_, (code, stdout)), stderr = compared
+    assert code == 0, stderr
+    checks = json.loads(stdout)["checks"]
     compared = [check["patch"] for check in checks]
     on = {patch.name for patch in CATALOGUE if state_by_default(patch) == "active"}
     assert set(compared) >= on - WITHOUT_ARITHMETIC
@@ -395,11 +431,11 @@ def test_verify_json(answer):
         if check not in empty:
             assert check["compared"] > 0
             assert check["result"] == ("within bounds" if check["differing"] else "same bits")
-    found = json.loads(done.stdout)
+    found = json.loads(stdout)
     count = len(checks) - len(empty)
     assert found["verdict"].startswith(f"verify: {count} comparisons, all within bounds")
     assert set(found["not_compared"]["not exercised here"]) <= WITHOUT_ARITHMETIC
-    assert "comparing layer_norms with stock" in done.stderr
+    assert "comparing layer_norms with stock" in stderr
 
 
 def test_verify_with_everything_off_compares_nothing(answer):

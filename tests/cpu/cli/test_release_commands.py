@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -82,13 +83,17 @@ def test_nothing_is_written_if_one_wheel_is_none(tmp_path: Path) -> None:
 
 
 def test_a_release_with_the_same_source_needs_nothing(tmp_path: Path) -> None:
-    """In one screen, the verdict last."""
-    done = call("release", wheel(tmp_path))
+    """In one screen, the verdict last; patches of later releases alone need nothing here."""
+    done = call("release", wheel(tmp_path, BASELINE))
     assert done.exit_code == 0
     lines = done.stdout.splitlines()
-    assert lines[0] == "SGLang 9.0, not recorded yet"
-    assert lines[-1] == "release 9.0: 39 same, 2 upstreamed"
-    assert len(lines) < 10
+    assert lines[0] == f"SGLang {BASELINE}"
+    assert re.fullmatch(
+        rf"release {BASELINE}: \d+ same, 1 upstreamed, 2 needless, \d later", lines[-1]
+    )
+    assert "  router_few, feed_forward_few" in lines
+    assert len(lines) < 12
+    assert call("release", wheel(tmp_path)).stdout.startswith("SGLang 9.0, not recorded yet\n")
 
 
 def test_a_name_that_is_read_no_more(tmp_path: Path) -> None:

@@ -155,6 +155,44 @@ def test_a_pipe_has_a_line_a_patch() -> None:
     assert "".join(lines).count("the folder is a file") == 1
 
 
+def test_upstreamed_patches_are_a_line_each() -> None:
+    """What SGLang has, and since when; that it has it is told once. One that says something else is apart."""
+    has = "SGLang 0.5.23 has it itself: "
+    names = {"router": "gemma4_fused_routing", "mtp_metadata": "needs_forward_metadata_init"}
+    rows = [
+        *(PatchStatus(n, "upstreamed", f"{has}{w}, since 0.5.14", (), 0) for n, w in names.items()),
+        PatchStatus("qkv_norm", "upstreamed", "another: reason", (), 0),
+    ]
+    console = terminal(80)
+    report.show(console, report.table(rows))
+    assert lines_of(console) == [
+        "upstreamed (2): SGLang 0.5.23 has it itself",
+        "  router            bitwise    gemma4_fused_routing, since 0.5.14",
+        "  mtp_metadata      behaviour  needs_forward_metadata_init, since 0.5.14",
+        "upstreamed (1)",
+        "  qkv_norm          bitwise    another: reason",
+    ]
+
+
+def test_patches_that_a_run_does_not_reach_are_a_list() -> None:
+    """With the cause once; one that says why it declined has its row."""
+    reason = "installed; some calls take stock's path: no [such] layer"
+    declined = PatchStatus("kv_scales", "active", reason, (), 0)
+    console = terminal(80)
+    rows = [*ROWS[:30], declined, ROWS[0]._replace(name="swa_ratio", engaged=1)]
+    report.show(console, report.table(rows, idle="no GPU"))
+    lines = lines_of(console)
+    assert max(map(len, lines)) <= 80
+    assert lines[:3] == [
+        "active (1)",
+        "  swa_ratio         behaviour  1 call",
+        "active, not exercised here (31): no GPU",
+    ]
+    listed = " ".join(line.strip() for line in lines[3:-1])
+    assert listed == ", ".join(row.name for row in ROWS[:30])
+    assert lines[-1] == "  kv_scales         behaviour  no [such] layer"
+
+
 ALL = len(CATALOGUE)
 WAITING = [
     {"name": patch.name, "state": "waiting", "reason": run.WAITING, "engaged": 0, "captured": 0}

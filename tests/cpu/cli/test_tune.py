@@ -628,7 +628,7 @@ def test_what_verify_could_not_do_beside_is_done_here(small, monkeypatch):
 
 def test_verify_is_waited_for_until_the_time_is_up(small, capsys):
     """What it has not found is undecided; all else is kept."""
-    assert len(with_others(small, None, seconds=2.0)) == len(STANDS)
+    assert len(with_others(small, None, seconds=1.0)) == len(STANDS)
     assert "the time is up" in capsys.readouterr().out
 
 

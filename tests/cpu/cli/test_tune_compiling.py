@@ -42,43 +42,50 @@ def test_every_kernel_that_is_timed_was_compiled_before():
     numbers = [int(word) for word in said.split() if word.isdigit()]
     assert len(numbers) == 4
     for jobs, kernels in (numbers[:2], numbers[2:]):
-        assert 100 < jobs < kernels < 300  # shapes that share kernels share jobs
+        assert 90 < jobs < kernels < 300  # shapes that share kernels share jobs
 
 
-def test_a_kernel_is_compiled_without_a_gpu(tmp_path):
+def test_a_kernel_is_compiled_without_a_gpu(tmp_path, monkeypatch):
     """Into Triton's cache, with the compiler that comes with it."""
-    code = f"""
-import time
-from gemma4_turbo.cli.tuning import linear, processes
-from gemma4_turbo.cli.tuning.compiling import Compiler, Job, Kind
-from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
-
-if __name__ == "__main__":
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # in the process that is started
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiler = Compiler()
     compiler.start(Kind.OURS, 1)
     one = linear.Linear("", 512, 512, Epilogue.NONE, 16)
-    arguments = linear.Linear.compile, one, Config(64, 128, 1, 2), {HOPPER!r}, True
-    job = Job(Kind.OURS, processes.ours, arguments)
-    compiler.order("a", [job])
-    while not compiler.ready("a"):
-        compiler.pause()
-    print(repr(compiler.ask(job).result()))
+    arguments = linear.Linear.compile, one, Config(64, 128, 1, 2), HOPPER, True
+    work = Job(Kind.OURS, processes.ours, arguments)
+    compiler.order("a", [work])
+    until_ready(compiler, "a")
+    assert compiler.ask(work).result() is None
     compiler.close()
-"""
-    script = tmp_path / "one.py"
-    script.write_text(code)
-    cache = tmp_path / "cache"
-    assert in_a_process(str(script), TRITON_CACHE_DIR=str(cache)) == "None\n"
-    assert [path.name for path in cache.rglob("*.cubin")] == ["_skinny_gemm_kernel.cubin"]
+    assert [path.name for path in tmp_path.rglob("*.cubin")] == ["_skinny_gemm_kernel.cubin"]
 
 
 # -- the processes ----------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def no_torch(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with as much of torch and Triton as a process asks for that computes nothing.
+
+    Theirs take seconds to import.
+    """
+    folder = tmp_path_factory.mktemp("no_torch")
+    (folder / "torch.py").write_text("""
+from contextlib import nullcontext as no_grad
+class cuda: is_initialized = staticmethod(lambda: False)
+class Tensor: ...
+""")
+    (folder / "triton" / "runtime").mkdir(parents=True)
+    (folder / "triton" / "runtime" / "jit.py").write_text("class JITFunction: run = None")
+    return str(folder)
+
+
 @pytest.fixture
-def compiler(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """With a process whose beginning imports nothing."""
+def compiler(monkeypatch: pytest.MonkeyPatch, no_torch: str) -> Any:
+    """With a process whose beginning imports nothing; it looks for modules where this one does."""
     monkeypatch.setattr(processes, "begin", len)
+    monkeypatch.setattr(sys, "path", [no_torch, *sys.path])
     made = Compiler()
     made.start(Kind.OURS, 1)
     yield made
@@ -156,7 +163,7 @@ def test_without_processes_everything_is_ready():
     made.close()
 
 
-def test_no_semaphore_is_left_when_it_is_terminated(tmp_path):
+def test_no_semaphore_is_left_when_it_is_terminated(tmp_path, no_torch):
     """And the processes do not outlive it, nor does it wait for them."""
     script = tmp_path / "ended.py"
     script.write_text("""
@@ -180,7 +187,7 @@ if __name__ == "__main__":
         compiler.close()
 """)
     process = subprocess.Popen(
-        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": f"{no_torch}:{REPOSITORY}"},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
@@ -191,7 +198,7 @@ if __name__ == "__main__":
     assert "leaked" not in errors
 
 
-def test_a_process_ends_with_the_one_that_started_it(tmp_path):
+def test_a_process_ends_with_the_one_that_started_it(tmp_path, no_torch):
     """However that ends."""
     script = tmp_path / "killed.py"
     script.write_text("""
@@ -205,7 +212,7 @@ if __name__ == "__main__":
     os.kill(os.getpid(), signal.SIGKILL)
 """)
     done = subprocess.run(
-        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        [sys.executable, str(script)], env={**os.environ, "PYTHONPATH": f"{no_torch}:{REPOSITORY}"},
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     child = Path(f"/proc/{int(done.stdout)}")

@@ -11,7 +11,7 @@ from typing import Any
 from triton.runtime.jit import JITFunction
 
 from gemma4_turbo.cli import tune
-from gemma4_turbo.cli.tuning import decode, processes, subject
+from gemma4_turbo.cli.tuning import decode, extend, processes, subject
 from gemma4_turbo.kernels.gpu import Gpu
 from gemma4_turbo.models.geometry import GEOMETRIES
 
@@ -31,12 +31,11 @@ def taken() -> set[tuple[str, str]]:
     return found
 
 
-def launch(one: Any, tile: Any) -> None:
+def launch(bench: Any, tile: Any) -> None:
     """What `subject.measure` calls."""
-    for bench in one.benches("cpu"):
-        bench.ours(tile)(0)
-        if one.kernel == "extend_attention":
-            bench.ours(tile)(-1)
+    bench.ours(tile)(0)
+    if isinstance(bench, extend.PrefillBench):
+        bench.ours(tile)(-1)
 
 
 def prepare() -> None:
@@ -51,26 +50,26 @@ def prepare() -> None:
 def main(early: bool, models: list[str]) -> None:
     """See the module."""
     processes.stand_in(tuple(GPU), early)
-    jobs, compiled, timed = set(), set(), set()
+    jobs: dict[Any, set[tuple[str, str]]] = {}
     for one in tune.subjects({name: GEOMETRIES[name] for name in models}):
-        for tile in subject.candidates(one, GPU):
+        tiles = subject.candidates(one, GPU)
+        for tile in tiles:
             like, same = one.alike(tile)
             if (like, same) not in jobs:
-                jobs.add((like, same))
                 processes.ours(type(like).compile, like, same, tuple(GPU), early)
-                compiled |= taken()
-            if one.kernel != "experts_few":
-                launch(one, tile)
-            else:
-                launch(one._replace(experts=one.choices + 1), tile)
-            missing = taken() - compiled
-            timed |= missing
-            for name, key in missing:
-                print(f"missing: {one.title} {tile}: {name} {key[:60]}")
-    print(f"{len(jobs)} jobs, {len(compiled)} kernels")
+                jobs[like, same] = taken()
+        timed = one._replace(experts=one.choices + 1) if one.kernel == "experts_few" else one
+        processes.stand_in(tuple(GPU), early)  # whatever a job has left behind
+        for bench in timed.benches("cpu"):
+            for tile in tiles:
+                launch(bench, tile)
+                for name, key in taken() - jobs[one.alike(tile)]:
+                    print(f"missing: {one.title} {tile}: {name} {key[:60]}")
+    print(f"{len(jobs)} jobs, {len(set().union(*jobs.values()))} kernels")
 
 
 if __name__ == "__main__":
     prepare()
-    for early in (False, True):
-        main(early, sys.argv[1:])
+    # Early or not is one flag for all kernels: without it one model is enough.
+    main(False, sys.argv[1:2])
+    main(True, sys.argv[1:])

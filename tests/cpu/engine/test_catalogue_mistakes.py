@@ -106,6 +106,9 @@ def test_a_release_that_was_not_recorded(world: World, empty: bool) -> None:
         ({"lazy": ("sglang.elsewhere",)}, "lazy names a module that holds none of"),
         ({"targets": ()}, "the patch names no target"),
         ({"tells_only": True, "superseded_when": None}, "tells_only without superseded_when"),
+        ({"module": ""}, "the port names no module with its code"),
+        ({"needless": "why", "module": "code"}, "there is no code to find in code"),
+        ({"tells_only": True, "module": "code"}, "there is no code to find in code"),
     ],
 )
 def test_a_field_of_the_record(world: World, fields: dict[str, Any], told: str) -> None:

@@ -6,10 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_turbo.fusions import fusion as fusions
-from gemma4_turbo.fusions import layer_tail
+from gemma4_turbo.fusions import layer_tail, router_norm
 from gemma4_turbo.fusions.fusion import Fusion, Tensors
+from gemma4_turbo.fusions.norm_kinds import Kinds
+from gemma4_turbo.fusions.site import Site
 from gemma4_turbo.fusions.stock import Functions
 from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels.norms.rmsnorm import Kind, reference_rmsnorm
@@ -100,6 +103,54 @@ def test_the_kernel_computes_what_stock_does(name: str, by: str):
     assert differ(computed(name, "kernel"), computed(name, by)) == []
 
 
+class Made(TorchDispatchMode):
+    """Counts tensors of stock's own that a call fills or makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        self.ops.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def count(self) -> int:
+        return sum(op in ("ones_like", "empty_like") for op in self.ops)
+
+
+@each_case
+def test_a_repeated_call_is_stocks(name: str):
+    """What stock makes once is made before: a benchmark times the calls alone."""
+    fusion, args = case(name, "cpu")
+    call = fusion.repeated(Stock(), args)  # type: ignore[arg-type]
+    with Made() as made:
+        found = fusion.written(args, call())
+    assert made.ops
+    assert made.count == 0
+    assert differ(found, computed(name, "stock")) == []
+    once = {"layer_norms, router": 1, "router_norm": 1, "experts_sum": 1}.get(name, 0)
+    fusion, args = case(name, "cpu")
+    with Made() as made:
+        fusion.theirs(Stock(), args)  # type: ignore[arg-type]
+    assert made.count == once
+
+
+def test_a_shared_keys_zeros_are_of_its_heads():
+    """They are what stock rotates."""
+    fusion, args = case("rope_store, shared KV", "cpu")
+    turned: list[Any] = []
+
+    class Rotated(Stock):
+        def rotate(self, positions: Any, q: Any, k: Any, cache: Any) -> None:
+            turned.append(k)
+
+    for heads in (1, 2):
+        fusion.theirs(Rotated(), args, heads)  # type: ignore[arg-type, call-arg]
+    assert [k.shape for k in turned] == [(3, 1, 128), (3, 2, 128)]
+    assert not any(k.any() for k in turned)
+
+
 @each_case
 def test_its_arguments_fit(name: str):
     fusion, args = case(name, "cpu")
@@ -163,6 +214,58 @@ def test_a_self_check_sees_one_wrong_number(name: str, monkeypatch: pytest.Monke
     wrong.append(1)
     times = 2 if fusion.patch in ("qkv_norm", "rope_store") else 1  # one head a program, several
     assert fusion.differing(args, Kind.PRECISE) == times
+
+
+def every_fusion() -> list[Fusion[Any, Any]]:
+    """The instances that the ports' forwards call."""
+    from gemma4_turbo.ports.any import attention, feed_forward_few, layer_steps, linear, router_few
+    from gemma4_turbo.ports.v0_5_12 import router_norm
+
+    modules = (attention, feed_forward_few, layer_steps, linear, router_few, router_norm)
+    every = {id(x): x for module in modules for x in vars(module).values()}
+    return [x for x in every.values() if isinstance(x, Fusion)]
+
+
+@pytest.mark.parametrize(
+    "fusion", every_fusion(), ids=lambda fusion: f"{type(fusion).__name__} of {fusion.patch}"
+)
+def test_verify_compares_every_fusion(fusion: Fusion[Any, Any]):
+    """A port's row in a wiring table has no comparison of its own: it is the fusion's."""
+    checks = fusion.checks("cpu")
+    assert checks
+    assert [check for check in checks if not check.passed] == []
+    assert {check.patch for check in checks} == {fusion.patch}
+    assert all(check.compared for check in checks)
+
+
+def test_a_kernel_without_a_traced_form_is_not_in_traced_code():
+    """Stock's calls are made there; nothing is asked of the class that it does not have."""
+    site = Site((), None)
+    site.kinds = Kinds()
+    site.router_norm = None  # type: ignore[attr-defined]
+
+    class Eager(Fusion[Any, Any]):
+        """Has a `launch` alone."""
+
+    assert router_norm.RouterNorm("router_norm").fits_traced(site, None)
+    assert not Eager("router_norm").fits_traced(site, None)
+
+
+def test_verify_sees_one_wrong_number(monkeypatch: pytest.MonkeyPatch):
+    """And says so if a kernel does not take what is drawn for it."""
+    fusion = router_norm.RouterNorm("router_norm")
+    launch = fusion.launch
+
+    def wrong(args: Any, kind: int) -> torch.Tensor:
+        found = launch(args, kind)
+        found[1, 3] += found[1, 3].abs() + 1
+        return found
+
+    monkeypatch.setattr(fusion, "launch", wrong)
+    assert [check.passed for check in fusion.checks("cpu")] == [False]
+    monkeypatch.setattr(fusion, "unfit", lambda args: "not these")
+    with pytest.raises(ValueError, match="not these"):
+        fusion.checks("cpu")
 
 
 def test_every_bitwise_fusion_is_here():

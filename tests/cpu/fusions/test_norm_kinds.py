@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,29 +37,19 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> dict[Kind, list[int]]:
     return table
 
 
-def flashinfer(monkeypatch: pytest.MonkeyPatch, cuda: bool | None) -> None:
-    module = None if cuda is None else SimpleNamespace(_USE_CUDA_NORM=cuda)
-    monkeypatch.setitem(sys.modules, "flashinfer.norm", module)
-
-
-@pytest.mark.parametrize(
-    ("cuda", "first"), [(False, Kind.CUTE), (True, Kind.FAST_MATH), (None, Kind.FAST_MATH)]
-)
-def test_what_flashinfer_says_decides_what_is_tried_first(monkeypatch, wrong, cuda, first):
-    flashinfer(monkeypatch, cuda)
-    assert norm_kinds.compare(NOTHING, ROW) == (first, None)
+@pytest.mark.parametrize(("cute", "first"), [(True, Kind.CUTE), (False, Kind.FAST_MATH)])
+def test_what_is_said_decides_what_is_tried_first(wrong, cute, first):
+    assert norm_kinds.compare(NOTHING, ROW, cute) == (first, None)
     assert wrong["asked"] == [(first, seed) for seed in range(norm_kinds.ROUNDS)]
 
 
-def test_a_single_bit_in_the_last_round_rules_a_kind_out(monkeypatch, wrong):
-    flashinfer(monkeypatch, False)
+def test_a_single_bit_in_the_last_round_rules_a_kind_out(wrong):
     wrong[Kind.CUTE] = [0] * (norm_kinds.ROUNDS - 1) + [1]
     wrong[Kind.FAST_MATH] = [3] * norm_kinds.ROUNDS
-    assert norm_kinds.compare(NOTHING, ROW) == (Kind.PRECISE, None)
+    assert norm_kinds.compare(NOTHING, ROW, cute=True) == (Kind.PRECISE, None)
 
 
-def test_none_of_them(monkeypatch, wrong):
-    flashinfer(monkeypatch, True)
+def test_none_of_them(wrong):
     for kind in Kind:
         wrong[kind] = [int(kind) + 5] * norm_kinds.ROUNDS
     _, reason = norm_kinds.compare(NOTHING, ROW)

@@ -4,12 +4,14 @@
 
 A process of its own: Triton compiles or interprets, decided when it is imported. The kernels are launched
 as ever, on tensors of the CPU; Triton is told of a GPU and stops before it would load what it compiled.
-One line of JSON for each case and GPU.
+One line of JSON for each case and GPU, and one before them for what every kernel compiles anew for.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 import re
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from gemma4_turbo import kernels as package
 from gemma4_turbo.kernels import (
     experts_few,
     feed_forward_few,
@@ -125,6 +128,12 @@ def projected() -> Any:
     )
 
 
+def rotated(dtype: torch.dtype) -> Any:
+    return vision_rope.launch_vision_rope(
+        rows(64, 16, 72, dtype=dtype), *(rows(64, 1, 72, dtype=dtype) for _ in range(2))
+    )
+
+
 def extending(size: int, custom: bool, longest: int = 64) -> None:
     q, kv = rows(longest, 16, size), rows(longest, 8 if size == 256 else 2, size)
     masked = {
@@ -167,12 +176,15 @@ def plain(gpu: Gpu) -> dict[str, Callable[[], Any]]:
             rows(4, HIDDEN), rows(128, HIDDEN), rows(128), 8, ints(1)
         ),
         "project": projected,
-        "vision_rope": lambda: vision_rope.launch_vision_rope(
-            rows(64, 16, 72), *(rows(64, 1, 72, dtype=torch.float32) for _ in range(2))
-        ),
+        "vision_rope": lambda: rotated(torch.bfloat16),
+        "vision_rope, fp16": lambda: rotated(torch.float16),
         "experts_few": lambda: few_experts(4),
-        "feed_forward_few": lambda: feed_forward(4),
     }
+
+
+def whole(gpu: Gpu) -> dict[str, Callable[[], Any]]:
+    """Half a layer in one launch: no tiles, and the longest to compile of those without."""
+    return {"feed_forward_few": lambda: feed_forward(4)}
 
 
 def products(gpu: Gpu) -> dict[str, Callable[[], Any]]:
@@ -197,8 +209,8 @@ def largest(gpu: Gpu) -> dict[str, Callable[[], Any]]:
 
 
 def pictures(gpu: Gpu) -> dict[str, Callable[[], Any]]:
-    """With a mask there are two kernels: by intervals, and by the mask's bytes."""
-    return {f"pictures {size}": lambda size=size: extending(size, True) for size in (256, 512)}  # type: ignore[misc]
+    """With a mask there are two kernels: by intervals, and by the mask's bytes. Of the heads that need more."""
+    return {"pictures 512": lambda: extending(512, True)}
 
 
 def few(gpu: Gpu) -> dict[str, Callable[[], Any]]:
@@ -208,6 +220,7 @@ def few(gpu: Gpu) -> dict[str, Callable[[], Any]]:
 
 KINDS = {
     "plain": plain,
+    "whole": whole,
     "products": products,
     "smaller": smaller,
     "largest": largest,
@@ -261,7 +274,10 @@ def compiled(case: Callable[[], Any]) -> list[Any]:
 
 
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers of a thread, bytes of it in local memory (spills), and shared memory of a CTA."""
+    """Registers of a thread, bytes of it in local memory (spills), and shared memory of a CTA.
+
+    And how many products there are, with a sum in the same instruction and without.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -269,11 +285,26 @@ def resources(kernel: Any) -> dict[str, int]:
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, _, local = (int(number) for number in RESOURCES.search(told).groups())  # type: ignore[union-attr]
     shared = kernel.metadata.shared  # what a launch asks for; the binary has the static part only
-    return {"registers": registers, "spilled": stack + local, "shared": shared}
+    ptx = kernel.asm["ptx"]
+    products = {"fused": ptx.count("fma"), "products": ptx.count("mul")}
+    return {"registers": registers, "spilled": stack + local, "shared": shared, **products}
+
+
+def specialised() -> dict[str, list[str]]:
+    """By kernel, the arguments of which a value can be a kernel of its own."""
+    found = {}
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if isinstance(value, JITFunction) and name.endswith("_kernel"):
+                found[name] = [
+                    p.name for p in value.params if not p.is_constexpr and not p.do_not_specialize
+                ]
+    return found
 
 
 def main(wanted: list[str]) -> None:
     """Each is a compute capability and kinds of cases."""
+    print(json.dumps({"specialised": specialised()}), flush=True)
     driver.set_active(Driver())  # type: ignore[arg-type]
     decode.gpu = extend.gpu = extend_tiles.gpu = lambda device: GPUS[Driver.device]
     pdl.supported = lambda device: Driver.device >= 90

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 
+from gemma4_turbo.cli import small_model
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from tests.cpu import forward_batch
-from tests.cpu.ports import small_models
 
 ATTENTION = "sglang.srt.layers.attention"
 BACKENDS = {  # --attention-backend: module and class; without one the module wants a GPU's libraries
@@ -21,8 +20,11 @@ BACKENDS = {  # --attention-backend: module and class; without one the module wa
     "fa3": (None, "FlashAttentionBackend"),
     "fa4": (None, "FlashAttentionBackend"),
 }
-# Only a decode step may store K and V without its backend.
-STEPS = [("DECODE", "moe"), ("DECODE", "ple"), ("EXTEND", "ple")]
+# Only a decode step may store K and V without its backend. What experts have more asks for no backend: once.
+CASES = [
+    *((name, mode, "ple") for name in BACKENDS for mode in ("DECODE", "EXTEND")),
+    ("trtllm_mha", "DECODE", "moe"),
+]
 OURS = ("extend_attention", "decode_attention")
 ELSEWHERE = {  # by model: what works all the same
     "moe": {"layer_norms", "input_norm", "rope_store", "skinny_gemm"},
@@ -70,10 +72,10 @@ def backend(name: str, pool: Any, asked: list[bool]) -> Any:
 
 
 def step(model: Any, mode: str, given: Any, run: Run) -> torch.Tensor:
-    """One of `STEPS`' modes with a backend."""
+    """One step of a mode with a backend."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    batch = forward_batch.prefill(out_cache_loc=torch.arange(TOKENS))
+    batch = small_model.prefill(out_cache_loc=torch.arange(TOKENS))
     batch.forward_mode = ForwardMode[mode]
     inputs: tuple[Any, ...] = torch.arange(TOKENS) % 64, torch.arange(TOKENS), batch
     if model.hidden_size_per_layer_input:
@@ -85,7 +87,7 @@ def step(model: Any, mode: str, given: Any, run: Run) -> torch.Tensor:
 
 def check(name: str, mode: str, kind: str, pool: Callable[[], Any], run: Run) -> None:
     """The attention kernels stand aside, the backend stores, and everything else works. Stock at first."""
-    model = small_models.build(kind, uniform=False)
+    model = small_model.build(kind, uniform=False)
     theirs: list[bool] = []
     expected = step(model, mode, backend(name, pool(), theirs), run)
     ENGINE.apply()

@@ -99,11 +99,11 @@ def test_the_search_for_stocks_norm(
 ):
     """Also where stock's norm is not even there."""
     from gemma4_turbo.fusions import norm_kinds
-    from gemma4_turbo.ports.v0_5_12 import stock
+    from gemma4_turbo.ports.v0_5_12.stock import STOCK
 
     monkeypatch.setattr(norm_kinds, "_found", {})
     monkeypatch.setattr(norm_kinds, "compare", raising(error))
-    monkeypatch.setattr(stock, "eager_norms", raising(error))
+    monkeypatch.setattr(STOCK, "eager_norms", raising(error))
     found = norm_kinds.find(LIKE)
     assert type(error).__name__ in str(found.reason)
     assert type(error).__name__ in str(found.traced_reason)

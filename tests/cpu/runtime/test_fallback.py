@@ -80,3 +80,27 @@ def test_what_is_to_come_through_comes_through():
     with pytest.raises(MemoryError):
         Fallback("it").call(run, raises(MemoryError()), lambda: "stock", through=MemoryError)
     assert not run.said
+
+
+def test_who_declines_is_never_let_through():
+    run: Any = Run()
+    declines = raises(DeclinedError("too long"))
+    assert Fallback("it").call(run, declines, lambda: "stock", through=Exception) == "stock"
+    assert run.said == ["too long"]
+
+
+def test_what_fails_before_all_others_wait_is_stocks():
+    run: Any = Run()
+    fallback = Fallback("it")
+
+    def call(prepared: Any) -> Any:
+        return fallback.call(
+            run, lambda: fallback.prepared(run, prepared), lambda: "stock", through=Exception
+        )
+
+    assert call(lambda: "ours") == "ours"
+    assert call(raises(DeclinedError("too long"))) == "stock"
+    assert fallback.unfit() is None
+    for _ in range(2):
+        assert call(raises(IndexError("no such thing"))) == "stock"
+    assert fallback.unfit() == "it could not be done: IndexError: no such thing"

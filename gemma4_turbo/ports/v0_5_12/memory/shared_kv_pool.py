@@ -22,7 +22,8 @@ from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import ModelRunner, PoolConfigurator
+    from gemma4_turbo.ports.any.model_protocols import ModelRunner
+    from gemma4_turbo.ports.v0_5_12.protocols import PoolConfigurator
 
 CONFIGURATOR = "sglang.srt.model_executor.pool_configurator:HybridSWAPoolConfigurator"
 TARGET = f"{CONFIGURATOR}.__init__"

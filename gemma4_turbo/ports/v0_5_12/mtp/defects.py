@@ -13,6 +13,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_turbo.engine import states
@@ -21,6 +22,14 @@ from gemma4_turbo.runtime.attempts import attempt, told
 if TYPE_CHECKING:
     from gemma4_turbo.engine.fingerprints import Definitions
     from gemma4_turbo.engine.run import PatchRun
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, FrozenKVContext, ServerArgs
+    from gemma4_turbo.ports.v0_5_12.protocols import (
+        AssistantConfig,
+        LaunchedAssistant,
+        WindowedBackend,
+        WindowedRunner,
+        WindowedWorker,
+    )
 
 logger = logging.getLogger("gemma4_turbo")
 Replacements = dict[str, Any]
@@ -33,7 +42,7 @@ class Defect(NamedTuple):
     mend: Callable[[PatchRun, dict[str, Any], list[str]], Replacements]
     absent: str = ""  # told where nothing is found
     # Of one that mends ``ServerArgs``: whether it is about these; see `ports.any.late_arguments`.
-    concerns: Callable[[Any], bool] | None = None
+    concerns: Callable[[ServerArgs], bool] | None = None
 
     def build(self, run: PatchRun, stock: dict[str, Any]) -> Replacements:
         """Mend what is wrong in the imported source; `NotNeededError` if nothing is."""
@@ -64,7 +73,7 @@ class WindowState(NamedTuple):
     """What a backend keeps of a sliding-window KV pool."""
 
     use_sliding_window_kv_pool: bool
-    swa_kv_pool: Any  # the pool itself, None without a sliding window
+    swa_kv_pool: object | None  # the pool itself, None without a sliding window
 
 
 def view_defects(definitions: Definitions) -> list[str]:
@@ -81,10 +90,17 @@ def _mend_views(run: PatchRun, stock: dict[str, Any], found: list[str]) -> Repla
     }
 
 
-def _view(run: PatchRun, view: Any) -> Any:
+def _view(
+    run: PatchRun, view: Callable[..., AbstractContextManager[object]]
+) -> Callable[..., AbstractContextManager[object]]:
     @functools.wraps(view)
     @contextlib.contextmanager
-    def kv_view(forward_batch: Any, kv_context: Any, *rest: Any, **named: Any) -> Iterator[Any]:
+    def kv_view(
+        forward_batch: ForwardBatch,
+        kv_context: FrozenKVContext | None,
+        *rest: WindowedBackend,
+        **named: WindowedBackend,
+    ) -> Iterator[object]:
         # Later sources name the backend; earlier ones mean the one that the batch carries.
         backend = rest[0] if rest else named.get("draft_attn_backend")
         if backend is None:
@@ -98,9 +114,11 @@ def _view(run: PatchRun, view: Any) -> Any:
     return kv_view
 
 
-def _make(run: PatchRun, construct: Any) -> Any:
+def _make(run: PatchRun, construct: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(construct)
-    def __init__(self: Any, frozen_kv_mtp_worker: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self: WindowedRunner, frozen_kv_mtp_worker: WindowedWorker, *args: object, **kwargs: object
+    ) -> None:
         # The constructor lets the backend allocate its page tables, then captures.
         with in_step(run, frozen_kv_mtp_worker.draft_attn_backend, frozen_kv_mtp_worker.kv_context):
             construct(self, frozen_kv_mtp_worker, *args, **kwargs)
@@ -108,9 +126,9 @@ def _make(run: PatchRun, construct: Any) -> Any:
     return __init__
 
 
-def _capture(run: PatchRun, capture: Any) -> Any:
+def _capture(run: PatchRun, capture: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(capture)
-    def capture_one_batch_size(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def capture_one_batch_size(self: WindowedRunner, *args: object, **kwargs: object) -> object:
         worker = self.frozen_kv_mtp_worker
         with in_step(run, worker.draft_attn_backend, worker.kv_context):
             return capture(self, *args, **kwargs)
@@ -119,7 +137,9 @@ def _capture(run: PatchRun, capture: Any) -> Any:
 
 
 @contextlib.contextmanager
-def in_step(run: PatchRun, backend: Any, kv_context: Any) -> Iterator[None]:
+def in_step(
+    run: PatchRun, backend: WindowedBackend | None, kv_context: FrozenKVContext | None
+) -> Iterator[None]:
     """Hold ``backend``'s sliding-window state in step with the target's pool.
 
     Args:
@@ -147,7 +167,7 @@ def in_step(run: PatchRun, backend: Any, kv_context: Any) -> Iterator[None]:
         _set(backend, kept)
 
 
-def _unfit(backend: Any, kept: WindowState | None, wanted: WindowState) -> str | None:
+def _unfit(backend: object, kept: WindowState | None, wanted: WindowState) -> str | None:
     if kept is None:
         return f"{type(backend).__name__} keeps no sliding-window state"
     same = kept.use_sliding_window_kv_pool == wanted.use_sliding_window_kv_pool
@@ -156,7 +176,7 @@ def _unfit(backend: Any, kept: WindowState | None, wanted: WindowState) -> str |
     return None
 
 
-def state_of(backend: Any) -> WindowState | None:
+def state_of(backend: WindowedBackend) -> WindowState | None:
     """The state that ``backend`` keeps, None for a kind that keeps none."""
     try:
         return WindowState(backend.use_sliding_window_kv_pool, backend._swa_kv_pool)
@@ -164,7 +184,7 @@ def state_of(backend: Any) -> WindowState | None:
         return None
 
 
-def state_for(pool: Any) -> WindowState:
+def state_for(pool: object) -> WindowState:
     """The state that a backend over ``pool`` has to have."""
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
@@ -172,7 +192,7 @@ def state_for(pool: Any) -> WindowState:
     return WindowState(sliding, pool if sliding else None)
 
 
-def _set(backend: Any, state: WindowState) -> None:
+def _set(backend: WindowedBackend, state: WindowState) -> None:
     backend.use_sliding_window_kv_pool, backend._swa_kv_pool = state
 
 
@@ -221,9 +241,9 @@ def _mend_launch(run: PatchRun, stock: dict[str, Any], found: list[str]) -> Repl
     return replacements
 
 
-def _construct(run: PatchRun, construct: Any) -> Any:
+def _construct(run: PatchRun, construct: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(construct)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: LaunchedAssistant, *args: object, **kwargs: object) -> None:
         def mend() -> None:
             from sglang.srt.distributed import get_pp_group
 
@@ -240,9 +260,9 @@ def _construct(run: PatchRun, construct: Any) -> Any:
     return __init__
 
 
-def _load(run: PatchRun, load: Any) -> Any:
+def _load(run: PatchRun, load: Callable[..., object]) -> Callable[..., object]:
     @functools.wraps(load)
-    def load_weights(self: Any, weights: Any) -> Any:
+    def load_weights(self: LaunchedAssistant, weights: object) -> object:
         with without_experts(run, self.config):
             return load(self, weights)
 
@@ -250,9 +270,9 @@ def _load(run: PatchRun, load: Any) -> Any:
 
 
 @contextlib.contextmanager
-def without_experts(run: PatchRun, config: Any) -> Iterator[None]:
+def without_experts(run: PatchRun, config: AssistantConfig) -> Iterator[None]:
     """A configuration that has no number of experts has 0 for the length of this."""
-    missing = object()
+    missing: Any = object()
     kept = getattr(config, "num_experts", missing)
     if kept is not missing and kept is not None:
         yield
@@ -323,7 +343,7 @@ def _mend_runner(run: PatchRun, stock: dict[str, Any], found: list[str]) -> Repl
     adjust = stock[ADJUST]
 
     @functools.wraps(adjust)
-    def _handle_model_specific_adjustments(self: Any) -> None:
+    def _handle_model_specific_adjustments(self: ServerArgs) -> None:
         asked = self.moe_runner_backend
         adjust(self)
         if asked == "auto" and str(self.moe_runner_backend).startswith("flashinfer"):
@@ -339,7 +359,7 @@ def _mend_runner(run: PatchRun, stock: dict[str, Any], found: list[str]) -> Repl
     return {ADJUST: _handle_model_specific_adjustments}
 
 
-def is_unquantised_gemma4(server_args: Any) -> bool:
+def is_unquantised_gemma4(server_args: ServerArgs) -> bool:
     """Whether stock's ``ServerArgs`` are for a Gemma 4 whose weights are not quantised."""
     model_config = server_args.get_model_config()
     architectures = getattr(model_config.hf_config, "architectures", None) or ()

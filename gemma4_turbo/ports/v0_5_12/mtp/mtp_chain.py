@@ -13,24 +13,20 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import mtp_chain
+from gemma4_turbo.ports.any import mtp_chain, ranks
 from gemma4_turbo.ports.any.mtp_chain import best, chain, verify
 from gemma4_turbo.runtime.attempts import attempt
 from gemma4_turbo.runtime.fallback import Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import (
-        DraftBatch,
-        DraftGraphRunner,
-        DraftInput,
-        DraftWorker,
-        LogitsProcessorOutput,
-    )
+    from gemma4_turbo.ports.any.model_protocols import DraftInput, LogitsProcessorOutput
+    from gemma4_turbo.ports.v0_5_12.protocols import DraftBatch, DraftGraphRunner, DraftWorker
 
 __all__ = ("build", "undo", "verify")
 
@@ -90,7 +86,7 @@ def capture_for_decode(
     def stocks() -> None:
         type(worker)._capture_for_decode(worker, logits_output, draft_input)
 
-    _fallback.call(run, ours, stocks)
+    _fallback.call(run, ours, stocks, through=ranks.through())
 
 
 def draft_forward(
@@ -107,19 +103,26 @@ def draft_forward(
         forward_batch.input_ids, draft_input.hidden_states = given
         return type(worker).draft_forward(worker, forward_batch, skip_attn_backend_init)
 
-    return _fallback.call(
-        run,
-        lambda: _draft(worker, forward_batch, skip_attn_backend_init),
-        stocks,
-        through=torch.OutOfMemoryError,  # stock needs more
-    )
+    def ours() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _fallback.prepared(run, _detectors)
+        return _draft(worker, forward_batch, skip_attn_backend_init)
+
+    # Without memory stock, which needs more, does not do either.
+    through = ranks.through() or torch.OutOfMemoryError
+    return _fallback.call(run, ours, stocks, through=through)
+
+
+def _detectors() -> tuple[Callable[..., None], Callable[..., None]]:
+    """SGLang's probes for numbers that are none, and for tokens that are none."""
+    from sglang.srt.speculative.spec_utils import maybe_detect_nan, maybe_detect_oob
+
+    return maybe_detect_nan, maybe_detect_oob
 
 
 def _draft(
     worker: DraftWorker, forward_batch: DraftBatch, skip_attn_backend_init: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    from sglang.srt.speculative.spec_utils import maybe_detect_nan, maybe_detect_oob
-
+    maybe_detect_nan, maybe_detect_oob = _detectors()
     draft_input = forward_batch.spec_info
     token, hidden_states = draft_input.topk_index, draft_input.hidden_states
     tokens = [token]

@@ -30,13 +30,8 @@ from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import (
-        DraftGraphRunner,
-        DraftWorker,
-        ForwardBatch,
-        Request,
-        ScheduleBatch,
-    )
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, Request, ScheduleBatch
+    from gemma4_turbo.ports.v0_5_12.protocols import DraftGraphRunner, DraftWorker
 
 CAPTURE = (
     "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPCudaGraphRunner.capture"

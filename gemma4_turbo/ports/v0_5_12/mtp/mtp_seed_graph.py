@@ -9,6 +9,10 @@ What a graph leaves is copied: a batch keeps its seed while another batch is see
 does not fit runs stock's way: pictures' embeddings, more requests than the largest graph has, data
 parallel attention, LoRA, more than one candidate per step, and as long as a module of the assistant
 has a hook. Weights that were put elsewhere end the graphs.
+
+Several GPUs of tensor parallelism seed eagerly. A capture warms up between SGLang's barriers and sums over
+the GPUs: one that fails there leaves the others waiting, and cannot tell them. A hook or a replay that
+fails on one GPU alone would leave it with sums of fewer rows than the padded ones of a graph.
 """
 
 from __future__ import annotations
@@ -27,12 +31,11 @@ from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import (
+    from gemma4_turbo.ports.any.model_protocols import DraftInput, ScheduleBatch
+    from gemma4_turbo.ports.v0_5_12.protocols import (
         CapturedDraftBatch,
         DraftGraphRunner,
-        DraftInput,
         DraftWorker,
-        ScheduleBatch,
     )
 
 CAPTURE = (
@@ -40,6 +43,7 @@ CAPTURE = (
     ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size"
 )
 METHOD = "_run_assistant_seed_step"  # of the worker
+SEVERAL = "several GPUs: a capture may fail on one of them alone"
 
 
 class Captured(NamedTuple):
@@ -84,7 +88,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         try:
             captured = capture(self, num_seqs, forward, stream_idx)
         except torch.OutOfMemoryError:
-            if self.frozen_kv_mtp_worker not in _workers or self.tp_size > 1:
+            if self.frozen_kv_mtp_worker not in _workers:
                 raise
         if captured is None:  # the server is to start wherever it starts without our graphs
             _release(self.frozen_kv_mtp_worker)
@@ -96,16 +100,12 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         if reason is not None:
             run.declined(reason)
         elif run.state != states.FAILED:
-            failure = ""
             try:
                 _capture_seed(run, self, num_seqs)
-            except Exception as error:
-                failure = told(error)
+            except Exception as error:  # stock seeds eagerly
                 graphs.settle()
-            failure = _any_rank(self, failure)
-            if failure:  # stock seeds eagerly
                 _release(self.frozen_kv_mtp_worker)
-                run.set(states.FAILED, failure)
+                run.set(states.FAILED, told(error))
         return captured
 
     return {CAPTURE: capture_one_batch_size}
@@ -116,6 +116,8 @@ def runner_unfit(runner: DraftGraphRunner) -> str | None:
     worker, model_runner = runner.frozen_kv_mtp_worker, runner.model_runner
     if runner.topk != 1:
         return f"{runner.topk} candidates per step"
+    if runner.tp_size > 1:
+        return SEVERAL
     if runner.require_mlp_sync or runner.require_gathered_buffer:
         return "data parallel attention"
     if model_runner.server_args.enable_lora:
@@ -128,17 +130,6 @@ def runner_unfit(runner: DraftGraphRunner) -> str | None:
     if isinstance(model, torch.nn.Module) and hooks.Watched([model]).hooked():
         return hooks.HOOKED.format("the assistant")
     return None
-
-
-def _any_rank(runner: DraftGraphRunner, failure: str) -> str:
-    """The failure of this rank or of another: all have a graph, or none.
-
-    A rank that seeds eagerly reduces fewer rows than one whose graph pads them.
-    """
-    if runner.tp_size == 1:
-        return failure
-    ranks = runner.model_runner.tp_group.all_gather_object(failure)
-    return failure or next((f"on rank {i}: {f}" for i, f in enumerate(ranks) if f), "")
 
 
 # -- capture --------------------------------------------------------------------------------------
@@ -260,9 +251,7 @@ def seed_step(
     if batch.forward_mode.is_idle() or rows == 0:
         stocks()  # nothing to run; stock leaves an empty input
         return
-    # One of several ranks alone must not begin anew: the others wait for its part.
-    through = torch.OutOfMemoryError if vars(worker)[_SEEDS].runner.tp_size > 1 else ()
-    _fallback.call(run, ours, stocks, through=through)
+    _fallback.call(run, ours, stocks)
     if _fallback.unfit() is not None or vars(worker)[_SEEDS].weights.moved():
         _release(worker)
 

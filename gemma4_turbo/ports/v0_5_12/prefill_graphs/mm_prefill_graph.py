@@ -39,12 +39,8 @@ from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import (
-        ForwardBatch,
-        MultimodalRunner,
-        ServerArgs,
-        TextModel,
-    )
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, ServerArgs, TextModel
+    from gemma4_turbo.ports.v0_5_12.protocols import MultimodalRunner
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -170,7 +166,7 @@ def start(run: PatchRun, stock: Function) -> Function:
             return stock(self)  # type: ignore[no-any-return]
         enforced = arguments.enforce_piecewise_cuda_graph
         try:
-            reason = None if enforced else missing(self)
+            reason = None if enforced else process_unfit(self)
         except Exception as error:
             reason = common.failed(run, error)
         if reason is None:
@@ -210,10 +206,10 @@ def _record(run: PatchRun, runner: MultimodalRunner, stock: Function, enforced: 
         if enforced or run.is_strict():  # a server without them is not wanted
             raise
         return common.failed(run, error)
-    return None if enforced else crowded(runner)
+    return None if enforced else memory_unfit(runner)
 
 
-def missing(runner: MultimodalRunner) -> str | None:
+def process_unfit(runner: MultimodalRunner) -> str | None:
     """What keeps this process from recording, though the arguments were fine, or None."""
     reason = server_unfit(runner.server_args)
     if reason is not None:
@@ -269,11 +265,11 @@ def _dropped(run: PatchRun, model: TextModel) -> bool:
     return True
 
 
-def crowded(runner: MultimodalRunner) -> str | None:
+def memory_unfit(runner: MultimodalRunner) -> str | None:
     """Why the graphs that were recorded take too much, or None."""
     if runner.piecewise_cuda_graph_runner is None:
         return None
-    return common.crowded(runner, LEFT_GB)
+    return common.memory_unfit(runner, LEFT_GB)
 
 
 def _forget_graphs(runner: MultimodalRunner | None) -> None:

@@ -18,7 +18,8 @@ from gemma4_turbo.runtime import custom_ops
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
-    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, ForwardContext, RadixAttention
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, RadixAttention
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardContext
 
 TARGET = "sglang.srt.layers.radix_attention:RadixAttention.forward"
 SCHEMA = (

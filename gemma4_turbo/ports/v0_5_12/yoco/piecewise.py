@@ -27,7 +27,8 @@ from gemma4_turbo.ports.v0_5_12 import layer_loop, split_ops
 from gemma4_turbo.runtime import custom_ops, graphs
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, ForwardContext, TextModel
+    from gemma4_turbo.ports.any.model_protocols import ForwardBatch, TextModel
+    from gemma4_turbo.ports.v0_5_12.protocols import ForwardContext
 
 NAME = "yoco_piecewise"
 

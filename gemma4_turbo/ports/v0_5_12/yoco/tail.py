@@ -34,6 +34,9 @@ def _graph_unfit() -> str | None:
 
 
 def _layout_unfit(batch: ForwardBatch) -> str | None:
+    # One that runs out of memory sends all rows on, and the others wait in a sum of fewer.
+    if _gpus() > 1:
+        return "several GPUs: one of them alone may have to send all rows on"
     if batch.padded_static_len >= 0:
         return "the batch is padded"
     if batch.hisparse_coordinator is not None:
@@ -41,7 +44,7 @@ def _layout_unfit(batch: ForwardBatch) -> str | None:
     return None
 
 
-def _sets_forward(model: TextModel, forward: Any) -> bool:
+def _sets_forward(model: TextModel, forward: object) -> bool:
     """For piecewise graphs."""
     return getattr(forward, "__module__", "") == "sglang.srt.compilation.compile"
 
@@ -81,25 +84,27 @@ def _slots(
     return indices
 
 
-def _metadata(theirs: object, rows: torch.Tensor, **fields: Any) -> Any:
+def _metadata(theirs: object, rows: torch.Tensor, **fields: object) -> object:
     from sglang.srt.layers.attention.triton_backend import ForwardMetadata
 
-    return ForwardMetadata(**fields)
+    made: object = ForwardMetadata(**fields)
+    return made
 
 
-def _made(like: ForwardBatch, backend: TritonBackend, **fields: Any) -> Any:
-    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+def _made(like: ForwardBatch, backend: TritonBackend, **fields: object) -> ForwardBatch:
+    from sglang.srt.model_executor import forward_batch_info
 
-    return ForwardBatch(
+    made: ForwardBatch = forward_batch_info.ForwardBatch(
         num_token_non_padded_cpu=fields["batch_size"],
         req_to_token_pool=like.req_to_token_pool,
         token_to_kv_pool=like.token_to_kv_pool,
         attn_backend=backend,
         **fields,
     )
+    return made
 
 
-LINE = yoco_cut.Line(
+LINE: yoco_cut.Line[ForwardBatch, TritonBackend] = yoco_cut.Line(
     backend=lambda batch: batch.attn_backend,
     pool=lambda batch: batch.token_to_kv_pool,
     arguments=_arguments,

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from gemma4_turbo.ports.any import ranks
 from gemma4_turbo.ports.any.mtp_chain import best, chain, unfit, verify
 from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
@@ -38,9 +39,10 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         given = forward_batch.input_ids, draft_input.hidden_states
 
         def ours() -> Draft:
-            reason = unfit(self)
+            reason = _fallback.prepared(run, lambda: unfit(self))
             if reason is not None:
                 raise DeclinedError(reason)
+            _fallback.prepared(run, _tools)
             return _draft(self, forward_batch)
 
         def again() -> Draft:
@@ -48,13 +50,23 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return stocks(self, forward_batch)
 
         # Without memory stock, which needs more, does not do either.
-        return _fallback.call(run, ours, again, through=torch.OutOfMemoryError)
+        through = ranks.through() or torch.OutOfMemoryError
+        return _fallback.call(run, ours, again, through=through)
 
     return {TARGET: draft_forward}
 
 
-def _draft(worker: DraftWorker, forward_batch: DraftBatch) -> Draft:
-    """Parents, places and tokens, as stock's ``draft_forward`` returns them."""
+class _Tools(NamedTuple):
+    """What a draft needs of SGLang's."""
+
+    context: Callable[..., Any]
+    entered: Callable[..., Any]
+    detect_inf: Callable[..., None]
+    detect_nan: Callable[..., None]
+    detect_oob: Callable[..., None]
+
+
+def _tools() -> _Tools:
     from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
     from sglang.srt.utils.async_probe import (
         maybe_detect_inf,
@@ -62,6 +74,14 @@ def _draft(worker: DraftWorker, forward_batch: DraftBatch) -> Draft:
         maybe_detect_oob,
     )
 
+    return _Tools(
+        ForwardContext, forward_context, maybe_detect_inf, maybe_detect_nan, maybe_detect_oob
+    )
+
+
+def _draft(worker: DraftWorker, forward_batch: DraftBatch) -> Draft:
+    """Parents, places and tokens, as stock's ``draft_forward`` returns them."""
+    tools = _tools()
     if forward_batch.needs_forward_metadata_init():
         worker._init_frozen_kv_metadata(forward_batch)
     draft_input, steps = forward_batch.spec_info, worker.speculative_num_steps
@@ -70,18 +90,18 @@ def _draft(worker: DraftWorker, forward_batch: DraftBatch) -> Draft:
     for step in range(steps):
         forward_batch.input_ids = token.flatten()
         draft_input.hidden_states = hidden_states
-        context = ForwardContext(attn_backend=worker.draft_attn_backend)
+        context = tools.context(attn_backend=worker.draft_attn_backend)
         with (
             worker._target_kv_pool_view(forward_batch),
-            forward_context(context, forward_batch=forward_batch),
+            tools.entered(context, forward_batch=forward_batch),
         ):
             output = worker.draft_model_runner.forward(forward_batch).logits_output
         logits = output.next_token_logits
-        maybe_detect_nan(logits, f"mtp_chain step {step}")
+        tools.detect_nan(logits, f"mtp_chain step {step}")
         if step:
-            maybe_detect_inf(logits, f"mtp_chain step {step}")
+            tools.detect_inf(logits, f"mtp_chain step {step}")
         token, hidden_states = best(logits), output.hidden_states
-        maybe_detect_oob(token, 0, logits.shape[-1], "mtp_chain: token OOB")
+        tools.detect_oob(token, 0, logits.shape[-1], "mtp_chain: token OOB")
         tokens.append(token)
     parents, places = chain(len(token), steps, token.device)
     # Of one step there is nothing that could be a parent.

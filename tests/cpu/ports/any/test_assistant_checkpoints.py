@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench import small_models, train_assistant
+from bench import train_assistant
+from bench.models import small_models
 from tests.cpu import forward_batch
 from tests.cpu.ports.any import test_small_checkpoints as small
 

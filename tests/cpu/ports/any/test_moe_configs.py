@@ -88,10 +88,10 @@ class World:
         shutil.copytree(source / "configs", self.theirs / "configs")
         listed = {
             str((self.theirs / Path(path).relative_to(source.resolve())).resolve()): digest
-            for path, digest in moe_tables.of_the_release().items()
+            for path, digest in patch.of_the_release().items()
         }
         assert listed
-        self.monkeypatch.setattr(moe_tables, "of_the_release", lambda: listed)
+        self.monkeypatch.setattr(patch, "of_the_release", lambda: listed)
         self.monkeypatch.setattr(self.stock, "__file__", str(self.theirs / "module.py"))
         self.forget()
         return self.theirs / "configs"

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench import compressed, quantise_small, small_models
-from bench.compressed import Scheme
+from bench import quantise_small
+from bench.models import compressed, small_models
+from bench.models.compressed import Scheme
 from gemma4_turbo.cli import lines
 from tests.cpu.ports.any import test_small_checkpoints as small
 from tests.cpu.quantised import pretend_gpu

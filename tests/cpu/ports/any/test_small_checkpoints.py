@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from bench import small_models, small_tasks
+from bench.models import small_models, small_tasks
 from gemma4_turbo.cli import lines
 from gemma4_turbo.cli.small_moe import prepare_sglang
 from tests.cpu import forward_batch

@@ -450,8 +450,8 @@ def test_lengths_on_the_host_may_be_tensors(world, new):
 
 def test_stocks_query_block():
     """Read from stock's own table: on this machine the one of GPUs without a row."""
-    assert patch._stock_query_block(128) == 64
-    assert patch._stock_query_block(512) == 32
+    assert patch.STOCK.query_block(128) == 64
+    assert patch.STOCK.query_block(512) == 32
 
 
 def test_verify_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch):
@@ -537,8 +537,7 @@ def test_a_launch_that_raises_is_stocks(world, where, shared, monkeypatch: pytes
 
 def test_a_symbol_that_is_missing_is_no_end(world, monkeypatch: pytest.MonkeyPatch):
     """Stock's block of queries, which a mask needs, is asked of SGLang by name."""
-    patch._stock_query_block.cache_clear()
-    monkeypatch.setattr(patch, "STOCK_KERNEL", "sglang.srt.no_such_module")
+    monkeypatch.setattr(patch.STOCK, "extend_kernel", "sglang.srt.no_such_module")
     batch = world.verify([50, 3, 17])
     ours, _, stock, _ = world.both(SLIDING, batch, *world.inputs(SLIDING, batch))
     assert torch.equal(ours, stock)

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo.cli.small_model import build
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.site import UNPROVEN
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
 from tests.cpu import forward_batch
 from tests.cpu.conftest import patched_sglang
-from tests.cpu.ports.small_models import build
 
 STEPS = {
     "moe": {"layer_norms", "rope_store", "input_norm"},

@@ -420,7 +420,7 @@ def test_a_copy_that_fails_ends_the_graphs(recorder: Any, monkeypatch: pytest.Mo
 
 
 def test_a_look_that_fails_is_no_end(recorder: Any, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(patch, "missing", lambda runner: 1 / 0)
+    monkeypatch.setattr(patch, "process_unfit", lambda runner: 1 / 0)
     assert recorder.record() is None
     assert recorder.server_args.disable_piecewise_cuda_graph
     assert ENGINE.runs[NAME].state == states.FAILED

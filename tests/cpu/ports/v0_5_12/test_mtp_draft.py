@@ -130,11 +130,31 @@ def test_workers_that_keep_stocks_steps(found: dict[str, Any]) -> None:
     assert limits["failed capture"] == ["failed", "RuntimeError: no memory", False]
 
 
-def test_a_failure_on_another_rank(found: dict[str, Any]) -> None:
-    """No rank seeds with a graph whose sums another would have to join; nothing more is tried."""
-    state, reason, ours, asked = found["limits"]["failed on another rank"]
-    assert (state, reason) == ("failed", "on rank 1: RuntimeError: no memory")
-    assert (ours, asked) == (False, 1)
+@pytest.fixture(scope="module")
+def pair(environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What each of two GPUs has seen in `mtp_two_ranks_scenario`."""
+    folder: Path = tmp_path_factory.mktemp("pair")
+    module = "tests.cpu.mtp_two_ranks_scenario"
+    return run_scenario(module, environment, folder, 400)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fault", ["none", "capture"])
+def test_several_gpus_seed_eagerly(pair: list[Any], fault: str) -> None:
+    """A capture that fails on one of them would leave the other in a sum: there is none."""
+    for rank in pair:
+        assert rank[fault]["ours"] is False
+        assert rank[fault]["reason"] == "several GPUs: a capture may fail on one of them alone"
+        assert rank[fault]["state"] == "active"
+        assert rank[fault]["graphs"] == [1, 2, 4]
+        assert rank[fault]["seed"] == pair[0]["stock"]["seed"]
+
+
+def test_a_draft_that_raises_on_one_gpu_alone_does_not_begin_anew(pair: list[Any]) -> None:
+    """The other would add its second step to this one's first. As under stock, the error is the server's."""
+    one, other = (rank["draft"]["error"] for rank in pair)
+    assert "no such kernel" in other
+    assert one is not None
+    assert "no such kernel" not in one
 
 
 def test_the_drafts_graphs_come_first(found: dict[str, Any]) -> None:
@@ -321,6 +341,7 @@ def test_who_keeps_stock() -> None:
         ({"require_mlp_sync": True}, "data parallel attention"),
         ({"require_gathered_buffer": True}, "data parallel attention"),
         ({"mrope": True}, "multimodal rotary positions"),
+        ({"tp_size": 2}, "several GPUs: a capture may fail on one of them alone"),
     ],
 )
 def test_runners_without_seed_graphs(changed: dict[str, Any], reason: str | None) -> None:
@@ -329,6 +350,7 @@ def test_runners_without_seed_graphs(changed: dict[str, Any], reason: str | None
         frozen_kv_mtp_worker=SimpleNamespace(),
         model_runner=SimpleNamespace(server_args=arguments),
         topk=1,
+        tp_size=1,
         mrope=False,
         require_mlp_sync=False,
         require_gathered_buffer=False,

@@ -25,8 +25,7 @@ def run(model: Any, inputs: tuple[Any, ...], given: Any) -> torch.Tensor:
     return model(*inputs)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize(("mode", "kind"), others.STEPS)
-@pytest.mark.parametrize("name", others.BACKENDS)
+@pytest.mark.parametrize(("name", "mode", "kind"), others.CASES)
 def test_the_attention_kernels_stand_aside(name: str, mode: str, kind: str):
     ENGINE.revert()
     others.check(name, mode, kind, pool, run)

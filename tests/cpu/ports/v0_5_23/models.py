@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo.cli.small_model import Uniform, build, run
 from gemma4_turbo.cli.small_moe import prepare_sglang
 from gemma4_turbo.instance import ENGINE
-from tests.cpu.ports.small_models import Uniform, build, run
 
-__all__ = ("Uniform", "build", "prepare_sglang", "run", "stock")
+__all__ = ["Uniform", "build", "norms_as_on_a_gpu", "prepare_sglang", "run", "stock"]
 
 
 def norms_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:

@@ -488,8 +488,8 @@ def test_nothing_is_gathered_twice(world, layer, monkeypatch: pytest.MonkeyPatch
 
 def test_stocks_query_block():
     """Read from stock's own table: on this machine the one of GPUs without a row."""
-    assert patch._stock_query_block(128) == 64
-    assert patch._stock_query_block(512) == 32
+    assert patch.STOCK.query_block(128) == 64
+    assert patch.STOCK.query_block(512) == 32
 
 
 def test_verify_passes():

@@ -583,9 +583,7 @@ def test_any_of_its_neighbours_may_go(request: pytest.FixtureRequest, out: str):
 
 def test_verify(layer: Any):
     """Its comparison passes, and sees a kernel that adds up other numbers."""
-    from gemma4_turbo.ports.any import checks
-
-    assert all(check.passed for check in checks.feed_forward_few("cpu"))
+    assert all(check.passed for check in patch.FEED_FORWARD_FEW.checks("cpu"))
 
 
 def test_the_self_check_sees_a_wrong_kernel(layer: Any, monkeypatch: pytest.MonkeyPatch):

@@ -15,8 +15,9 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.site import SITE, UNPROVEN, site_of
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
-from gemma4_turbo.ports.any import attention, layer_steps, linear, sglang_types
+from gemma4_turbo.ports.any import attention, linear, sglang_types
 from tests.cpu import forward_batch
+from tests.cpu.ports.counted import counted as of_patch
 from tests.cpu.ports.v0_5_23 import models
 
 KINDS = ["moe", "ple", "dense"]
@@ -97,7 +98,7 @@ def test_without_any_step_the_bits_are_stocks():
 def decoder_steps() -> tuple[Any, ...]:
     from gemma4_turbo.ports.v0_5_23 import decoder_layer
 
-    return (*decoder_layer.STEPS, layer_steps.PLE_INPUT_NORM)
+    return tuple(decoder_layer.steps)
 
 
 # One, several, and more than skinny_gemm takes; that alone, as a norm takes a program for each token.
@@ -165,9 +166,13 @@ def test_a_stream_with_a_sum_to_come_is_stocks():
     expected = once()
     ENGINE.apply(only=ON)
     before = counted(["layer_norms", "input_norm", "skinny_gemm"])
+    steps = sorted(LAYER - {"skinny_gemm"})  # which is a step of attention's, too
+    declined = [of_patch(name).declined for name in steps]
     found = once()
     engaged = engaged_since(before)
     assert "layer_norms" not in engaged
+    # Once each, also input_norm, which has two steps in a layer.
+    assert [of_patch(name).declined for name in steps] == [n + 1 for n in declined]
     near(found, expected)
 
 
