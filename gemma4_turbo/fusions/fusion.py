@@ -14,7 +14,7 @@ from gemma4_turbo.fusions import norm_kinds
 from gemma4_turbo.fusions.comparison import different_bits
 from gemma4_turbo.fusions.site import UNPROVEN, Site
 from gemma4_turbo.fusions.stock import Stock, followed
-from gemma4_turbo.runtime.custom_ops import capturing
+from gemma4_turbo.runtime.custom_ops import TRACED, capturing, not_traced
 from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -41,6 +41,16 @@ class Step:
     def checks(self, device: str) -> list[Check]:
         """What `verify` says of it: nothing, where it has no arithmetic."""
         return []
+
+    def declined(self, reason: str) -> None:
+        """Count a call of stock's, if the patch is in; in traced code, too."""
+        run = self.run
+        if run is None:
+            return
+        if torch.compiler.is_compiling():
+            not_traced(run.patch.name, reason)
+        else:
+            run.declined(reason)
 
 
 class Fusion(Step, Generic[A, R]):
@@ -129,8 +139,7 @@ class Fusion(Step, Generic[A, R]):
         verdict = getattr(site, self.patch)
         if verdict is None or verdict is UNPROVEN:
             return False
-        if not torch.compiler.is_compiling():
-            self.run.declined(verdict)
+        self.declined(verdict)
         return True
 
     def __call__(self, site: Site, args: A, unfit: str | None = None) -> R | None:
@@ -149,7 +158,10 @@ class Fusion(Step, Generic[A, R]):
     def runs(self, site: Site, args: A, unfit: str | None = None) -> bool:
         """Whether the kernel runs for this call, which is counted; the caller launches it then."""
         if torch.compiler.is_compiling():
-            return self.run is not None and self.fits_traced(site, unfit or self.unfit(args))
+            fits = self.run is not None and self.fits_traced(site, unfit or self.unfit(args))
+            if not fits:
+                self.declined(TRACED)
+            return fits
         return self._runs(site, args, unfit)
 
     def _runs(self, site: Site, args: A, unfit: str | None) -> bool:

@@ -57,6 +57,20 @@ def register(
     return _registered[name]
 
 
+TRACED = "torch.compile traces SGLang's own code here"
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def not_traced(patch: str, reason: str = TRACED) -> bool:
+    """Count a call that is traced as stock's. For traced code: it runs once, while Dynamo traces.
+
+    Returns:
+        True, which is what the trace keeps.
+    """
+    peer(patch).declined(reason, True)
+    return True
+
+
 def cut_names(schema: str) -> tuple[str, str]:
     """How SGLang may find the operator in what Dynamo traced: with its overload or without."""
     name = f"gemma4_turbo.{schema.partition('(')[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 from importlib import metadata
@@ -25,6 +26,7 @@ _BACKENDS = (
 # How SGLang records prefill outside the parts that it traces, and of which models it cannot.
 RECORDED = ("breakable", "full")
 TAKE_PICTURES = ("Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration")
+GEMMA4 = ("Gemma4ForCausalLM", *TAKE_PICTURES)
 ONLY_ONE = "You must specify exactly one of input_ids or inputs_embeds"
 ENDS = (
     "--cuda-graph-backend-prefill {} with a Gemma 4 that takes pictures ends the server as it starts "
@@ -33,6 +35,11 @@ ENDS = (
 SHARED_KV = (
     "--cuda-graph-backend-prefill {} with a Gemma 4 whose layers share KV (E2B, E4B) ends the server as it "
     "starts (invalid or duplicate attention layer_id): leave the option out, or switch optional_kv on"
+)
+SHARED_KV_TEXT = (
+    "CUDA graphs of prefill ({}) with a Gemma 4 without pictures whose layers share KV (E2B, E4B) end the "
+    "server as it starts (invalid or duplicate attention layer_id): set GEMMA4_TURBO_OPTIONAL_KV=1, or "
+    "--disable-prefill-cuda-graph"
 )
 TOKENIZERS = (
     "--tokenizer-worker-num {}: the workers would be stock, and each keeps 2 MiB of GPU memory for every "
@@ -60,6 +67,7 @@ def on_launch(server_args: object) -> list[str]:
     return [
         *_long_drafts(server_args),
         *_graphs_that_end(server_args),
+        *_graphs_of_text_that_end(server_args),
         *_tokenizers_without_us(server_args),
     ]
 
@@ -103,6 +111,29 @@ def _graphs_that_end(server_args: object) -> list[str]:
     return ends
 
 
+def _graphs_of_text_that_end(server_args: object) -> list[str]:
+    """Graphs of prefill of a model without pictures, which are the default, where layers share KV.
+
+    The model's configuration is read only where `optional_kv` would not help.
+    """
+    from gemma4_turbo.engine.run import peer
+
+    if not hasattr(server_args, "model_path") or not hands_over_both():
+        return []
+    if peer("optional_kv").will_run():
+        return []
+    try:
+        config = _config(server_args)
+        named = set(getattr(config.hf_config, "architectures", None) or [])
+        shares = getattr(config.hf_text_config, "num_kv_shared_layers", 0)
+        if not shares or config.is_multimodal or not named & set(GEMMA4):
+            return []
+        kind = resolved_for_prefill(server_args)
+    except Exception:  # SGLang itself will say what is wrong with them
+        return []
+    return [SHARED_KV_TEXT.format(kind)] if kind in RECORDED else []
+
+
 def _tokenizers_without_us(server_args: object) -> list[str]:
     """Tokenizer workers that run the image processor and that no way leads into."""
     from gemma4_turbo.engine.run import peer
@@ -126,6 +157,23 @@ def chosen_for_prefill(server_args: object) -> str | None:
     phase = config.get("prefill") if isinstance(config, dict) else None
     explicit = phase.get("backend") if isinstance(phase, dict) else None
     return explicit or getattr(server_args, "cuda_graph_backend_prefill", None)
+
+
+def resolved_for_prefill(server_args: object) -> str:
+    """How SGLang will record prefill, by the functions that decide it. The arguments stay as they are."""
+    from sglang.srt.arg_groups import cuda_graph_hook, overrides
+
+    chosen = chosen_for_prefill(server_args)
+    if chosen is not None:
+        return chosen
+    found = overrides.resolving_view(server_args).cuda_graph_config
+    if not hasattr(found, "prefill"):  # nothing was decided yet
+        tried = copy.deepcopy(server_args)
+        cuda_graph_hook.parse_cuda_graph_config(tried)
+        cuda_graph_hook.apply_cuda_graph_compatibility(tried)
+        found = overrides.resolving_view(tried).cuda_graph_config
+    kind: str = found.prefill.backend
+    return kind
 
 
 def hands_over_both() -> bool:

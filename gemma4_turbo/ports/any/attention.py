@@ -142,8 +142,8 @@ def forward(
     unfit = site.stocks or sglang_types.rules().now_unfit()
     if unfit is not None:
         for fusion in FUSIONS:
-            if fusion.run is not None and not torch.compiler.is_compiling():
-                fusion.run.declined(unfit)
+            if fusion.run is not None:
+                fusion.declined(unfit)
         return _stock[TARGET](self, positions, hidden_states, forward_batch, **kwargs)
     q, k, v = _project(self, site, hidden_states)
     fits = site.canonical and (
@@ -155,8 +155,12 @@ def forward(
         found = ROPE_STORE(site, _args(self, q, k, v, rope, store), _rope_slower(q, k))
         if found is not None:
             return _attend(self, *found, forward_batch, store is not None)
+    elif not fits:
+        ROPE_STORE.settled(site)  # counts what the norms are
     normed = None
-    if fits and not QKV_NORM.settled(site):
+    if not fits:
+        QKV_NORM.settled(site)
+    elif not QKV_NORM.settled(site):
         normed = QKV_NORM(site, _args(self, q, k, v, None, None), _norms_slower(q))
     if normed is not None:
         q, k, v = normed

@@ -19,7 +19,7 @@ from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of, renewed
 from gemma4_turbo.kernels import feed_forward_few as kernel
 from gemma4_turbo.ports.any import linear, router_few, sglang_types
 from gemma4_turbo.runtime import handed
-from gemma4_turbo.runtime.custom_ops import capturing
+from gemma4_turbo.runtime.custom_ops import TRACED, capturing
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import MLP, DecoderLayer, MoE
@@ -119,9 +119,7 @@ class FeedForwardSite(Site):
 
 def passed_over(reason: str) -> None:
     """A layer that cannot ask for `outputs` is counted as declined."""
-    run = FEED_FORWARD_FEW.run
-    if run is not None and not torch.compiler.is_compiling():
-        run.declined(reason)
+    FEED_FORWARD_FEW.declined(reason)
 
 
 def outputs(
@@ -133,6 +131,7 @@ def outputs(
     """The dense MLP's and the experts' output, or None: nothing done, and counted as declined."""
     run = FEED_FORWARD_FEW.run
     if run is None or torch.compiler.is_compiling():
+        passed_over(TRACED)
         return None
     _slot[0] = None
     if not 0 < mlp_input.shape[0] <= kernel.MAX_TOKENS:  # every prefill: no time for more

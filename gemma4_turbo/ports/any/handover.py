@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import DecoderLayer, Module, RMSNorm, TextModel
 
 
+NOT_DIRECT = "a layer or the one after it has forward hooks, or is not SGLang's own"
+
 _forward: list[Callable[..., Any]] = []
 
 
@@ -40,6 +42,8 @@ def between(
         told["normed"] = normed
     if _direct(layer, after, last):
         told["following"] = after if last else after.input_layernorm
+    else:
+        layer_steps.INPUT_NORM.declined(NOT_DIRECT)
     return told
 
 

@@ -168,6 +168,10 @@ def _link_model(
 ) -> None:
     if of_model(runner):
         link_shared_layers(run, runner.model)
+        if not _links:
+            run.declined("no layer reads another's KV cache")
+    else:
+        run.declined(f"a KV cache of {runner.kv_cache_dtype} is not divided by scales")
 
 
 def _link_bound(
@@ -177,8 +181,11 @@ def _link_bound(
     context: FrozenKVContext,
     of_pool: Callable[[KVPool], bool],
 ) -> None:
-    if of_pool(context.target_token_to_kv_pool):
+    pool = context.target_token_to_kv_pool
+    if of_pool(pool):
         link_draft(run, draft, target_model, context)
+    else:
+        run.declined(f"a KV cache of {getattr(pool, 'dtype', None)} is not divided by scales")
 
 
 def link_shared_layers(run: PatchRun, model: Module) -> None:
@@ -213,6 +220,8 @@ def link(run: PatchRun, reader: RadixAttention, owner: RadixAttention) -> None:
     """From now on ``reader`` has the scales of ``owner``."""
     _links[reader] = Link(weakref.ref(owner), Scales.of(reader))
     _owners.add(owner)
+    if floats(owner) == floats(reader):
+        run.declined("a layer has the scales of the one whose cache it reads")
     follow(run, reader)
 
 

@@ -21,7 +21,7 @@ from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
 from gemma4_turbo.ports.any import feed_forward_few, linear, router_few, sglang_types
 from gemma4_turbo.runtime import handed
-from gemma4_turbo.runtime.custom_ops import capturing
+from gemma4_turbo.runtime.custom_ops import TRACED, capturing
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.checks import Check
@@ -42,6 +42,15 @@ PDL = Step()
 MLP_STREAM = Step()
 
 Ends = tuple[torch.Tensor, torch.Tensor | None]
+
+NO_EXPERTS = "the layer has no experts"
+NOT_PER_LAYER = "the layer has no per-layer embeddings"
+NO_PLE_TAIL = "`ple_tail` did not make the layer's end"
+COVERED = "`feed_forward_few` computes the layer's feed-forward at once"
+UNCOUNTED = "early launches in compiled code are not counted"
+EAGER = "eager launches gain nothing from a second stream"
+
+_enabled = [0]  # how many times fusions were given to a patch
 
 MLP_STREAM_ROWS = 64
 """Above this many tokens the two branches no longer leave room for each other."""
@@ -85,6 +94,7 @@ class LayerSite(Site):
         if sglang_types.norm_unfit(layer.input_layernorm) is None:
             key = (weight.shape[0], weight.dtype, str(weight.device), moe)  # type: ignore[union-attr]
         super().__init__(key, layer.input_layernorm)
+        self.told = 0  # when `tell_absent` was last done, as `_enabled` counts
 
         reasons = [sglang_types.norm_unfit(norm) for norm in firsts]
         if moe:
@@ -93,7 +103,7 @@ class LayerSite(Site):
         reasons = [sglang_types.norm_unfit(norm) for norm in tails]
         self.ple_tail: str | None = first_unfit(reasons)
         self.input_norm: str | None = first_unfit(reasons)
-        apart = sglang_types.experts_unfit(layer.moe) if moe else "the layer has no experts"
+        apart = sglang_types.experts_unfit(layer.moe) if moe else NO_EXPERTS
         # No arithmetic to compare.
         self.mlp_stream: str | None = apart or sglang_types.rules().branches_unfit(layer.moe)
         more = (
@@ -153,15 +163,41 @@ def _modules(layer: DecoderLayer, names: list[str]) -> tuple[Norm, ...]:
 
 def enable(fusions: tuple[Step, ...], run: PatchRun) -> None:
     """Give fusions to a patch."""
+    _enabled[0] += 1
     for fusion in fusions:
         fusion.enable(run)
+
+
+def tell_covered() -> None:
+    """Count the patches on parts that `feed_forward_few` has computed. It runs for a few tokens only."""
+    for step in (EXPERTS_SUM, MLP_STREAM, router_few.ROUTER_FEW):
+        step.declined(COVERED)
+
+
+def tell_absent(layer: DecoderLayer) -> None:
+    """Count, once for each layer and for each trace of it, the patches on parts that a layer does not have."""
+    of_experts = (EXPERTS_SUM, MLP_STREAM, router_few.ROUTER_FEW, feed_forward_few.FEED_FORWARD_FEW)
+    for steps, there, reason in (
+        (of_experts, layer.enable_moe_block, NO_EXPERTS),
+        ((PLE_TAIL,), layer.has_ple, NOT_PER_LAYER),
+    ):
+        for step in steps:
+            if not there:
+                step.declined(reason)
+
+
+def early_launches() -> int:
+    """So far. Not for traced code, which would be traced again whenever there are more."""
+    return 0 if torch.compiler.is_compiling() else pdl.launches
 
 
 def count_early_launches(before: int, device: torch.device) -> None:
     """Count a layer for `pdl`: whether more kernels were launched early than ``before`` it."""
     if PDL.run is None:
         return
-    if pdl.launches > before:
+    if torch.compiler.is_compiling():
+        PDL.declined(UNCOUNTED)
+    elif pdl.launches > before:
         PDL.run.engaged(capturing())
     elif pdl.supported(device):
         PDL.run.declined("none of the package's kernels was launched in the layer")
@@ -189,6 +225,11 @@ def after_attention(
     Returns:
         the layer's result; of ``following``, the norm that reads it, the normed rows or None.
     """
+    if torch.compiler.is_compiling():
+        tell_absent(self)
+    elif site.told != _enabled[0]:
+        site.told = _enabled[0]
+        tell_absent(self)
     router_input: torch.Tensor | None = None
     experts_input: Any = None
     fused = _layer_norms(self, site, hidden_states, residual, router_of)
@@ -211,6 +252,7 @@ def after_attention(
     else:
         at_once = feed_forward_few.outputs(self, mlp_input, router_input, experts_input)
         if at_once is not None:
+            tell_covered()
             return _finish(self, site, *at_once, residual, per_layer_input, following)
 
     side = _side_stream(self, site, mlp_input)
@@ -226,6 +268,7 @@ def after_attention(
     if router_input is not None:
         router_logits = router_few.logits(self, router_input)
     else:
+        router_few.passed_over(feed_forward_few.NO_NORMS)
         router_logits = self.router(residual)
         experts_input = self.pre_feedforward_layernorm_2(residual)
     experts_output = _experts(self, site, experts_input, router_logits, residual, mlp_output)
@@ -271,9 +314,12 @@ def _layer_norms(
 
 def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.cuda.Stream | None:
     """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
-    if MLP_STREAM.run is None or torch.compiler.is_compiling() or not capturing():
+    if MLP_STREAM.run is None or torch.compiler.is_compiling():
+        MLP_STREAM.declined(TRACED)
         return None
     unfit = site.mlp_stream or site.hooks_unfit("mlp_stream")
+    if unfit is None and not capturing():
+        unfit = EAGER
     if unfit is None and x.shape[0] > MLP_STREAM_ROWS:
         unfit = f"more than {MLP_STREAM_ROWS} tokens"
     if unfit is not None:
@@ -297,7 +343,10 @@ def _experts(
     mlp_output: torch.Tensor,
 ) -> torch.Tensor:
     """The experts' output, summed or, if the tail can sum it, ``[M, K, N]``."""
-    if torch.compiler.is_compiling() or EXPERTS_SUM.settled(site):
+    if EXPERTS_SUM.settled(site):
+        return self.moe(x, router_logits)
+    if torch.compiler.is_compiling():
+        EXPERTS_SUM.declined(TRACED)
         return self.moe(x, router_logits)
     unfit = None
     if x.shape[0] > COMPILED_SUM_ROWS:
@@ -448,6 +497,8 @@ def _finish_ple(
             gate = torch.nn.functional.gelu(gate, approximate="tanh")
             contribution, _ = self.per_layer_projection(gate * per_layer_input)
             out = out + self.post_per_layer_input_norm(contribution)
+        if following is not None:
+            PLE_INPUT_NORM.declined(NO_PLE_TAIL)
         return out * self.layer_scalar, None
     assert per_layer_input is not None
     norm, last = self.post_feedforward_layernorm, self.post_per_layer_input_norm

@@ -14,7 +14,7 @@ from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
 from gemma4_turbo.kernels import skinny_gemm as kernel
 from gemma4_turbo.kernels.skinny_gemm import Epilogue
 from gemma4_turbo.ports.any import sglang_types
-from gemma4_turbo.runtime.custom_ops import capturing
+from gemma4_turbo.runtime.custom_ops import TRACED, capturing
 from gemma4_turbo.runtime.hooks import hooked
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def _run(
     module: Linear, x: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
 ) -> torch.Tensor | None:
     if SKINNY_GEMM.run is None or torch.compiler.is_compiling():
+        SKINNY_GEMM.declined(TRACED)
         return None
     if x.shape[0] > kernel.MAX_ROWS:
         SKINNY_GEMM.run.declined(TOO_MANY_ROWS)

@@ -62,6 +62,7 @@ def build(
             )  # fmt: skip
 
         if torch.compiler.is_compiling():
+            custom_ops.not_traced("moe_configs")
             return stocks()
         pair, reason = None, "the experts are quantised, or in fp32"
         if dtype is None and not block_n and not block_k and not per_channel_quant:

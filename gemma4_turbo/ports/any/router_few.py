@@ -15,6 +15,7 @@ from gemma4_turbo.fusions.site import UNPROVEN, Site, eager_site_of
 from gemma4_turbo.kernels import router_few as kernel
 from gemma4_turbo.ports.any import linear, sglang_types
 from gemma4_turbo.runtime import handed
+from gemma4_turbo.runtime.custom_ops import TRACED
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import DecoderLayer, Router
@@ -89,10 +90,16 @@ class RouterSite(Site):
             )
 
 
+def passed_over(reason: str) -> None:
+    """A layer that cannot ask for `logits` is counted as declined."""
+    ROUTER_FEW.declined(reason)
+
+
 def logits(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     """The router's product with its normed input; what follows from it is kept for `routed`."""
     proj, run = layer.router.proj, ROUTER_FEW.run
     if run is None or torch.compiler.is_compiling():
+        ROUTER_FEW.declined(TRACED)
         return linear.project(proj, x)
     forget()  # of a layer that has ended with an exception
     if not 0 < x.shape[0] <= kernel.MAX_TOKENS:  # every prefill: no time for more

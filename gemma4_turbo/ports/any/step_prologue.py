@@ -45,6 +45,8 @@ NAME = "step_prologue"
 FORWARD = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward"
 GATHER = "sglang.srt.models.gemma4_causal:Gemma4TextModel.get_per_layer_inputs"
 PROJECT = "sglang.srt.models.gemma4_causal:Gemma4TextModel.project_per_layer_inputs"
+EMBEDDED = "the caller passes embeddings"
+NOT_PER_LAYER = "the model has no per-layer inputs"
 Function = Callable[..., Any]
 EmbeddingUnfit = Callable[["ScaledWordEmbedding", torch.Tensor, int], "str | None"]
 NormUnfit = Callable[[Any, torch.Tensor], "str | None"]  # a norm of SGLang's
@@ -75,11 +77,15 @@ def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function
 
     def get_per_layer_inputs(self: TextModel, input_ids: torch.LongTensor) -> torch.Tensor:
         embedding = self.embed_tokens_per_layer
+        compiling = torch.compiler.is_compiling()
         if embedding is None:
+            if compiling:
+                custom_ops.not_traced(NAME, NOT_PER_LAYER)
+            else:
+                run.declined(NOT_PER_LAYER)
             return None  # type: ignore[return-value]  # as stock
         vocab = self.vocab_size_per_layer_input
         reason = unfit_of(embedding, input_ids, vocab)
-        compiling = torch.compiler.is_compiling()
         if reason is None and compiling:
             rows = traced(input_ids, embedding.weight, embedding.embed_scale, vocab)
             return per_layer(self, rows)
@@ -92,7 +98,9 @@ def gather_method(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Function
                     self,
                     kernel.launch_gather(input_ids, embedding.weight, embedding.embed_scale, vocab),
                 )
-        if not compiling:
+        if compiling:
+            custom_ops.not_traced(NAME)
+        else:
             run.declined(reason)
         return stock(self, input_ids)
 
@@ -150,10 +158,14 @@ def project_method(
             if reason is None:
                 run.engaged(capturing)
                 return kernel.launch_project(*arguments, kind)
-            if not compiling:
+            if compiling:
+                custom_ops.not_traced(NAME)
+            else:
                 run.declined(reason)
             return _behind_product(self, projection, inputs_embeds, per_layer_inputs)
-        if not compiling:
+        if compiling:
+            custom_ops.not_traced(NAME)
+        else:
             run.declined(reason)
         return stock(self, inputs_embeds, per_layer_inputs)
 

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     )
 
 YOCO = Step()
+BEHIND: list[Step] = []
+"""Patches that run on rows that are cut, and on nothing else."""
 UNFINISHED = "_gemma4_turbo_unfinished"
 """On a batch's ``seq_lens_cpu``: per request, whether its prompt goes on in a later chunk.
 
@@ -123,17 +125,24 @@ def cut(
         return None
     broken = _fallback.unfit()
     if broken is not None:
-        run.declined(broken)
+        all_rows(run, broken)
         return None
     try:
         first = first_shared(model)
         if first is None:
-            run.declined(NOTHING_SHARED)
+            all_rows(run, NOTHING_SHARED)
             return None
         return counted(run, model, first, batch, unfit(model, batch, positions, kwargs))
-    except Exception as error:  # all rows through all layers, as stock
-        run.declined(_fallback.failed(run, None, error))
+    except Exception as error:  # as stock
+        all_rows(run, _fallback.failed(run, None, error))
         return None
+
+
+def all_rows(run: PatchRun, reason: str) -> None:
+    """All rows go through all layers: counted for the patch that would have cut, and those `BEHIND`."""
+    run.declined(reason)
+    for step in BEHIND:
+        step.declined(f"no rows are cut: {reason}")
 
 
 def cut_failed(error: Exception) -> None:
@@ -158,7 +167,7 @@ def counted(
             run.engaged(False)
             return found
         reason = "every row's logits are wanted"
-    run.declined(reason)
+    all_rows(run, reason)
     return None
 
 

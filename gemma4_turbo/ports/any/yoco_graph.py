@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import ForwardBatch, TextModel
 
 YOCO_GRAPH = Step()
+yoco_cut.BEHIND.append(YOCO_GRAPH)
 
 SIZES = (1, 2, 4, 8, 16)
 DEVICES = ("cuda",)

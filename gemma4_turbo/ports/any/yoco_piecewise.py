@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import TextModel
 
 YOCO_PIECEWISE = Step()
+NO_GRAPHS = "SGLang makes no CUDA graphs of prefill"
 
 _fallback = Fallback("the cut")
 
@@ -45,7 +46,7 @@ def first_behind(
     except Exception as error:
         reason = _fallback.failed(run, None, error)
     if reason is not None:
-        run.declined(reason)
+        yoco_cut.all_rows(run, reason)
         return None
     return first
 

@@ -42,6 +42,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if torch.compiler.is_compiling():
+            custom_ops.not_traced("decode_attention")
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
         call = None
         reason = layer_unfit(self, layer, sinks)

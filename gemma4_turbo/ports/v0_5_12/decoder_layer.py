@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.fusions.site import eps_of, site_of
-from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.ports.any import handover, layer_steps
 from gemma4_turbo.ports.v0_5_12 import classes, stock
@@ -47,9 +46,9 @@ def forward(
     ``kwargs`` may hold ``normed``, the input already through ``input_layernorm``, and ``following``,
     the norm that reads the result; `gemma4_turbo.ports.v0_5_12.text_model` passes them.
     """
-    if layer_steps.PDL.run is None or torch.compiler.is_compiling():
+    if layer_steps.PDL.run is None:
         return _forward(self, positions, hidden_states, per_layer_input, forward_batch, **kwargs)
-    before = pdl.launches
+    before = layer_steps.early_launches()
     outputs = _forward(self, positions, hidden_states, per_layer_input, forward_batch, **kwargs)
     layer_steps.count_early_launches(before, hidden_states.device)
     return outputs

@@ -27,6 +27,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         topk_ids: torch.Tensor, block_size: int, num_experts: int
     ) -> kernel.Alignment:
         if torch.compiler.is_compiling():
+            custom_ops.not_traced("moe_align")
             return align(topk_ids, block_size, num_experts)
         reason = kernel.unfit(topk_ids, block_size, num_experts)
         if reason is None:

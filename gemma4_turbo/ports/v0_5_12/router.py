@@ -92,6 +92,7 @@ def routing_function(run: PatchRun, stock: Routing, per_expert_scale: torch.Tens
         if torch.compiler.is_compiling():
             if reason is None:
                 return traced(gating_output, per_expert_scale, topk)
+            custom_ops.not_traced("router")
             return stock(hidden_states, gating_output, topk, renormalize)
         if reason is None:
             capturing = custom_ops.capturing()

@@ -49,7 +49,12 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
         input_embeds: torch.Tensor = None,  # type: ignore[assignment]  # stock's annotation
         **kwargs: object,
     ) -> LogitsProcessor:
-        if input_ids is None or input_embeds is not None or torch.compiler.is_compiling():
+        given = input_ids is None or input_embeds is not None
+        if given or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling():
+                custom_ops.not_traced(shared.NAME)
+            else:
+                run.declined(shared.EMBEDDED)
             return stock(self, input_ids, positions, forward_batch, input_embeds, **kwargs)
         text = self.language_model
         embedding = text.embed_tokens_per_layer

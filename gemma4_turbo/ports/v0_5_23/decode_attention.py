@@ -52,6 +52,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             return stock_forward(self, q, k, v, layer, forward_batch, *options)
 
         if torch.compiler.is_compiling():
+            custom_ops.not_traced("decode_attention")
             return stocks(None)
         reason = triton_backend.unfit(self, layer, score_mod, aux_tensors)
         reason = reason or layer_unfit(self, layer, sinks)

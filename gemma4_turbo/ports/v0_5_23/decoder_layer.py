@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.fusions.site import eps_of, site_of
-from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.ports.any import handover, layer_steps, sglang_types
 from gemma4_turbo.ports.v0_5_23 import classes, sums
@@ -83,7 +82,8 @@ def _boundaries_unfit(layer: StagedLayer) -> str | None:
 
 def _result_unfit(layer: StagedLayer) -> str | None:
     """Why the layer's result is computed in another way than stock's, or None."""
-    if getattr(layer._next_stream, "__func__", None) is not _result[0]:
+    # Not by the bound method's function, which in a trace is another.
+    if "_next_stream" in vars(layer) or type(layer)._next_stream is not _result[0]:
         return f"a {sglang_types.name(layer)} has a _next_stream of its own"
     return None
 
@@ -139,13 +139,12 @@ def forward(
         elif stream.residual is not None and stream.residual is not hidden_states:
             unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
     if unfit is not None:
-        for run in dict.fromkeys(step.run for step in steps):  # a patch may have several
-            if run is not None:
-                run.declined(unfit)
+        for step in {step.run: step for step in steps}.values():  # a patch may have several
+            step.declined(unfit)
         return _stock[TARGET](
             self, positions, hidden_states, per_layer_input, forward_batch, capture_output, **kwargs
         )
-    before = pdl.launches
+    before = layer_steps.early_launches()
     attended = self.self_attn(
         positions=positions,
         hidden_states=self.input_layernorm(hidden_states) if normed is None else normed,

@@ -71,6 +71,7 @@ def _forward(run: PatchRun, stock: Callable[..., torch.Tensor]) -> Callable[...,
             return stock(self, q, k, v, layer, forward_batch, *options)
 
         if torch.compiler.is_compiling():
+            custom_ops.not_traced("extend_attention")
             return stocks()
         key = q.device, q.dtype, layer.tp_q_head_num, layer.qk_head_dim, layer.sliding_window_size
         reason = fallback.unfit(key) or triton_backend.unfit(self, layer, score_mod, aux_tensors)

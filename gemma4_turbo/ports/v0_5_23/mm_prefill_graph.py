@@ -214,7 +214,14 @@ def record(run: PatchRun, stock: Function) -> Function:
             eager_runner=eager_runner,
             force_for_draft_worker=force_for_draft_worker,
         )
-        if not concerns(model_runner):
+        if model_runner.is_draft_worker:  # a draft model has no graphs of ours
+            return theirs()  # type: ignore[no-any-return]
+        try:
+            elsewhere = stocks(model_runner)
+        except Exception as error:  # stock's recording is always there
+            elsewhere = told(error)
+        if elsewhere is not None:
+            run.declined(elsewhere)
             return theirs()  # type: ignore[no-any-return]
         asked_for = forced(model_runner.server_args)
         try:
@@ -236,18 +243,23 @@ def record(run: PatchRun, stock: Function) -> Function:
     return capture_prefill_graph
 
 
-def concerns(model_runner: GraphedRunner) -> bool:
-    """Whether graphs of a Gemma 4 that takes pictures are about to be recorded."""
-    from sglang.srt.model_executor import cuda_graph_config
+def stocks(model_runner: GraphedRunner) -> str | None:
+    """Why no graphs of ours are about to be recorded, or None.
 
-    return (
-        not model_runner.is_draft_worker
-        and bool(model_runner.model_config.is_multimodal)
-        and _takes_pictures(model_runner.model)
-        and cuda_graph_config.check_cuda_graph_backend(
-            cuda_graph_config.Phase.PREFILL, cuda_graph_config.Backend.BREAKABLE
-        )
-    )
+    Where the user chose how prefill is recorded, and with pipeline parallelism, the decision on the
+    server's arguments was not asked for: nobody has said it yet.
+    """
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+    from sglang.srt.runtime_context import get_exec
+
+    if not _takes_pictures(model_runner.model):
+        return f"the model is a {type(model_runner.model).__name__}"
+    if not model_runner.model_config.is_multimodal:
+        return "the model is served without its encoders"
+    chosen = get_exec().graph.cuda_graph_config.prefill.backend
+    if chosen != Backend.BREAKABLE:
+        return f"CUDA graphs of prefill are {chosen}"
+    return None
 
 
 def forced(server_args: object) -> bool:

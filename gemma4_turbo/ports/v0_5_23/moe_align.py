@@ -43,7 +43,9 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         return_inactive_prefix_count: bool = False,
         pad_expert_ids: bool = False,
     ) -> kernel.Alignment:
-        if not torch.compiler.is_compiling() and topk_ids.numel() > own:
+        if torch.compiler.is_compiling():
+            custom_ops.not_traced("moe_align")
+        elif topk_ids.numel() > own:
             if ignore_invalid_expert or return_inactive_prefix_count or pad_expert_ids:
                 reason: str | None = "the call asks for more than stock's plain alignment"
             elif module._SGLANG_EXPERIMENTAL_LORA_OPTI:

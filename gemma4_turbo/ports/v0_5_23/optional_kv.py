@@ -26,6 +26,8 @@ _SETUP = "sglang.srt.model_executor.model_runner_components.cuda_graph_setup"
 LAYERS = "sglang.srt.model_executor.model_runner:ModelRunner.get_cuda_graph_layers"
 TABLE = f"{_SETUP}:index_attention_layers_by_global_id"
 
+OTHER_TABLE = "SGLang's table is not one of all layers' attention"
+
 Layers = list[Any]
 
 _runners: weakref.WeakKeyDictionary[TextModel, weakref.ref[ModelRunner]] = (
@@ -49,8 +51,12 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         layer_model: TextModel | None = None,
     ) -> tuple[Layers, Layers]:
         tables = attention_layers, mha_companion_layers
-        shared = None if layer_model is None else sharing(layer_model)
-        if not shared or layer_model is None or _table_unfit(*tables, layer_model):
+        shared = [] if layer_model is None else sharing(layer_model)
+        elsewhere = None if shared else "the model has no layers that share KV"
+        if layer_model is not None and shared:
+            elsewhere = _table_unfit(*tables, layer_model)
+        if elsewhere is not None or layer_model is None:
+            run.declined(str(elsewhere))
             found: tuple[Layers, Layers] = table_of(*tables, layer_model)
             return found
         known = _runners.pop(layer_model, None)
@@ -82,16 +88,17 @@ def sharing(model: TextModel) -> list[object]:
     return [part.attn for part in parts if part is not None and part.is_kv_shared_layer]
 
 
-def _table_unfit(attention: Layers, companions: Layers, model: TextModel) -> bool:
-    """Whether the table is not one of all layers' attention, each with the number of its KV."""
+def _table_unfit(attention: Layers, companions: Layers, model: TextModel) -> str | None:
+    """Why the table is not one of all layers' attention, each with the number of its KV; or None."""
     parts = [layer.self_attn for layer in model.layers]
     if len(attention) != len(parts) or any(part is not None for part in companions):
-        return True
-    return any(
+        return OTHER_TABLE
+    others = any(
         found is not part.attn
         or found.layer_id != (part.kv_shared_layer_index if part.is_kv_shared_layer else number)
         for number, (found, part) in enumerate(zip(attention, parts, strict=True))
     )
+    return OTHER_TABLE if others else None
 
 
 def unfit(runner: ModelRunner | None, layer_model: TextModel) -> str | None:

@@ -145,6 +145,8 @@ class StandIn:
             if is_a(result, RESULT):
                 if move(result.data, self._features):
                     self._run.engaged(False)
+                else:
+                    self._run.declined("nothing but pixel values was on a GPU")
             else:
                 self._run.declined(f"the model's processor returned a {type(result).__name__}")
         except DeclinedError as declined:

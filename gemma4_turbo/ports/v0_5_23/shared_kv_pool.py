@@ -37,6 +37,8 @@ MEMORY = {
     "enable_page_major_kv_layout": "a page holds the KV of all layers",
     "enable_hierarchical_cache": shared_kv.HIERARCHICAL,
     "enable_lmcache": shared_kv.HIERARCHICAL,
+    "enable_flexkv": shared_kv.HIERARCHICAL,
+    "enable_unified_cache_external_linker": shared_kv.HIERARCHICAL,
     "enable_hisparse": shared_kv.SPARSE,
 }
 """What a server may have its KV memory do, and what that means."""

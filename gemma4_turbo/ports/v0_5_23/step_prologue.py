@@ -94,13 +94,16 @@ def multimodal_forward(run: PatchRun, stock: Function) -> Function:
         **kwargs: object,
     ) -> Union[LogitsProcessor, PPProxyTensors]:  # noqa: UP007  # stock's annotation
         theirs = (self, input_ids, positions, forward_batch, input_embeds, pp_proxy_tensors)
-        if input_ids is None or input_embeds is not None or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            custom_ops.not_traced(shared.NAME)
             return stock(*theirs, **kwargs)
         text = self.language_model
         capturing = custom_ops.capturing()
         placeholders = shared.placeholders(self.config)
         embedding = reason = None
-        if pp_proxy_tensors is not None:
+        if input_ids is None or input_embeds is not None:
+            reason = shared.EMBEDDED
+        elif pp_proxy_tensors is not None:
             reason = "the call has another pipeline rank's tensors"
         elif placeholders is None:  # stock compares with them in a model that embeds nothing, too
             reason = "a placeholder's token id is not set"

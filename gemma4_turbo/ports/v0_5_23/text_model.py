@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.ports.any import layer_steps, yoco_cut, yoco_graph
+from gemma4_turbo.ports.any.yoco_piecewise import YOCO_PIECEWISE
 from gemma4_turbo.ports.v0_5_23 import classes, layer_loop, triton_backend, yoco, yoco_piecewise
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from gemma4_turbo.ports.v0_5_23.protocols import LayerBatch, TextModel
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4TextModel.forward"
+PIPELINE = "pipeline parallelism: the layers are spread over several GPUs"
 
 _stock: dict[str, Callable[..., Any]] = {}
 
@@ -60,6 +62,9 @@ def forward(
     from sglang.srt.layers.layer_boundary.residual import batch
 
     if self.pp_group.world_size > 1:
+        if forward_batch.forward_mode.is_extend():
+            for step in (yoco_cut.YOCO, yoco_graph.YOCO_GRAPH, YOCO_PIECEWISE):
+                step.declined(PIPELINE)
         return _stock[TARGET](
             self,
             input_ids,

@@ -17,7 +17,7 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.ports.any import yoco_cut
-from gemma4_turbo.ports.any.yoco_piecewise import YOCO_PIECEWISE, first_behind, rows_only
+from gemma4_turbo.ports.any.yoco_piecewise import NO_GRAPHS, YOCO_PIECEWISE, first_behind, rows_only
 from gemma4_turbo.ports.v0_5_23 import layer_loop
 from gemma4_turbo.runtime import graphs
 
@@ -53,9 +53,21 @@ def first_layer(model: TextModel, batch: LayerBatch, kwargs: dict[str, object]) 
     from sglang.srt.model_executor.runner_utils import prefill_graph
 
     run = YOCO_PIECEWISE.run
-    if run is None or not prefill_graph.is_in_prefill_graph_scope():
+    if run is None:
+        return None
+    if not prefill_graph.is_in_prefill_graph_scope():
+        if batch.forward_mode.is_extend() and _none_are_made():
+            run.declined(NO_GRAPHS)
         return None
     return first_behind(run, model, batch, kwargs, unfit)
+
+
+def _none_are_made() -> bool:
+    from sglang.srt.model_executor import cuda_graph_config
+
+    return cuda_graph_config.check_cuda_graph_backend(
+        cuda_graph_config.Phase.PREFILL, cuda_graph_config.Backend.DISABLED
+    )
 
 
 def unfit(model: TextModel, batch: LayerBatch, kwargs: dict[str, object]) -> str | None:

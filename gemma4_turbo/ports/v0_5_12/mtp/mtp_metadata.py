@@ -144,11 +144,15 @@ def install(run: PatchRun, worker: DraftWorker) -> None:
             forward_batch.attn_backend = worker.draft_attn_backend  # as stock leaves it
             run.engaged(False)
         else:
+            if memory.drafting and memory.requests is not None:
+                run.declined("the seed step before did not fill the buffers for this draft")
             memory.seeded = None
             getattr(kind, REPLAY)(worker, forward_batch, bs, seq_lens_sum)
             memory.seeded = None if memory.drafting else wanted
 
     def eager(forward_batch: ForwardBatch) -> None:
+        if memory.drafting and memory.requests is not None:
+            run.declined("a draft without a graph")
         memory.seeded = None
         getattr(kind, EAGER)(worker, forward_batch)
 

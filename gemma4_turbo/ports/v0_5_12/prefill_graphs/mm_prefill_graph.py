@@ -158,12 +158,11 @@ def start(run: PatchRun, stock: Function) -> Function:
 
     def init_piecewise_cuda_graphs(self: MultimodalRunner) -> None:
         arguments = self.server_args
-        if (
-            not is_a(self.model, MODEL)
-            or not self.is_multimodal
-            or arguments.disable_piecewise_cuda_graph
-            or self.is_draft_worker
-        ):
+        if self.is_draft_worker:  # a draft model has no graphs of ours
+            return stock(self)  # type: ignore[no-any-return]
+        elsewhere = stocks(self)
+        if elsewhere is not None:
+            run.declined(elsewhere)
             return stock(self)  # type: ignore[no-any-return]
         enforced = arguments.enforce_piecewise_cuda_graph
         try:
@@ -173,7 +172,9 @@ def start(run: PatchRun, stock: Function) -> Function:
         if reason is None:
             reason = _record(run, self, stock, enforced)
             if reason is None:
-                if self.piecewise_cuda_graph_runner is not None:
+                if self.piecewise_cuda_graph_runner is None:
+                    run.declined("SGLang records no graphs of prefill here")
+                else:
                     _watch(run, self)
                     run.engaged(True)
                 return None
@@ -184,6 +185,17 @@ def start(run: PatchRun, stock: Function) -> Function:
         return None
 
     return init_piecewise_cuda_graphs
+
+
+def stocks(runner: MultimodalRunner) -> str | None:
+    """Why no graphs of ours are about to be recorded, or None."""
+    if not is_a(runner.model, MODEL):
+        return f"the model is a {type(runner.model).__name__}"
+    if not runner.is_multimodal:
+        return "the model is served without its encoders"
+    if runner.server_args.disable_piecewise_cuda_graph:
+        return "piecewise CUDA graphs are switched off"
+    return None
 
 
 def _record(run: PatchRun, runner: MultimodalRunner, stock: Function, enforced: bool) -> str | None:
@@ -229,8 +241,10 @@ def _can_run(
     forward_batch: ForwardBatch,
 ) -> bool:
     """Stock's answer, unless the graphs have just been dropped."""
-    answer = can_run(forward_batch)
-    return answer and not _dropped(run, cast("TextModel", model()))  # its runner holds it
+    if not can_run(forward_batch):
+        run.declined("SGLang runs this prefill without a graph")
+        return False
+    return not _dropped(run, cast("TextModel", model()))  # its runner holds it
 
 
 def _dropped(run: PatchRun, model: TextModel) -> bool:

@@ -22,7 +22,7 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.ports.any import yoco_cut
-from gemma4_turbo.ports.any.yoco_piecewise import YOCO_PIECEWISE, first_behind, rows_only
+from gemma4_turbo.ports.any.yoco_piecewise import NO_GRAPHS, YOCO_PIECEWISE, first_behind, rows_only
 from gemma4_turbo.ports.v0_5_12 import layer_loop, split_ops
 from gemma4_turbo.runtime import custom_ops, graphs
 
@@ -78,6 +78,8 @@ def prepare(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) ->
             delattr(model, _CUT)
         return False
     if not _about_to_compile():
+        if batch.forward_mode.is_extend() and _none_are_made():
+            run.declined(NO_GRAPHS)
         return False
     first = first_behind(run, model, batch, kwargs, unfit)
     if first is None:
@@ -93,6 +95,12 @@ def _about_to_compile() -> bool:
     from sglang.srt.compilation import piecewise_context_manager as context
 
     return context.is_in_piecewise_cuda_graph() and context.get_forward_context() is not None
+
+
+def _none_are_made() -> bool:
+    from sglang.srt.server_args import get_global_server_args
+
+    return bool(get_global_server_args().disable_piecewise_cuda_graph)
 
 
 def unfit(model: TextModel, batch: ForwardBatch, kwargs: dict[str, object]) -> str | None:

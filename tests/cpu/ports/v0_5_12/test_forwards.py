@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo.cli.small_model import build
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.site import UNPROVEN
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import pdl
+from tests.cpu import forward_batch
 from tests.cpu.conftest import patched_sglang
 
 STEPS = {
@@ -38,79 +40,17 @@ def no_grad() -> Iterator[None]:
     ENGINE.revert()
 
 
-class Uniform(torch.nn.Module):
-    """Stands in for attention over a KV cache, which needs a GPU: each query head as it is."""
-
-    def forward(self, q, k, v, forward_batch, save_kv_cache=True):
-        seen.append((k, v, save_kv_cache))
-        return q.flatten(1)
-
-
-seen: list[Any] = []
-
-
-def build(kind: str, layers: int = 2) -> Any:
-    from sglang.srt.models.gemma4_causal import Gemma4TextModel
-    from transformers import Gemma4TextConfig
-
-    from gemma4_turbo.cli import small_moe
-
-    small_moe.prepare_sglang()
-    ple = kind == "ple"
-    config = Gemma4TextConfig(
-        hidden_size=256,
-        intermediate_size=64,
-        num_hidden_layers=layers,
-        layer_types=["sliding_attention", "full_attention"] * (layers // 2),
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=128,
-        global_head_dim=128,
-        vocab_size=64,
-        vocab_size_per_layer_input=64,
-        hidden_size_per_layer_input=256 if ple else 0,
-        num_kv_shared_layers=0,
-        enable_moe_block=kind == "moe",
-        num_experts=128 if kind == "moe" else None,
-        top_k_experts=8 if kind == "moe" else None,
-        moe_intermediate_size=32 if kind == "moe" else None,
-        max_position_embeddings=128,
-    )
-    config.swa_head_dim = config.swa_v_head_dim = 128
-    config.swa_num_key_value_heads = 1
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
-            patch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)
-            model = Gemma4TextModel(config)
-    finally:
-        torch.set_default_dtype(before)
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        low = 0.5 if "norm" in name or "scale" in name else -0.1
-        parameter.uniform_(low, low + 0.2 if low < 0 else 1.5, generator=generator)
-    for layer in model.layers:
-        layer.layer_scalar.fill_(0.75)
-        layer.self_attn.attn = Uniform()
-        rope = layer.self_attn.rotary_emb
-        rope.cos_sin_cache = rope.cos_sin_cache.float()  # as on a GPU
-        if layer.enable_moe_block:
-            from sglang.srt.layers.moe.fused_moe_native import fused_moe_forward_native
-
-            layer.moe.experts.quant_method._forward_method = fused_moe_forward_native
-    return model
-
-
 def run(model: Any, tokens: int = 2, batch: Any = None) -> torch.Tensor:
     """One step. A program of the interpreter takes as long for every token: two are several."""
-    from sglang.srt.model_executor.forward_batch_info import ForwardMode
+    for layer in model.layers:
+        layer.self_attn.attn.seen.clear()
+    batch = forward_batch.prefill() if batch is None else batch
+    return model(torch.arange(tokens) % 64, torch.arange(tokens), batch)
 
-    seen.clear()
-    ids = torch.arange(tokens) % 64
-    batch = SimpleNamespace(forward_mode=ForwardMode.EXTEND) if batch is None else batch
-    return model(ids, torch.arange(tokens), batch)
+
+def stored(model: Any) -> list[bool]:
+    """Whether each layer left its K and V to be stored."""
+    return [keep for layer in model.layers for _, _, keep in layer.self_attn.attn.seen]
 
 
 @pytest.mark.parametrize("kind", ["moe", "ple", "dense"])
@@ -119,15 +59,14 @@ def test_patched_model_agrees_with_stock_and_every_step_runs(kind: str):
     ENGINE.revert()
     model = build(kind)
     expected = run(model)
-    stock_seen = list(seen)
+    theirs = stored(model)
     ENGINE.apply()
     before = {name: run_.counters.engaged for name, run_ in ENGINE.runs.items()}
     found = run(model)
     for name in STEPS[kind]:
         assert ENGINE.runs[name].state == states.ACTIVE, ENGINE.runs[name].reason
         assert ENGINE.runs[name].counters.engaged > before[name], name
-    assert len(seen) == len(stock_seen)
-    assert [keep for _, _, keep in seen] == [keep for _, _, keep in stock_seen]
+    assert stored(model) == theirs
     difference = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
     assert difference < 0.06, float(difference)
     assert found.dtype == expected.dtype

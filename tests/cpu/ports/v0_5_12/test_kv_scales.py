@@ -85,11 +85,13 @@ def test_a_later_loading_of_weights_is_followed() -> None:
 def test_a_cache_that_is_not_scaled_is_left_alone(cache: str) -> None:
     """Stock divides by the scales only when it stores in fewer bits."""
     turn_on(NAME)
+    ENGINE.runs[NAME]._decline_reason = ""
     before = engaged()
     model = loaded(cache=cache)
     assert scales_of(model)[SLIDING_READER] == (8.0, 8.0)
     assert scales_of(draft_of(model, False, torch.bfloat16)) == [(1.0, 1.0)] * 2
     assert engaged() == before
+    assert "is not divided by scales" in ENGINE.runs[NAME].full_reason()
 
 
 def test_scales_of_one_are_left_alone() -> None:

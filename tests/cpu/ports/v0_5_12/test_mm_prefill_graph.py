@@ -17,6 +17,7 @@ from gemma4_turbo.ports.any import mm_prefill_graph as common
 from gemma4_turbo.ports.v0_5_12.prefill_graphs import mm_prefill_graph as patch
 from tests.cpu import vision
 from tests.cpu.conftest import REPOSITORY, only_patch, patched_sglang
+from tests.cpu.ports.counted import counted
 
 NAME = "mm_prefill_graph"
 ALIAS = "SGLANG_ENABLE_PIECEWISE_CUDA_GRAPH_FOR_MM"
@@ -262,6 +263,50 @@ def test_the_graphs_are_recorded_as_stock_records_them(recorder: Any):
     assert ENGINE.runs[NAME].counters.engaged == before + 1
     assert not recorder.server_args.disable_piecewise_cuda_graph
     assert ENGINE.runs[NAME].state == states.ACTIVE
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda made: setattr(made, "is_multimodal", False), "without its encoders"),
+        (
+            lambda made: setattr(made.server_args, "disable_piecewise_cuda_graph", True),
+            "piecewise CUDA graphs are switched off",
+        ),
+        (
+            lambda made: setattr(made.server_args, "piecewise_cuda_graph_tokens", []),
+            "SGLang records no graphs",
+        ),
+    ],
+)
+def test_what_keeps_graphs_away_is_said_where_they_are_recorded(
+    recorder: Any, change: Any, why: str
+):
+    change(recorder)
+    before = counted(NAME)
+    if recorder.is_multimodal:
+        assert recorder.record() is None
+    else:
+        recorder.record()  # as stock does
+    assert counted(NAME) == before.and_(declined=1)
+    assert why in ENGINE.runs[NAME].full_reason()
+
+
+def test_a_draft_model_is_stocks(recorder: Any):
+    before = counted(NAME)
+    recorder.is_draft_worker = True
+    assert recorder.record() is None
+    assert counted(NAME) == before
+
+
+def test_a_prefill_without_a_graph_is_said(recorder: Any):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Recording, "can_run", lambda self, batch: False)
+        graphs = recorder.record()
+        before = counted(NAME)
+        assert not graphs.can_run(None)
+    assert counted(NAME) == before.and_(declined=1)
+    assert "runs this prefill without a graph" in ENGINE.runs[NAME].full_reason()
 
 
 def test_a_server_whose_graphs_cannot_be_recorded_runs_without(recorder: Any):

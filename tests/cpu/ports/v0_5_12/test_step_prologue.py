@@ -16,8 +16,10 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.any import step_prologue as patch
+from gemma4_turbo.ports.v0_5_12 import step_prologue as line
 from gemma4_turbo.runtime.verdicts import Verdicts
 from tests.cpu.conftest import only_patch, patched_sglang
+from tests.cpu.ports.counted import counted
 
 LAYERS, HIDDEN, VOCAB, PLE_VOCAB = 2, 128, 50, 40
 IMAGE, VIDEO, AUDIO, PAD = 45, 46, 7, 3
@@ -272,6 +274,16 @@ def test_a_model_without_per_layer_embeddings_has_nothing_to_do():
     assert model.get_per_layer_inputs(IDS) is None
     assert model.project_per_layer_inputs(model.embed_tokens(IDS)) is None
     assert engaged() == before
+    assert "no per-layer inputs" in ENGINE.runs["step_prologue"].full_reason()
+
+
+def test_embeddings_that_the_caller_passes_are_stocks():
+    run = ENGINE.runs["step_prologue"]
+    forward = line.multimodal_forward(run, lambda *given, **named: "stock")
+    before = counted("step_prologue")
+    assert forward(None, None, torch.arange(2), None, torch.zeros(2, HIDDEN)) == "stock"
+    assert counted("step_prologue") == before.and_(declined=1)
+    assert patch.EMBEDDED in run.full_reason()
 
 
 def test_weight_updates_reach_the_kernels():

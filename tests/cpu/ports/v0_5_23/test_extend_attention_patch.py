@@ -22,6 +22,7 @@ from gemma4_turbo.kernels.attention import extend as kernel
 from gemma4_turbo.kernels.attention import window as window_indices
 from gemma4_turbo.ports.v0_5_23 import extend_attention as patch
 from gemma4_turbo.ports.v0_5_23.triton_backend import MODULE
+from gemma4_turbo.runtime import custom_ops
 from tests.cpu import interpreted
 from tests.cpu.conftest import patched_sglang
 from tests.cpu.ports.v0_5_23.triton_world import FULL, HEADS, SLIDING, WINDOW, World
@@ -552,4 +553,8 @@ def test_traced_code_sees_stock(world):
     )()
     assert len(calls) == 1
     assert run().counters.engaged == before
-    assert run()._decline_reason == ""
+    assert run()._decline_reason == custom_ops.TRACED
+    run().declined("of a call that is not traced")
+    assert run()._decline_reason == "of a call that is not traced"
+    run().declined("a later one")
+    assert run()._decline_reason == "of a call that is not traced"

@@ -200,11 +200,13 @@ def test_a_later_loading_of_weights_is_followed_and_a_revert_gives_all_back() ->
 def test_a_cache_that_is_not_divided_by_scales_is_left_alone(cache: str) -> None:
     """Nor does any backend get an extend step of its own."""
     turn_on(NAME)
+    ENGINE.runs[NAME]._decline_reason = ""
     before = engaged()
     model = loaded(cache=cache)
     assert scales_of(model)[SLIDING_READER] == (8.0, 8.0)
     assert scales_of(draft_of(model, dtype=torch.bfloat16)) == [(1.0, 1.0)] * 2
     assert engaged() == before
+    assert "is not divided by scales" in ENGINE.runs[NAME].full_reason()
     assert patch.METHOD not in vars(world_of()[1])
 
 

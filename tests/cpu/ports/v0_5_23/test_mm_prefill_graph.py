@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import weakref
@@ -16,10 +17,12 @@ import torch
 from gemma4_turbo.cli import small_moe
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.models import geometry
 from gemma4_turbo.ports.any import advice
 from gemma4_turbo.ports.v0_5_23 import mm_prefill_graph as patch
 from tests.cpu import forward_batch, vision
 from tests.cpu.conftest import standing
+from tests.cpu.ports.counted import counted
 from tests.cpu.ports.v0_5_23 import models
 
 NAME = "mm_prefill_graph"
@@ -234,6 +237,54 @@ def test_the_launch_says_it_of_layers_that_share_kv(folders: dict[str, Path], ch
     assert advice.on_launch(made) == []
 
 
+@pytest.fixture(scope="module")
+def shared_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-only E2B."""
+    return geometry.write_model(tmp_path_factory.mktemp("shared") / "text", "e2b")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({}, "breakable"),  # SGLang's default
+        ({"cuda_graph_backend_prefill": "full"}, "full"),
+        ({"cuda_graph_backend_prefill": "disabled"}, None),
+        ({"disable_prefill_cuda_graph": True}, None),
+        ({"disable_cuda_graph": True}, None),
+        ({"pp_size": 2}, None),
+        ({"dcp_size": 2}, None),  # another of SGLang's rules
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("resolved", [False, True])
+def test_the_launch_says_it_of_text_whose_layers_share_kv(
+    shared_text: Path,
+    folders: dict[str, Path],
+    given: dict[str, Any],
+    told: str | None,
+    resolved: bool,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """As with ``GEMMA4_TURBO_PROFILE=exact``. Nothing is left on the arguments."""
+    from sglang.srt.model_executor import cuda_graph_config
+
+    monkeypatch.setattr(cuda_graph_config, "default_prefill_backend", lambda: "breakable")
+    made = arguments(shared_text, **given)
+    if resolved:
+        backend(made)
+    before = copy.deepcopy(vars(made)) if not resolved else None
+    found = advice.on_launch(made)
+    assert before is None or vars(made) == before
+    assert [told in each for each in found if told] == ([True] if told else [])
+    assert bool(found) is (told is not None)
+    for each in found:
+        assert "GEMMA4_TURBO_OPTIONAL_KV=1" in each
+        assert "--disable-prefill-cuda-graph" in each
+    assert advice.on_launch(arguments(folders["text"], **given)) == []  # no layers that share
+    ENGINE.apply(only=["optional_kv"])
+    assert advice.on_launch(made) == []
+
+
 def test_the_installation_says_it_where_the_patch_does_not_run():
     assert advice.on_installation() == []
     ENGINE.apply(only=["vision_masks"])
@@ -356,10 +407,16 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         LogitsProcessor, "forward", lambda self, ids, hidden, *others: hidden.clone()
     )
     config = CudaGraphConfig()
-    config.prefill.backend, config.prefill.bs = "breakable", list(SIZES)
     made_for: list[Any] = []
 
-    def make(kind: str = "dense", error: Exception | None = None, **fields: Any) -> Any:
+    def make(
+        kind: str = "dense",
+        error: Exception | None = None,
+        backend: str = "breakable",
+        sizes: tuple[int, ...] = SIZES,
+        **fields: Any,
+    ) -> Any:
+        config.prefill.backend, config.prefill.bs = backend, list(sizes)
         model = multimodal(kind)
         vars(model.language_model).pop("forward", None)
         attention = object.__new__(TritonAttnBackend)
@@ -644,23 +701,37 @@ def test_another_attention_backend_has_none(served: Any):
     assert "attention backend SimpleNamespace" in reason()
 
 
-@pytest.mark.parametrize(
-    ("fields", "counted"),
-    [
-        ({"is_draft_worker": True}, "draft"),
-        ({"model_config": SimpleNamespace(is_multimodal=False, context_len=128)}, "without"),
-    ],
-)
-def test_others_are_stocks(served: Any, fields: dict[str, Any], counted: str):
-    """A draft model has none here; one without encoders is given no embeddings."""
-    before = ENGINE.runs[NAME].counters.engaged
-    runner = served(error=None, **fields) if counted == "draft" else None
-    if counted == "without":
-        with pytest.raises(ValueError, match="exactly one"):  # this stand-in has the slot for them
-            served(**fields)
-    else:
-        assert runner.prefill_cuda_graph_runner is None
-    assert ENGINE.runs[NAME].counters.engaged == before
+def test_a_draft_model_is_stocks(served: Any):
+    """It has no graphs here, and the patch has nothing to say of it."""
+    before = counted(NAME)
+    assert served(is_draft_worker=True).prefill_cuda_graph_runner is None
+    assert counted(NAME) == before
+    assert reason() == "installed"
+
+
+def test_a_model_without_encoders_is_stocks(served: Any):
+    """It is given no embeddings; this stand-in for SGLang's runner has a slot for them."""
+    before = counted(NAME)
+    with pytest.raises(ValueError, match="exactly one"):
+        served(model_config=SimpleNamespace(is_multimodal=False, context_len=128))
+    assert counted(NAME) == before.and_(declined=1)
+    assert "without its encoders" in reason()
+
+
+@pytest.mark.parametrize("kind", ["disabled", "full"])
+def test_what_nobody_asked_the_decision_about_is_said_where_graphs_are_recorded(
+    folders: dict[str, Path], served: Any, kind: str
+):
+    """A choice of the user's, and pipeline parallelism: SGLang returns before it asks its rules."""
+    given: dict[str, Any] = {"cuda_graph_backend_prefill": kind}
+    if kind == "disabled":
+        assert backend(arguments(folders["26b-a4b"], pp_size=2)) == kind
+    before = counted(NAME)
+    assert backend(arguments(folders["26b-a4b"], **given)) == kind
+    assert counted(NAME) == before  # not asked
+    served(backend=kind, sizes=())  # so that stock, too, records nothing
+    assert counted(NAME) == before.and_(declined=1)
+    assert f"CUDA graphs of prefill are {kind}" in reason()
 
 
 def chosen(**fields: Any) -> Any:

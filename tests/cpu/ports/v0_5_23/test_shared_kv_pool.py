@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -240,6 +242,16 @@ def test_refusals_leave_stocks_pools(reason: str, changes: dict[str, Any], tmp_p
     config = kvc.model_config
     assert owned(kvc) == (config.full_attention_layer_ids, config.swa_attention_layer_ids)
     assert reason in ENGINE.runs[NAME].full_reason()
+
+
+def test_every_cache_that_stock_drains_as_a_hierarchical_one_is_named():
+    """By its source: stock asks for them one by one."""
+    from sglang.srt.managers.scheduler import Scheduler
+
+    source = inspect.getsource(Scheduler._process_hicache_events)
+    named = set(re.findall(r"\benable_\w+", source)) - {"enable_hicache_storage"}
+    assert len(named) == 4
+    assert named <= patch.MEMORY.keys()
 
 
 def test_a_draft_models_pools_are_its_own(tmp_path: Path):

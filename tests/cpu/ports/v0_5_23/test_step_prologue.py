@@ -254,7 +254,8 @@ def test_a_model_without_per_layer_embeddings_has_nothing_to_do():
     before = counts()
     assert text.get_per_layer_inputs(IDS) is None
     assert text.project_per_layer_inputs(text.embed_tokens(IDS)) is None
-    assert counts() == before
+    assert counts() == before.and_(declined=1)
+    assert shared.NOT_PER_LAYER in ENGINE.runs[NAME].full_reason()
 
 
 def test_the_kernels_are_what_runs(monkeypatch: pytest.MonkeyPatch):
@@ -512,12 +513,13 @@ def test_another_ranks_tensors_run_stocks_forward(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("given", ["neither", "both"])
-def test_stocks_own_errors(given, monkeypatch: pytest.MonkeyPatch):
+def test_given_embeddings_and_stocks_own_errors(given, monkeypatch: pytest.MonkeyPatch):
     model = multimodal()
     Reached(model, monkeypatch)
     ids, embeds = (None, None) if given == "neither" else (IDS, torch.zeros(12, HIDDEN))
     with pytest.raises(ValueError, match="exactly one"):
         model.forward(ids, torch.arange(12), batch(), embeds)
+    assert shared.EMBEDDED in ENGINE.runs[NAME].full_reason()
 
 
 def test_verify(monkeypatch: pytest.MonkeyPatch):

@@ -1,0 +1,128 @@
+"""No patch is silently inactive: what a model or a server gives it nothing to do for is in its row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from gemma4_turbo.instance import ENGINE
+from gemma4_turbo.ports.any import attention, handover, layer_steps
+from tests.cpu import interpreted, shared_kv
+from tests.cpu.ports import reasons
+from tests.cpu.ports.v0_5_23 import models, sharing
+
+pytestmark = interpreted.MARKS
+CUT = ("yoco", "yoco_graph", "optional_kv", "yoco_piecewise")
+# `qkv_norm` is upstreamed here, and `router_norm` has no port.
+OF_LAYERS = reasons.OF_LAYERS - {"router_norm"}
+
+
+@pytest.fixture(autouse=True)
+def stock(tmp_path: Any) -> Iterator[None]:
+    """Stock at first; reverted at the end."""
+    with models.stock(tmp_path):
+        yield
+
+
+def eager_server() -> Any:
+    """SGLang's arguments without CUDA graphs of prefill."""
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
+    from sglang.srt.runtime_context import get_exec
+
+    config = CudaGraphConfig()
+    config.prefill.backend = "disabled"
+    return get_exec().graph.override(cuda_graph_config=config)
+
+
+# A dense layer lacks experts and per-layer embeddings, one with experts the latter, "ple" experts.
+@pytest.mark.parametrize("kind", ["moe", "ple", "dense"])
+def test_every_patch_of_a_layer_has_run_or_says_why_not(kind: str):
+    model = models.build(kind)
+    with eager_server():
+        rows = reasons.silent(lambda: models.run(model, 2), OF_LAYERS | {"yoco_piecewise"})
+    assert rows == []
+    reasons.check_absent(kind)
+    assert "makes no CUDA graphs of prefill" in reasons.of("yoco_piecewise")
+    assert "no rows are cut: the model has no layers" in reasons.of("yoco_graph")
+
+
+def test_a_patch_that_is_given_later_says_it_too():
+    """The layers were looked at before."""
+    model = models.build("dense")
+    ENGINE.apply(only=["layer_norms"])
+    models.run(model, 2)
+    assert reasons.silent(lambda: models.run(model, 2), {"experts_sum", "ple_tail"}) == []
+
+
+@pytest.mark.parametrize("kind", ["moe", "dense"])
+def test_what_is_done_at_once_is_said_where_it_would_have_been_done(kind: str):
+    """By the patches, on tensors that tell of a change in place; and of a layer without experts."""
+    model = models.build(kind)
+    names = {"layer_norms", "feed_forward_few", "experts_sum", "mlp_stream", "router_few"}
+    assert reasons.silent(lambda: models.run(model, 2), names) == []
+    said = layer_steps.COVERED if kind == "moe" else layer_steps.NO_EXPERTS
+    for name in ("experts_sum", "mlp_stream", "router_few"):
+        assert reasons.of(name).endswith(said)
+
+
+def test_without_layer_norms_the_router_is_not_asked():
+    model = models.build("moe")
+    ENGINE.apply(only=["router_few"])
+    models.run(model, 2)
+    assert "layer_norms did not make" in reasons.of("router_few")
+
+
+def test_what_is_between_two_layers_is_stocks():
+    model = models.build("ple")
+    ENGINE.apply(only=["input_norm"])  # and not `ple_tail`
+    models.run(model, 2)
+    assert layer_steps.NO_PLE_TAIL in reasons.of("input_norm")
+    reasons.forget()
+    handles = [layer.register_forward_hook(lambda *given: None) for layer in model.layers]
+    models.run(model, 2)
+    assert handover.NOT_DIRECT in reasons.of("input_norm")
+    for handle in handles:
+        handle.remove()
+
+
+def test_norms_that_are_not_the_usual_ones_are_said():
+    model = models.build("dense")
+    ENGINE.apply(only=["qkv_norm", "rope_store"])
+    for layer in model.layers:
+        layer.self_attn.q_norm.scale_shift = 1.0
+    models.run(model, 2)
+    assert "not Gemma 4's usual ones" in reasons.of("rope_store")
+    assert attention.ROPE_STORE.run is not None
+
+
+def test_a_model_over_pipeline_ranks_says_it_for_each_part_of_the_cut():
+    ENGINE.apply(only=CUT)
+    model = sharing.build()
+    memory = sharing.Memory().fill()
+    batch = memory.prefill({1: 3}, {1: 2})
+    group = model.pp_group
+    model.pp_group = SimpleNamespace(
+        world_size=2, is_first_rank=group.is_first_rank, is_last_rank=group.is_last_rank
+    )
+    found = memory.run(model, batch)
+    for name in ("yoco", "yoco_graph", "yoco_piecewise"):
+        assert "pipeline parallelism" in reasons.of(name)
+    ENGINE.revert()
+    memory = sharing.Memory().fill()
+    assert torch.equal(found, memory.run(model, memory.prefill({1: 3}, {1: 2})))
+
+
+def test_a_prefill_whose_rows_are_all_wanted_leaves_the_tails_graphs_idle():
+    ENGINE.apply(only=CUT)
+    model = sharing.build()
+    memory = sharing.Memory().fill()
+    batch = memory.prefill({1: 3}, {1: 2}, lora_ids=["a"])
+    with eager_server():
+        memory.run(model, batch)
+    assert reasons.of("yoco").endswith("LoRA")
+    assert reasons.of("yoco_graph").endswith("no rows are cut: LoRA")
+    assert len(model.layers) == len(shared_kv.TYPES)
