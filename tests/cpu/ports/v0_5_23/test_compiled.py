@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo.ports.any import feed_forward_few
 from gemma4_turbo.runtime.custom_ops import TRACED
 from tests.cpu import forward_batch, interpreted
 from tests.cpu.ports import reasons
@@ -61,4 +62,5 @@ def test_a_layer_is_traced_and_says_what_is_stocks(kind: str):
     # The next layer's norm comes with the next layer, and there is none.
     assert set(silent) <= {"input_norm"}, said
     for name in ("router_few", "mlp_stream") if kind == "moe" else ("skinny_gemm",):
-        assert said[name].endswith(TRACED), said
+        # The norms are not compared in a trace, and the router's product follows them.
+        assert said[name].endswith((TRACED, feed_forward_few.NO_NORMS)), said
