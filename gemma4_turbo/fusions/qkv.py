@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gemma4_turbo.engine.run import peer
 from gemma4_turbo.fusions.comparison import samples
 from gemma4_turbo.fusions.examples import EPS, Examples, rows, weight
 from gemma4_turbo.fusions.fusion import Fusion, Tensors, differing
@@ -51,6 +52,7 @@ class Qkv(Fusion[Args, Heads]):
             " float eps, int head_dim, Tensor? positions, Tensor? cos_sin_cache) -> ()",
             _run,
             lambda *args: None,
+            counted=False,
         )
 
     def traced(self, args: Args, kind: int) -> Heads:
@@ -141,4 +143,6 @@ def _run(
     rope = None
     if positions is not None and cos_sin_cache is not None:
         rope = Rope(positions, cos_sin_cache)
+    run = peer("qkv_norm" if rope is None else "rope_store")  # both have this operator
+    run.engaged(custom_ops.capturing())
     kernel.launch_qkv(q, k, v, q_weight, k_weight, eps, head_dim, rope, None)

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.ports.any import feed_forward_few
+from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.runtime.custom_ops import TRACED
 from tests.cpu import forward_batch, interpreted
 from tests.cpu.ports import reasons
+from tests.cpu.ports.counted import counted
 from tests.cpu.ports.v0_5_23 import models
 
 pytestmark = interpreted.MARKS
@@ -30,29 +31,37 @@ def stock(tmp_path: Any) -> Iterator[None]:
     torch.compiler.reset()
 
 
-def compiled(layer: Any) -> torch.Tensor:
-    """One step, traced and run; twice, as the second finds the first one's code."""
+def step(layer: Any, forward: Any) -> torch.Tensor:
     from sglang.srt.layers.layer_boundary.residual import batch as residual
 
+    x = torch.linspace(-1, 1, TOKENS * 256).bfloat16().view(TOKENS, 256)
+    wide = x.flip(0).contiguous() if layer.has_ple else None
+    given = forward_batch.prefill()
+    residual.start(given)
+    residual.set_written(x, given)
+    found: torch.Tensor = forward(torch.arange(TOKENS), x, wide, given)
+    return found
+
+
+def compiled(layer: Any) -> torch.Tensor:
+    """One step, traced and run; twice, as the second finds the first one's code."""
     torch.compiler.reset()
-    step = torch.compile(layer.forward, dynamic=False, backend="aot_eager")
-    found = []
-    for _ in range(2):
-        x = torch.linspace(-1, 1, TOKENS * 256).bfloat16().view(TOKENS, 256)
-        wide = x.flip(0).contiguous() if layer.has_ple else None
-        given = forward_batch.prefill()
-        residual.start(given)
-        residual.set_written(x, given)
-        found.append(step(torch.arange(TOKENS), x, wide, given))
-    assert torch.equal(*found)
-    return found[0]
+    forward = torch.compile(layer.forward, dynamic=False, backend="aot_eager")
+    found, again = step(layer, forward), step(layer, forward)
+    assert torch.equal(found, again)
+    return found
 
 
+@pytest.mark.parametrize("eager_first", [False, True])  # a trace compares nothing with stock
 @pytest.mark.parametrize("kind", ["moe", "ple"])
-def test_a_layer_is_traced_and_says_what_is_stocks(kind: str):
+def test_a_layer_is_traced_and_says_what_is_stocks(kind: str, eager_first: bool):
     """Without an exception, within rounding of stock's layer that is compiled as well."""
     layer = models.build(kind).layers[0]
     expected = compiled(layer)
+    ENGINE.apply(only=[*NAMES, "qkv_norm"])
+    if eager_first:
+        step(layer, layer.forward)
+    before = counted("layer_norms")
     found: list[torch.Tensor] = []
     silent = reasons.silent(lambda: found.append(compiled(layer)), NAMES)
     difference = (found[0].float() - expected.float()).abs().max() / expected.float().abs().max()
@@ -61,6 +70,6 @@ def test_a_layer_is_traced_and_says_what_is_stocks(kind: str):
     assert not any("of its own" in each for each in said.values()), said  # what a trace mistakes
     # The next layer's norm comes with the next layer, and there is none.
     assert set(silent) <= {"input_norm"}, said
-    for name in ("router_few", "mlp_stream") if kind == "moe" else ("skinny_gemm",):
-        # The norms are not compared in a trace, and the router's product follows them.
-        assert said[name].endswith((TRACED, feed_forward_few.NO_NORMS)), said
+    assert said["skinny_gemm"].endswith(TRACED), said
+    ran = counted("layer_norms").engaged - before.engaged
+    assert ran == (2 if eager_first else 0), said  # as an operator, in each of both steps
