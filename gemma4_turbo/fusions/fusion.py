@@ -38,6 +38,10 @@ class Step:
         """Switch it on. Never from traced code."""
         self.run = run
 
+    def checks(self, device: str) -> list[Check]:
+        """What `verify` says of it: nothing, where it has no arithmetic."""
+        return []
+
     def declined(self, reason: str) -> None:
         """Count a call of stock's, if the patch is in; in traced code, too."""
         run = self.run
@@ -47,10 +51,6 @@ class Step:
             not_traced(run.patch.name, reason)
         else:
             run.declined(reason)
-
-    def checks(self, device: str) -> list[Check]:
-        """What `verify` says of it: nothing, where it has no arithmetic."""
-        return []
 
 
 class Fusion(Step, Generic[A, R]):

@@ -139,11 +139,8 @@ def forward(
         elif stream.residual is not None and stream.residual is not hidden_states:
             unfit = "the layer's input is not what the residual stream holds"  # an error of stock's
     if unfit is not None:
-        told: list[str] = []
-        for step in steps:
-            if step.run is not None and step.run.patch.name not in told:  # a patch may have several
-                told.append(step.run.patch.name)
-                step.declined(unfit)
+        for step in {step.run: step for step in steps}.values():  # a patch may have several
+            step.declined(unfit)
         return _stock[TARGET](
             self, positions, hidden_states, per_layer_input, forward_batch, capture_output, **kwargs
         )

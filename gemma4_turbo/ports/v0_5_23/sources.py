@@ -975,7 +975,6 @@ PORTS: dict[str, Port] = {
     ),
     # Of graphs, newer lines' backends make the metadata here.
     "trtllm_debug": Port(
-        module=f"{HERE}.trtllm_debug",
         targets=(
             "sglang.srt.layers.attention.trtllm_mha_backend"
             ":TRTLLMHAAttnBackend.init_forward_metadata_out_graph",

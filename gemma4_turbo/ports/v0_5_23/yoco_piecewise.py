@@ -65,10 +65,8 @@ def first_layer(model: TextModel, batch: LayerBatch, kwargs: dict[str, object]) 
 def _none_are_made() -> bool:
     from sglang.srt.model_executor import cuda_graph_config
 
-    found: bool = cuda_graph_config.check_cuda_graph_backend(
-        cuda_graph_config.Phase.PREFILL, cuda_graph_config.Backend.DISABLED
-    )
-    return found
+    phase, disabled = cuda_graph_config.Phase.PREFILL, cuda_graph_config.Backend.DISABLED
+    return bool(cuda_graph_config.check_cuda_graph_backend(phase, disabled))
 
 
 def unfit(model: TextModel, batch: LayerBatch, kwargs: dict[str, object]) -> str | None:

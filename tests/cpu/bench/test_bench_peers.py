@@ -549,7 +549,7 @@ def test_the_lengths_of_a_chat_service():
     chat = peers_workloads.WORKLOADS["chat"]
     made = peers_workloads.requests(chat, 0)
     assert [(len(one["ids"]), one["new"]) for one in made] == [
-        tuple(x) for x in lengths[: chat.count]
+        tuple(x) for x in lengths[: chat.requests]
     ]
 
 

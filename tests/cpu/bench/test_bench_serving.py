@@ -215,8 +215,10 @@ def inherited(environment: dict[str, str]) -> Selection | None:
 
 
 def test_a_patch_that_does_not_exist_is_named():
-    with pytest.raises(typer.BadParameter, match="no patch is called nonsense, other"):
-        serving.main(patches="router,other", also="nonsense")
+    with pytest.raises(typer.BadParameter, match="--patches: no patch is named 'other'"):
+        serving.main(patches="router,other")
+    with pytest.raises(typer.BadParameter, match="--also: no patch is named 'nonsense'"):
+        serving.main(patches="router", also="nonsense")
 
 
 def test_the_package_of_data_sets_may_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -12,6 +12,7 @@ import torch
 from gemma4_turbo.cli import small_model
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
+from tests.cpu import forward_batch
 
 ATTENTION = "sglang.srt.layers.attention"
 BACKENDS = {  # --attention-backend: module and class; without one the module wants a GPU's libraries
@@ -72,7 +73,7 @@ def backend(name: str, pool: Any, asked: list[bool]) -> Any:
 
 
 def step(model: Any, mode: str, given: Any, run: Run) -> torch.Tensor:
-    """One step of a mode with a backend."""
+    """One of `CASES`' modes with a backend."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
     batch = small_model.prefill(out_cache_loc=torch.arange(TOKENS))
