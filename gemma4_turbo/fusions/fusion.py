@@ -68,7 +68,9 @@ class Fusion(Step, Generic[A, R]):
         super().__init__()
         self.patch = patch
         self.op: Any = None
-        self.traceable = type(self).traced is not Fusion.traced
+        # `PleTail` has no `traced`: its launches are asked for one by one.
+        own = type(self)
+        self.traceable = own.traced is not Fusion.traced or own.operator is not Fusion.operator
 
     # -- what the kernel is ------------------------------------------------------------------------
 

@@ -76,7 +76,7 @@ def step(model: Any, mode: str, given: Any, run: Run) -> torch.Tensor:
     """One of `CASES`' modes with a backend."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-    batch = small_model.prefill(out_cache_loc=torch.arange(TOKENS))
+    batch = forward_batch.prefill(out_cache_loc=torch.arange(TOKENS))
     batch.forward_mode = ForwardMode[mode]
     inputs: tuple[Any, ...] = torch.arange(TOKENS) % 64, torch.arange(TOKENS), batch
     if model.hidden_size_per_layer_input:
