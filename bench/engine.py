@@ -25,7 +25,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from bench.common.comparing import NOTHING_RAN, any_ran, differences, divergence  # noqa: E402
+from bench.common.comparing import differences, divergence, require_any_ran  # noqa: E402
 from bench.common.engines import (  # noqa: E402
     Engine,
     console,
@@ -312,8 +312,8 @@ def main(
                     results.add(f"{one} vs {other}", name, kl, 0, value, "nats")
         show(results, answers, profiles, reports)
         results.save(out)
-    if PATCHED in reports and not any_ran(reports[PATCHED]["processes"]):
-        raise SystemExit(f"engine.py: {NOTHING_RAN}")
+    if PATCHED in reports:
+        require_any_ran("engine.py", reports[PATCHED]["processes"])
 
 
 def show(

@@ -29,7 +29,7 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench.common.comparing import NOTHING_RAN, any_ran, differences, distance  # noqa: E402
+from bench.common.comparing import differences, distance, require_any_ran  # noqa: E402
 from bench.common.engines import end_on_sigterm, in_turn  # noqa: E402
 from bench.common.options import patches_of  # noqa: E402
 from bench.common.pictures import ImageServer, letters, prompt  # noqa: E402
@@ -190,8 +190,7 @@ def main(
 
     show(results, answers)
     results.save(out)
-    if not any_ran([{"patches": list(rows.values())}]):
-        raise SystemExit(f"images.py: {NOTHING_RAN}")
+    require_any_ran("images.py", [{"patches": list(rows.values())}])
 
 
 def show(results: Results, answers: dict[str, list[dict[str, Any]]]) -> None:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE.parent))
 import typer  # noqa: E402
 from rich.progress import Progress  # noqa: E402
 
-from bench.common.comparing import NOTHING_RAN, any_ran  # noqa: E402
+from bench.common.comparing import require_any_ran  # noqa: E402
 from bench.common.engines import (  # noqa: E402
     Engine,
     console,
@@ -205,8 +205,8 @@ def main(
         session.comparisons(agreement, compared, new_tokens)
         session.tables()
         results.save(out)
-    if session.reports and not any_ran(session.reports["processes"]):
-        raise SystemExit(f"mtp.py: {NOTHING_RAN}")
+    if session.reports:
+        require_any_ran("mtp.py", session.reports["processes"])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import typer  # noqa: E402
 
-from bench.common.comparing import NOTHING_RAN, any_ran, distance  # noqa: E402
+from bench.common.comparing import distance, require_any_ran  # noqa: E402
 from bench.common.engines import Engine, console, end_on_sigterm, engines  # noqa: E402
 from bench.common.logs import RETRACTED  # noqa: E402
 from bench.common.options import patches_of  # noqa: E402
@@ -182,8 +182,7 @@ def main(
             kept = summary[summary["unit"] != "count"].dropna(axis=1, how="all")
             console.print(kept.to_string(index=False, float_format=lambda v: f"{v:.3f}"))
         results.save(out)
-    if not any_ran(processes):
-        raise SystemExit(f"pools.py: {NOTHING_RAN}")
+    require_any_ran("pools.py", processes)
 
 
 if __name__ == "__main__":

@@ -354,17 +354,16 @@ def main(
         if server.process.poll() is not None:
             soak.failures.append(f"the server ended with {server.process.poll()}")
         if variant == PATCHED:
-            ran = False
-            for process in descendants():
+            processes = descendants()
+            for process in processes:
                 lost = [row for row in process.patches if row["state"] == states.FAILED]
                 failed += [
                     f"pid {process.pid}: {row['name']} failed: {row['reason']}" for row in lost
                 ]
                 rows = [row for row in process.patches if row["engaged"] or row in lost]
-                ran |= any_ran([{"patches": process.patches}])
                 if rows:
                     console.print(report.table(rows, f"pid {process.pid}"))
-            if not ran:
+            if not any_ran({"patches": process.patches} for process in processes):
                 failed.append(NOTHING_RAN)
     told = log.read_text(errors="replace")
     full = len(RETRACTED.findall(told))

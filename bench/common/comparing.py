@@ -19,6 +19,12 @@ def any_ran(processes: Iterable[Mapping[str, Any]]) -> bool:
     return any(row["engaged"] for process in processes for row in process["patches"])
 
 
+def require_any_ran(script: str, processes: Iterable[Mapping[str, Any]]) -> None:
+    """SystemExit, if no patch's code ran: whatever was equal, nothing is proven."""
+    if not any_ran(processes):
+        raise SystemExit(f"{script}: {NOTHING_RAN}")
+
+
 def differences(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> dict[str, int]:
     """How many tokens and logprobs differ in any bit between two engines' answers."""
     count = {"sequences": len(a), "tokens": 0, "token_diffs": 0, "logprobs": 0, "logprob_diffs": 0}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
@@ -25,6 +27,19 @@ class Uniform(torch.nn.Module):
     ) -> Any:
         self.seen.append((k, v, save_kv_cache))
         return q.flatten(1)
+
+
+@contextlib.contextmanager
+def constructing(dtype: torch.dtype) -> Iterator[None]:
+    """Parameters of a model that is built meanwhile are of ``dtype``, its rotation that of a CPU."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
+        with patch("sglang.srt.layers.rotary_embedding.base._is_cpu", True):
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def build(kind: str, layers: int = 2, uniform: bool = True) -> Any:
@@ -61,14 +76,8 @@ def build(kind: str, layers: int = 2, uniform: bool = True) -> Any:
     config = Gemma4TextConfig(**shape)
     config.swa_head_dim = config.swa_v_head_dim = 128
     config.swa_num_key_value_heads = 1
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
-        with patch("sglang.srt.layers.rotary_embedding.base._is_cpu", True):
-            model = Gemma4TextModel(config)
-    finally:
-        torch.set_default_dtype(before)
+    with constructing(torch.bfloat16):
+        model = Gemma4TextModel(config)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         low = 0.5 if "norm" in name or "scale" in name else -0.1

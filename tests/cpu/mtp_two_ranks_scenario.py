@@ -8,10 +8,7 @@ as JSON, a list of two.
 from __future__ import annotations
 
 import datetime
-import json
-import os
 import sys
-import traceback
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tests.cpu import mtp_draft_scenario as drafts
+from tests.cpu.two_processes import both
 
 PATIENCE = datetime.timedelta(seconds=30)
 """For what must never happen: one waits in a sum, the other in none."""
@@ -95,30 +93,14 @@ def main(folder: Path) -> None:
     drafts.import_worker(folder)
     from gemma4_turbo.cli.small_moe import prepare_sglang
 
-    rank = 1 if os.fork() == 0 else 0
-    os.environ["GEMMA4_TURBO_STATE_DIR"] = str(folder / f"state{rank}")
-    answer = folder / "second.json"
-    try:
-        torch.set_num_threads(1)
+    def found(rank: int) -> dict[str, Any]:
         prepare_sglang()
         dist.destroy_process_group()  # of this process alone
         meeting = f"file://{folder / 'meeting'}"
         dist.init_process_group("gloo", meeting, PATIENCE, world_size=2, rank=rank)
-        found = seen(rank)
-        if rank:
-            answer.write_text(json.dumps(found))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        if rank:
-            sys.stderr.flush()
-            os._exit(0 if answer.exists() else 1)
-    _, status = os.wait()
-    assert status == 0, "the second process has failed"
-    print(json.dumps([found, json.loads(answer.read_text())]))
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads wait for the other one's
+        return seen(rank)
+
+    both(folder, found)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import small_model, small_moe
 
 SHARED_FROM = 3
 TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -50,15 +50,8 @@ def build(shared: int = SHARED_FROM, ple: bool = True) -> Any:
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
 
     small_moe.prepare_sglang()
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPE)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            # SGLang takes a CPU for one of its own only with AMX, and otherwise wants vLLM's kernel.
-            patch.setattr("sglang.srt.layers.rotary_embedding.base._is_cpu", True)
-            model = Gemma4TextModel(config(shared, ple))
-    finally:
-        torch.set_default_dtype(before)
+    with small_model.constructing(DTYPE):
+        model = Gemma4TextModel(config(shared, ple))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         low = 0.5 if "norm" in name or "scale" in name else -0.1

@@ -6,11 +6,8 @@ What each of them saw is printed as JSON, a list of two. Kernels run in Triton's
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -27,6 +24,7 @@ from gemma4_turbo.cli import small_moe
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import skinny_gemm as product
 from gemma4_turbo.runtime import ranks
+from tests.cpu.two_processes import both
 
 KINDS = ("dense", "moe", "ple")
 STEPS = ("layer_norms", "input_norm", "ple_tail", "mlp_stream")
@@ -378,11 +376,8 @@ def main() -> None:
 
     layer_steps = steps
     port = small_moe.free_port()
-    rank = 1 if os.fork() == 0 else 0
-    os.environ["GEMMA4_TURBO_STATE_DIR"] = str(folder / f"state{rank}")
-    answer = folder / "second.json"
-    try:
-        torch.set_num_threads(1)
+
+    def found(rank: int) -> dict[str, Any]:
         join(rank, port)
         watch_sums()
         with few_programs(), norms_as_on_a_gpu(), torch.no_grad():
@@ -390,20 +385,9 @@ def main() -> None:
             seen["beside"] = beside(built("moe", rank))
             seen["prefills"] = {} if newest() else prefills(rank)
             seen["pictures"] = pictures(rank)  # the last: a sum stays open
-        if rank:
-            answer.write_text(json.dumps(seen))
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        if rank:
-            sys.stderr.flush()
-            os._exit(0 if answer.exists() else 1)
-    _, status = os.wait()
-    assert status == 0, "the second process has failed"
-    print(json.dumps([seen, json.loads(answer.read_text())]))
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads wait for the other one's
+        return seen
+
+    both(folder, found)
 
 
 layer_steps: Any = None

@@ -117,11 +117,6 @@ class FeedForwardSite(Site):
         )
 
 
-def passed_over(reason: str) -> None:
-    """A layer that cannot ask for `outputs` is counted as declined."""
-    FEED_FORWARD_FEW.declined(reason)
-
-
 def outputs(
     layer: DecoderLayer,
     mlp_input: torch.Tensor,
@@ -130,8 +125,10 @@ def outputs(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """The dense MLP's and the experts' output, or None: nothing done, and counted as declined."""
     run = FEED_FORWARD_FEW.run
-    if run is None or torch.compiler.is_compiling():
-        passed_over(TRACED)
+    if run is None:
+        return None
+    if torch.compiler.is_compiling():
+        FEED_FORWARD_FEW.declined(TRACED)
         return None
     _slot[0] = None
     if not 0 < mlp_input.shape[0] <= kernel.MAX_TOKENS:  # every prefill: no time for more

@@ -181,9 +181,8 @@ def tell_absent(layer: DecoderLayer) -> None:
         (of_experts, layer.enable_moe_block, NO_EXPERTS),
         ((PLE_TAIL,), layer.has_ple, NOT_PER_LAYER),
     ):
-        for step in steps:
-            if not there:
-                step.declined(reason)
+        for step in () if there else steps:
+            step.declined(reason)
 
 
 def early_launches() -> int:
@@ -246,9 +245,9 @@ def after_attention(
         return _finish(self, site, mlp_output, None, residual, per_layer_input, following)
 
     if sums is not None:
-        feed_forward_few.passed_over(feed_forward_few.SUMMED)
+        feed_forward_few.FEED_FORWARD_FEW.declined(feed_forward_few.SUMMED)
     elif router_input is None:
-        feed_forward_few.passed_over(feed_forward_few.NO_NORMS)
+        feed_forward_few.FEED_FORWARD_FEW.declined(feed_forward_few.NO_NORMS)
     else:
         at_once = feed_forward_few.outputs(self, mlp_input, router_input, experts_input)
         if at_once is not None:
@@ -268,7 +267,7 @@ def after_attention(
     if router_input is not None:
         router_logits = router_few.logits(self, router_input)
     else:
-        router_few.passed_over(feed_forward_few.NO_NORMS)
+        router_few.ROUTER_FEW.declined(feed_forward_few.NO_NORMS)
         router_logits = self.router(residual)
         experts_input = self.pre_feedforward_layernorm_2(residual)
     experts_output = _experts(self, site, experts_input, router_logits, residual, mlp_output)
@@ -314,7 +313,9 @@ def _layer_norms(
 
 def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.cuda.Stream | None:
     """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
-    if MLP_STREAM.run is None or torch.compiler.is_compiling():
+    if MLP_STREAM.run is None:
+        return None
+    if torch.compiler.is_compiling():
         MLP_STREAM.declined(TRACED)
         return None
     unfit = site.mlp_stream or site.hooks_unfit("mlp_stream")

@@ -114,7 +114,9 @@ def gate_times(
 def _run(
     module: Linear, x: torch.Tensor, epilogue: Epilogue, extra: torch.Tensor | None
 ) -> torch.Tensor | None:
-    if SKINNY_GEMM.run is None or torch.compiler.is_compiling():
+    if SKINNY_GEMM.run is None:
+        return None
+    if torch.compiler.is_compiling():
         SKINNY_GEMM.declined(TRACED)
         return None
     if x.shape[0] > kernel.MAX_ROWS:

@@ -90,15 +90,12 @@ class RouterSite(Site):
             )
 
 
-def passed_over(reason: str) -> None:
-    """A layer that cannot ask for `logits` is counted as declined."""
-    ROUTER_FEW.declined(reason)
-
-
 def logits(layer: DecoderLayer, x: torch.Tensor) -> torch.Tensor:
     """The router's product with its normed input; what follows from it is kept for `routed`."""
     proj, run = layer.router.proj, ROUTER_FEW.run
-    if run is None or torch.compiler.is_compiling():
+    if run is None:
+        return linear.project(proj, x)
+    if torch.compiler.is_compiling():
         ROUTER_FEW.declined(TRACED)
         return linear.project(proj, x)
     forget()  # of a layer that has ended with an exception

@@ -131,6 +131,22 @@ class Calls(Stock):
             eps=eps,
         )
 
+    def rope(self) -> Any:
+        """The module of ``apply_rope_with_cos_sin_cache_inplace``."""
+        raise NotImplementedError
+
+    def rotate(
+        self,
+        positions: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+    ) -> None:
+        """Rotary embedding of Q and K ``[rows, heads, head_dim]``, halves apart, in place."""
+        self.rope().apply_rope_with_cos_sin_cache_inplace(
+            positions=positions, q=q, k=k, cos_sin_cache=cos_sin_cache, is_neox=True
+        )
+
     def norm_residual(
         self,
         x: torch.Tensor,

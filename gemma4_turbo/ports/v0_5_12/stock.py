@@ -32,19 +32,10 @@ class Calls(stock.Calls):
 
         return Functions(rmsnorm, fused_add)
 
-    def rotate(
-        self,
-        positions: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos_sin_cache: torch.Tensor,
-    ) -> None:
-        """Rotary embedding of Q and K ``[rows, heads, head_dim]``, halves apart, in place."""
+    def rope(self) -> Any:
         from sglang.jit_kernel import rope
 
-        rope.apply_rope_with_cos_sin_cache_inplace(
-            positions=positions, q=q, k=k, cos_sin_cache=cos_sin_cache, is_neox=True
-        )
+        return rope
 
     def sum_experts(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """``x [rows, topk, hidden]`` summed over a token's experts into ``out [rows, hidden]``."""

@@ -21,19 +21,10 @@ class Calls(stock.Calls):
         """The same: nothing traces the model in this line."""
         return self.eager_norms()
 
-    def rotate(
-        self,
-        positions: torch.Tensor,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        cos_sin_cache: torch.Tensor,
-    ) -> None:
-        """Rotary embedding of Q and K ``[rows, heads, head_dim]``, halves apart, in place."""
+    def rope(self) -> Any:
         from sglang.srt.layers.rotary_embedding import base
 
-        base.apply_rope_with_cos_sin_cache_inplace(
-            positions=positions, q=q, k=k, cos_sin_cache=cos_sin_cache, is_neox=True
-        )
+        return base
 
     def sum_experts(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """``x [rows, topk, hidden]`` summed over a token's experts into ``out [rows, hidden]``."""

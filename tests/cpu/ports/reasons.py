@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from typing import Any
 
 from gemma4_turbo.cli.modules import require_targets
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import layer_steps, step_prologue
+from gemma4_turbo.ports.any import handover, layer_steps, step_prologue
 from tests.cpu.ports.counted import counted
 
 OF_LAYERS = frozenset(
@@ -60,3 +61,18 @@ def check_absent(kind: str) -> None:
     if kind != "ple":
         assert of("ple_tail").endswith(layer_steps.NOT_PER_LAYER)
         assert of("step_prologue").endswith(step_prologue.NOT_PER_LAYER)
+    assert "makes no CUDA graphs of prefill" in of("yoco_piecewise")
+    assert "no rows are cut: the model has no layers" in of("yoco_graph")
+
+
+def check_between(model: Any, run: Callable[[Any, int], object]) -> None:
+    """What `input_norm` says without `ple_tail`, and of layers with hooks; ``model`` has per-layer embeddings."""
+    ENGINE.apply(only=["input_norm"])
+    run(model, 2)
+    assert layer_steps.NO_PLE_TAIL in of("input_norm")
+    forget()
+    handles = [layer.register_forward_hook(lambda *given: None) for layer in model.layers]
+    run(model, 2)
+    assert handover.NOT_DIRECT in of("input_norm")
+    for handle in handles:
+        handle.remove()

@@ -38,7 +38,7 @@ def patched() -> Iterator[None]:
 
 
 def build():  # -> SmallMoE
-    from gemma4_turbo.cli import small_moe
+    from tests.cpu.ports.v0_5_12 import small_moe
 
     return small_moe.build()
 
@@ -49,7 +49,7 @@ def routing_of(small) -> types.FunctionType:
 
 def test_a_constructed_moe_routes_through_the_kernel():
     """Same router, same tokens: the very bits of stock's closure, and the call is counted."""
-    from gemma4_turbo.cli import small_moe
+    from tests.cpu.ports.v0_5_12 import small_moe
 
     run = ENGINE.runs["router"]
     small = build()
@@ -69,7 +69,7 @@ def test_a_constructed_moe_routes_through_the_kernel():
 
 def test_the_kernel_is_what_runs(monkeypatch: pytest.MonkeyPatch):
     """A sentinel in the kernel's place changes the layer's output."""
-    from gemma4_turbo.cli import small_moe
+    from tests.cpu.ports.v0_5_12 import small_moe
 
     small = build()
     tokens = small_moe.tokens_without_ties(small, 4)
