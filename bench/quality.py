@@ -64,7 +64,7 @@ from bench.common.options import patches_of  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.variants import STOCK  # noqa: E402
 from bench.models import small_tasks  # noqa: E402
-from bench.rendering.quality import in_order  # noqa: E402
+from bench.rendering.quality import UNUSED, in_order  # noqa: E402
 from gemma4_turbo.catalogue import by_name  # noqa: E402
 from gemma4_turbo.cli import report  # noqa: E402
 from gemma4_turbo.engine import states  # noqa: E402
@@ -137,6 +137,9 @@ def table(results: Results) -> Table:
     }
     made = Table("", *columns)
     for variant in in_order(frame["variant"]):
+        if values.get((variant, f"calls of {variant}")) == 0:
+            made.add_row(variant, UNUSED)
+            continue
         cells = []
         for quantity, form in columns.values():
             value = values.get((variant, quantity))

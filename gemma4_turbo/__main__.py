@@ -97,6 +97,7 @@ def tune(
     model: Annotated[
         list[str] | None,
         typer.Option(
+            "--model",
             metavar="MODEL",
             help="A model's folder, or one of 26b-a4b, 31b, 12b, e4b, e2b; may be repeated. All "
             "five by default.",
@@ -105,6 +106,7 @@ def tune(
     minutes: Annotated[
         float,
         typer.Option(
+            "--minutes",
             min=0.1,
             max=1440,
             metavar="MINUTES",
@@ -143,11 +145,13 @@ def bisect(
         list[str], typer.Argument(metavar="COMMAND", help="Exit status 0 passes, others fail.")
     ],
     timeout: Annotated[
-        int | None, typer.Option(min=1, metavar="SECONDS", help="A run that takes longer fails.")
+        int | None,
+        typer.Option("--timeout", min=1, metavar="SECONDS", help="A run that takes longer fails."),
     ] = None,
     repeat: Annotated[
         int,
         typer.Option(
+            "--repeat",
             min=1,
             metavar="RUNS",
             help="Runs per set of patches; the set fails if one of them does.",
@@ -157,6 +161,7 @@ def bisect(
     logs: Annotated[
         Path | None,
         typer.Option(
+            "--logs",
             metavar="DIR",
             help="Keep what each run prints in this new folder: run-NN.stdout, run-NN.stderr.",
         ),
@@ -188,9 +193,14 @@ def bisect(
 @app.command(cls=Command)
 def demo(
     layers: Annotated[
-        int, typer.Option(metavar="NUMBER", help="Layers of the model on a GPU, multiple of 6.")
+        int,
+        typer.Option(
+            "--layers", metavar="NUMBER", help="Layers of the model on a GPU, multiple of 6."
+        ),
     ] = 6,
-    port: Annotated[int, typer.Option(metavar="NUMBER", help="HTTP port; 0 takes a free one.")] = 0,
+    port: Annotated[
+        int, typer.Option("--port", metavar="NUMBER", help="HTTP port; 0 takes a free one.")
+    ] = 0,
 ) -> None:
     """The main job on what this machine has.
 
@@ -237,7 +247,8 @@ def sitecustomize() -> None:
 def record(
     wheels: Annotated[list[Path], typer.Argument(metavar="WHEEL...", help="SGLang's wheels.")],
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; the package's own by default.")
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where to; the package's own by default."),
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -254,11 +265,15 @@ def record(
 def release(
     wheel: Annotated[Path, typer.Argument(metavar="WHEEL", help="SGLang's wheel.")],
     diff: Annotated[
-        str | None, typer.Option(metavar="PATCH", help="What changed under this patch.")
+        str | None, typer.Option("--diff", metavar="PATCH", help="What changed under this patch.")
     ] = None,
     against: Annotated[
         Path | None,
-        typer.Option(metavar="WHEEL", help="With --diff: the older one; else SGLang as installed."),
+        typer.Option(
+            "--against",
+            metavar="WHEEL",
+            help="With --diff: the older one; else SGLang as installed.",
+        ),
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="List every function.")] = False,
     as_json: Json = False,

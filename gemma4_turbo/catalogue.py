@@ -123,12 +123,14 @@ PATCHES: tuple[Patch, ...] = (
         summary="Router of up to eight tokens in one launch: product, top-k, softmax and scale",
         numerics=TOLERANCE,
         default=True,
+        requires=("layer_norms",),
     ),
     Patch(
         name="feed_forward_few",
         summary="Router, dense MLP and experts of up to four tokens in one launch",
         numerics=TOLERANCE,
         default=False,
+        requires=("layer_norms",),
     ),
     Patch(
         name="mlp_stream",

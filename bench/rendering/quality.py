@@ -12,7 +12,7 @@ from bench.rendering.text import markdown, newest_rows, origins
 STOCK, EXACT, DEFAULT, JUDGE = "stock", "exact", "default", "transformers, fp32"
 PLAIN, PATCHED = "no speculation", "patched"
 FORMATS = ("fp8", "w4a16")
-CUT = "not measured"
+CUT, UNUSED = "not measured", "its code never ran"
 RUNNING, AT_ONCE = "running", 64  # requests at once, at most, and their usual number
 
 
@@ -235,7 +235,7 @@ def digits(value: float, form: str) -> str:
 
 
 def cells(variant: str, values: pd.DataFrame) -> list[str]:
-    """The measurements of one engine; "-" for what it has not."""
+    """The measurements of one engine; "-" for what it has not, and for all of a patch that never ran."""
 
     def value(quantity: str) -> float | None:
         key = (variant, quantity)
@@ -260,6 +260,8 @@ def cells(variant: str, values: pd.DataFrame) -> list[str]:
         of, most = values.loc[(variant, quantity), "x"], values.xs(quantity, level=1)["x"].max()
         return f"{found:,.0f}" + (f" of {of:,.0f}" if of < most else "")
 
+    if value(f"calls of {variant}") == 0:  # stock under a patch's name
+        return [UNUSED] + 8 * ["-"]
     right = value("answered exactly")
     asked = 0 if right is None else values.loc[(variant, "answered exactly"), "x"]
     perplexity = value("perplexity")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -307,6 +308,22 @@ def test_version_help_and_completion():
         told = CliRunner().invoke(app, [name, "-h"])
         assert told.exit_code == 0
         assert "Exit 3" in told.output or "Exit 2" in told.output, name
+
+
+def test_options_are_named():
+    """Some releases of typer call an option that has a metavar and no name by its metavar."""
+    source = (REPOSITORY / "gemma4_turbo/__main__.py").read_text()
+    options = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "typer.Option"
+    ]
+    with_metavar = [
+        option for option in options if any(word.arg == "metavar" for word in option.keywords)
+    ]
+    assert len(with_metavar) > 5
+    for option in with_metavar:
+        assert option.args and ast.unparse(option.args[0]).startswith("'--"), ast.unparse(option)
 
 
 def test_a_failure_is_json_too(unselected, monkeypatch):

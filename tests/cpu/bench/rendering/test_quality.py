@@ -204,3 +204,14 @@ def test_times_have_a_file_of_their_own(tmp_path: Path):
     assert cells(tables.step_times(tmp_path) or "") == [
         ["1.0", "moe-fp8", "1", "a step, ms", "2.500 (0.250)", "-", "2.000 (0.125)"]
     ]
+
+
+def test_a_patch_that_never_ran_has_no_answers_of_its_own(tmp_path: Path):
+    """They are stock's, under its name."""
+    calls: list[Row] = [("skinny_gemm", "calls of skinny_gemm", 2, 0)]
+    write(tmp_path / "quality.csv", STOCK + ALONE + calls)
+    table = tables.quality(tmp_path)
+    assert table is not None
+    alone = next(row for row in cells(table) if "skinny_gemm" in row[2])
+    assert alone[2:] == ["`skinny_gemm` alone", tables.UNUSED, *8 * ["-"]]
+    assert "3,001" not in table
