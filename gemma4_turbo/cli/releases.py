@@ -229,6 +229,8 @@ class _Elsewhere:
         if value is None:
             return None
         own, _, qualname = target.partition(":")
+        all_of = fingerprints.ALL if qualname.endswith(fingerprints.ALL) else ""
+        qualname = qualname.removesuffix(all_of)
         within, _, word = qualname.rpartition(".")
         paths = [
             path
@@ -243,9 +245,9 @@ class _Elsewhere:
                 if (
                     place.rpartition(".")[2] == word
                     and (module, place) != (own, qualname)
-                    and fingerprints.fingerprint(node) == value
+                    and fingerprints.fingerprint_of(place + all_of, node) == value
                 ):
-                    return f"{module}:{place}"
+                    return f"{module}:{place}{all_of}"
         return None
 
     def _definitions(self, path: str) -> list[tuple[str, ast.AST]]:
@@ -293,9 +295,12 @@ def diff(need: Need, wheel: Wheel, against: Wheel | None) -> list[str]:
 def _text(source_of: SourceOf, target: str) -> list[str]:
     module, _, qualname = target.partition(":")
     source = source_of(module)
-    node: Any = None if source is None else fingerprints.find_definition(_tree(source), qualname)
+    name = qualname.removesuffix(fingerprints.ALL)
+    node: Any = None if source is None else fingerprints.find_definition(_tree(source), name)
     if source is None or node is None:
         return []
+    if name != qualname:
+        return fingerprints.methods_of(node)
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     return source.splitlines()[first - 1 : node.end_lineno]
 

@@ -142,15 +142,18 @@ _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 def _defined_in(scope: ast.AST) -> dict[str, _Definition]:
     """The last definition of each name in a module, class or function, not those further in."""
-    last: dict[str, _Definition] = {}
+    return {node.name: node for node in _statements(scope) if isinstance(node, _Definition)}
+
+
+def _statements(scope: ast.AST) -> Iterator[ast.AST]:
+    """What runs when a module, class or function does, below ``if`` and ``try`` as well, in order."""
     pending = list(ast.iter_child_nodes(scope))[::-1]
     while pending:
         node = pending.pop()
-        if isinstance(node, _Definition):
-            last[node.name] = node
-        elif isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
+        if isinstance(node, ast.If | ast.Try | ast.ExceptHandler | ast.With):
             pending += list(ast.iter_child_nodes(node))[::-1]
-    return last
+        else:
+            yield node
 
 
 def _write(value: object, out: list[str]) -> None:
@@ -193,7 +196,38 @@ def fingerprint(node: ast.AST) -> str:
     """16 hexadecimal digits for a syntax tree, docstrings aside."""
     out: list[str] = []
     _write(node, out)
-    return hashlib.sha256("".join(out).encode()).hexdigest()[:16]
+    return _digits("".join(out))
+
+
+def _digits(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def fingerprint_of(qualname: str, node: ast.AST) -> str:
+    """Of a definition as `Port.sources` names it."""
+    return _digits("\n".join(methods_of(node))) if qualname.endswith(ALL) else fingerprint(node)
+
+
+ALL = ".*"  # at the end of a class's name: all that it defines, by name
+
+
+def methods_of(node: ast.AST) -> list[str]:
+    """Of a class: the line that names its bases, and what it defines, sorted; nothing of another definition.
+
+    Methods, classes and plain assignments, which may be a method's other name. Annotated fields are none.
+    """
+    if not isinstance(node, ast.ClassDef):
+        return []
+    bases = ", ".join(map(ast.unparse, [*node.bases, *node.keywords]))
+    assigned = {
+        name.id
+        for statement in _statements(node)
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name)
+    }
+    return [f"class {node.name}({bases}):", *sorted(assigned | _defined_in(node).keys())]
 
 
 class _Place(NamedTuple):
@@ -310,17 +344,17 @@ class Definitions:
         return None if module is None else module.node(qualname)
 
     def fingerprint(self, target: str) -> str | None:
-        """Of ``module:qualname``, None if there is none."""
+        """Of ``module:qualname``, None if there is none; of ``module:Class.*`` that of `methods_of`."""
         name, _, qualname = target.partition(":")
         module = self._module(name)
         if module is None:
             return None
         known = module.outline.fingerprints
         if qualname not in known:
-            node = module.node(qualname)
+            node = module.node(qualname.removesuffix(ALL))
             if node is None:
                 return None
-            known[qualname] = fingerprint(node)
+            known[qualname] = fingerprint_of(qualname, node)
         return known[qualname]
 
     def origins(self, module: str, name: str) -> list[tuple[str, str]]:

@@ -13,6 +13,9 @@ class Port(NamedTuple):
     # Of ours, or "module:attribute", see `gemma4_turbo.engine.run.PatchModule`; "" where there is no code.
     module: str = ""
     relies_on: tuple[str, ...] = ()  # not replaced, but the source must be known
+    # Classes of which it relies on what they do not define: their bases' methods run. Of these the bases and
+    # the names of all that they define must be known, not the bodies. Read from disk, not waited for.
+    methods_of: tuple[str, ...] = ()
     # What is only read from, with the names that are read: the rest of its body may change.
     reads: tuple[tuple[str, tuple[str, ...]], ...] = ()
     written_for: tuple[str, ...] = ()  # releases whose source of all of these it was written for
@@ -36,14 +39,14 @@ class Port(NamedTuple):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """Everything whose source decides whether the port fits."""
-        return self.targets + self.relies_on
+        """Everything whose source decides whether the port fits; ``module:Class.*``: of `methods_of`."""
+        return self.targets + self.relies_on + tuple(f"{name}.*" for name in self.methods_of)
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The modules that hold `sources` and are waited for."""
+        """The modules that hold what is replaced, relied on and read, and are waited for."""
         read = tuple(target for target, _ in self.reads)
-        holding = {target.partition(":")[0] for target in self.sources + read}
+        holding = {target.partition(":")[0] for target in self.targets + self.relies_on + read}
         return tuple(sorted(holding - set(self.lazy)))
 
 

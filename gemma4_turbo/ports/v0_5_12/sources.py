@@ -51,11 +51,22 @@ _LAYER_CALLS = (
     "sglang.srt.models.gemma4_causal:Gemma4Router.forward",
 )
 
+# It takes `forward` from `AttentionBackend`, and with it who calls what.
+_BY_BASE = ("sglang.srt.layers.attention.triton_backend:TritonAttnBackend",)
+# Who reads a checkpoint's scales of K and V, by `BaseKVCacheMethod.process_weights_after_loading`.
+_SCALED = (
+    "sglang.srt.layers.quantization.fp8:Fp8KVCacheMethod",
+    "sglang.srt.layers.quantization.modelopt_quant:ModelOptFp8KVCacheMethod",
+    "sglang.srt.layers.quantization.quark.quark:QuarkKVCacheMethod",
+)
+
 _VISION_BACKENDS = (
     "sglang.srt.layers.attention.vision:VisionTritonAttention.forward",
     "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward",
 )
 
+# They take all but one method from SGLang's inputs for EAGLE.
+_MTP_INPUTS = "sglang.srt.speculative.frozen_kv_mtp_info"
 _MTP_WORKER = "sglang.srt.speculative.frozen_kv_mtp_worker:FrozenKVMTPWorker"
 
 # From the server's arguments to the input buffers of a piecewise graph.
@@ -216,6 +227,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
             "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
         ),
+        methods_of=_BY_BASE,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=(*calls.QKV, *_ROPE_CALLS, *_ATTENTION_CALLS),
     ),
@@ -359,6 +371,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
             "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
         ),
+        methods_of=_BY_BASE,
         reads=_METADATA_READS,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=(
@@ -383,6 +396,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.get_key_buffer",
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.get_key_buffer",
         ),
+        methods_of=_BY_BASE,
         reads=_METADATA_READS,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=_LAYER_CALLS,
@@ -479,6 +493,11 @@ PORTS: dict[str, Port] = {
             "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
             "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
         ),
+        methods_of=(
+            f"{_MTP_INPUTS}:FrozenKVMTPDraftInput",
+            f"{_MTP_INPUTS}:FrozenKVMTPVerifyInput",
+            f"{_MTP_INPUTS}:FrozenKVMTPDraftExtendInput",
+        ),
         # That there are such.
         reads=(
             ("sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPVerifyInput", ()),
@@ -528,6 +547,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.create_weights",
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
         ),
+        methods_of=(*_BY_BASE, *_SCALED),
         written_for=("0.5.12", "0.5.12.post1"),
     ),
     "mtp_launch": Port(
@@ -569,6 +589,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.speculative.eagle_info:EagleDraftInput.filter_batch",
             "sglang.srt.speculative.eagle_info:EagleDraftInput.merge_batch",
         ),
+        methods_of=(f"{_MTP_INPUTS}:FrozenKVMTPDraftInput",),
         written_for=("0.5.12", "0.5.12.post1"),
         lazy=(_MTP_WORKER.partition(":")[0],),
     ),
@@ -592,6 +613,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.speculative.frozen_kv_mtp_utils:set_frozen_kv_positions",
             "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
         ),
+        methods_of=(f"{_MTP_INPUTS}:FrozenKVMTPDraftInput",),
         reads=(
             (
                 "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPInputBuffers",
@@ -630,6 +652,7 @@ PORTS: dict[str, Port] = {
             ":TritonAttnBackend.init_forward_metadata_replay_cuda_graph",
             "sglang.srt.speculative.eagle_info:EagleVerifyInput.verify",
         ),
+        methods_of=(f"{_MTP_INPUTS}:FrozenKVMTPVerifyInput",),
         written_for=("0.5.12", "0.5.12.post1"),
         lazy=(_MTP_WORKER.partition(":")[0], "sglang.srt.layers.attention.triton_backend"),
     ),

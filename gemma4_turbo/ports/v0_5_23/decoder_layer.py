@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
     from gemma4_turbo.fusions.fusion import Step
     from gemma4_turbo.ports.any.model_protocols import RMSNorm
-    from gemma4_turbo.ports.v0_5_23.protocols import LayerBatch, StagedLayer
+    from gemma4_turbo.ports.v0_5_23.protocols import LayerBatch, StageBoundary, StagedLayer
 
 TARGET = "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward"
 
@@ -31,6 +31,7 @@ _stock: dict[str, Callable[..., torch.Tensor]] = {}
 _result: list[Any] = []  # SGLang's method that computes what a layer writes
 _boundary: list[Any] = []  # the module of SGLang's that writes the stream
 _classes: list[type] = []  # of a boundary
+_reads: list[type] = []  # of what attention reads through, then the feed-forward, and what is in that
 
 
 OF_A_BOUNDARY = ("plan", "declaration")
@@ -75,8 +76,28 @@ def _boundaries_unfit(layer: StagedLayer) -> str | None:
         or after.apply is not layer.post_attention_layernorm
     ):
         return "a norm was replaced, of which the layer's boundaries keep the first one"
-    if not attn.declaration.update.is_plain_add or not ffn.declaration.update.applied_at_exit:
+    updates = attn.declaration.update, ffn.declaration.update
+    if not updates[0].is_plain_add or not updates[1].applied_at_exit:
         return "the layer's boundaries write the residual stream in another way"
+    if any(update.bind is not None for update in updates):
+        return "the layer's boundaries write each batch in a way of its own"
+    return _reads_unfit(attn, _reads[:1]) or _reads_unfit(ffn, _reads[1:])
+
+
+def _reads_unfit(boundary: StageBoundary, kinds: list[type]) -> str | None:
+    """Why a boundary reads the stream through something else than its norm, or None.
+
+    Stock reads through an object, which may make another one for each batch (``bind``). ``kinds``: its
+    class, and that of the object in it.
+    """
+    for path in boundary.plan.paths.values():
+        read = getattr(path.entry.prepare, "keywords", {}).get("read")
+        for kind in kinds:
+            if type(read) is not kind:
+                return f"a layer's boundary reads through a {sglang_types.name(read)}"
+            if read.bind is not None:
+                return f"a {kind.__name__} reads each batch in a way of its own"
+            read = getattr(read, "inner", None)
     return None
 
 
@@ -90,11 +111,14 @@ def _result_unfit(layer: StagedLayer) -> str | None:
 
 def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
+    from sglang.srt.layers.layer_boundary.boundary import _TransformedRead
     from sglang.srt.layers.layer_boundary.residual import batch
+    from sglang.srt.layers.layer_boundary.residual.add_norm import NormQuantReadout, NormReadout
     from sglang.srt.layers.layer_boundary.stage import StageBoundary
     from sglang.srt.models.gemma4_causal import Gemma4DecoderLayer
 
     _stock[TARGET], _boundary[:], _classes[:] = stock[TARGET], [batch], [StageBoundary]
+    _reads[:] = [NormQuantReadout, _TransformedRead, NormReadout]
     _result[:] = [Gemma4DecoderLayer._next_stream]
     classes.load()
     sums.load()

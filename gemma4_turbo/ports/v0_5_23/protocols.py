@@ -37,6 +37,7 @@ class ResidualUpdate(Protocol):
     is_plain_add: bool
     applied_at_exit: bool
     quantized_sum: bool
+    bind: Callable[..., Any] | None
 
 
 class StageDeclaration(Protocol):

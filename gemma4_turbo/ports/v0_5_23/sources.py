@@ -37,7 +37,11 @@ _BOUNDARIES = (
         )
     ),
     *(f"{_PLAN}.{name}" for name in ("__init__", "variant_for", "path_for", "output")),
-    f"{_BOUNDARY}.boundary:_TransformedRead.update_and_read",
+    # Through what a boundary reads: the very object that it was bound with, or another one for each batch.
+    f"{_BOUNDARY}.boundary:bind_entry",
+    f"{_BOUNDARY}.boundary:_bind_entry_path",
+    f"{_RESIDUAL}:bind_read",
+    *(f"{_BOUNDARY}.boundary:_TransformedRead.{name}" for name in ("bind", "_bind", "update_and_read")),
     *(
         f"{_EXIT}.{name}"
         for name in (
@@ -69,8 +73,11 @@ _LAYER_READS = (
     (f"{_BOUNDARY}.contracts:EntryPath", ("prepare", "input_move", "declared_sum")),
     (f"{_BOUNDARY}.contracts:OutputContract", ("group", "always_partial", "sum_impl")),
     (f"{_BOUNDARY}.layout:SumGroup", ("ATTN_TP", "TP", "MOE_OUTPUT")),
-    (f"{_READS}:PlainAdd", ("is_plain_add", "quantized_sum")),
-    (f"{_READS}:ReplaceAtExit", ("applied_at_exit",)),
+    (f"{_READS}:PlainAdd", ("bind", "is_plain_add", "quantized_sum")),
+    (f"{_READS}:ReplaceAtExit", ("bind", "applied_at_exit")),
+    (f"{_READS}:NormQuantReadout", ("bind",)),
+    (f"{_READS}:NormReadout", ("bind",)),
+    (f"{_BOUNDARY}.boundary:_TransformedRead", ("bind", "inner")),
     (f"{_STREAM}.__init__", ("residual", "pending")),
     ("sglang.srt.model_executor.forward_batch_info:ForwardBatch", ("residual_stream",)),
 )
@@ -127,8 +134,19 @@ _DRAFT = f"{_SPEC}.frozen_kv_mtp_worker_v2:FrozenKVMTPDraftWorker"
 _DRAFT_GRAPHS = f"{_SPEC}.frozen_kv_mtp_cuda_graph_runner"
 
 _BACKEND = "sglang.srt.layers.attention.triton_backend"
+# It takes `forward` from `AttentionBackend`, and with it who calls what.
+_BY_BASE = (f"{_BACKEND}:TritonAttnBackend",)
 _KERNELS = "sglang.kernels.ops.attention"
 _POOLS = "sglang.srt.mem_cache"
+
+# Who reads a checkpoint's scales of K and V, by `BaseKVCacheMethod.process_weights_after_loading`.
+_QUANT = "sglang.srt.layers.quantization"
+_SCALED = (
+    f"{_QUANT}.fp8:Fp8KVCacheMethod",
+    f"{_QUANT}.modelopt_quant:ModelOptFp8KVCacheMethod",
+    f"{_QUANT}.compressed_tensors.compressed_tensors:CompressedTensorsKVCacheMethod",
+    f"{_QUANT}.quark.quark:QuarkKVCacheMethod",
+)
 
 # K's and V's buffers are read before the step's own rows are stored.
 _BUFFERS = (
@@ -600,6 +618,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
             "sglang.kernels.ops.kvcache.kvcache:store_cache",
         ),
+        methods_of=_BY_BASE,
         written_for=RELEASES,
         goes_round=(*calls.QKV, *_ROPE_CALLS, *_ATTENTION_CALLS),
     ),
@@ -654,6 +673,7 @@ PORTS: dict[str, Port] = {
             f"{_BACKEND}:TritonAttnBackend.forward_extend",
             "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
         ),
+        methods_of=_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         goes_round=(*_LAYER_CALLS, "sglang.srt.layers.logits_processor:LogitsProcessor.forward"),
@@ -668,6 +688,7 @@ PORTS: dict[str, Port] = {
             f"{_KERNELS}.decode_attention:decode_attention_fwd",
             *_BUFFERS,
         ),
+        methods_of=_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         lazy=(f"{_KERNELS}.decode_attention",),
@@ -688,6 +709,7 @@ PORTS: dict[str, Port] = {
             f"{_RUNNER}:PrefillCudaGraphRunner._run_forward",
             f"{_RUNNER}:PrefillCudaGraphRunner._execute_body_capture",
         ),
+        methods_of=_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         goes_round=_LAYER_CALLS,
@@ -755,6 +777,7 @@ PORTS: dict[str, Port] = {
             f"{_POOLS}.kv_cache_dtype:configure_kv_cache_dtype",
             *_BUFFERS,
         ),
+        methods_of=(*_BY_BASE, *_SCALED),
         reads=(
             (
                 "sglang.srt.layers.radix_attention:RadixAttention.__init__",
@@ -796,6 +819,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.utils.common:fast_topk",
             f"{_SPEC}.eagle_utils:organize_draft_results",
         ),
+        methods_of=(f"{_DRAFT_GRAPHS}:FrozenKVMTPCudaGraphRunner",),
         written_for=("0.5.23",),
         lazy=(_DRAFT_GRAPHS,),  # imported to capture graphs, which may be off
     ),
@@ -830,6 +854,10 @@ PORTS: dict[str, Port] = {
             f"{_BACKEND}:TritonAttnBackend._apply_cuda_graph_metadata",
             f"{_BACKEND}:TritonAttnBackend._update_target_verify_buffers",
             f"{_BACKEND}:TritonAttnBackend._build_cuda_graph_forward_metadata",
+        ),
+        methods_of=(
+            f"{_DRAFT_GRAPHS}:FrozenKVMTPCudaGraphRunner",
+            f"{_SPEC}.frozen_kv_mtp_info:FrozenKVMTPVerifyInput",
         ),
         reads=(
             ("sglang.srt.layers.attention.verify_mask:VerifyMask", ("buffer", "mode")),
@@ -894,6 +922,10 @@ PORTS: dict[str, Port] = {
             f"{_PROCESSOR}.process_and_combine_mm_data",
             f"{_PROCESSOR}.process_and_combine_mm_data_async",
         ),
+        methods_of=(
+            "sglang.srt.multimodal.processors.gemma4:Gemma4SGLangProcessor",
+            "sglang.srt.multimodal.processors.gemma4_unified:Gemma4UnifiedSGLangProcessor",
+        ),
         # Who reads what is moved copies it to the model's device first.
         reads=(
             (f"{_PICTURES}.get_image_feature", ("all_position_ids", "to")),
@@ -914,6 +946,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.arg_groups.cuda_graph_hook:disable_breakable_cudagraph_if_incompatible",
         ),
         relies_on=_MM_GRAPH,
+        methods_of=(_UNIFIED,),
         reads=(
             (
                 f"{_GRAPH_SETUP}:GraphCapture",
@@ -956,6 +989,7 @@ PORTS: dict[str, Port] = {
             f"{_POOLS}.memory_pool:ReqToTokenPool.__init__",
             f"{_POOLS}.swa_memory_pool:SWAKVPool.__init__",
         ),
+        methods_of=(f"{_SIZES}:SWARequestCapPoolConfigurator",),  # the rest is the other one's
         reads=(
             (
                 "sglang.srt.model_executor.model_runner_components.layer_setup:ModelLayerInfo",

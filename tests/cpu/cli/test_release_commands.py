@@ -107,6 +107,27 @@ def test_a_name_that_is_read_no_more(tmp_path: Path) -> None:
     assert need["changed"] == ["sglang.srt.compilation.piecewise_context_manager:ForwardContext"]
 
 
+def test_a_method_that_a_class_took_from_its_base(tmp_path: Path) -> None:
+    """It has one of its own now; the class as it was, in another module."""
+    inputs = "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput"
+    head = "class FrozenKVMTPDraftInput(EagleDraftInput):\n"
+    own = f"{head}    def merge_batch(self, other): ...\n"
+    path = wheel(tmp_path, frozen_kv_mtp_info=lambda source: source.replace(head, own))
+    need = needs(path)["mtp_merge_batch"]
+    assert (need["what"], need["changed"]) == ("changed", [f"{inputs}.*"])
+    diff = call("release", path, "--diff", "mtp_merge_batch").stdout.splitlines()
+    assert [line for line in diff[2:] if line[0] in "+-"] == ["+merge_batch"]
+    path = wheel(
+        tmp_path,
+        frozen_kv_mtp_info=lambda source: source.replace(head, head.replace("Input(", "Put(")),
+    )
+    with zipfile.ZipFile(path, "a") as archive:
+        source = fingerprints.installed_source(inputs.partition(":")[0])
+        archive.writestr("sglang/srt/speculative/inputs.py", source)
+    moved = needs(path)["mtp_merge_batch"]["moved"]
+    assert moved[f"{inputs}.*"] == "sglang.srt.speculative.inputs:FrozenKVMTPDraftInput.*"
+
+
 def test_moved_changed_and_gone(tmp_path: Path) -> None:
     """Each is told of its patch, with the function; whatever else stays as it was."""
 

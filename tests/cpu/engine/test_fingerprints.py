@@ -115,6 +115,43 @@ def test_a_fingerprint_is_the_same_for_every_python() -> None:
     assert of("def route(x: int) -> list[str]:\n    return [f'{x!r:>{4}}']\n") == "0ad244a71f4408fd"
 
 
+CLASS = """\
+class B(A, metaclass=M):
+    \'\'\'Text.\'\'\'
+    field: int = 3
+    if FLAG:
+        def g(self): return 1
+    def f(self): return 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ("return 1", "return 3", True),
+        ("    field: int = 3\n", "", True),
+        ("'''Text.'''", "pass", True),
+        ("def f(self): return 2", "async def f(self, x): return 2", True),
+        ("return 2", "return 2\n    def h(self): return 3", False),
+        ("return 2", "return 2\n    h = C.h", False),
+        ("return 2", "return 2\n    h, k = C.h, None", False),
+        ("    def f(self): return 2\n", "", False),
+        ("B(A,", "B(C, A,", False),
+        ("=M", "=N", False),
+    ],
+)
+def test_what_a_class_defines_by_name(old: str, new: str, same: bool) -> None:
+    """What hides a base's method counts, and the bases; bodies and fields do not."""
+    assert CLASS.count(old) == 1
+    before, after = (
+        Definitions({"m": source}.get).fingerprint("m:B.*")
+        for source in (CLASS, CLASS.replace(old, new))
+    )
+    assert (before == after) is same
+    assert before not in (None, Definitions({"m": CLASS}.get).fingerprint("m:B"))
+    assert Definitions({"m": CLASS}.get).fingerprint("m:C.*") is None
+
+
 def test_find_definition() -> None:
     """The last definition counts, as at run time; nothing is found inside functions."""
     tree = ast.parse("def f(): return 1\ndef f(): return 2\nclass A:\n    def g(self): pass\n")

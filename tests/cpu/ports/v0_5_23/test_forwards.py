@@ -235,6 +235,79 @@ def test_boundaries_that_sum_otherwise_are_stocks(monkeypatch: pytest.MonkeyPatc
     assert "another way than by an all-reduce" in ENGINE.runs["layer_norms"].full_reason()
 
 
+# Of the two that a layer reads through; that of the feed-forward is in another one, which asks it.
+@pytest.mark.parametrize("name", ["NormQuantReadout", "NormReadout"])
+def test_a_read_that_is_another_one_for_each_batch_is_stocks(
+    monkeypatch: pytest.MonkeyPatch, name: str
+):
+    """No release's are. SGLang asks the object for it at every call."""
+    from sglang.srt.layers.layer_boundary.residual import add_norm
+
+    kind: Any = getattr(add_norm, name)
+
+    class Bound(kind):  # type: ignore[misc]
+        bind = None
+
+        def read(self, *args: Any, **kwargs: Any) -> Any:
+            normed, residual = super().read(*args, **kwargs)
+            return normed * 2, residual
+
+        def update_and_read(self, *args: Any, **kwargs: Any) -> Any:
+            normed, residual = super().update_and_read(*args, **kwargs)
+            return normed * 2, residual
+
+    monkeypatch.setattr(kind, "bind", lambda self, batch, context: Bound())
+    model = models.build("dense")
+    expected = models.run(model)
+    ENGINE.apply(only=ON)
+    before = counted(["layer_norms"])
+    assert torch.equal(models.run(model), expected)
+    assert not engaged_since(before)
+    assert "reads each batch in a way of its own" in ENGINE.runs["layer_norms"].full_reason()
+    monkeypatch.undo()
+    again = models.build("dense")
+    assert not torch.equal(models.run(again), expected)  # it was another read
+    assert engaged_since(before) == {"layer_norms": 2}
+
+
+def test_an_update_that_is_another_one_for_each_batch_is_stocks(monkeypatch: pytest.MonkeyPatch):
+    from sglang.srt.layers.layer_boundary.residual import add_norm
+
+    model = models.build("dense")
+    expected = models.run(model)
+    monkeypatch.setattr(add_norm.ReplaceAtExit, "bind", lambda self, batch, context: Unbound())
+
+    class Unbound(add_norm.ReplaceAtExit):
+        bind = None
+
+    ENGINE.apply(only=ON)
+    before = counted(["layer_norms"])
+    assert torch.equal(models.run(model), expected)
+    assert not engaged_since(before)
+    assert "write each batch in a way of its own" in ENGINE.runs["layer_norms"].full_reason()
+
+
+@pytest.mark.parametrize("of", ["attn_boundary", "ffn_boundary"])
+def test_a_boundary_that_reads_through_another_object_is_stocks(of: str):
+    """Here one that rounds before it norms, which SGLang has for other models."""
+    import functools
+
+    import msgspec
+    from sglang.srt.layers.layer_boundary.residual.add_norm import UNFUSED_NORM_READOUT
+
+    model = models.build("dense")
+    plan = getattr(model.layers[0], of).plan
+    for variant, path in plan.paths.items():
+        prepare = functools.partial(path.entry.prepare, read=UNFUSED_NORM_READOUT)
+        entry = msgspec.structs.replace(path.entry, prepare=prepare)
+        plan.paths[variant] = msgspec.structs.replace(path, entry=entry)
+    ENGINE.apply(only=ON)
+    before = counted(["layer_norms"])
+    models.run(model)
+    assert engaged_since(before) == {"layer_norms": 1}  # the other layer's
+    assert "reads through a UnfusedNormReadout" in ENGINE.runs["layer_norms"].full_reason()
+
+
 # -- hooks, captures, weights ---------------------------------------------------------------------
 
 

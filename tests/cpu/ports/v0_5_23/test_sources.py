@@ -9,6 +9,8 @@ from gemma4_turbo.ports.v0_5_23.sources import PORTS
 
 LAYERS = "sglang.srt.layers"
 STAGE = f"{LAYERS}.layer_boundary.stage"
+BOUNDARY = f"{LAYERS}.layer_boundary.boundary"
+BACKEND = f"{LAYERS}.attention.triton_backend"
 STREAM = f"{LAYERS}.layer_boundary.residual.stream"
 ADD_NORM = f"{LAYERS}.layer_boundary.residual.add_norm"
 POOLS = "sglang.srt.model_executor.pool_configurator"
@@ -26,6 +28,24 @@ POOLS = "sglang.srt.model_executor.pool_configurator"
         ("layer_norms", STAGE, "stream.write(residual)", "stream.residual = residual", "drifted"),
         ("layer_norms", STREAM, "self.residual = residual\n        self.pending", "self.pending",
          "drifted"),
+        ("layer_norms", BOUNDARY, "self._bind if self.inner.bind is not None else None",
+         "self._bind", "drifted"),
+        ("layer_norms", BOUNDARY, "return _TransformedRead(self.inner.bind(",
+         "return _TransformedRead(self.outer.bind(", "drifted"),
+        ("layer_norms", BOUNDARY, "            read=edge.need.read,\n            expected_sum",
+         "            read=edge.need.other,\n            expected_sum", "drifted"),
+        # What a class took from another one until now, and one with another parent.
+        ("shared_kv_pool", POOLS, "class SWARequestCapPoolConfigurator(HybridSWAPoolConfigurator):",
+         "class SWARequestCapPoolConfigurator(HybridSWAPoolConfigurator):\n"
+         "    def _solve_pool_sizes(self): ...", "drifted"),
+        ("yoco", BACKEND, "class TritonAttnBackend(AttentionBackend):",
+         "class TritonAttnBackend(AttentionBackend):\n    forward = None", "drifted"),
+        ("rope_store", BACKEND, "class TritonAttnBackend(AttentionBackend):",
+         "class TritonAttnBackend(Mixin, AttentionBackend):", "drifted"),
+        ("kv_scales", f"{LAYERS}.quantization.quark.quark",
+         "class QuarkKVCacheMethod(BaseKVCacheMethod):",
+         "class QuarkKVCacheMethod(BaseKVCacheMethod):\n"
+         "    def process_weights_after_loading(self, layer): ...", "drifted"),
         # A name that is read, and gone.
         ("layer_norms", ADD_NORM, "    applied_at_exit = True", "    at_exit = True", "drifted"),
         ("layer_norms", f"{LAYERS}.layer_boundary.contracts", "input_move:", "moved:", "drifted"),
