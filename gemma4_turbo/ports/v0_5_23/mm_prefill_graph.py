@@ -33,9 +33,9 @@ also one that was registered when the graphs were there, the graphs are dropped.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
-import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -238,7 +238,7 @@ def record(run: PatchRun, stock: Function) -> Function:
             if made is not None:
                 return made
         run.declined(reason or "")
-        return _without(eager_runner)
+        return _without(theirs)
 
     return capture_prefill_graph
 
@@ -329,13 +329,16 @@ def _record(
     return None, reason
 
 
-def _without(eager_runner: EagerRunner) -> GraphCapture:
-    """What stock returns where it records none."""
-    setup: Any = sys.modules[_SETUP]
-    made: GraphCapture = setup.GraphCapture(
-        runner=eager_runner, memory_phase="prefill", memory_usage_gb=0, capture_time=0
-    )
-    return made
+def _without(theirs: Callable[[], GraphCapture]) -> GraphCapture:
+    """What stock returns where the server's arguments want none: its own result, made by itself."""
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+    from sglang.srt.runtime_context import get_exec
+
+    graph = get_exec().graph
+    config = copy.deepcopy(graph.cuda_graph_config)
+    config.prefill.backend = Backend.DISABLED
+    with graph.override(cuda_graph_config=config):
+        return theirs()
 
 
 def _takes_pictures(model: object) -> bool:

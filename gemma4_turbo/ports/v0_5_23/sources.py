@@ -309,6 +309,9 @@ _MULTIMODAL = "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration"
 # What breakable graphs of a model that takes pictures are recorded from, and what feeds them.
 _MM_GRAPH = (
     f"{_GRAPH_SETUP}:capture_prefill_graph",
+    # How stock is told that there are to be none.
+    "sglang.srt.model_executor.cuda_graph_config:check_cuda_graph_backend",
+    "sglang.srt.runtime_context:_ConfigBag.override",
     f"{_RECORDER}:_build_layer_model_forward_kwargs",
     f"{_RECORDER}:_resolve_transformer_layer_model",
     f"{_RECORDER}:PrefillCudaGraphRunner._get_layer_model_positions",
@@ -947,12 +950,7 @@ PORTS: dict[str, Port] = {
         ),
         relies_on=_MM_GRAPH,
         methods_of=(_UNIFIED,),
-        reads=(
-            (
-                f"{_GRAPH_SETUP}:GraphCapture",
-                ("runner", "memory_phase", "memory_usage_gb", "capture_time"),
-            ),
-        ),
+        reads=((f"{_GRAPH_SETUP}:GraphCapture", ("runner",)),),
         written_for=RELEASES,
         # The server's arguments are read before any of it is imported.
         lazy=tuple(source.partition(":")[0] for source in _MM_GRAPH),

@@ -18,6 +18,7 @@ the stream that reads it.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 
 TARGET = "sglang.srt.speculative.frozen_kv_mtp_worker_v2:FrozenKVMTPDraftWorker.draft"
 
+INPUT = (
+    *("draft_token", "custom_mask", "positions", "retrieve_index", "retrieve_next_token"),
+    *("retrieve_next_sibling", "retrieve_cum_len", "spec_steps", "topk", "draft_token_num"),
+    *("capture_hidden_mode", "seq_lens_sum", "seq_lens_cpu"),
+)
+"""What a verification's input is made with."""
+
 _fallback = Fallback("the mask's place")
 
 
@@ -43,7 +51,10 @@ class Room(NamedTuple):
 
 
 def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
-    """The draft, without a wait."""
+    """The draft, without a wait; TypeError where SGLang's input of a verification wants more than it gets."""
+    from sglang.srt.speculative.frozen_kv_mtp_info import FrozenKVMTPVerifyInput
+
+    inspect.signature(FrozenKVMTPVerifyInput).bind(**dict.fromkeys(INPUT))  # not in a step
     stocks: Callable[[DraftWorker, ScheduleBatch], object] = stock[TARGET]
     triton_backend.load()
 

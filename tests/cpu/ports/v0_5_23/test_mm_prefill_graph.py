@@ -681,6 +681,36 @@ def test_a_server_whose_graphs_cannot_be_recorded_runs_without(served: Any):
     assert "OutOfMemoryError: no memory left" in run.reason
 
 
+def test_what_stock_makes_of_no_graphs_is_stocks(served: Any, monkeypatch: pytest.MonkeyPatch):
+    """Whatever a later release's result wants to be made with: SGLang makes it."""
+    import msgspec
+    from sglang.srt.model_executor import cuda_graph_config
+    from sglang.srt.model_executor.model_runner_components import cuda_graph_setup
+
+    class More(cuda_graph_setup.GraphCapture, frozen=True, kw_only=True):
+        more: int
+
+    def stock(*, model_runner: Any, eager_runner: Any, force_for_draft_worker: bool) -> Any:
+        phase, disabled = cuda_graph_config.Phase.PREFILL, cuda_graph_config.Backend.DISABLED
+        if not cuda_graph_config.check_cuda_graph_backend(phase, disabled):
+            raise torch.OutOfMemoryError("no memory left")
+        return More(
+            runner=eager_runner, memory_phase="prefill", memory_usage_gb=0, capture_time=0, more=1
+        )
+
+    monkeypatch.setattr(cuda_graph_setup, "GraphCapture", More)
+    found: list[Any] = []
+
+    def recording(**given: Any) -> Any:
+        found.append(patch.record(ENGINE.runs[NAME], stock)(**given))
+        return found[-1]
+
+    monkeypatch.setattr(cuda_graph_setup, "capture_prefill_graph", recording)
+    assert served().prefill_cuda_graph_runner == "eager"
+    assert msgspec.structs.asdict(found[0])["more"] == 1
+    assert "OutOfMemoryError: no memory left" in ENGINE.runs[NAME].reason
+
+
 def test_memory_for_pictures_is_left(served: Any):
     assert served(left=patch.LEFT_GB - 0.1).prefill_cuda_graph_runner == "eager"
     assert "2.9 GB of memory would be left" in reason()

@@ -191,6 +191,29 @@ def test_a_bound_that_cannot_be_had_is_stocks() -> None:
         ENGINE.runs["mtp_sync"]._decline_reason = ""
 
 
+def test_an_input_that_wants_more_is_left_to_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A field that no release has: before a step, not in one."""
+    import dataclasses
+
+    from sglang.srt.speculative import frozen_kv_mtp_info
+
+    kind = frozen_kv_mtp_info.FrozenKVMTPVerifyInput
+    given: list[dict[str, Any]] = []
+    with pytest.MonkeyPatch.context() as watched, only_patch("mtp_sync"):
+        init = kind.__init__
+        watched.setattr(
+            kind, "__init__", lambda self, **fields: (given.append(fields), init(self, **fields))[1]
+        )
+        made = Speculation(True)
+        made.worker.draft(made.batch(LENGTHS))
+    assert [tuple(fields) for fields in given] == [mtp_sync.INPUT]
+    more = [(field.name, field.type) for field in dataclasses.fields(kind)]
+    wider = dataclasses.make_dataclass(kind.__name__, [*more, ("more", int)])
+    monkeypatch.setattr(frozen_kv_mtp_info, kind.__name__, wider)
+    with pytest.raises(TypeError, match="'more'"):  # which the engine makes `failed` of
+        mtp_sync.build(ENGINE.runs["mtp_sync"], {mtp_sync.TARGET: lambda: None})
+
+
 def test_an_idle_batch_is_stocks() -> None:
     """Of data parallel attention."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode

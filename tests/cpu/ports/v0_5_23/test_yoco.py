@@ -373,6 +373,27 @@ def test_an_error_behind_the_cut_sends_all_rows_on(model: Any, where: tuple[Any,
     assert torch.equal(found, memory.run(model, memory.prefill({1: 3}, {})))
 
 
+def test_metadata_that_want_more_send_all_rows_on(model: Any):
+    """A field that no release has."""
+    import dataclasses
+
+    from sglang.srt.layers.attention import triton_backend
+
+    kind = triton_backend.ForwardMetadata
+    fields = [(field.name, field.type) for field in dataclasses.fields(kind)]
+    wider = dataclasses.make_dataclass(kind.__name__, [*fields, ("more", int)])
+    memory = filled()
+    batch = memory.prefill({1: 3}, {})
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(triton_backend, kind.__name__, wider)
+        found = memory.run(model, batch)
+    assert ENGINE.runs[NAME].state == states.FAILED
+    assert "'more'" in ENGINE.runs[NAME].reason
+    ENGINE.revert()
+    memory = filled()
+    assert torch.equal(found, memory.run(model, memory.prefill({1: 3}, {})))
+
+
 def test_together_with_the_patches_of_the_layers(model: Any, monkeypatch: pytest.MonkeyPatch):
     """The norm that a layer makes for the next one is cut as well."""
     from gemma4_turbo.fusions.fusion import Fusion
