@@ -207,8 +207,7 @@ def test_an_input_that_wants_more_is_left_to_stock(monkeypatch: pytest.MonkeyPat
         made = Speculation(True)
         made.worker.draft(made.batch(LENGTHS))
     assert [tuple(fields) for fields in given] == [mtp_sync.INPUT]
-    more = [(field.name, field.type) for field in dataclasses.fields(kind)]
-    wider = dataclasses.make_dataclass(kind.__name__, [*more, ("more", int)])
+    wider = dataclasses.make_dataclass(kind.__name__, [("more", int)], bases=(kind,), kw_only=True)
     monkeypatch.setattr(frozen_kv_mtp_info, kind.__name__, wider)
     with pytest.raises(TypeError, match="'more'"):  # which the engine makes `failed` of
         mtp_sync.build(ENGINE.runs["mtp_sync"], {mtp_sync.TARGET: lambda: None})

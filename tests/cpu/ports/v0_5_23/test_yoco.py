@@ -380,8 +380,7 @@ def test_metadata_that_want_more_send_all_rows_on(model: Any):
     from sglang.srt.layers.attention import triton_backend
 
     kind = triton_backend.ForwardMetadata
-    fields = [(field.name, field.type) for field in dataclasses.fields(kind)]
-    wider = dataclasses.make_dataclass(kind.__name__, [*fields, ("more", int)])
+    wider = dataclasses.make_dataclass(kind.__name__, [("more", int)], bases=(kind,), kw_only=True)
     memory = filled()
     batch = memory.prefill({1: 3}, {})
     with pytest.MonkeyPatch.context() as context:
