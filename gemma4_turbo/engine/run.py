@@ -64,7 +64,7 @@ class PatchRun:
         self._host = host
         self._counters: Counters | None = None
         self._decline_reason = ""
-        self._of_a_trace = False  # that reason
+        self._is_provisional = False  # that reason
 
     def set(self, state: str, reason: str, log: bool = True) -> None:
         """Change the state, log it once, and tell the other processes."""
@@ -91,14 +91,15 @@ class PatchRun:
         """Calls counted in this process so far."""
         return 0 if self._counters is None else self._counters.engaged
 
-    def declined(self, reason: str, traced: bool = False) -> None:
+    def declined(self, reason: str, provisional: bool = False) -> None:
         """Count one call that took stock's path, and keep why the first one did.
 
-        ``traced``: into compiled code, which says nothing of other calls: their first reason is kept then.
+        ``provisional``: a call that says nothing of others, as one into compiled code, or an eager one of
+        what is done in CUDA graphs alone: the others' first reason is kept then.
         """
         self.counters.add_declined()
-        if not self._decline_reason or (self._of_a_trace and not traced):
-            self._decline_reason, self._of_a_trace = reason, traced
+        if not self._decline_reason or (self._is_provisional and not provisional):
+            self._decline_reason, self._is_provisional = reason, provisional
             logger.info("gemma4_turbo: %s took stock's path: %s", self.patch.name, reason)
             self._host.publish()
 

@@ -171,7 +171,8 @@ def enable(fusions: tuple[Step, ...], run: PatchRun) -> None:
 def tell_covered() -> None:
     """Count the patches on parts that `feed_forward_few` has computed. It runs for a few tokens only."""
     for step in (EXPERTS_SUM, MLP_STREAM, router_few.ROUTER_FEW):
-        step.declined(COVERED)
+        if step.run is not None:
+            step.run.declined(COVERED)
 
 
 def tell_absent(layer: DecoderLayer) -> None:
@@ -187,7 +188,7 @@ def tell_absent(layer: DecoderLayer) -> None:
 
 def early_launches() -> int:
     """So far. Not for traced code, which would be traced again whenever there are more."""
-    return 0 if torch.compiler.is_compiling() else pdl.launches
+    return 0 if PDL.run is None or torch.compiler.is_compiling() else pdl.launches
 
 
 def count_early_launches(before: int, device: torch.device) -> None:
@@ -231,7 +232,9 @@ def after_attention(
         tell_absent(self)
     router_input: torch.Tensor | None = None
     experts_input: Any = None
-    fused = _layer_norms(self, site, hidden_states, residual, router_of)
+    fused = None
+    if LAYER_NORMS.run is not None:
+        fused = _layer_norms(self, site, hidden_states, residual, router_of)
     if fused is not None:
         mlp_input, router_input, experts_input = fused
     else:
@@ -244,17 +247,20 @@ def after_attention(
             mlp_output = sums.mlp(mlp_output)
         return _finish(self, site, mlp_output, None, residual, per_layer_input, following)
 
-    if sums is not None:
-        feed_forward_few.FEED_FORWARD_FEW.declined(feed_forward_few.SUMMED)
+    few = feed_forward_few.FEED_FORWARD_FEW
+    if few.run is None:
+        pass
+    elif sums is not None:
+        few.declined(feed_forward_few.SUMMED)
     elif router_input is None:
-        feed_forward_few.FEED_FORWARD_FEW.declined(feed_forward_few.NO_NORMS)
+        few.declined(feed_forward_few.NO_NORMS)
     else:
         at_once = feed_forward_few.outputs(self, mlp_input, router_input, experts_input)
         if at_once is not None:
             tell_covered()
             return _finish(self, site, *at_once, residual, per_layer_input, following)
 
-    side = _side_stream(self, site, mlp_input)
+    side = None if MLP_STREAM.run is None else _side_stream(MLP_STREAM.run, site, mlp_input)
     if side is not None:
         main = torch.cuda.current_stream()
         side.wait_stream(main)
@@ -267,10 +273,14 @@ def after_attention(
     if router_input is not None:
         router_logits = router_few.logits(self, router_input)
     else:
-        router_few.ROUTER_FEW.declined(feed_forward_few.NO_NORMS)
+        if router_few.ROUTER_FEW.run is not None:
+            router_few.ROUTER_FEW.declined(feed_forward_few.NO_NORMS)
         router_logits = self.router(residual)
         experts_input = self.pre_feedforward_layernorm_2(residual)
-    experts_output = _experts(self, site, experts_input, router_logits, residual, mlp_output)
+    if EXPERTS_SUM.run is None:
+        experts_output = self.moe(experts_input, router_logits)
+    else:
+        experts_output = _experts(self, site, experts_input, router_logits, residual, mlp_output)
     if router_few.ROUTER_FEW.run is not None:
         router_few.done(self, residual)
     if side is not None:
@@ -311,22 +321,21 @@ def _layer_norms(
 # -- experts ------------------------------------------------------------------------------------
 
 
-def _side_stream(self: DecoderLayer, site: LayerSite, x: torch.Tensor) -> torch.cuda.Stream | None:
+def _side_stream(run: PatchRun, site: LayerSite, x: torch.Tensor) -> torch.cuda.Stream | None:
     """The stream for the dense MLP, or None. Only into CUDA graphs: eager launches gain nothing."""
-    if MLP_STREAM.run is None:
-        return None
     if torch.compiler.is_compiling():
         MLP_STREAM.declined(TRACED)
         return None
     unfit = site.mlp_stream or site.hooks_unfit("mlp_stream")
     if unfit is None and not capturing():
-        unfit = EAGER
+        run.declined(EAGER, provisional=True)  # a reason of a capture's says more
+        return None
     if unfit is None and x.shape[0] > MLP_STREAM_ROWS:
         unfit = f"more than {MLP_STREAM_ROWS} tokens"
     if unfit is not None:
-        MLP_STREAM.run.declined(unfit)
+        run.declined(unfit)
         return None
-    MLP_STREAM.run.engaged(True)
+    run.engaged(True)
     if x.device not in _streams:
         _streams[x.device] = torch.cuda.Stream(x.device)
     return _streams[x.device]

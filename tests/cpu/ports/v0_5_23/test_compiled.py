@@ -74,3 +74,21 @@ def test_a_layer_is_traced_and_says_what_is_stocks(kind: str, eager_first: bool)
     assert said["skinny_gemm"].endswith(TRACED), said
     ran = [counted(name).engaged > was for name, was in zip(operators, before, strict=True)]
     assert ran == [eager_first] * len(operators), said
+
+
+def test_a_declined_layer_breaks_no_graph_of_its_own():
+    """SGLang's boundaries break the graph of a layer, which runs around them. Bits as stock's."""
+    layer: Any = models.build("moe").layers[0]
+    own = layer._next_stream
+    layer._next_stream = lambda *args: own(*args)  # whatever the call, the layer is stock's
+    expected = compiled(layer)
+    ENGINE.apply(only=[*NAMES, "qkv_norm"])
+    reasons.forget()
+    torch.compiler.reset()
+    told = torch._dynamo.explain(lambda: step(layer, layer.forward))()
+    places = [reason.user_stack[-1].filename for reason in told.break_reasons]
+    assert places
+    assert not any("gemma4_turbo" in place and "/tests/" not in place for place in places), places
+    for name in ("layer_norms", "mlp_stream", "experts_sum"):
+        assert "_next_stream of its own" in reasons.of(name)
+    assert torch.equal(compiled(layer), expected)

@@ -13,6 +13,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import attention, layer_steps
 from tests.cpu import interpreted, shared_kv
 from tests.cpu.ports import reasons
+from tests.cpu.ports.counted import counted
 from tests.cpu.ports.v0_5_23 import models, sharing
 
 pytestmark = interpreted.MARKS
@@ -69,9 +70,50 @@ def test_what_is_done_at_once_is_said_where_it_would_have_been_done(kind: str):
 
 def test_without_layer_norms_the_router_is_not_asked():
     model = models.build("moe")
-    ENGINE.apply(only=["router_few"])
+    ENGINE.apply(only=["layer_norms", "router_few"])
+    for layer in model.layers:
+        layer.post_attention_layernorm.register_forward_hook(lambda *given: None)
     models.run(model, 2)
     assert "layer_norms did not make" in reasons.of("router_few")
+
+
+# Both orders; the reason that graphs have is shown, whatever an eager step said.
+@pytest.mark.parametrize("captures", [(False, True), (True, False)])
+def test_what_is_for_graphs_alone_says_what_holds_there(
+    monkeypatch: pytest.MonkeyPatch, captures: tuple[bool, ...]
+):
+    model = models.build("moe")
+    ENGINE.apply(only=["mlp_stream"])
+    before = counted("mlp_stream").declined
+    for capturing in captures:
+        monkeypatch.setattr(layer_steps, "capturing", lambda found=capturing: found)
+        models.run(model, layer_steps.MLP_STREAM_ROWS + 1)
+    assert counted("mlp_stream").declined == before + 2 * len(model.layers)
+    assert reasons.of("mlp_stream").endswith("more than 64 tokens")
+
+
+@pytest.mark.parametrize("names", [["pdl"], ["layer_norms", "feed_forward_few"]])
+def test_a_step_that_is_out_is_not_asked(monkeypatch: pytest.MonkeyPatch, names: list[str]):
+    """Of a layer with experts, in an eager decode step: without `layer_norms`, and all done at once."""
+    from gemma4_turbo.fusions.fusion import Fusion, Step
+
+    model = models.build("moe")
+    ENGINE.apply(only=names)
+    models.run(model, 2)  # what a layer does not have is said once
+    asked: list[str] = []
+
+    def noting(name: str, theirs: Any) -> Any:
+        def call(self: Any, *args: Any) -> Any:
+            if self.run is None:
+                asked.append(f"{type(self).__name__}.{name}")
+            return theirs(self, *args)
+
+        return call
+
+    for kind, name in ((Step, "declined"), (Fusion, "settled"), (Fusion, "__call__")):
+        monkeypatch.setattr(kind, name, noting(name, getattr(kind, name)))
+    models.run(model, 2)
+    assert asked == []
 
 
 def test_what_is_between_two_layers_is_stocks():
