@@ -109,6 +109,17 @@ _METADATA_READS = (
             "swa_attn_logits",
         ),
     ),
+    (
+        "sglang.srt.model_executor.forward_batch_info:ForwardBatch",
+        (
+            *("forward_mode", "batch_size", "input_ids", "req_pool_indices", "seq_lens"),
+            *("seq_lens_cpu", "seq_lens_sum", "out_cache_loc", "out_cache_loc_swa", "positions"),
+            *("extend_num_tokens", "extend_seq_lens", "extend_prefix_lens", "mm_inputs"),
+            *("extend_seq_lens_cpu", "extend_prefix_lens_cpu", "extend_start_loc"),
+            *("num_token_non_padded_cpu", "padded_static_len", "req_to_token_pool"),
+            *("token_to_kv_pool", "attn_backend", "hisparse_coordinator"),
+        ),
+    ),
 )
 
 
@@ -615,6 +626,13 @@ PORTS: dict[str, Port] = {
         ),
         methods_of=(f"{_MTP_INPUTS}:FrozenKVMTPDraftInput",),
         reads=(
+            (
+                "sglang.srt.speculative.eagle_info:EagleDraftInput",
+                (
+                    *("topk_p", "topk_index", "hidden_states", "capture_hidden_mode"),
+                    *("bonus_tokens", "num_tokens_per_req", "num_tokens_for_logprob_per_req"),
+                ),
+            ),
             (
                 "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner:FrozenKVMTPInputBuffers",
                 (

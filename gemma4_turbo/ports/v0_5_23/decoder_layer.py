@@ -31,7 +31,9 @@ _stock: dict[str, Callable[..., torch.Tensor]] = {}
 _result: list[Any] = []  # SGLang's method that computes what a layer writes
 _boundary: list[Any] = []  # the module of SGLang's that writes the stream
 _classes: list[type] = []  # of a boundary
-_reads: list[type] = []  # of what attention reads through, then the feed-forward, and what is in that
+_reads: list[
+    type
+] = []  # of what attention reads through, then the feed-forward, and what is in that
 
 
 OF_A_BOUNDARY = ("plan", "declaration")
@@ -84,14 +86,14 @@ def _boundaries_unfit(layer: StagedLayer) -> str | None:
     return _reads_unfit(attn, _reads[:1]) or _reads_unfit(ffn, _reads[1:])
 
 
-def _reads_unfit(boundary: StageBoundary, kinds: list[type]) -> str | None:
+def _reads_unfit(boundary: StageBoundary, kinds: list[Any]) -> str | None:
     """Why a boundary reads the stream through something else than its norm, or None.
 
     Stock reads through an object, which may make another one for each batch (``bind``). ``kinds``: its
     class, and that of the object in it.
     """
     for path in boundary.plan.paths.values():
-        read = getattr(path.entry.prepare, "keywords", {}).get("read")
+        read: Any = getattr(path.entry.prepare, "keywords", {}).get("read")
         for kind in kinds:
             if type(read) is not kind:
                 return f"a layer's boundary reads through a {sglang_types.name(read)}"

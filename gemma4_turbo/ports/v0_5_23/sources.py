@@ -41,7 +41,10 @@ _BOUNDARIES = (
     f"{_BOUNDARY}.boundary:bind_entry",
     f"{_BOUNDARY}.boundary:_bind_entry_path",
     f"{_RESIDUAL}:bind_read",
-    *(f"{_BOUNDARY}.boundary:_TransformedRead.{name}" for name in ("bind", "_bind", "update_and_read")),
+    *(
+        f"{_BOUNDARY}.boundary:_TransformedRead.{name}"
+        for name in ("bind", "_bind", "update_and_read")
+    ),
     *(
         f"{_EXIT}.{name}"
         for name in (
