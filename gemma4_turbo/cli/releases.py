@@ -208,6 +208,8 @@ def _compare(name: str, port: Port, definitions: Definitions, elsewhere: _Elsewh
             gone.append(target)
         elif not all(definitions.mentions(target, name) for name in names):
             changed.append(target)
+    for target, names in port.lacks:
+        changed += [f"{target}.{name}" for name in names if definitions.has(f"{target}.{name}")]
     what = GONE if gone else CHANGED if changed else MOVED
     return Need(name, what, "", moved, changed, gone, port)
 

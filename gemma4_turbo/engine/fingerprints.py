@@ -473,6 +473,11 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
             gone = [name for name in names if not definitions.mentions(target, name)]
             if gone:
                 return Verdict(states.DRIFTED, f"{label}: {target} has no {', '.join(gone)}")
+        for target, names in port.lacks:
+            own = [name for name in names if definitions.has(f"{target}.{name}")]
+            if own:
+                told = f"{label}: {target} has its own {', '.join(own)}"
+                return Verdict(states.DRIFTED, told)
         return Verdict(states.ACTIVE, f"written for the source that {label} has", port)
     if port.superseded_when is not None and definitions.uses(*port.superseded_when):
         target, name = port.superseded_when

@@ -16,6 +16,8 @@ class Port(NamedTuple):
     # Classes of which it relies on what they do not define: their bases' methods run. Of these the bases and
     # the names of all that they define must be known, not the bodies. Read from disk, not waited for.
     methods_of: tuple[str, ...] = ()
+    # Classes and names that they do not define: their bases' run, whatever else they come to define.
+    lacks: tuple[tuple[str, tuple[str, ...]], ...] = ()
     # What is only read from, with the names that are read: the rest of its body may change.
     reads: tuple[tuple[str, tuple[str, ...]], ...] = ()
     written_for: tuple[str, ...] = ()  # releases whose source of all of these it was written for

@@ -52,7 +52,9 @@ _LAYER_CALLS = (
 )
 
 # It takes `forward` from `AttentionBackend`, and with it who calls what.
-_BY_BASE = ("sglang.srt.layers.attention.triton_backend:TritonAttnBackend",)
+_BY_BASE = (
+    ("sglang.srt.layers.attention.triton_backend:TritonAttnBackend", ("forward", "forward_mixed")),
+)
 # Who reads a checkpoint's scales of K and V, by `BaseKVCacheMethod.process_weights_after_loading`.
 _SCALED = (
     "sglang.srt.layers.quantization.fp8:Fp8KVCacheMethod",
@@ -238,7 +240,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
             "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
         ),
-        methods_of=_BY_BASE,
+        lacks=_BY_BASE,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=(*calls.QKV, *_ROPE_CALLS, *_ATTENTION_CALLS),
     ),
@@ -382,7 +384,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",
             "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
         ),
-        methods_of=_BY_BASE,
+        lacks=_BY_BASE,
         reads=_METADATA_READS,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=(
@@ -407,7 +409,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.swa_memory_pool:SWAKVPool.get_key_buffer",
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.get_key_buffer",
         ),
-        methods_of=_BY_BASE,
+        lacks=_BY_BASE,
         reads=_METADATA_READS,
         written_for=("0.5.12", "0.5.12.post1"),
         goes_round=_LAYER_CALLS,
@@ -558,7 +560,8 @@ PORTS: dict[str, Port] = {
             "sglang.srt.layers.quantization.kv_cache:BaseKVCacheMethod.create_weights",
             "sglang.srt.mem_cache.memory_pool:MHATokenToKVPool.set_kv_buffer",
         ),
-        methods_of=(*_BY_BASE, *_SCALED),
+        methods_of=_SCALED,
+        lacks=_BY_BASE,
         written_for=("0.5.12", "0.5.12.post1"),
     ),
     "mtp_launch": Port(

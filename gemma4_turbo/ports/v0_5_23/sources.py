@@ -138,7 +138,7 @@ _DRAFT_GRAPHS = f"{_SPEC}.frozen_kv_mtp_cuda_graph_runner"
 
 _BACKEND = "sglang.srt.layers.attention.triton_backend"
 # It takes `forward` from `AttentionBackend`, and with it who calls what.
-_BY_BASE = (f"{_BACKEND}:TritonAttnBackend",)
+_BY_BASE = ((f"{_BACKEND}:TritonAttnBackend", ("forward", "forward_mixed")),)
 _KERNELS = "sglang.kernels.ops.attention"
 _POOLS = "sglang.srt.mem_cache"
 
@@ -624,7 +624,7 @@ PORTS: dict[str, Port] = {
             "sglang.srt.mem_cache.memory_pool:_set_kv_buffer_impl",
             "sglang.kernels.ops.kvcache.kvcache:store_cache",
         ),
-        methods_of=_BY_BASE,
+        lacks=_BY_BASE,
         written_for=RELEASES,
         goes_round=(*calls.QKV, *_ROPE_CALLS, *_ATTENTION_CALLS),
     ),
@@ -679,7 +679,7 @@ PORTS: dict[str, Port] = {
             f"{_BACKEND}:TritonAttnBackend.forward_extend",
             "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
         ),
-        methods_of=_BY_BASE,
+        lacks=_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         goes_round=(*_LAYER_CALLS, "sglang.srt.layers.logits_processor:LogitsProcessor.forward"),
@@ -694,7 +694,7 @@ PORTS: dict[str, Port] = {
             f"{_KERNELS}.decode_attention:decode_attention_fwd",
             *_BUFFERS,
         ),
-        methods_of=_BY_BASE,
+        lacks=_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         lazy=(f"{_KERNELS}.decode_attention",),
@@ -715,7 +715,7 @@ PORTS: dict[str, Port] = {
             f"{_RUNNER}:PrefillCudaGraphRunner._run_forward",
             f"{_RUNNER}:PrefillCudaGraphRunner._execute_body_capture",
         ),
-        methods_of=_BY_BASE,
+        lacks=_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         goes_round=_LAYER_CALLS,
@@ -783,7 +783,8 @@ PORTS: dict[str, Port] = {
             f"{_POOLS}.kv_cache_dtype:configure_kv_cache_dtype",
             *_BUFFERS,
         ),
-        methods_of=(*_BY_BASE, *_SCALED),
+        methods_of=_SCALED,
+        lacks=_BY_BASE,
         reads=(
             (
                 "sglang.srt.layers.radix_attention:RadixAttention.__init__",

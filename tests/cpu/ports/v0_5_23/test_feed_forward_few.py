@@ -506,10 +506,10 @@ def test_a_layer_whose_norms_are_stocks_is_counted(model: Any):
     ENGINE.revert()
     ENGINE.apply(only=[NAME, "layer_norms"])
     before = counted(NAME)
-    found = models.build("moe")
-    for layer in found.layers:
-        layer.post_attention_layernorm.register_forward_hook(lambda *given: None)
-    models.run(found)
+    stack = models.build("moe")
+    for one in stack.layers:
+        one.pre_feedforward_layernorm_2.register_forward_hook(lambda *_: None)
+    models.run(stack)
     assert counted(NAME) == before.and_(declined=2)
     assert ENGINE.runs[NAME]._decline_reason == patch.NO_NORMS
 
