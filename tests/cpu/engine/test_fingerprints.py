@@ -420,6 +420,20 @@ def test_what_is_only_read_may_change_but_for_the_names_that_are_read(world: Wor
     assert judge(ports, RELEASE, Definitions(source)).state == states.DRIFTED
 
 
+def test_a_class_may_define_more_but_not_what_its_base_is_relied_on_for(world: World) -> None:
+    lacks = ((world.target("Model"), ("load", "run")), (world.target("Nothing"), ("load",)))
+    ports = record("one", world.target("answer"), lacks=lacks).ports
+    source = fingerprints.folder_source(world.root)
+    world.table[RELEASE] = fingerprints.record_release(source, ports)
+    assert judge(ports, RELEASE, Definitions(source)).state == states.ACTIVE
+    world.edit("    def forward", "    def loads(self): ...\n\n    def forward")
+    assert judge(ports, RELEASE, Definitions(source)).state == states.ACTIVE
+    world.edit("    def loads", "    def load")
+    verdict = judge(ports, RELEASE, Definitions(source))
+    assert verdict.state == states.DRIFTED
+    assert verdict.reason.endswith(f"{world.target('Model')} has its own load")
+
+
 def test_the_port_whose_source_is_there_is_chosen(world: World) -> None:
     """Of two release lines, whichever comes first; neither: the verdict of the nearer one."""
     old = record("one", world.target("answer"), written_for=("0.9",)).ports[0]
