@@ -142,15 +142,18 @@ class Order(enum.IntEnum):
 class Schedule(NamedTuple):
     """When weights are read; it does not change a bit.
 
-    The four in the middle are cache lines of each of a program's rows that it fetches into the L2 cache before
-    it waits: powers of two, 0 for none, and what lies past a row's end is left out. Only its first block is
-    on its way to registers by then, and memory is idle while earlier launches end, the router decides, or
-    the last of the experts' gate and up are computed.
+    The five in the middle are cache lines of each of a program's rows that it fetches into the L2 cache as soon
+    as it knows them, before it waits for what it multiplies them with: powers of two, 0 for none, and what
+    lies past a row's end is left out. Registers hold a block or two of each row. Memory is idle while earlier
+    launches end, the router decides, or the last of the experts' gate and up are computed.
     """
 
     order: Order = Order.CHOSEN
     router: int = 0
     dense: int = 0  # with dependent launch only: nothing else makes these programs wait
+    chosen: int = (
+        0  # once routed: these programs wait no more, but have more on its way than registers hold
+    )
     dense_down: int = 0
     chosen_down: int = 0
     registers: int = 0  # of a thread at most, for more programs at once; 0: the compiler's choice
@@ -307,7 +310,7 @@ def _dense(
 def _chosen(
     x_ptr, stride_x, w_ptr, h_ptr, expert_ptr, slot, tile,
     N: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """An expert's activations, some columns of one token."""
     pdl.wait(PDL)
@@ -316,6 +319,8 @@ def _chosen(
     expert = tl.maximum(expert, 0).to(tl.int64)
     x_ptr += (slot // K).to(tl.int64) * stride_x
     w_ptr += expert * (2 * N * H)
+    _fetch(w_ptr, tile, N, H, ROWS * ACROSS, AHEAD, PTX)
+    _fetch(w_ptr + N * H, tile, N, H, ROWS * ACROSS, AHEAD, PTX)
     gate, up = gated(x_ptr, 0, 1, w_ptr, tile, N, H, 1, ROWS, REPEAT, ACROSS, LINE, PDL, PTX)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
     gate = _or_nan(gate, there, PTX)
@@ -407,8 +412,8 @@ def _feed_forward_few_kernel(
     CHOSEN_ROWS: tl.constexpr, CHOSEN_REPEAT: tl.constexpr, CHOSEN_LINE: tl.constexpr,
     DOWN_ROWS: tl.constexpr, DOWN_REPEAT: tl.constexpr, DOWN_LINE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_REPEAT: tl.constexpr, GROUP_LINE: tl.constexpr,
-    ORDER: tl.constexpr, ROUTER_AHEAD: tl.constexpr, DENSE_AHEAD: tl.constexpr, DOWN_AHEAD: tl.constexpr,
-    GROUP_AHEAD: tl.constexpr,
+    ORDER: tl.constexpr, ROUTER_AHEAD: tl.constexpr, DENSE_AHEAD: tl.constexpr, CHOSEN_AHEAD: tl.constexpr,
+    DOWN_AHEAD: tl.constexpr, GROUP_AHEAD: tl.constexpr,
     LANES: tl.constexpr,
     ROUTER: tl.constexpr, ROUTED: tl.constexpr, DENSE: tl.constexpr, ENDED: tl.constexpr,
     CHOSEN: tl.constexpr, READY: tl.constexpr, EXPERTS: tl.constexpr, COUNTS: tl.constexpr,
@@ -463,7 +468,7 @@ def _feed_forward_few_kernel(
         _chosen(
             experts_input_ptr, stride_experts, w13_ptr, chosen_ptr, counts_ptr + EXPERTS + slot * APART, slot,
             (number - FIRST) // slots, N, H, K, CHOSEN_ROWS, CHOSEN_ACROSS, CHOSEN_REPEAT, CHOSEN_LINE,
-            PDL, PTX,
+            CHOSEN_AHEAD, PDL, PTX,
         )  # fmt: skip
         token = slot // K
         chosen_count_ptr = counts_ptr + CHOSEN + token * APART
@@ -596,7 +601,7 @@ def schedule_unfit(schedule: Schedule) -> str | None:
     """Why the kernel cannot read weights so, or None."""
     if schedule.order not in tuple(Order):
         return f"schedule must have an order of 0, 1 or 2, got {schedule}"
-    if any(lines < 0 or lines > 64 or lines & (lines - 1) for lines in schedule[1:5]):
+    if any(lines < 0 or lines > 64 or lines & (lines - 1) for lines in schedule[1:6]):
         return f"schedule must fetch 0 cache lines or a power of two up to 64, got {schedule}"
     if schedule.registers and not 64 <= schedule.registers <= 255:
         return f"schedule must leave 64 to 255 registers, got {schedule}"
@@ -727,6 +732,7 @@ def launch_feed_forward_few(
         ORDER=int(schedule.order),
         ROUTER_AHEAD=schedule.router,
         DENSE_AHEAD=schedule.dense,
+        CHOSEN_AHEAD=schedule.chosen,
         DOWN_AHEAD=schedule.dense_down,
         GROUP_AHEAD=schedule.chosen_down,
         LANES=LANES,

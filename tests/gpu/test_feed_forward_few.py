@@ -143,8 +143,8 @@ def test_the_same_bits_at_every_run(layers, early):
     [
         Schedule(Order.DENSE_LAST),
         Schedule(Order.DENSE_FIRST),
-        Schedule(Order.DENSE_LAST, 64, 64, 32, 16),
-        Schedule(Order.DENSE_FIRST, 64, 64, 32, 16, 128),
+        Schedule(Order.DENSE_LAST, 64, 64, 16, 32, 16),
+        Schedule(Order.DENSE_FIRST, 64, 64, 16, 32, 16, 128),
     ],
     ids=str,
 )

@@ -69,7 +69,7 @@ def test_rows(layers: bench.Layers, monkeypatch: pytest.MonkeyPatch, capsys: Any
     frame = pd.DataFrame(bench.measured(layers, 1, 3, {"gpu": "none"}))
     assert list(frame.what) == ["two streams", "at once", "at once"]
     assert list(frame.ratio) == [1.0, 2.0, 3.0]
-    assert list(frame.schedule) == ["", "0/0/0/0/0/0", "1/0/0/0/0/0"]
+    assert list(frame.schedule) == ["", "0/0/0/0/0/0/0", "1/0/0/0/0/0/0"]
     assert frame.cut[1] == "1/1/64 2/1/64 2/1/64 2/1/64 2/1/64"
     # Gate, up and down of the dense MLP, the router, and those of two experts, in bf16.
     assert frame.gb_per_s[0] == round(2 * 256 * (3 * 64 + 4 + 2 * 3 * 16) / 10 / 1e3)

@@ -184,7 +184,7 @@ def plain(gpu: Gpu) -> dict[str, Callable[[], Any]]:
 
 def whole(gpu: Gpu) -> dict[str, Callable[[], Any]]:
     """Half a layer in one launch: no tiles, and the longest to compile of those without."""
-    fetched = feed_forward_few.Schedule(feed_forward_few.Order.DENSE_FIRST, 64, 16, 32, 8)
+    fetched = feed_forward_few.Schedule(feed_forward_few.Order.DENSE_FIRST, 64, 16, 8, 32, 8)
     return {
         "feed_forward_few": lambda: feed_forward(4),
         "feed_forward_few, fetched": lambda: feed_forward(1, fetched),

@@ -147,7 +147,7 @@ def test_no_token_knows_of_another():
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize(
     "schedule",
-    [*map(Schedule, tuple(Order)[1:]), Schedule(Order.DENSE_FIRST, 64, 16, 8, 16)],
+    [*map(Schedule, tuple(Order)[1:]), Schedule(Order.DENSE_FIRST, 64, 16, 8, 8, 16)],
     ids=str,
 )
 def test_a_schedule_does_not_change_a_bit(tokens, schedule):
