@@ -377,6 +377,8 @@ def run(names: Sequence[str], minutes: float, fresh: bool, share: bool) -> int:
     if share:
         return _share(where)
     models = geometries(names)
+    if (problem := report.torch_problem()) is not None:
+        raise CannotRunError(problem)
     from gemma4_turbo.cli.tuning import budget, compiling
     from gemma4_turbo.cli.tuning import device as devices
 

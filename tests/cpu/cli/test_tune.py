@@ -1058,6 +1058,12 @@ def test_sharing_prints_no_name_and_no_path(small, capsys):
     assert shared.shapes[0].figures == {"ratio": 0.5}
 
 
+def test_without_torch_it_is_one_line(small, monkeypatch):
+    told = "PyTorch is not installed: No module named 'torch'"
+    monkeypatch.setattr(tune.report, "torch_problem", lambda: told)
+    assert refused("--model", "e2b") == told
+
+
 def test_there_is_nothing_to_share(small):
     assert refused("--share") == f"there is no profile at {small}: python -m gemma4_turbo tune"
     small.parent.mkdir()

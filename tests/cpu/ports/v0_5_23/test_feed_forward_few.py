@@ -504,9 +504,12 @@ def test_a_wrapper_around_what_is_gone_round_is_a_conflict(
 def test_a_layer_whose_norms_are_stocks_is_counted(model: Any):
     """Nothing is silently inactive: `layer_norms` makes the three inputs."""
     ENGINE.revert()
-    ENGINE.apply(only=[NAME])
+    ENGINE.apply(only=[NAME, "layer_norms"])
     before = counted(NAME)
-    models.run(models.build("moe"))
+    stack = models.build("moe")
+    for one in stack.layers:
+        one.pre_feedforward_layernorm_2.register_forward_hook(lambda *_: None)
+    models.run(stack)
     assert counted(NAME) == before.and_(declined=2)
     assert ENGINE.runs[NAME]._decline_reason == patch.NO_NORMS
 

@@ -67,9 +67,11 @@ def test_what_is_done_at_once_is_said_where_it_would_have_been_done(kind: str):
         assert reasons.of(name).endswith(said)
 
 
-def test_without_layer_norms_the_router_is_not_asked():
+def test_where_the_norms_are_stocks_the_router_is_not_asked():
     model = models.build("moe")
-    ENGINE.apply(only=["router_few"])
+    for layer in model.layers:
+        layer.pre_feedforward_layernorm_2.register_forward_hook(lambda *_: None)
+    ENGINE.apply(only=["layer_norms", "router_few"])
     models.run(model, 2)
     assert "layer_norms did not make" in reasons.of("router_few")
 
