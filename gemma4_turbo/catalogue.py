@@ -127,7 +127,7 @@ PATCHES: tuple[Patch, ...] = (
     ),
     Patch(
         name="feed_forward_few",
-        summary="Router, dense MLP and experts of up to four tokens in one launch",
+        summary="Router, dense MLP and experts of up to two tokens in one launch",
         numerics=TOLERANCE,
         default=False,
         requires=("layer_norms",),

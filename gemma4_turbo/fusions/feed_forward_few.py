@@ -14,6 +14,8 @@ from gemma4_turbo.kernels import feed_forward_few as kernel
 from gemma4_turbo.kernels import router_few
 from gemma4_turbo.kernels.feed_forward_few import Found, Inputs, Weights
 
+MOST_TOKENS = 2
+"""The kernel takes more, but on an H200 gains nothing over the launches that it replaces."""
 OUTPUT = 2.0**-6
 """Of the largest in a row of an output: a rounding of bf16 in the last step, and of terms before it."""
 
@@ -53,7 +55,7 @@ class FeedForwardFew(Fusion[Args, Found]):
         x, w = args.inputs.mlp, args.weights
         (hidden, width), narrow = w.down.shape, w.w2.shape[2]
         return args._replace(
-            inputs=Inputs(*(samples(kernel.MAX_TOKENS, x).roll(shift, -1) for shift in range(3))),
+            inputs=Inputs(*(samples(MOST_TOKENS, x).roll(shift, -1) for shift in range(3))),
             weights=random_weights(hidden, width, narrow, args.topk + 1, x, w.scale.dtype),
         )
 
@@ -62,10 +64,10 @@ class FeedForwardFew(Fusion[Args, Found]):
         sizes = (2816, 2112, 704, 9, 8) if device == "cuda" else (64, 16, 8, 5, 2)
         hidden, width, narrow, experts, topk = sizes
         generator = torch.Generator(device).manual_seed(5)
-        x = torch.randn(3, kernel.MAX_TOKENS, hidden, generator=generator, device=device).bfloat16()
+        x = torch.randn(3, MOST_TOKENS, hidden, generator=generator, device=device).bfloat16()
         weights = random_weights(hidden, width, narrow, experts, x, torch.float32)
         checks = []
-        for tokens in (1, kernel.MAX_TOKENS):
+        for tokens in (1, MOST_TOKENS):
             inputs = Inputs(*x[:, :tokens].unbind())
             found = kernel.feed_forward_few(inputs, weights, topk)
             pairs = (
@@ -89,7 +91,7 @@ class FeedForwardFew(Fusion[Args, Found]):
     def differing(self, args: Args, kind: int) -> int:
         """Numbers that are too far from the reference's, of each kernel that is compiled."""
         drawn, found = self.drawn(args), 0
-        for rows in (1, 2, kernel.MAX_TOKENS):
+        for rows in (1, MOST_TOKENS):
             few = drawn._replace(inputs=Inputs(*(x[:rows] for x in drawn.inputs)))
             found += wrong(self.launch(few, kind), few.inputs, few.weights, few.topk)
         return found

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 FEED_FORWARD_FEW = feed_forward_few.FeedForwardFew("feed_forward_few")
 NAME = "feed_forward_few"
 
-TOO_MANY_TOKENS = f"more than {kernel.MAX_TOKENS} tokens"
+TOO_MANY_TOKENS = f"more than {feed_forward_few.MOST_TOKENS} tokens"
 NOT_ASKED = "SGLang did not run its fused experts on this routing and the layer's own weights"
 NO_NORMS = "layer_norms did not make the layer's inputs"
 SUMMED = "the layer sums over several GPUs"
@@ -131,7 +131,9 @@ def outputs(
         FEED_FORWARD_FEW.declined(TRACED)
         return None
     _slot[0] = None
-    if not 0 < mlp_input.shape[0] <= kernel.MAX_TOKENS:  # every prefill: no time for more
+    if (
+        not 0 < mlp_input.shape[0] <= feed_forward_few.MOST_TOKENS
+    ):  # every prefill: no time for more
         run.declined(TOO_MANY_TOKENS if mlp_input.shape[0] else "no tokens")
         return None
     moe = layer.moe

@@ -10,7 +10,7 @@ import torch
 
 from bench import feed_forward_few as bench
 from gemma4_turbo.kernels import feed_forward_few as kernel
-from gemma4_turbo.kernels.feed_forward_few import Product, Tiles
+from gemma4_turbo.kernels.feed_forward_few import Order, Product, Schedule, Tiles
 
 pytestmark = [
     pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
@@ -19,10 +19,15 @@ pytestmark = [
 SMALL = Tiles(*(Product(rows, 1, 64) for rows in (1, 2, 2, 2, 2)))
 
 
+VARIANTS = ((SMALL, kernel.SCHEDULE), (SMALL, Schedule(Order.DENSE_LAST)))
+
+
 def test_every_cut_can_run():
-    assert len(set(bench.CUTS)) == len(bench.CUTS)
-    for tiles in bench.CUTS:
+    assert len(set(bench.VARIANTS)) == len(bench.VARIANTS)
+    assert bench.VARIANTS[0] == (kernel.choose(bench.TOPK), kernel.SCHEDULE)
+    for tiles, schedule in bench.VARIANTS:
         assert kernel.tiles_unfit(tiles, bench.TOPK) is None
+        assert kernel.schedule_unfit(schedule) is None
 
 
 class Clock:
@@ -37,7 +42,7 @@ class Clock:
 def layers(monkeypatch: pytest.MonkeyPatch) -> bench.Layers:
     changes = {
         "DEVICE": "cpu", "HIDDEN": 256, "WIDTH": 64, "NARROW": 16, "EXPERTS": 4, "TOPK": 2, "LAYERS": 2,
-        "CALLS": 2, "CUTS": (SMALL,), "Timer": Clock,
+        "CALLS": 2, "VARIANTS": VARIANTS, "Timer": Clock,
         "readings": lambda timers, _: [timer.us * (i + 1) for i, timer in enumerate(timers)],
     }  # fmt: skip
     for name, value in changes.items():
@@ -62,8 +67,9 @@ def test_rows(layers: bench.Layers, monkeypatch: pytest.MonkeyPatch, capsys: Any
 
     monkeypatch.setattr(layers, "one_stream", broken)
     frame = pd.DataFrame(bench.measured(layers, 1, 3, {"gpu": "none"}))
-    assert list(frame.what) == ["two streams", "at once"]
-    assert list(frame.ratio) == [1.0, 2.0]
+    assert list(frame.what) == ["two streams", "at once", "at once"]
+    assert list(frame.ratio) == [1.0, 2.0, 3.0]
+    assert list(frame.schedule) == ["", "0/0/0/0/0/0/0", "1/0/0/0/0/0/0"]
     assert frame.cut[1] == "1/1/64 2/1/64 2/1/64 2/1/64 2/1/64"
     # Gate, up and down of the dense MLP, the router, and those of two experts, in bf16.
     assert frame.gb_per_s[0] == round(2 * 256 * (3 * 64 + 4 + 2 * 3 * 16) / 10 / 1e3)

@@ -111,7 +111,7 @@ def few_experts(tokens: int) -> Any:
     return experts_few.launch_experts_few(x, w13, w2, factors, ids, None, tiles)
 
 
-def feed_forward(tokens: int) -> Any:
+def feed_forward(tokens: int, schedule: Any = feed_forward_few.SCHEDULE) -> Any:
     weights = feed_forward_few.Weights(
         rows(4224, HIDDEN), rows(HIDDEN, 2112), rows(128, HIDDEN), rows(128), rows(8, 1408, HIDDEN),
         rows(8, HIDDEN, 704),
@@ -119,7 +119,7 @@ def feed_forward(tokens: int) -> Any:
     inputs = feed_forward_few.Inputs(*(rows(tokens, HIDDEN) for _ in range(3)))
     counts = ints(feed_forward_few.COUNTS)
     tiles = feed_forward_few.choose(8)
-    return feed_forward_few.launch_feed_forward_few(inputs, weights, 8, counts, tiles)
+    return feed_forward_few.launch_feed_forward_few(inputs, weights, 8, counts, tiles, schedule)
 
 
 def projected() -> Any:
@@ -184,7 +184,11 @@ def plain(gpu: Gpu) -> dict[str, Callable[[], Any]]:
 
 def whole(gpu: Gpu) -> dict[str, Callable[[], Any]]:
     """Half a layer in one launch: no tiles, and the longest to compile of those without."""
-    return {"feed_forward_few": lambda: feed_forward(4)}
+    fetched = feed_forward_few.Schedule(feed_forward_few.Order.DENSE_FIRST, 64, 16, 8, 32, 8)
+    return {
+        "feed_forward_few": lambda: feed_forward(4),
+        "feed_forward_few, fetched": lambda: feed_forward(1, fetched),
+    }
 
 
 def products(gpu: Gpu) -> dict[str, Callable[[], Any]]:
@@ -276,7 +280,8 @@ def compiled(case: Callable[[], Any]) -> list[Any]:
 def resources(kernel: Any) -> dict[str, int]:
     """Registers of a thread, bytes of it in local memory (spills), and shared memory of a CTA.
 
-    And how many products there are, with a sum in the same instruction and without.
+    And how many products there are, with a sum in the same instruction and without; and how many instructions
+    that fetch into the L2 cache.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -287,7 +292,14 @@ def resources(kernel: Any) -> dict[str, int]:
     shared = kernel.metadata.shared  # what a launch asks for; the binary has the static part only
     ptx = kernel.asm["ptx"]
     products = {"fused": ptx.count("fma"), "products": ptx.count("mul")}
-    return {"registers": registers, "spilled": stack + local, "shared": shared, **products}
+    fetched = ptx.count("prefetch.global.L2")
+    return {
+        "registers": registers,
+        "spilled": stack + local,
+        "shared": shared,
+        "fetched": fetched,
+        **products,
+    }
 
 
 def specialised() -> dict[str, list[str]]:

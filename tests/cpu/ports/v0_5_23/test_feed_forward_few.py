@@ -459,7 +459,7 @@ def test_written_weights_are_read(layer: Any, as_on_a_gpu: Calls):
     assert torch.equal(negative[1], -experts)
 
 
-@pytest.mark.parametrize(("tokens", "reason"), [(5, "more than 4 tokens"), (0, "no tokens")])
+@pytest.mark.parametrize(("tokens", "reason"), [(3, "more than 2 tokens"), (0, "no tokens")])
 def test_more_tokens_and_none_are_stocks(layer: Any, tokens: int, reason: str):
     declined(layer, reason, tokens)
 
@@ -599,20 +599,20 @@ def test_the_self_check_sees_a_wrong_kernel(layer: Any, monkeypatch: pytest.Monk
 
     def wrong(*given: Any) -> kernel.Found:
         found = launch(*given)
-        if found.mlp_output.shape[0] == kernel.MAX_TOKENS:
+        if found.mlp_output.shape[0] == 2:
             found.mlp_output[1, 2] *= 1.5
-            found.experts_output[2, 3] = float("nan")
+            found.experts_output[0, 3] = float("nan")
         return found
 
     monkeypatch.setattr(kernel, "launch_feed_forward_few", wrong)
     assert fusion.differing(args, 0) == 2
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_the_self_check_looks_at_every_compiled_kernel(
     layer: Any, monkeypatch: pytest.MonkeyPatch, tokens: int
 ):
-    """Of one, of two and of up to four tokens: a decode step of one token is most of a server's."""
+    """Of one token and of two: a decode step of one token is most of a server's."""
     site = site_of(layer)
     counts = torch.zeros(kernel.COUNTS, dtype=torch.int32)
     args = patch.feed_forward_few.Args(kernel.Inputs(*inputs()), site.weights, 8, counts)
