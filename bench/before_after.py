@@ -31,6 +31,7 @@ import typer  # noqa: E402
 from bench.common.comparing import differences  # noqa: E402
 from bench.common.engines import Engine, end_on_sigterm, engines  # noqa: E402
 from bench.common.options import parse_prefill, patches_of  # noqa: E402
+from bench.common.ports import own_port  # noqa: E402
 from bench.common.results import Results, append  # noqa: E402
 from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
@@ -119,7 +120,8 @@ def main(
 
     def make(name: str) -> Any:
         log = out.with_name(f"{out.stem}-{model}-{name}.log").resolve()
-        return classes[name](STOCK if name == STOCK else PATCHED, chosen, arguments, log)
+        given = {**arguments, "nccl_port": own_port()}  # an older checkout's engine asks for none
+        return classes[name](STOCK if name == STOCK else PATCHED, chosen, given, log)
 
     def measure(name: str, engine: Any, round_: int) -> None:
         """Round -1 only compiles what is compiled on first use."""

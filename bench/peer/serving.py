@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.load import load_arguments, measured, with_stand_in
-from bench.common.servers import Server, free_port
+from bench.common.ports import own_port
+from bench.common.servers import Server
 from bench.peer.engine import Peer, PeerError, attention, end_group, environment, reason
 from bench.peer.results import DURATION, EACH, EACH_99, FIRST, FIRST_99, OUTPUT, TOTAL
 from bench.workers.load import LoadClient
@@ -74,12 +75,14 @@ class PeerServer(Server):
     def __init__(
         self, peer: Peer, arguments: dict[str, Any], log: Path, start_limit_s: float
     ) -> None:
-        self.variant, self.log, self.port = peer.name, log, free_port()
+        self.variant, self.log, self.port = peer.name, log, own_port()
         self.start_limit_s = start_limit_s
         log.unlink(missing_ok=True)
         module = MODULES["vllm" if peer.kind == "vllm" else "sglang"]
         if peer.kind == "vllm":
             self.health = "/health"
+        else:
+            arguments = {"nccl_port": own_port(), **arguments}
         command = [peer.python, "-m", module, "--host", "127.0.0.1", "--port", str(self.port)]
         self._start([*command, *flags(arguments)], environment(peer))
         self.peer = peer

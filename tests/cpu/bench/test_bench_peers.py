@@ -67,7 +67,8 @@ FILES = {
             def __init__(self, model_path, load_format="auto", skip_tokenizer_init=False, grammar_backend=None,
                 log_level="", chunked_prefill_size=None, disable_prefill_cuda_graph=False,
                 speculative_algorithm=None, speculative_draft_model_path=None, speculative_num_steps=None,
-                speculative_eagle_topk=None, speculative_num_draft_tokens=None, attention_backend=None): ...
+                speculative_eagle_topk=None, speculative_num_draft_tokens=None, attention_backend=None,
+                nccl_port=None): ...
     """,
     "vllm/__init__.py": """
         __version__ = "8.8.8"
