@@ -19,6 +19,7 @@ from bench.rendering.text import (
     newest_rows,
     origins,
     short,
+    weights,
 )
 
 KEYS = ["sglang", "model", "layers", "patches"]
@@ -32,8 +33,11 @@ SERVED = (
 
 
 def read(path: Path) -> pd.DataFrame | None:
-    """A CSV file, if there is one."""
-    return pd.read_csv(path) if path.exists() else None
+    """A CSV file, if there is one, without rows of quantised weights."""
+    if not path.exists():
+        return None
+    rows = pd.read_csv(path)
+    return rows[weights(rows) == "none"]
 
 
 def runs(frame: pd.DataFrame, *more: str) -> Iterator[tuple[list[str], pd.DataFrame]]:

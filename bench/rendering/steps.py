@@ -17,19 +17,35 @@ from bench.rendering.text import (
     not_bitwise,
     origins,
     short,
+    weights,
 )
 from gemma4_turbo.models.geometry import GEOMETRIES
 
 BATCHES = (1, 8, 32)
 PREFILL = 4096
+ENGINE = [
+    *("SGLang", "model", "GPU", "patches"),
+    *(f"decode, batch {size}, ms" for size in BATCHES),
+    *("launches per layer", "prefill, ms", "tokens differing", "logprobs differing"),
+    *("KL divergence, nats", "rounds"),
+]
 
 
-def engine_runs(results: Path) -> list[pd.DataFrame]:
-    """The newest run of each file of whole engines with the decode patches, the newest SGLang first."""
-    frames = [
-        newest_rows(pd.read_csv(path)).assign(graphs="nographs" not in path.name)
-        for path in sorted(results.glob("decode-*-engine.csv"))
-    ]
+def engine_runs(results: Path, quantised: bool = False) -> list[pd.DataFrame]:
+    """The newest run of each file of whole engines with the decode patches, the newest SGLang first.
+
+    Of a file's weights in bf16; ``quantised``: instead of each format and model.
+    """
+    frames = []
+    for path in sorted(results.glob("decode-*-engine.csv")):
+        rows = pd.read_csv(path).assign(graphs="nographs" not in path.name)
+        rows = rows.assign(quantization=weights(rows))
+        own = rows[(rows["quantization"] != "none") == quantised]
+        if quantised:
+            kinds = own.groupby(["quantization", "sglang", "model", "layers", "gpu"], sort=False)
+            frames += [newest_rows(run) for _, run in kinds]
+        elif len(own):
+            frames.append(newest_rows(own))
     return sorted(frames, key=lambda frame: Version(str(frame.iloc[0]["sglang"])), reverse=True)
 
 
@@ -73,16 +89,24 @@ def decode_engine(results: Path) -> str | None:
     rows = [engine_row(frame) for frame in frames]
     if not rows:
         return None
-    header = ["SGLang", "model", "GPU", "patches"]
-    header += [f"decode, batch {size}, ms" for size in BATCHES]
-    header += ["launches per layer", "prefill, ms", "tokens differing", "logprobs differing"]
-    table = markdown([*header, "KL divergence, nats", "rounds"], rows)
     return (
-        f"{table}\n\nStock -> patched (ratio), medians of alternating rounds of one run each; "
+        f"{markdown(ENGINE, rows)}\n\nStock -> patched (ratio), medians of alternating rounds of one run each; "
         "random weights; tokens and logprobs of stock against patched. KL divergence of the next-token "
         "distributions of 12 prompts of up to 6000 tokens, stock against patched; in brackets stock "
         "against itself with other batches or chunks. "
         f"{origins(pd.concat(frames))}."
+    )
+
+
+def quantised_engine(results: Path) -> str | None:
+    """Whole engines with quantised weights, a row per format and model; None if there is none."""
+    frames = engine_runs(results, quantised=True)
+    if not frames:
+        return None
+    rows = [[f"`{frame.iloc[0]['quantization']}`", *engine_row(frame)] for frame in frames]
+    return (
+        f"{markdown(['weights', *ENGINE], rows)}\n\nStock -> patched (ratio), as in the table of bf16 "
+        f"weights; both engines' random weights quantised by SGLang. {origins(pd.concat(frames))}."
     )
 
 

@@ -6,7 +6,8 @@ patches; without it nothing of gemma4_turbo is imported here, nor wrapt where th
 
 ``BENCH_POOL_GIB`` is the memory for KV, whatever else lies on the GPU: pools of one size, run after run.
 
-K and V share their weights where a checkpoint has one projection for both.
+K and V share their weights where a checkpoint has one projection for both. Scales of quantised weights and
+of KV caches are 1: 0.5.12.post1 draws after it has quantised, scales of both signs among the rest.
 
 In a model that takes pictures dummy weights would hide them: the bounds of activations are drawn
 too, upper and lower the same number, and norms near zero damp what comes from the images.
@@ -45,6 +46,9 @@ def _widen(loader: Any) -> None:
 
     def initialize_dummy_weights(model: Any) -> None:
         draw(model, low=-bound, high=bound)
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("weight_scale", ".k_scale", ".v_scale")):
+                tensor.fill_(1.0)
         if hasattr(model, "vision_tower") or os.environ.get("BENCH_UNIT_NORMS") == "1":
             for name, tensor in model.state_dict().items():
                 _let_images_through(name, tensor)
@@ -107,6 +111,8 @@ def _tie_values_to_keys(module: Any) -> None:
     full = getattr(module, "sliding_window", None) in (None, -1)  # -1 in later releases
     if one and full and not module.is_kv_shared_layer:
         weight, first = module.qkv_proj.weight.data, module.q_size
+        if weight.element_size() == 1:  # quantised before it was drawn: [in, out]
+            weight = weight.t()
         weight[first + module.kv_size :] = weight[first : first + module.kv_size]
 
 

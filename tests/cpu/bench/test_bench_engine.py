@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -25,6 +26,8 @@ WORKER = """
 import json, os, sys, time
 
 patched = os.environ["BENCH_PATCHED"] == "1"
+with open(os.environ["ASKED"], "a") as file:
+    file.write(json.dumps([patched, json.loads(sys.argv[2]).get("quantization")]) + "\\n")
 print(json.dumps({"ready_s": 1.0}), flush=True)
 calls = 0
 for line in sys.stdin:
@@ -68,17 +71,22 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
     """Starts the command with stand-ins for its engines; it prints to `printed`."""
     started: list[Child] = []
 
-    def run(calls: int, ran: int = 1) -> Child:
-        (tmp_path / "workers").mkdir()
+    def run(calls: int, ran: int = 1, *more: str) -> Child:
+        (tmp_path / "workers").mkdir(exist_ok=True)
         (tmp_path / "workers" / "engine.py").write_text(WORKER)
         (tmp_path / "printed").touch()
         options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
         options += ["--equality", "1", "--kl", "1", "--kl-exact", "--breakdown", "0"]
-        options += ["--patches", "router"]
+        options += ["--patches", "router", *more]
         child = warm(environment).start(
             code=RUN,
             arguments=[str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
-            env={**os.environ, "CALLS": str(calls), "RAN": str(ran)},
+            env={
+                **os.environ,
+                "CALLS": str(calls),
+                "RAN": str(ran),
+                "ASKED": str(tmp_path / "asked"),
+            },
             cwd=str(REPOSITORY),
             files=[str(tmp_path / "printed")] * 2,
             timeout=120,
@@ -117,6 +125,19 @@ def test_a_run(start: Callable[[int], Child], tmp_path: Path):
     exact = "stock, attention in fp32"
     assert value(frame, f"{exact} vs stock", "KL divergence") == pytest.approx(moved)
     assert value(frame, f"{exact} vs patched", "KL divergence") > moved
+
+
+def test_both_engines_get_the_quantization(start: Callable[..., Child], tmp_path: Path):
+    """And every row names it; without the option SGLang is not asked for any, and the rows say none."""
+    for quantization in ("fp8", ""):
+        more = ["--quantization", quantization] if quantization else []
+        assert start(99, 1, *more, "--kl", "0").wait() == 0, (tmp_path / "printed").read_text()
+        asked = [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
+        assert sorted(asked) == [[False, quantization or None], [True, quantization or None]]
+        frame = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+        assert set(frame["quantization"]) == {quantization or "none"}
+        for name in ("asked", "out.csv"):
+            (tmp_path / name).unlink()
 
 
 def test_stock_against_stock_fails(start: Callable[..., Child], tmp_path: Path):
