@@ -50,7 +50,6 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "quality": lambda: quality.quality(RESULTS),
     "quality-quantised": lambda: quality.quality(RESULTS, quantised=True),
     "quality-calls": lambda: quality.calls(RESULTS),
-    "quality-times": lambda: quality.step_times(RESULTS),
     "quality-mtp": lambda: quality.speculation(RESULTS),
     "quality-mtp-times": lambda: quality.speculation_times(RESULTS),
     "peers": lambda: peers.peers(RESULTS),
