@@ -14,6 +14,9 @@ too, upper and lower the same number, and norms near zero damp what comes from t
 
 ``BENCH_UNIT_NORMS=1`` gives every model such norms, so that what attention reads decides about tokens.
 
+``BENCH_KV_SCALES=K:V`` gives layers that own a KV cache these scales, as a checkpoint would: layers that read
+another's have none, nor has an MTP assistant.
+
 ``BENCH_CHECKPOINT=FOLDER`` keeps some weights of the first layer there as a checkpoint's file, for
 `soak.py` to load again.
 
@@ -58,6 +61,9 @@ def _widen(loader: Any) -> None:
             _agree(model, *os.environ["BENCH_AGREEING"].split(":"))
         for module in model.modules():
             _tie_values_to_keys(module)
+        if os.environ.get("BENCH_KV_SCALES") and not hasattr(model, "backbone_hidden_size"):
+            k, v = os.environ["BENCH_KV_SCALES"].split(":")
+            _scale_caches(model, float(k), float(v))
         if os.environ.get("BENCH_CHECKPOINT"):
             _keep(model, os.environ["BENCH_CHECKPOINT"])
 
@@ -114,6 +120,21 @@ def _tie_values_to_keys(module: Any) -> None:
         if weight.element_size() == 1:  # quantised before it was drawn: [in, out]
             weight = weight.t()
         weight[first + module.kv_size :] = weight[first : first + module.kv_size]
+
+
+def _scale_caches(model: Any, k: float, v: float) -> None:
+    """Parameters and floats, as SGLang has both where a checkpoint has scales."""
+    import torch
+
+    device = next(model.parameters()).device
+    for module in model.modules():
+        shared = getattr(module, "is_kv_shared_layer", None)
+        if shared is None or not hasattr(module, "attn"):
+            continue
+        for name, scale in (("k_scale", k), ("v_scale", v)):
+            value = torch.tensor(1.0 if shared else scale, dtype=torch.float32, device=device)
+            setattr(module.attn, name, torch.nn.Parameter(value, requires_grad=False))
+            setattr(module.attn, f"{name}_float", value.item())
 
 
 KEPT = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "layer_scalar")

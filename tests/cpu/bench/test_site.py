@@ -18,7 +18,7 @@ FP8 = torch.float8_e4m3fn
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.delenv("BENCH_PATCHED", raising=False)
-    for name in ("BENCH_UNIT_NORMS", "BENCH_AGREEING", "BENCH_CHECKPOINT"):
+    for name in ("BENCH_UNIT_NORMS", "BENCH_AGREEING", "BENCH_CHECKPOINT", "BENCH_KV_SCALES"):
         monkeypatch.delenv(name, raising=False)
     return runpy.run_path(str(REPOSITORY / "bench" / "site" / "sitecustomize.py"))
 
@@ -58,6 +58,36 @@ def test_scales_are_one(site: dict[str, Any]):
         "mlp.weight": {drawn},
         "layer_scalar": {float(torch.tensor(-0.03))},
     }
+
+
+class Attention(nn.Module):
+    """As much of a layer's as the scales need."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.is_kv_shared_layer = shared
+        self.attn = nn.Module()
+        self.attn.k_scale = self.attn.v_scale = self.attn.k_scale_float = None
+
+
+def test_scales_of_a_kv_cache(site: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """Of owners; readers have 1, as where a checkpoint has no scale for them; an assistant has none."""
+    monkeypatch.setenv("BENCH_KV_SCALES", "0.5:0.25")
+    target, assistant = (
+        nn.Sequential(nn.Linear(1, 1), Attention(False), Attention(True)) for _ in range(2)
+    )
+    assistant.backbone_hidden_size = 8
+    loader = SimpleNamespace(initialize_dummy_weights=lambda model, low, high: None)
+    site["_widen"](loader)
+    for model in (target, assistant):
+        loader.initialize_dummy_weights(model)
+    found = [
+        (attention.attn.k_scale.item(), attention.attn.k_scale_float, attention.attn.v_scale.item())
+        for attention in target[1:]
+    ]
+    assert found == [(0.5, 0.5, 0.25), (1, 1, 1)]
+    assert isinstance(target[1].attn.k_scale, nn.Parameter)
+    assert all(attention.attn.k_scale is None for attention in assistant[1:])
 
 
 @pytest.mark.parametrize("quantised", [False, True])
