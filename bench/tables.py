@@ -29,6 +29,7 @@ TABLES: dict[str, Callable[[], str | None]] = {
     "headline": lambda: steps.headline(RESULTS),
     "engine": lambda: router.engine(RESULTS),
     "decode-engine": lambda: steps.decode_engine(RESULTS),
+    "step-shares": lambda: steps.step_shares(RESULTS),
     "quantised-engine": lambda: steps.quantised_engine(RESULTS),
     "equality": lambda: router.equality(RESULTS),
     "exact": lambda: router.exact(RESULTS),

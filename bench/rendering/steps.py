@@ -140,11 +140,53 @@ def prefill_times(table: pd.DataFrame) -> list[tuple[int, str]]:
     return found
 
 
+def differences(frame: pd.DataFrame, what: str) -> str:
+    """Tokens or logprobs that differ from stock's, and in an engine with the bitwise patches alone (``--bits``)."""
+
+    def cell(pair: str) -> str:
+        return differing(frame[frame["variant"] == pair].set_index("quantity")["value"], what)
+
+    bits = cell("stock vs patched, bitwise")
+    return cell("stock vs patched") + ("" if bits == "-" else f"; `bitwise` alone: {bits}")
+
+
+SHARE = ", share of a {} step"
+
+
+def step_shares(results: Path) -> str | None:
+    """What part of a step norms take, and sums over GPUs; None if there is no such row."""
+    rows, used = [], []
+    for frame in engine_runs(results) + engine_runs(results, quantised=True):
+        table = medians(frame[frame["unit"] == "%"]).droplevel("x")
+        for step in ("decode", "prefill"):
+            cells = []
+            for kind in ("norms", "sums over GPUs"):
+                quantity = kind + SHARE.format(step)
+                if quantity not in table.index:
+                    cells.append("-")
+                    continue
+                row = table.loc[quantity]
+                cells.append(f"{row['stock']:.1f} -> {row['patched']:.1f}")
+            if set(cells) != {"-"}:
+                first = frame.iloc[0]
+                patches = chosen(first["patches"])
+                if first["quantization"] != "none":
+                    patches += f"; `{first['quantization']}` weights"
+                rows.append([str(first["sglang"]), *engine_name(first), patches, step, *cells])
+                used.append(frame)
+    if not rows:
+        return None
+    header = ["SGLang", "model", "GPU", "patches", "step", "norms, %", "sums over GPUs, %"]
+    return (
+        f"{markdown(header, rows)}\n\nStock -> patched, of the time from a step's first kernel to its "
+        f"last one's end, in a profiler's trace of the first GPU. {origins(pd.concat(used))}."
+    )
+
+
 def engine_row(frame: pd.DataFrame) -> list[str]:
     """One run of ``bench/engine.py``; "-" where it did not measure something."""
     timed = frame[frame["unit"].isin(["ms", "launches"])]
     table = medians(timed)
-    counts = frame[frame["variant"] == "stock vs patched"].set_index("quantity")["value"]
     first = frame.iloc[0]
     launches = "-"
     if ("launches per layer", first["layers"]) in table.index:
@@ -166,8 +208,8 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
         *step_times(table),
         launches,
         ", ".join(told for _, told in prefill_times(table)) or "-",
-        differing(counts, "token"),
-        differing(counts, "logprob"),
+        differences(frame, "token"),
+        differences(frame, "logprob"),
         divergence,
         str(timed["round"].nunique()),
     ]
