@@ -100,6 +100,7 @@ def test_every_start_has_ports_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
         return SimpleNamespace(stdout=iter(()))
 
     monkeypatch.setattr("subprocess.Popen", popen)
+    monkeypatch.setattr(peers_serving, "server_args", lambda peer: "nccl_port: int")
     log = tmp_path / "log"
     peer = peers_engine.Peer("p", "sglang", sys.executable, "", {}, {})
     engines.Engine("stock", [], {"tp_size": 2}, log)
