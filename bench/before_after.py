@@ -9,7 +9,11 @@ All engines are alive at once on one GPU and measured in turn, in another order 
 ``--stock apart`` stock's comes after the others, where all models do not fit. Reported are medians and the
 ratio of this version, "after", to each other one, which is called as its folder. Rows of the CSV are those of ``engine.py``.
 Eager prefill of short prompts is bound by CPU overhead: two processes of one version differ there
-by up to 30 % for as long as they live.
+by up to 30 % for as long as they live, and decode steps of one to four tokens where several engines live.
+
+``--busy`` adds what a decode step's CUDA graph takes on the GPU, which the host has no part in: a kernel's
+gain at batch 1 to 4. It is read from a profiler's trace, after all rounds without one, and compared with
+other such readings alone: a trace makes kernels somewhat longer.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import typer  # noqa: E402
 from bench.common.comparing import differences  # noqa: E402
 from bench.common.engines import Engine, end_on_sigterm, engines  # noqa: E402
 from bench.common.options import parse_prefill, patches_of  # noqa: E402
+from bench.common.ports import own_port  # noqa: E402
 from bench.common.results import Results, append  # noqa: E402
 from bench.common.variants import ARGUMENTS, PATCHED, STOCK  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
@@ -87,6 +92,9 @@ def main(
         int,
         typer.Option(help="Prompts whose tokens and logprobs are compared bit for bit; 0: none"),
     ] = 0,
+    busy: Annotated[
+        bool, typer.Option(help="Also the GPU's time of a decode step, from traces of CUDA graphs")
+    ] = False,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     out: Annotated[Path, typer.Option(help="CSV to append to")] = Path("bench-before-after.csv"),
@@ -115,18 +123,33 @@ def main(
     if len({*names, AFTER, STOCK}) < len(names) + 2:
         raise typer.BadParameter(f"checkouts need names of their own, got {', '.join(names)}")
     classes = dict(zip(names, map(engine_class, old), strict=True))
+    if busy:  # asked for by our worker, which may run on any version's package
+        script = str(HERE / Engine.script)
+        classes = {n: type(n, (made,), {"script": script}) for n, made in classes.items()}
     classes |= {AFTER: Engine, STOCK: Engine}
 
     def make(name: str) -> Any:
         log = out.with_name(f"{out.stem}-{model}-{name}.log").resolve()
-        return classes[name](STOCK if name == STOCK else PATCHED, chosen, arguments, log)
+        given = {**arguments, "nccl_port": own_port()}  # an older checkout's engine asks for none
+        return classes[name](STOCK if name == STOCK else PATCHED, chosen, given, log)
+
+    def steps(engine: Any, do: str, quantity: str, round_: int) -> list[tuple[str, int, Any]]:
+        asked = [(size, 128 if size == 1 else 512) for size in sizes]
+        return [
+            (quantity, size, engine(do, batch=size, length=length, seed=round_ + 1)["value"])
+            for size, length in asked
+        ]
+
+    def on_the_gpu(name: str, engine: Any, round_: int) -> None:
+        for quantity, x, value in steps(engine, "busy", "decode step on the GPU", round_):
+            if value is None:
+                print(f"{name}: no CUDA graph in the trace of a decode step, batch {x}")
+            else:
+                results.add(name, quantity, x, round_, value, "ms")
 
     def measure(name: str, engine: Any, round_: int) -> None:
         """Round -1 only compiles what is compiled on first use."""
-        found = []
-        for size in sizes:
-            asked = {"batch": size, "length": 128 if size == 1 else 512, "seed": round_ + 1}
-            found.append(("decode step", size, engine("decode", **asked)["value"]))
+        found = steps(engine, "decode", "decode step", round_)
         for count, length, new in prefills:
             asked = {"batch": count, "length": length, "seed": round_ + 1, "new": new}
             found.append((f"prefill of {length}", count, engine("prefill", **asked)["value"]))
@@ -146,10 +169,13 @@ def main(
             with engines(make, group) as live:
                 for name in group if equality else []:
                     answers[name] = live[name]("tokens", **compared)["rows"]
-                for round_ in range(-1, rounds):
+                turns = [(measure, round_) for round_ in range(-1, rounds)]
+                # Last: nothing of a profiler is in the process before.
+                turns += [(on_the_gpu, round_) for round_ in range(rounds if busy else 0)]
+                for do, round_ in turns:
                     turned = round_ % len(group)
                     for name in group[turned:] + group[:turned]:
-                        measure(name, live[name], round_)
+                        do(name, live[name], round_)
     finally:  # where a limit on its time cuts a run off, what there is still counts
         for other in (*names, STOCK):
             if {AFTER, other} <= set(answers):

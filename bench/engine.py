@@ -6,6 +6,9 @@ Every measurement is one row of a CSV: GPU, versions, variant, quantity, value. 
 between the variants; reported are medians and the ratio patched / stock from this one run.
 ``--together`` keeps both engines alive at once (two models must fit on the GPU), otherwise each
 variant's engine is started afresh for every round.
+
+``--quantization`` has SGLang quantise the drawn weights, in both engines: a decode step with FP8 weights at
+a model's real sizes. Formats that exist as checkpoints alone (W4A16, AWQ, GPTQ) cannot be drawn.
 """
 
 from __future__ import annotations
@@ -58,6 +61,18 @@ class Piecewise(StrEnum):
     STOCKS = "stock"
     PATCHED = "patched"
     NEITHER = "neither"
+
+
+class Quantization(StrEnum):
+    """What SGLang makes of random weights as it loads them.
+
+    Both of its names for FP8 quantise linear layers by row, activations by token. They differ in the experts:
+    ``fp8`` has a scale for each expert and one for all activations, ``w8a8_fp8`` one for each row and token.
+    """
+
+    NONE = "none"
+    FP8 = "fp8"
+    W8A8_FP8 = "w8a8_fp8"
 
 
 CLASSES = {
@@ -152,6 +167,12 @@ def main(
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 49152,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     tp: Annotated[int, typer.Option(min=1, help="Tensor parallel size")] = 1,
+    quantization: Annotated[
+        Quantization,
+        typer.Option(
+            help="SGLang's, of the random weights in both engines; W4A16 needs a checkpoint"
+        ),
+    ] = Quantization.NONE,
     weight_range: Annotated[
         float, typer.Option(help="Random weights are uniform in +-this")
     ] = 3e-2,
@@ -169,6 +190,7 @@ def main(
     results.base["attention_backend"] = attention_backend
     results.base["stock_backend"] = stock_backend or attention_backend
     results.base["longest_prompt"] = longest
+    results.base["quantization"] = quantization.value
     os.environ["BENCH_WEIGHT_RANGE"] = str(weight_range)
     os.environ["BENCH_UNIT_NORMS"] = str(int(unit_norms))
     results.base["norm_weights"] = "around one" if unit_norms else "around zero"
@@ -184,6 +206,8 @@ def main(
         "tp_size": tp,
         "cuda_graph_max_bs": max([*sizes, equality, 1]),
     }
+    if quantization != Quantization.NONE:
+        arguments["quantization"] = quantization.value
     if not graphs:
         arguments |= EAGER
     shares = geometry.GEOMETRIES[model].kv_shared_layers > 0

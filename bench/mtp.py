@@ -12,6 +12,11 @@ differ. ``--stress 500`` ends with that many requests, aborts and simultaneous f
 stock's scheduler dies of it. With ``--agreeing`` every token and accept length is known beforehand,
 and compared; otherwise weights are random and the assistant right by chance only. Needs a GPU and
 transformers 5.8.
+
+    python bench/mtp.py --model e4b --together --kv-cache-dtype fp8_e4m3 --kv-scales 0.5:0.25
+
+An 8-bit KV cache with scales in the target's layers that own one, for `kv_scales`: stock's assistant and the
+target's layers that share KV read it as if the scales were 1. The three engines share all such arguments.
 """
 
 from __future__ import annotations
@@ -62,6 +67,18 @@ def prompts_of(count: int, longest: int, seed: int, vocab: int, words: bool) -> 
     return [[2 * token for token in one] for one in ids] if words else ids
 
 
+def _of_an_8_bit_cache(scales: str, dtype: str) -> None:
+    """typer.BadParameter, if these are no two scales, or of a cache that has none."""
+    try:
+        right = len(values := [float(part) for part in scales.split(":")]) == 2 and min(values) > 0
+    except ValueError:
+        right = False
+    if not right:
+        raise typer.BadParameter(f"--kv-scales must be K:V, two numbers above 0, got {scales!r}")
+    if not dtype.startswith("fp8"):
+        raise typer.BadParameter(f"--kv-scales needs an 8-bit --kv-cache-dtype, got {dtype!r}")
+
+
 def main(
     model: Annotated[str, typer.Option(help=" | ".join(geometry.GEOMETRIES))] = "e4b",
     layers: Annotated[int, typer.Option(help="Fewer layers of the target; 0: all")] = 0,
@@ -85,9 +102,20 @@ def main(
         bool, typer.Option(help="Norms around one: what attention reads decides about tokens")
     ] = True,
     centroids: Annotated[bool, typer.Option(help="The assistant's head over centroids")] = False,
-    kv: Annotated[str, typer.Option(help="SGLang's kv_cache_dtype")] = "auto",
+    kv: Annotated[
+        str, typer.Option("--kv-cache-dtype", help="SGLang's; fp8_e4m3, fp8_e5m2, ...")
+    ] = "auto",
+    kv_scales: Annotated[
+        str, typer.Option(help="K:V, scales of an 8-bit KV cache; empty: none, as if 1")
+    ] = "",
     together: Annotated[bool, typer.Option(help="All engines alive at once")] = False,
     graphs: Annotated[bool, typer.Option(help="CUDA graphs")] = True,
+    prefill_graphs: Annotated[
+        bool,
+        typer.Option(
+            help="Those of prefill as SGLang has them; stock E2B, E4B do not start with them"
+        ),
+    ] = False,
     max_total_tokens: Annotated[int, typer.Option(help="Size of the KV pool")] = 16384,
     mem_fraction: Annotated[float, typer.Option(help="SGLang's mem_fraction_static")] = 0.85,
     weight_range: Annotated[
@@ -102,6 +130,8 @@ def main(
         raise typer.BadParameter(f"variants must be some of {', '.join(known)}, got {variants!r}")
     if centroids and agreeing >= 0:
         raise typer.BadParameter("--agreeing is for an assistant without --centroids")
+    if kv_scales:
+        _of_an_8_bit_cache(kv_scales, kv)
     chosen = patches_of(patches)
     sizes = [int(size) for size in batches.split(",") if size]
     largest = max([*sizes, 8])
@@ -109,11 +139,14 @@ def main(
     results = Results(model, layers or None, chosen)
     results.base["weights"] = f"agreeing {agreeing}" if words else "random"
     results.base["kv"] = kv
+    results.base["kv_scales"] = kv_scales
+    results.base["prefill_graphs"] = graphs and prefill_graphs
     scratch = Path(tempfile.mkdtemp(prefix="gemma4_turbo-bench-"))
     target, draft = assistant.write_pair(scratch, model, layers or None, centroids, words)
     agreement = None
     os.environ |= {"BENCH_WEIGHT_RANGE": str(weight_range), "BENCH_RANGES": "1"}
     os.environ["BENCH_UNIT_NORMS"] = "1" if unit_norms and not words else "0"
+    os.environ["BENCH_KV_SCALES"] = kv_scales
     os.environ["BENCH_AGREEING"] = ""
     if words:
         from bench.inside.agreeing import Agreement
@@ -132,7 +165,7 @@ def main(
         "kv_cache_dtype": kv,
         "cuda_graph_max_bs": largest,
         "disable_cuda_graph": not graphs,
-        "disable_piecewise_cuda_graph": True,
+        "disable_piecewise_cuda_graph": not (graphs and prefill_graphs),
     }
     speculation = assistant.speculation(draft, DRAFT_STEPS)
 

@@ -2,7 +2,7 @@
 
     python bench/quality.py small-models/moe
     python bench/quality.py small-models/ple --patches yoco,decode_attention --chunk 128
-    python bench/quality.py small-models/moe-fp8 --chunk 0 --time 1,8
+    python bench/quality.py small-models/moe-fp8 --chunk 0
 
 The folder is one that `train_small.py` wrote, or `quantise_small.py`: fp32 then reads what the quantised
 weights stand for, so that the distance is the engine's and not that of rounding weights. Engines: stock,
@@ -20,11 +20,11 @@ what it had; a comparison needs stock's part of it. Rows:
   often both have the same likeliest token: after the tokens of a prompt, and after tokens that the engine
   generated, which fp32 then reads. Beside it the difference to stock's divergence, with the standard error
   over prompts;
-* calls of each patch's code on the host, eager and recorded;
-* with ``--time``, milliseconds of a decode step, the median of rounds in which engines take turns.
+* calls of each patch's code on the host, eager and recorded.
 
-Engines start side by side. Needs a GPU. Without ``--time`` others may use it too; with it they are kept
-away by ``BENCH_LOCK``, a file that all of them are told (`bench.common.turns`).
+Engines start side by side. Needs a GPU, which others may use too: nothing is timed. Decode steps of models
+so small are bound by CPU launch overhead; ``engine.py`` times them at real sizes, with ``--quantization``
+for FP8 weights.
 """
 
 from __future__ import annotations
@@ -57,7 +57,6 @@ from bench.answers.asking import (  # noqa: E402
 from bench.answers.findings import Findings  # noqa: E402
 from bench.answers.judge import Judge  # noqa: E402
 from bench.answers.names import AGAIN, BATCHES, GENERATED, JUDGE, PROMPT  # noqa: E402
-from bench.answers.pace import Pace  # noqa: E402
 from bench.answers.running import add_calls, measure, results_of  # noqa: E402
 from bench.common.engines import Engine, console, end_on_sigterm  # noqa: E402
 from bench.common.options import patches_of  # noqa: E402
@@ -129,12 +128,6 @@ def table(results: Results) -> Table:
         "beyond ": (f"KL divergence beyond stock's, {GENERATED}", "{:+.1e}"),
         "same token": (f"same token as fp32, {GENERATED}", "{:.4f}"),
     }
-    timed = frame.loc[frame["unit"] == "ms", "quantity"].unique()
-    columns |= {
-        name.replace("decode step, batch", "ms,"): (name, "{:.3f}")
-        for name in timed
-        if not name.endswith("range")
-    }
     made = Table("", *columns)
     for variant in in_order(frame["variant"]):
         if values.get((variant, f"calls of {variant}")) == 0:
@@ -165,7 +158,6 @@ def main(
         int, typer.Option(min=0, help="Questions of stock's other batches, and once more; 0: all")
     ] = 1002,
     chunk: Annotated[int, typer.Option(help="Stock's other chunks; 0: none")] = 256,
-    time: Annotated[str, typer.Option(help="Batch sizes of timed decode steps; empty: none")] = "",
     running: Annotated[int, typer.Option(help="Requests that run at once, at most")] = 64,
     together: Annotated[int, typer.Option(help="Engines at once; 0: all")] = 5,
     prefill_graphs: Annotated[
@@ -178,7 +170,6 @@ def main(
     config = json.loads((folder / "config.json").read_text())
     if patches == "auto":  # of quantised weights, which few of these take, none
         patches = ALONE.get(notes["model"], "")
-    sizes = [int(size) for size in time.split(",") if size]
     wanted = variants(that_run(patches_of(patches)), chunk)
     longest = notes["length"]
     text = (folder / "held_out.txt").read_bytes()
@@ -211,7 +202,6 @@ def main(
     with tempfile.TemporaryDirectory(prefix="gemma4_turbo-quality-") as scratch:
         console.print(f"{JUDGE}: reading the text")
         findings = Findings(results, asked, Judge(folder, device), out)
-        pace = Pace(sizes, small_tasks.windows(text, max([*sizes, 1]), min(256, longest) - 1))
         judged = ThreadPoolExecutor(1).submit(findings.judge.answer, asked)  # while engines start
         taken = ThreadPoolExecutor(1)  # in one thread, one after the other
         taking: list[Future[None]] = []
@@ -232,12 +222,8 @@ def main(
             for part in distributions_of(stock, asked, Path(scratch), max(1, group // 8)):
                 say(BATCHES, part)
 
-        def timed(live: dict[str, Engine]) -> None:
-            pace(live, results)
-            findings.save()
-
         try:
-            died = measure(make, list(wanted), together, talk, {STOCK: floors}, timed)
+            died = measure(make, list(wanted), together, talk, {STOCK: floors})
             judged.result()
         finally:  # where a limit on its time cuts a run off, what there is still counts
             taken.shutdown()

@@ -137,21 +137,6 @@ def ask(engine: Engine, asked: dict[str, Asked]) -> Iterator[tuple[str, str, Row
             yield kind, how, engine("continued", **given)["rows"]
 
 
-class MtpPace(Pace):
-    """How decoding is timed; ``sizes`` are requests at once."""
-
-    def read(self, engine: Engine, size: int) -> dict[str, float]:
-        """Tokens a second of all requests, and milliseconds of a step; nothing of a reading without steps."""
-        said = engine("step", ids=self.prompts[:size], new=self.new)
-        if said["steps"] <= 0 or said["seconds"] <= 0:
-            return {}
-        step = "decode step" if engine.variant == PLAIN else "verify step"
-        return {
-            "tokens a second": said["tokens"] / said["seconds"],
-            step: said["seconds"] / said["steps"] * 1e3,
-        }
-
-
 def table(results: Results) -> Table:
     """A row a quantity for the terminal, a column an engine or pair of engines."""
     frame = results.frame()
@@ -213,7 +198,7 @@ def main(
         return QualityMtpEngine(variant, [], given, log)
 
     findings = Findings(results, questions)
-    pace = MtpPace(sizes, asked[TEXT].prompts, new, rounds)
+    pace = Pace(sizes, asked[TEXT].prompts, new, rounds)
     reports: dict[str, Any] = {}
 
     def talk(engine: Engine) -> None:

@@ -274,7 +274,7 @@ def problems(
 
 
 def main(
-    model: Annotated[str, typer.Option(help=" | ".join(geometry_mm.VISION))] = "26b-a4b",
+    model: Annotated[str, typer.Option(help=" | ".join(geometry_mm.MODELS))] = "26b-a4b",
     layers: Annotated[int, typer.Option(help="Of the language model; 0: all")] = 6,
     patches: Annotated[
         str, typer.Option(help="Comma list; empty: all that are on by default")

@@ -1,4 +1,4 @@
-"""How decode steps are timed."""
+"""How decoding with and without an MTP assistant is timed."""
 
 from __future__ import annotations
 
@@ -9,22 +9,30 @@ import numpy as np
 from bench.common.engines import Engine, in_turn
 from bench.common.results import Results
 from bench.common.turns import turn
+from bench.speculation.comparing import PLAIN
 
 UNITS = {"decode step": "ms", "verify step": "ms", "tokens a second": "1/s"}
 """Of what is timed."""
 
 
 class Pace(NamedTuple):
-    """How decode steps are timed."""
+    """How decoding is timed."""
 
-    sizes: list[int]  # of batches; none: not at all
+    sizes: list[int]  # requests at once; none: not at all
     prompts: list[list[int]]
-    new: int = 96  # tokens timed
-    rounds: int = 3
+    new: int  # tokens timed
+    rounds: int
 
     def read(self, engine: Engine, size: int) -> dict[str, float]:
-        """One reading: milliseconds of a step."""
-        return {"decode step": engine("pace", ids=self.prompts[:size], new=self.new)["ms"]}
+        """Tokens a second of all requests, and milliseconds of a step; nothing of a reading without steps."""
+        said = engine("step", ids=self.prompts[:size], new=self.new)
+        if said["steps"] <= 0 or said["seconds"] <= 0:
+            return {}
+        step = "decode step" if engine.variant == PLAIN else "verify step"
+        return {
+            "tokens a second": said["tokens"] / said["seconds"],
+            step: said["seconds"] / said["steps"] * 1e3,
+        }
 
     def __call__(self, live: dict[str, Engine], results: Results) -> None:
         """Median and range of the rounds of each engine and size; the first, which warms up, is left out."""

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 
 from bench.common.options import patches_of
+from bench.common.ports import own_port
 from bench.common.turns import turn
 from bench.common.variants import BITS, EXACT, PATCHED
 from gemma4_turbo.catalogue import by_name
@@ -49,6 +50,7 @@ class Engine:
         }
         environment["PYTHONPATH"] = self.path()
         environment["PYTHONSAFEPATH"] = "1"  # bench/kernels.py is not the package kernels
+        arguments = {"nccl_port": own_port(), **arguments}
         self.process = subprocess.Popen(
             [sys.executable, str(BENCH / self.script), str(log), json.dumps(arguments)],
             stdin=subprocess.PIPE,

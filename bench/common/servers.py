@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 
+from bench.common.ports import own_port
 from bench.common.variants import PATCHED
 from gemma4_turbo.catalogue import by_name
 from gemma4_turbo.cli.arguments import flag
@@ -51,7 +50,7 @@ class Server:
         also: Sequence[str] = (),
         gpu: str = "",
     ) -> None:
-        self.variant, self.log, self.port = variant, log, free_port()
+        self.variant, self.log, self.port = variant, log, own_port()
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
         }
@@ -70,8 +69,7 @@ class Server:
         if gpu:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, "-m", "sglang.launch_server", "--port", str(self.port)]
-        # Of servers that start at the same time two can find the same port free, long before they take it.
-        command += ["--nccl-port", str(free_port())]
+        command += ["--nccl-port", str(own_port())]
         self._start([*command, *arguments], environment)
 
     def _start(self, command: list[str], environment: dict[str, str]) -> None:
@@ -143,15 +141,6 @@ def launch_arguments(
         *("--mem-fraction-static", str(mem_fraction)),
         *shlex.split(more),
     ]
-
-
-def free_port() -> int:
-    """SGLang derives other ports from this one: not a high one."""
-    for port in random.sample(range(20_000, 30_000), 100):
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
-    sys.exit("no free port between 20000 and 30000")
 
 
 @contextlib.contextmanager

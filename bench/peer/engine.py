@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import typer
 
+from bench.common.ports import own_port
 from bench.common.turns import turn
 from gemma4_turbo.cli.arguments import RENAMED
 
@@ -132,6 +133,8 @@ class Worker:
     def __init__(self, peer: Peer, arguments: dict[str, Any], log: Path) -> None:
         self.peer, self.log = peer, log
         log.unlink(missing_ok=True)
+        if peer.kind != "vllm":
+            arguments = {"nccl_port": own_port(), **arguments}
         given = {"kind": peer.kind, "arguments": arguments, "renamed": RENAMED}
         with log.open("ab") as output:
             self.process = subprocess.Popen(

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.load import load_arguments, measured, with_stand_in
-from bench.common.servers import Server, free_port
+from bench.common.ports import own_port
+from bench.common.servers import Server
 from bench.peer.engine import Peer, PeerError, attention, end_group, environment, reason
 from bench.peer.results import DURATION, EACH, EACH_99, FIRST, FIRST_99, OUTPUT, TOTAL
 from bench.workers.load import LoadClient
 from bench.workers.peers import DECIDING
+from gemma4_turbo.cli.arguments import flag
 from gemma4_turbo.engine.counters import descendants
 
 MODULES = {"sglang": "sglang.launch_server", "vllm": "vllm.entrypoints.openai.api_server"}
@@ -32,6 +34,10 @@ SERVED = (
     ("output_throughput", OUTPUT, "tokens/s"),
     ("total_throughput", TOTAL, "tokens/s"),
     ("duration", DURATION, "s"),
+)
+FOLDER = (
+    "import importlib.util\n"
+    "print(*importlib.util.find_spec('sglang').submodule_search_locations, sep='\\n')"
 )
 VERSIONS = (
     "import importlib.metadata as m, json, sys\n"
@@ -56,13 +62,16 @@ def name_of(rate: float) -> str:
     return "serving, unlimited" if rate == float("inf") else f"serving, {rate:g} a second"
 
 
-def flags(arguments: dict[str, Any]) -> list[str]:
-    """An engine's arguments as its server takes them; what is false is left out."""
+def flags(arguments: dict[str, Any], source: str | None) -> list[str]:
+    """An engine's arguments as its server takes them; what is false is left out.
+
+    ``source``: of SGLang's `server_args`, whose release decides about names; None: as they are.
+    """
     found = []
     for name, value in arguments.items():
         if value is False or value is None:
             continue
-        found.append("--" + name.replace("_", "-"))
+        found.append("--" + name.replace("_", "-") if source is None else flag(name, source))
         if value is not True:
             found.append(value if isinstance(value, str) else json.dumps(value))
     return found
@@ -74,14 +83,18 @@ class PeerServer(Server):
     def __init__(
         self, peer: Peer, arguments: dict[str, Any], log: Path, start_limit_s: float
     ) -> None:
-        self.variant, self.log, self.port = peer.name, log, free_port()
+        self.variant, self.log, self.port = peer.name, log, own_port()
         self.start_limit_s = start_limit_s
         log.unlink(missing_ok=True)
         module = MODULES["vllm" if peer.kind == "vllm" else "sglang"]
+        source = None
         if peer.kind == "vllm":
             self.health = "/health"
+        else:
+            source = server_args(peer)
+            arguments = {"nccl_port": own_port(), **arguments}
         command = [peer.python, "-m", module, "--host", "127.0.0.1", "--port", str(self.port)]
-        self._start([*command, *flags(arguments)], environment(peer))
+        self._start([*command, *flags(arguments, source)], environment(peer))
         self.peer = peer
 
     def about(self) -> dict[str, Any]:
@@ -140,6 +153,22 @@ def versions(peer: Peer) -> dict[str, Any]:
     except (IndexError, ValueError):
         return {}
     return found | {"version": found.get(own)}
+
+
+def server_args(peer: Peer) -> str | None:
+    """SGLang's source of that name in an engine's environment, where nothing of it is imported; None: not found."""
+    told = subprocess.run(
+        [peer.python, "-c", FOLDER],
+        env=environment(peer) | {"BENCH_PATCHED": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = told.stdout.splitlines()
+    try:
+        return (Path(lines[-1]) / "srt" / "server_args.py").read_text(encoding="utf-8")
+    except (IndexError, OSError):
+        return None
 
 
 class Load:

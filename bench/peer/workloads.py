@@ -105,7 +105,8 @@ def as_published(name: str, layers: int | None) -> dict[str, Any]:
     """The config.json of a text-only model with its own names, which vLLM reads."""
     text: dict[str, Any] = geometry_mm.config(name, layers)["text_config"]
     # No image is in the text: as in SGLang's folder, no token sees what follows it.
-    return {"architectures": ["Gemma4ForCausalLM"], **text, "use_bidirectional_attention": None}
+    own = {"model_type": "gemma4_text", "use_bidirectional_attention": None}
+    return {"architectures": ["Gemma4ForCausalLM"], **text, **own}
 
 
 def write(scratch: Path, name: str, kind: str, layers: int | None, engine: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.common.pictures import ImageServer, as_row, sampling
-from bench.common.servers import free_port
+from bench.common.ports import own_port
 from bench.common.variants import STOCK
 from bench.proof.surroundings import Surroundings
 from bench.workers.engine import prompts
@@ -47,7 +47,7 @@ class TestedServer(ImageServer):
         surroundings: Surroundings,
         path: list[str],
     ) -> None:
-        self.variant, self.log, self.port = variant, log, free_port()
+        self.variant, self.log, self.port = variant, log, own_port()
         self.environment = {
             name: value for name, value in os.environ.items() if not name.startswith("GEMMA4_TURBO")
         }
@@ -65,7 +65,7 @@ class TestedServer(ImageServer):
         start = [*self.python, "-m", "sglang.launch_server"]
         with log.open("ab") as output:
             self.process = subprocess.Popen(
-                [*start, "--port", str(self.port), "--nccl-port", str(free_port()), *arguments],
+                [*start, "--port", str(self.port), "--nccl-port", str(own_port()), *arguments],
                 env=self.environment,
                 cwd=log.parent,
                 stdin=subprocess.DEVNULL,

@@ -19,6 +19,7 @@ from bench.rendering.text import (
     newest_rows,
     origins,
     short,
+    weights,
 )
 
 KEYS = ["sglang", "model", "layers", "patches"]
@@ -32,8 +33,11 @@ SERVED = (
 
 
 def read(path: Path) -> pd.DataFrame | None:
-    """A CSV file, if there is one."""
-    return pd.read_csv(path) if path.exists() else None
+    """A CSV file, if there is one, without rows of quantised weights."""
+    if not path.exists():
+        return None
+    rows = pd.read_csv(path)
+    return rows[weights(rows) == "none"]
 
 
 def runs(frame: pd.DataFrame, *more: str) -> Iterator[tuple[list[str], pd.DataFrame]]:
@@ -349,7 +353,14 @@ def mtp(results: Path) -> str | None:
     if frame is None:
         return None
     rows = []
-    for names, run in runs(frame, "weights"):
+    # Older rows do not have all of these, and a missing value is in no group.
+    frame = frame.assign(
+        **{
+            name: frame[name].fillna(usual) if name in frame else usual
+            for name, usual in USUAL.items()
+        }
+    )
+    for names, run in runs(frame, "weights", *USUAL):
         table = medians(run)
         cells = []
         for size in (1, 8):
@@ -369,7 +380,7 @@ def mtp(results: Path) -> str | None:
         died = run[run["quantity"] == "stress: died"].set_index("variant")["value"]
         fates = [f"{v}: {'died' if died[v] else 'all answered'}" for v in died.index]
         cells += [", ".join(known), ", ".join(fates) or "-", parts]
-        rows.append([*names, run.iloc[0]["weights"], *cells])
+        rows.append([*names, given(run.iloc[0]), *cells])
     header = ["SGLang", "target", "patches", "weights", "a step, batch 1, ms", "batch 8, ms"]
     header += [
         "tokens differing, alone",
@@ -385,3 +396,16 @@ def mtp(results: Path) -> str | None:
 
 
 PARTS = ("draft", "verify", "seed")
+USUAL = {"kv": "auto", "kv_scales": "", "prefill_graphs": False}
+"""How speculation runs, unless a row says otherwise."""
+
+
+def given(first: pd.Series) -> str:
+    """The weights of a run, and what else is not as in the others."""
+    told = [str(first["weights"])]
+    if first["kv"] != "auto":
+        scales = f", scales {first['kv_scales']}" if first["kv_scales"] else ""
+        told.append(f"`{first['kv']}` KV cache{scales}")
+    if first["prefill_graphs"]:
+        told.append("CUDA graphs of prefill")
+    return "; ".join(told)

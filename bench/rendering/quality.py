@@ -182,15 +182,6 @@ def speculation_times(results: Path) -> str | None:
     return _times(results / "quality-mtp.csv", engines, names)
 
 
-def step_times(results: Path) -> str | None:
-    """Milliseconds of a decode step with their ranges; None where nothing is measured.
-
-    Of a file of its own: a run that is made for them can ask few questions, and counts for nothing else.
-    """
-    engines = {name: name for name in (STOCK, EXACT, DEFAULT)}
-    return _times(results / "quality-times.csv", engines, [("a step, ms", ("decode step",), 3)])
-
-
 def _times(
     path: Path,
     engines: dict[str, str],

@@ -17,19 +17,35 @@ from bench.rendering.text import (
     not_bitwise,
     origins,
     short,
+    weights,
 )
 from gemma4_turbo.models.geometry import GEOMETRIES
 
 BATCHES = (1, 8, 32)
 PREFILL = 4096
+ENGINE = [
+    *("SGLang", "model", "GPU", "patches"),
+    *(f"decode, batch {size}, ms" for size in BATCHES),
+    *("launches per layer", "prefill, ms", "tokens differing", "logprobs differing"),
+    *("KL divergence, nats", "rounds"),
+]
 
 
-def engine_runs(results: Path) -> list[pd.DataFrame]:
-    """The newest run of each file of whole engines with the decode patches, the newest SGLang first."""
-    frames = [
-        newest_rows(pd.read_csv(path)).assign(graphs="nographs" not in path.name)
-        for path in sorted(results.glob("decode-*-engine.csv"))
-    ]
+def engine_runs(results: Path, quantised: bool = False) -> list[pd.DataFrame]:
+    """The newest run of each file of whole engines with the decode patches, the newest SGLang first.
+
+    Of a file's weights in bf16; ``quantised``: instead of each format and model.
+    """
+    frames = []
+    for path in sorted(results.glob("decode-*-engine.csv")):
+        rows = pd.read_csv(path).assign(graphs="nographs" not in path.name)
+        rows = rows.assign(quantization=weights(rows))
+        own = rows[(rows["quantization"] != "none") == quantised]
+        if quantised:
+            kinds = own.groupby(["quantization", "sglang", "model", "layers", "gpu"], sort=False)
+            frames += [newest_rows(run) for _, run in kinds]
+        elif len(own):
+            frames.append(newest_rows(own))
     return sorted(frames, key=lambda frame: Version(str(frame.iloc[0]["sglang"])), reverse=True)
 
 
@@ -73,16 +89,24 @@ def decode_engine(results: Path) -> str | None:
     rows = [engine_row(frame) for frame in frames]
     if not rows:
         return None
-    header = ["SGLang", "model", "GPU", "patches"]
-    header += [f"decode, batch {size}, ms" for size in BATCHES]
-    header += ["launches per layer", "prefill, ms", "tokens differing", "logprobs differing"]
-    table = markdown([*header, "KL divergence, nats", "rounds"], rows)
     return (
-        f"{table}\n\nStock -> patched (ratio), medians of alternating rounds of one run each; "
+        f"{markdown(ENGINE, rows)}\n\nStock -> patched (ratio), medians of alternating rounds of one run each; "
         "random weights; tokens and logprobs of stock against patched. KL divergence of the next-token "
         "distributions of 12 prompts of up to 6000 tokens, stock against patched; in brackets stock "
         "against itself with other batches or chunks. "
         f"{origins(pd.concat(frames))}."
+    )
+
+
+def quantised_engine(results: Path) -> str | None:
+    """Whole engines with quantised weights, a row per format and model; None if there is none."""
+    frames = engine_runs(results, quantised=True)
+    if not frames:
+        return None
+    rows = [[f"`{frame.iloc[0]['quantization']}`", *engine_row(frame)] for frame in frames]
+    return (
+        f"{markdown(['weights', *ENGINE], rows)}\n\nStock -> patched (ratio), as in the table of bf16 "
+        f"weights; both engines' random weights quantised by SGLang. {origins(pd.concat(frames))}."
     )
 
 
@@ -116,11 +140,53 @@ def prefill_times(table: pd.DataFrame) -> list[tuple[int, str]]:
     return found
 
 
+def differences(frame: pd.DataFrame, what: str) -> str:
+    """Tokens or logprobs that differ from stock's, and in an engine with the bitwise patches alone (``--bits``)."""
+
+    def cell(pair: str) -> str:
+        return differing(frame[frame["variant"] == pair].set_index("quantity")["value"], what)
+
+    bits = cell("stock vs patched, bitwise")
+    return cell("stock vs patched") + ("" if bits == "-" else f"; `bitwise` alone: {bits}")
+
+
+SHARE = ", share of a {} step"
+
+
+def step_shares(results: Path) -> str | None:
+    """What part of a step norms take, and sums over GPUs; None if there is no such row."""
+    rows, used = [], []
+    for frame in engine_runs(results) + engine_runs(results, quantised=True):
+        table = medians(frame[frame["unit"] == "%"]).droplevel("x")
+        for step in ("decode", "prefill"):
+            cells = []
+            for kind in ("norms", "sums over GPUs"):
+                quantity = kind + SHARE.format(step)
+                if quantity not in table.index:
+                    cells.append("-")
+                    continue
+                row = table.loc[quantity]
+                cells.append(f"{row['stock']:.1f} -> {row['patched']:.1f}")
+            if set(cells) != {"-"}:
+                first = frame.iloc[0]
+                patches = chosen(first["patches"])
+                if first["quantization"] != "none":
+                    patches += f"; `{first['quantization']}` weights"
+                rows.append([str(first["sglang"]), *engine_name(first), patches, step, *cells])
+                used.append(frame)
+    if not rows:
+        return None
+    header = ["SGLang", "model", "GPU", "patches", "step", "norms, %", "sums over GPUs, %"]
+    return (
+        f"{markdown(header, rows)}\n\nStock -> patched, of the time from a step's first kernel to its "
+        f"last one's end, in a profiler's trace of the first GPU. {origins(pd.concat(used))}."
+    )
+
+
 def engine_row(frame: pd.DataFrame) -> list[str]:
     """One run of ``bench/engine.py``; "-" where it did not measure something."""
     timed = frame[frame["unit"].isin(["ms", "launches"])]
     table = medians(timed)
-    counts = frame[frame["variant"] == "stock vs patched"].set_index("quantity")["value"]
     first = frame.iloc[0]
     launches = "-"
     if ("launches per layer", first["layers"]) in table.index:
@@ -142,8 +208,8 @@ def engine_row(frame: pd.DataFrame) -> list[str]:
         *step_times(table),
         launches,
         ", ".join(told for _, told in prefill_times(table)) or "-",
-        differing(counts, "token"),
-        differing(counts, "logprob"),
+        differences(frame, "token"),
+        differences(frame, "logprob"),
         divergence,
         str(timed["round"].nunique()),
     ]

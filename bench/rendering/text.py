@@ -46,6 +46,13 @@ def newest_rows(rows: pd.DataFrame, *each: str) -> pd.DataFrame:
     return rows[times == last]
 
 
+def weights(rows: pd.DataFrame) -> pd.Series:
+    """What each row's weights were quantised to, "none" where a file's older rows do not say."""
+    if "quantization" not in rows:
+        return pd.Series("none", index=rows.index)
+    return rows["quantization"].fillna("none")
+
+
 def not_bitwise(names: list[str]) -> list[str]:
     """Those of these patches."""
     return [name for name in names if by_name(name).numerics != BITWISE]

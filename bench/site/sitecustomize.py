@@ -6,12 +6,16 @@ patches; without it nothing of gemma4_turbo is imported here, nor wrapt where th
 
 ``BENCH_POOL_GIB`` is the memory for KV, whatever else lies on the GPU: pools of one size, run after run.
 
-K and V share their weights where a checkpoint has one projection for both.
+K and V share their weights where a checkpoint has one projection for both. Scales of quantised weights and
+of KV caches are 1: 0.5.12.post1 draws after it has quantised, scales of both signs among the rest.
 
 In a model that takes pictures dummy weights would hide them: the bounds of activations are drawn
 too, upper and lower the same number, and norms near zero damp what comes from the images.
 
 ``BENCH_UNIT_NORMS=1`` gives every model such norms, so that what attention reads decides about tokens.
+
+``BENCH_KV_SCALES=K:V`` gives layers that own a KV cache these scales, as a checkpoint would: layers that read
+another's have none, nor has an MTP assistant.
 
 ``BENCH_CHECKPOINT=FOLDER`` keeps some weights of the first layer there as a checkpoint's file, for
 `soak.py` to load again.
@@ -45,6 +49,9 @@ def _widen(loader: Any) -> None:
 
     def initialize_dummy_weights(model: Any) -> None:
         draw(model, low=-bound, high=bound)
+        for name, tensor in model.state_dict().items():
+            if name.endswith(("weight_scale", ".k_scale", ".v_scale")):
+                tensor.fill_(1.0)
         if hasattr(model, "vision_tower") or os.environ.get("BENCH_UNIT_NORMS") == "1":
             for name, tensor in model.state_dict().items():
                 _let_images_through(name, tensor)
@@ -54,6 +61,9 @@ def _widen(loader: Any) -> None:
             _agree(model, *os.environ["BENCH_AGREEING"].split(":"))
         for module in model.modules():
             _tie_values_to_keys(module)
+        if os.environ.get("BENCH_KV_SCALES") and not hasattr(model, "backbone_hidden_size"):
+            k, v = os.environ["BENCH_KV_SCALES"].split(":")
+            _scale_caches(model, float(k), float(v))
         if os.environ.get("BENCH_CHECKPOINT"):
             _keep(model, os.environ["BENCH_CHECKPOINT"])
 
@@ -107,7 +117,24 @@ def _tie_values_to_keys(module: Any) -> None:
     full = getattr(module, "sliding_window", None) in (None, -1)  # -1 in later releases
     if one and full and not module.is_kv_shared_layer:
         weight, first = module.qkv_proj.weight.data, module.q_size
+        if weight.element_size() == 1:  # quantised before it was drawn: [in, out]
+            weight = weight.t()
         weight[first + module.kv_size :] = weight[first : first + module.kv_size]
+
+
+def _scale_caches(model: Any, k: float, v: float) -> None:
+    """Parameters and floats, as SGLang has both where a checkpoint has scales."""
+    import torch
+
+    device = next(model.parameters()).device
+    for module in model.modules():
+        shared = getattr(module, "is_kv_shared_layer", None)
+        if shared is None or not hasattr(module, "attn"):
+            continue
+        for name, scale in (("k_scale", k), ("v_scale", v)):
+            value = torch.tensor(1.0 if shared else scale, dtype=torch.float32, device=device)
+            setattr(module.attn, name, torch.nn.Parameter(value, requires_grad=False))
+            setattr(module.attn, f"{name}_float", value.item())
 
 
 KEPT = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "layer_scalar")

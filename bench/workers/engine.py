@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import random
+import statistics
 import sys
 import tempfile
 import time
@@ -230,26 +231,16 @@ class Worker:
         The span is from the first kernel's start to the last one's end.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.engine.start_profile(
-                output_dir=folder,
-                num_steps=steps,
-                activities=["GPU"],
-                with_stack=False,
-                record_shapes=False,
-                profile_by_stage=True,
-            )
-            self.generate(prompts(batch, length, seed), steps + 12)
+            self.traced(prompts(batch, length, seed), steps, folder)
             found: dict[str, Any] = {}
             deadline = time.monotonic() + 90
             while time.monotonic() < deadline and len(found) < 2:
                 # Of several GPUs the first one's. A sum over them is as long as it waits for the others.
                 for path in glob.glob(f"{folder}/*TP-0*.trace.json.gz"):
                     stage = "decode" if "DECODE" in path else "prefill"
-                    try:
-                        with gzip.open(path, "rt") as file:
-                            events = json.load(file)["traceEvents"]
-                    except (EOFError, ValueError, OSError):
-                        continue  # still being written
+                    events = events_of(path)
+                    if events is None:
+                        continue
                     kernels: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
                     begin, end = float("inf"), 0.0
                     for event in events:
@@ -264,6 +255,35 @@ class Worker:
                 time.sleep(0.5)
         return found
 
+    def traced(self, ids: list[list[int]], steps: int, folder: str) -> None:
+        """Generate with a profiler on: so many steps of each stage, whose traces come into a folder."""
+        self.engine.start_profile(
+            output_dir=folder,
+            num_steps=steps,
+            activities=["GPU"],
+            with_stack=False,
+            record_shapes=False,
+            profile_by_stage=True,
+        )
+        self.generate(ids, steps + 12)
+
+    def busy(self, batch: int, length: int, seed: int, steps: int = 32) -> dict[str, float | None]:
+        """ms that the CUDA graph of a decode step takes on the GPU, the median of so many steps.
+
+        However late the host starts it: from its first kernel to the end of its last. None without a graph.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.traced(prompts(batch, length, seed), steps, folder)
+            deadline = time.monotonic() + 90
+            while time.monotonic() < deadline:
+                for path in glob.glob(f"{folder}/*TP-0*DECODE*.trace.json.gz"):
+                    events = events_of(path)
+                    if events is not None:
+                        found = replays(events)
+                        return {"value": statistics.median(found) / 1e3 if found else None}
+                time.sleep(0.5)
+        return {"value": None}
+
     def status(self) -> dict[str, Any]:
         """What the patches say of themselves in all processes of this engine."""
         from gemma4_turbo.engine.counters import descendants
@@ -274,6 +294,37 @@ class Worker:
                 for process in descendants()
             ]
         }
+
+
+def events_of(path: str) -> list[dict[str, Any]] | None:
+    """Of a profiler's trace; None while it is being written."""
+    try:
+        with gzip.open(path, "rt") as file:
+            events: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    except (EOFError, ValueError, OSError):
+        return None
+    return events
+
+
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")
+
+
+def replays(events: list[dict[str, Any]]) -> list[float]:
+    """Microseconds of each replay of a trace's largest CUDA graph, first start to last end.
+
+    What one call of the host's has started has that call's number: all of a graph, or a single kernel.
+    """
+    calls: dict[int, list[tuple[float, float]]] = collections.defaultdict(list)
+    for event in events:
+        if event.get("cat") in ON_GPU:
+            span = (event["ts"], event["ts"] + event["dur"])
+            calls[event["args"]["correlation"]].append(span)
+    most = max(map(len, calls.values()), default=0)
+    return [
+        max(end for _, end in spans) - min(begin for begin, _ in spans)
+        for spans in calls.values()
+        if len(spans) == most > 1
+    ]
 
 
 def exact(value: float | None) -> str | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gzip
-import json
 import random
 import tempfile
 import time
@@ -12,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from bench.workers.engine import Worker, main, prompts
+from bench.workers.engine import ON_GPU, Worker, events_of, main, prompts
 
 PARTS = ("mtp draft", "mtp verify", "mtp seed")
 OTHER = "other"
@@ -69,12 +67,9 @@ class MtpWorker(Worker):
             deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 for path in Path(folder).glob("*DECODE*.trace.json.gz"):
-                    try:
-                        with gzip.open(path, "rt") as file:
-                            events = json.load(file)["traceEvents"]
-                    except (EOFError, ValueError, OSError):
-                        continue  # still being written
-                    return {"parts": parts(events)}
+                    events = events_of(str(path))
+                    if events is not None:
+                        return {"parts": parts(events)}
                 time.sleep(0.5)
         return {"parts": {}}
 
@@ -166,7 +161,7 @@ def parts(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
             found[part]["launches"] += any(word in event["name"] for word in LAUNCHES)
     running: dict[str, list[tuple[float, float]]] = {part: [] for part in found}
     for event in events:
-        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+        if event.get("cat") in ON_GPU:
             part = started.get(event.get("args", {}).get("correlation", -2), OTHER)
             running[part].append((event["ts"], event["ts"] + event["dur"]))
             found[part]["kernels"] += 1

@@ -84,11 +84,6 @@ class QualityWorker(Worker):
         np.save(out, np.array(rows, np.float32))
         return {"ids": [answer["output_ids"] for answer in answers]}
 
-    def pace(self, ids: list[list[int]], new: int) -> dict[str, float]:
-        """Milliseconds a decode step: the time for ``8 + new`` tokens less that for 8, by ``new``."""
-        short, long = self.timed(ids, 8), self.timed(ids, 8 + new)
-        return {"ms": (long - short) / new * 1e3}
-
 
 def ended(tokens: list[int], reason: dict[str, Any] | None) -> list[int]:
     """An answer with one EOS where it stopped by it; releases differ in whether they keep the token."""

@@ -12,12 +12,17 @@ RENAMED = {  # of 0.5.12.post1, and what later releases call them
 }
 
 
-def flag(name: str) -> str:
+def flag(name: str, source: str | None = None) -> str:
     """``cuda_graph_max_bs`` as ``--cuda-graph-max-bs``, or what took its place.
 
     SGLang's source is read, not imported: that takes half a minute.
+
+    Args:
+        name: as 0.5.12.post1 has it.
+        source: of `sglang.srt.server_args` in another environment; None: of the installed release.
     """
-    source = installed_source("sglang.srt.server_args") or ""
+    if source is None:
+        source = installed_source("sglang.srt.server_args") or ""
     if name in RENAMED and not re.search(rf"\b{name}\b", source):
         name = RENAMED[name]
     return "--" + name.replace("_", "-")

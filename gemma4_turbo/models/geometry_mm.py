@@ -4,6 +4,9 @@ As `gemma4_turbo.models.geometry`, but with all that SGLang asks of a checkpoint
 nested config.json, the processor's settings, a chat template and a tokenizer, all made here. The
 tokenizer knows single characters and the special tokens at their own ids; the rest of the vocabulary
 is filler, so that whatever random weights generate can be printed. No audio encoder.
+
+The 12B has no vision encoder: patches of an image are projected into the language model. SGLang reads it where
+transformers knows ``gemma4_unified``: 0.5.23 does, 0.5.12.post1 does not.
 """
 
 from __future__ import annotations
@@ -54,6 +57,17 @@ SMALL = Vision(768, 3072, 16, 12, 64, True, False)
 LARGE = Vision(1152, 4304, 27, 16, 72, False, True)
 VISION: dict[str, Vision] = {"26b-a4b": LARGE, "31b": LARGE, "e4b": SMALL, "e2b": SMALL}
 
+
+class Projection(NamedTuple):
+    """What takes the place of a vision encoder."""
+
+    hidden: int
+    positions: int  # of a patch, along each side
+
+
+UNIFIED: dict[str, Projection] = {"12b": Projection(3840, 1120)}
+MODELS = (*VISION, *UNIFIED)
+
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -81,16 +95,16 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
     """The config.json of a model that takes pictures.
 
     Args:
-        name: a key of `VISION`; the 12B takes pictures without a vision encoder.
+        name: one of `MODELS`.
         layers: fewer layers of the language model, as in `gemma4_turbo.models.geometry.config`.
 
     Raises:
         ValueError: naming the argument.
     """
-    if name not in VISION:
-        raise ValueError(f"name must be one of {', '.join(VISION)}, got {name!r}")
+    if name not in MODELS:
+        raise ValueError(f"name must be one of {', '.join(MODELS)}, got {name!r}")
     text = geometry.config(name, layers)
-    g, v = geometry.GEOMETRIES[name], VISION[name]
+    g = geometry.GEOMETRIES[name]
     # SGLang renames the attention's fields of this config itself: here they stand as published.
     for field in ("v_head_dim", "swa_num_key_value_heads", "swa_head_dim", "swa_v_head_dim"):
         del text[field]
@@ -106,30 +120,19 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
         "eos_token_id": SPECIAL_TOKENS["<eos>"],
         "bos_token_id": SPECIAL_TOKENS["<bos>"],
     }
+    unified = name in UNIFIED
+    if unified:
+        text["model_type"] = "gemma4_unified_text"
     return {
-        "architectures": ["Gemma4ForConditionalGeneration"],
-        "model_type": "gemma4",
+        "architectures": [f"Gemma4{'Unified' if unified else ''}ForConditionalGeneration"],
+        "model_type": "gemma4_unified" if unified else "gemma4",
         "dtype": "bfloat16",
         "transformers_version": "5.5.0",  # the first with Gemma 4; without one it warns
         "tie_word_embeddings": True,
         "text_config": text,
-        "vision_config": {
-            "model_type": "gemma4_vision",
-            "hidden_size": v.hidden,
-            "intermediate_size": v.mlp,
-            "num_hidden_layers": v.layers,
-            "num_attention_heads": v.heads,
-            "num_key_value_heads": v.heads,
-            "head_dim": v.head_dim,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "patch_size": PATCH,
-            "pooling_kernel_size": POOLING,
-            "position_embedding_size": 10240,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
-            "use_clipped_linears": v.clipped,
-            "standardize": v.standardize,
-        },
+        "vision_config": projection_config(UNIFIED[name])
+        if unified
+        else vision_config(VISION[name]),
         "audio_config": None,
         "boi_token_id": SPECIAL_TOKENS["<|image>"],
         "eoi_token_id": SPECIAL_TOKENS["<image|>"],
@@ -142,10 +145,48 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
     }
 
 
-def processor_config(soft_tokens: int = 280) -> dict[str, Any]:
-    """The processor_config.json: images become at most ``soft_tokens`` tokens each."""
+def vision_config(v: Vision) -> dict[str, Any]:
+    """Of a vision encoder."""
+    return {
+        "model_type": "gemma4_vision",
+        "hidden_size": v.hidden,
+        "intermediate_size": v.mlp,
+        "num_hidden_layers": v.layers,
+        "num_attention_heads": v.heads,
+        "num_key_value_heads": v.heads,
+        "head_dim": v.head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "patch_size": PATCH,
+        "pooling_kernel_size": POOLING,
+        "position_embedding_size": 10240,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100.0},
+        "use_clipped_linears": v.clipped,
+        "standardize": v.standardize,
+    }
+
+
+def projection_config(p: Projection) -> dict[str, Any]:
+    """Of a projection in its place."""
+    return {
+        "model_type": "gemma4_unified_vision",
+        "patch_size": PATCH,
+        "pooling_kernel_size": POOLING,
+        "model_patch_size": PATCH * POOLING,  # SGLang's class for it does not multiply
+        "mm_embed_dim": p.hidden,
+        "mm_posemb_size": p.positions,
+        "output_proj_dims": p.hidden,
+        "rms_norm_eps": 1e-6,
+    }
+
+
+def processor_config(soft_tokens: int = 280, family: str = "Gemma4") -> dict[str, Any]:
+    """The processor_config.json: images become at most ``soft_tokens`` tokens each.
+
+    ``family``: what the names of transformers' classes begin with.
+    """
     image = {
-        "image_processor_type": "Gemma4ImageProcessor",
+        "image_processor_type": f"{family}ImageProcessor",
         "do_convert_rgb": True,
         "do_resize": True,
         "do_rescale": True,
@@ -160,31 +201,31 @@ def processor_config(soft_tokens: int = 280) -> dict[str, Any]:
     }
     video = {key: value for key, value in image.items() if key != "image_processor_type"}
     return {
-        "processor_class": "Gemma4Processor",
+        "processor_class": f"{family}Processor",
         "image_seq_length": soft_tokens,
         "audio_seq_length": 750,
         "audio_ms_per_token": 40,
         "image_processor": image,
         "video_processor": video
         | {
-            "video_processor_type": "Gemma4VideoProcessor",
+            "video_processor_type": f"{family}VideoProcessor",
             "max_soft_tokens": 70,
             "num_frames": 32,
             "do_sample_frames": True,
         },
         "feature_extractor": {
-            "feature_extractor_type": "Gemma4AudioFeatureExtractor",
+            "feature_extractor_type": f"{family}AudioFeatureExtractor",
             "feature_size": 128,
             "sampling_rate": 16000,
         },
     }
 
 
-def tokenizer_config() -> dict[str, Any]:
-    """The tokenizer_config.json."""
+def tokenizer_config(family: str = "Gemma4") -> dict[str, Any]:
+    """The tokenizer_config.json; ``family`` as in `processor_config`."""
     return {
         "tokenizer_class": "GemmaTokenizer",
-        "processor_class": "Gemma4Processor",
+        "processor_class": f"{family}Processor",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 131072,
         "padding_side": "left",
@@ -234,10 +275,11 @@ def tokenizer() -> Any:
 def write_model(folder: Path, name: str, layers: int | None = None, soft_tokens: int = 280) -> Path:
     """Write all files into ``folder``, made if need be; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    family = "Gemma4Unified" if name in UNIFIED else "Gemma4"
     files = {
         "config.json": config(name, layers),
-        "processor_config.json": processor_config(soft_tokens),
-        "tokenizer_config.json": tokenizer_config(),
+        "processor_config.json": processor_config(soft_tokens, family),
+        "tokenizer_config.json": tokenizer_config(family),
         "generation_config.json": {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0},
     }
     for file, content in files.items():

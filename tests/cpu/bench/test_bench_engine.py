@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
 import os
 import signal
@@ -10,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -25,6 +28,8 @@ WORKER = """
 import json, os, sys, time
 
 patched = os.environ["BENCH_PATCHED"] == "1"
+with open(os.environ["ASKED"], "a") as file:
+    file.write(json.dumps([patched, json.loads(sys.argv[2]).get("quantization")]) + "\\n")
 print(json.dumps({"ready_s": 1.0}), flush=True)
 calls = 0
 for line in sys.stdin:
@@ -68,17 +73,22 @@ def start(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[...,
     """Starts the command with stand-ins for its engines; it prints to `printed`."""
     started: list[Child] = []
 
-    def run(calls: int, ran: int = 1) -> Child:
-        (tmp_path / "workers").mkdir()
+    def run(calls: int, ran: int = 1, *more: str) -> Child:
+        (tmp_path / "workers").mkdir(exist_ok=True)
         (tmp_path / "workers" / "engine.py").write_text(WORKER)
         (tmp_path / "printed").touch()
         options = ["--together", "--rounds", "2", "--batches", "8", "--prefill", "", "--no-control"]
         options += ["--equality", "1", "--kl", "1", "--kl-exact", "--breakdown", "0"]
-        options += ["--patches", "router"]
+        options += ["--patches", "router", *more]
         child = warm(environment).start(
             code=RUN,
             arguments=[str(tmp_path), *options, "--out", str(tmp_path / "out.csv")],
-            env={**os.environ, "CALLS": str(calls), "RAN": str(ran)},
+            env={
+                **os.environ,
+                "CALLS": str(calls),
+                "RAN": str(ran),
+                "ASKED": str(tmp_path / "asked"),
+            },
             cwd=str(REPOSITORY),
             files=[str(tmp_path / "printed")] * 2,
             timeout=120,
@@ -117,6 +127,19 @@ def test_a_run(start: Callable[[int], Child], tmp_path: Path):
     exact = "stock, attention in fp32"
     assert value(frame, f"{exact} vs stock", "KL divergence") == pytest.approx(moved)
     assert value(frame, f"{exact} vs patched", "KL divergence") > moved
+
+
+def test_both_engines_get_the_quantization(start: Callable[..., Child], tmp_path: Path):
+    """And every row names it; without the option SGLang is not asked for any, and the rows say none."""
+    for quantization in ("fp8", ""):
+        more = ["--quantization", quantization] if quantization else []
+        assert start(99, 1, *more, "--kl", "0").wait() == 0, (tmp_path / "printed").read_text()
+        asked = [json.loads(line) for line in (tmp_path / "asked").read_text().splitlines()]
+        assert sorted(asked) == [[False, quantization or None], [True, quantization or None]]
+        frame = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+        assert set(frame["quantization"]) == {quantization or "none"}
+        for name in ("asked", "out.csv"):
+            (tmp_path / name).unlink()
 
 
 def test_stock_against_stock_fails(start: Callable[..., Child], tmp_path: Path):
@@ -217,6 +240,64 @@ def test_kernels_of_a_profile_by_class():
         "void moe_sum_reduce_kernel": [3, 3.0],
     }
     assert engine.by_class(kernels) == {"sums over GPUs": (6, 55.0), "norms": (5, 11.0)}
+
+
+def on_gpu(call: int, ts: float, dur: float, cat: str = "kernel") -> dict[str, Any]:
+    return {"cat": cat, "name": "k", "ts": ts, "dur": dur, "args": {"correlation": call}}
+
+
+STEPS = [
+    *(on_gpu(1, 100, 5), on_gpu(1, 104, 6), on_gpu(1, 111, 1, "gpu_memcpy")),  # two overlap
+    on_gpu(2, 130, 400),  # sampling, whatever it takes
+    *(on_gpu(3, 900, 5), on_gpu(3, 905, 5), on_gpu(3, 920, 2)),
+    *(on_gpu(4, 2000, 300), on_gpu(4, 2300, 300)),  # another graph, of fewer
+    {"cat": "cuda_runtime", "name": "cudaGraphLaunch", "ts": 0, "dur": 9e9, "args": {}},
+    {"name": "process_name", "args": {"name": "python"}},
+]
+
+
+def test_replays_of_a_graph():
+    """From the first kernel's start to the last end, however long the host takes between two of them."""
+    assert worker.replays(STEPS) == [12, 22]
+    assert worker.replays([on_gpu(1, 0, 5), on_gpu(2, 9, 5)]) == []  # eager: each has its own call
+    assert worker.replays([]) == []
+
+
+def test_time_of_a_graph_on_the_gpu():
+    """Of the decode stage of the first GPU alone, once its trace is whole."""
+
+    class Engine:
+        def __init__(self, events: list[dict[str, Any]]) -> None:
+            self.events = events
+
+        def start_profile(self, **given: Any) -> None:
+            assert (given["num_steps"], given["activities"]) == (32, ["GPU"])
+            self.folder = Path(given["output_dir"])
+
+        def generate(self, input_ids: list[list[int]], sampling_params: dict[str, Any]) -> None:
+            assert [len(ids) for ids in input_ids] == [7, 7]
+            assert sampling_params["max_new_tokens"] > 32
+            for name, events in (
+                ("x-TP-0-EXTEND", STEPS[4:]),
+                ("x-TP-1-DECODE", STEPS[:3]),
+                ("x-TP-0-DECODE", self.events),
+            ):
+                path = self.folder / f"{name}.trace.json.gz"
+                path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+
+    made = object.__new__(worker.Worker)
+    for events, expected in ((STEPS, 17e-3), (STEPS[3:4], None)):
+        made.engine = Engine(events)
+        assert made.busy(batch=2, length=7, seed=0) == {"value": expected}
+
+
+def test_a_trace_that_is_being_written(tmp_path: Path):
+    path = tmp_path / "trace.json.gz"
+    whole = gzip.compress(b'{"traceEvents": []}')
+    path.write_bytes(whole[:-9])
+    assert worker.events_of(str(path)) is None
+    path.write_bytes(whole)
+    assert worker.events_of(str(path)) == []
 
 
 def test_lengths_of_the_compared_prompts():

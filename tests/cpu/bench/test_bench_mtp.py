@@ -327,6 +327,11 @@ from bench.inside.agreeing import Agreement
 patched = os.environ["BENCH_PATCHED"] == "1"
 arguments = json.loads(sys.argv[2])
 speculative = "speculative_algorithm" in arguments
+if "ASKED" in os.environ:
+    with open(os.environ["ASKED"], "a") as file:
+        kept = ["kv_cache_dtype", "disable_piecewise_cuda_graph"]
+        told = [*(arguments[name] for name in kept), os.environ["BENCH_KV_SCALES"]]
+        file.write(json.dumps(told) + "\\n")
 fraction, seed, width = os.environ["BENCH_AGREEING"].split(":")
 drawn = json.load(open(os.environ["DRAWN"]))
 assert drawn["of"] == [float(fraction), int(seed)]
@@ -467,6 +472,52 @@ def test_an_engine_that_dies_leaves_the_others(run: Run, tmp_path: Path, dies: s
     )
 
 
+def test_caches_and_graphs_of_all_engines(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same in the three of them, and named by every row."""
+    asked = tmp_path / "asked"
+    monkeypatch.setenv("ASKED", str(asked))
+    few = [
+        "--agreeing",
+        "0.7",
+        "--rounds",
+        "1",
+        "--batches",
+        "1",
+        "--equality",
+        "0",
+        "--split",
+        "0",
+    ]
+    for options, told in (
+        ([], ["auto", True, ""]),
+        (["--kv-cache-dtype", "fp8_e4m3", "--kv-scales", "0.5:2"], ["fp8_e4m3", True, "0.5:2"]),
+        (["--prefill-graphs"], ["auto", False, ""]),
+        (["--prefill-graphs", "--no-graphs"], ["auto", True, ""]),
+    ):
+        done = run(*few, *options)
+        assert done.returncode == 0, done.stdout
+        assert [json.loads(line) for line in asked.read_text().splitlines()] == [told] * 3
+        frame = pd.read_csv(tmp_path / "out.csv", keep_default_na=False)
+        for name, value in (
+            ("kv", told[0]),
+            ("kv_scales", told[2]),
+            ("prefill_graphs", not told[1]),
+        ):
+            assert set(frame[name]) == {value}
+        asked.unlink()
+        (tmp_path / "out.csv").unlink()
+
+
 def test_what_cannot_be(run: Run):
     for options in (["--variants", "fast"], ["--agreeing", "0.5", "--centroids"]):
         assert run(*options).returncode == 2
+    fp8 = ["--kv-cache-dtype", "fp8_e4m3", "--kv-scales"]
+    for scales in ("0.5", "0.5:0", "a:b", "1:2:3", "1:"):
+        done = run(*fp8, scales)
+        assert done.returncode == 2
+        assert "--kv-scales must be K:V" in done.stdout
+    done = run("--kv-scales", "0.5:2")
+    assert done.returncode == 2
+    assert "needs an 8-bit --kv-cache-dtype" in done.stdout

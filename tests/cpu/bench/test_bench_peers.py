@@ -67,7 +67,8 @@ FILES = {
             def __init__(self, model_path, load_format="auto", skip_tokenizer_init=False, grammar_backend=None,
                 log_level="", chunked_prefill_size=None, disable_prefill_cuda_graph=False,
                 speculative_algorithm=None, speculative_draft_model_path=None, speculative_num_steps=None,
-                speculative_eagle_topk=None, speculative_num_draft_tokens=None, attention_backend=None): ...
+                speculative_eagle_topk=None, speculative_num_draft_tokens=None, attention_backend=None,
+                nccl_port=None): ...
     """,
     "vllm/__init__.py": """
         __version__ = "8.8.8"
@@ -130,6 +131,8 @@ SERVER = """
     import json, sys
     from http.server import BaseHTTPRequestHandler, HTTPServer
     print("Using FLASH_ATTN backend.", flush=True)
+    if "--disable-piecewise-cuda-graph" in sys.argv:
+        raise SystemExit("error: unrecognized arguments")
     if "--dies" in sys.argv:
         raise SystemExit("ImportError: no kernel image")
     class Answers(BaseHTTPRequestHandler):
@@ -653,7 +656,7 @@ def test_serving(stand_ins: Path, small: None, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TOLD", str(tmp_path / "told"))
     monkeypatch.setattr(peers, "write_words", lambda folder: folder)
     engines = [
-        of(stand_ins, "stock", "sglang"),
+        of(stand_ins, "stock", "sglang", "disable_piecewise_cuda_graph=true"),
         of(stand_ins, "field", "vllm"),
         of(stand_ins, "dead", "vllm", "dies=true"),
     ]
@@ -676,6 +679,28 @@ def test_serving(stand_ins: Path, small: None, tmp_path: Path, monkeypatch: pyte
     assert [one["--request-rate"] for one in options[:4]] == ["inf", "2.0", "inf", "16.0"]
     assert len({one["--seed"] for one in options[:4]}) == 4
     assert not any("--tokenize-prompt" in call for call in calls)
+
+
+def test_flags_have_the_names_of_an_engines_own_release(stand_ins: Path, tmp_path: Path):
+    """Of the SGLang in its environment, not of ours; vLLM's are its own."""
+    older = put(
+        tmp_path / "older",
+        {
+            "sglang/__init__.py": "raise ImportError('nothing of it is imported')",
+            "sglang/srt/server_args.py": "disable_piecewise_cuda_graph: bool = False",
+        },
+    )
+    given = {"disable_piecewise_cuda_graph": True, "cuda_graph_max_bs": 8, "skip": False}
+    for folder, name in ((older, "piecewise"), (stand_ins, "prefill")):
+        peer = peers_engine.parse(of(folder, "x", "sglang"))
+        assert peers_serving.flags(given, peers_serving.server_args(peer)) == [
+            f"--disable-{name}-cuda-graph",
+            "--cuda-graph-max-bs-decode",  # of neither, so of the newest
+            "8",
+        ]
+    assert peers_serving.flags(given, None)[1] == "--cuda-graph-max-bs"
+    nowhere = put(tmp_path / "nowhere", {"sglang/__init__.py": ""})
+    assert peers_serving.server_args(peers_engine.parse(of(nowhere, "x", "sglang"))) is None
 
 
 def test_what_failed_is_tried_again_if_asked(stand_ins: Path, tmp_path: Path):

@@ -165,7 +165,6 @@ GIVEN: dict[str, Any] = {
     "group": 4,
     "floor": 0,
     "chunk": 16,
-    "time": "",
     "running": 4,
     "together": 2,
     "prefill_graphs": True,
@@ -462,49 +461,6 @@ def test_calls_of_the_patches(folder: Path, tmp_path: Path, monkeypatch: pytest.
     assert values(frame, "calls of router") == {"default": 7, "exact": 7, "qkv_proj": 7}
     assert values(frame, "calls of qkv_proj")["default"] == 0
     assert values(frame, "calls of yoco") == {}
-
-
-def test_decode_steps_are_timed_in_turn(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """After all answers, the first round left out; every engine is asked for the same prompts."""
-    asked: list[tuple[str, int]] = []
-    prompts: dict[int, set[str]] = {}
-
-    class Paced(StandIn):
-        def __call__(self, do: str, **arguments: Any) -> Any:
-            if do != "pace":
-                assert not asked or self.variant not in {name for name, _ in asked}
-                return super().__call__(do, **arguments)
-            asked.append((self.variant, len(arguments["ids"])))
-            prompts.setdefault(len(arguments["ids"]), set()).add(json.dumps(arguments["ids"]))
-            round_ = asked.count(asked[-1]) - 1
-            return {"ms": [100, 7, 5, 6][round_] * (2 if self.variant == "stock" else 1)}
-
-    monkeypatch.setattr("tests.cpu.bench.test_bench_quality.StandIn", Paced)
-    out = tmp_path / "q.csv"
-    frame = run(folder, out, monkeypatch, patches="", chunk=0, together=0, time="1,2")
-    assert values(frame, "decode step, batch 1") == {"stock": 12, "exact": 6, "default": 6}
-    assert values(frame, "decode step, batch 2, range")["exact"] == 2
-    assert {size: len(same) for size, same in prompts.items()} == {1: 1, 2: 1}
-    variants = [name for name, size in asked if size == 1]
-    assert variants == ["default", "exact", "stock", "stock", "exact", "default"] * 2
-    assert not frame.duplicated(["variant", "quantity"]).any()
-
-
-def test_time_of_a_decode_step(monkeypatch: pytest.MonkeyPatch):
-    seen = []
-
-    class Worker(QualityWorker):
-        def __init__(self) -> None:
-            pass
-
-        def timed(self, ids: list[list[int]], new: int) -> float:
-            seen.append((len(ids), new))
-            return 1.0 + 0.002 * new
-
-    assert Worker().pace([[1], [2]], 50)["ms"] == pytest.approx(2.0)
-    assert seen == [(2, 8), (2, 58)]
 
 
 def test_untimed_commands():

@@ -10,6 +10,7 @@ import pytest
 
 from bench import kernels as bench
 from bench import tables, tune_moe
+from bench.common.results import append
 from bench.rendering import catalogue as catalogue_tables
 from bench.rendering import kernels as kernel_tables
 from bench.rendering import steps, text
@@ -110,6 +111,65 @@ def test_the_newest_sglang_stands_first(results):
     for table in (steps.headline(tables.RESULTS), steps.decode_engine(tables.RESULTS)):
         assert table is not None
         assert [line[0] for line in cells(table)] == ["1.10.0", "1.9.1.post1", "1.2.0"]
+
+
+def test_the_bitwise_patches_alone_stand_beside_all(results):
+    path = results / "decode-a-engine.csv"
+    engine_csv(path, patches="all")
+    frame = pd.read_csv(path)
+    bits = frame[frame["variant"] == "stock vs patched"].assign(variant="stock vs patched, bitwise")
+    bits.loc[bits["quantity"].str.endswith("_diffs"), "value"] = 0
+    append(bits, path)
+    (line,) = cells(steps.decode_engine(tables.RESULTS) or "")
+    assert line[9:11] == [
+        "3 of 4,096; `bitwise` alone: 0 of 4,096",
+        "5 of 4,096; `bitwise` alone: 0 of 4,096",
+    ]
+
+
+def test_shares_of_a_step(results):
+    path = results / "decode-a-engine.csv"
+    engine_csv(path, patches="all", tp=2)
+    assert steps.step_shares(tables.RESULTS) is None
+    base = pd.read_csv(path).iloc[:1].assign(x=30, unit="%")
+    for step, kind, stock, patched in (
+        ("decode", "norms", 12.0, 5.04),
+        ("decode", "sums over GPUs", 8.0, 9.0),
+        ("prefill", "norms", 3.0, 1.0),
+    ):
+        for variant, value in (("stock", stock), ("patched", patched)):
+            quantity = f"{kind}, share of a {step} step"
+            append(base.assign(variant=variant, quantity=quantity, value=value), path)
+    common = ["1.0", "26b-a4b", "2 x H9", "all"]
+    assert cells(steps.step_shares(tables.RESULTS) or "") == [
+        [*common, "decode", "12.0 -> 5.0", "8.0 -> 9.0"],
+        [*common, "prefill", "3.0 -> 1.0", "-"],
+    ]
+    more = pd.read_csv(path).assign(quantization="fp8")
+    append(more, results / "decode-b-engine.csv")
+    assert len(cells(steps.step_shares(tables.RESULTS) or "")) == 4
+
+
+def test_rows_with_quantised_weights_stand_apart(results):
+    """Never the newest run of bf16, in a file with it or alone; of each format the newest."""
+    path = results / "decode-a-engine.csv"
+    engine_csv(path, OLD, patches="all")
+    without = [make(tables.RESULTS) for make in (steps.headline, steps.decode_engine)]
+    frame = pd.read_csv(path).assign(quantization="none")
+    for name, timestamp, scale in (("fp8", OLD, 5.0), ("fp8", NEW, 2.0), ("w8a8_fp8", OLD, 3.0)):
+        more = frame.assign(timestamp=timestamp, quantization=name, value=frame["value"] * scale)
+        append(more, path)
+        append(more, results / "decode-b-engine.csv")
+    assert [make(tables.RESULTS) for make in (steps.headline, steps.decode_engine)] == without
+    table = steps.quantised_engine(tables.RESULTS)
+    assert table is not None
+    (results / "decode-b-engine.csv").unlink()
+    assert [line[:6] for line in cells(steps.quantised_engine(tables.RESULTS) or "")] == [
+        ["`fp8`", "1.0", "26b-a4b", "H9", "all", "17.00 -> 9.00 (0.529)"],
+        ["`w8a8_fp8`", "1.0", "26b-a4b", "H9", "all", "25.50 -> 13.50 (0.529)"],
+    ]
+    path.unlink()
+    assert steps.quantised_engine(tables.RESULTS) is None
 
 
 def test_the_headline_of_a_run_without_prefills(results):

@@ -1017,8 +1017,7 @@ def test_a_config_with_odd_numbers_is_named(change):
 def test_a_models_folder_is_its_geometry(name, tmp_path):
     geometry.write_model(tmp_path, name)
     assert tune.geometries([str(tmp_path)]) == {name: GEOMETRIES[name]}
-    if name in geometry_mm.VISION:
-        assert geometry.of_config(geometry_mm.config(name)) == GEOMETRIES[name]
+    assert geometry.of_config(geometry_mm.config(name)) == GEOMETRIES[name]
 
 
 def test_another_size_is_measured_without_its_name(tmp_path):

@@ -39,9 +39,16 @@ def picture(width: int, height: int) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-@pytest.mark.parametrize("name", list(geometry_mm.VISION))
+def known(name: str) -> None:
+    """Skips where transformers does not know the model: of 0.5.12.post1 the 12B."""
+    if name in geometry_mm.UNIFIED:
+        pytest.importorskip("transformers.models.gemma4_unified")
+
+
+@pytest.mark.parametrize("name", geometry_mm.MODELS)
 def test_sglang_reads_the_geometry(tmp_path: Path, name: str):
     """Through its own reader, which swaps the attention's fields: as the text-only config has it."""
+    known(name)
     from sglang.srt.utils.hf_transformers_utils import get_config
 
     model = geometry_mm.write_model(tmp_path, name)
@@ -62,18 +69,42 @@ def test_sglang_reads_the_geometry(tmp_path: Path, name: str):
     ):
         assert getattr(read.text_config, field) == expected[field], field
     assert bool(read.text_config.num_experts) == bool(geometry.GEOMETRIES[name].experts)
+    assert read.audio_config is None
+    assert read.image_token_id == IMAGE
+    if name in geometry_mm.UNIFIED:
+        assert read.architectures == ["Gemma4UnifiedForConditionalGeneration"]
+        return
     assert read.architectures == ["Gemma4ForConditionalGeneration"]
     vision = geometry_mm.VISION[name]
     assert read.vision_config.hidden_size == vision.hidden == vision.heads * vision.head_dim
-    assert read.audio_config is None
-    assert read.image_token_id == IMAGE
 
 
-@pytest.mark.parametrize("name", ["27b", "12b"])  # the 12B has no vision encoder
-def test_sizes_are_named(name: str):
-    assert set(geometry_mm.VISION) == set(geometry.GEOMETRIES) - {"12b"}
+def test_sglang_projects_patches_as_wide_as_the_12bs(tmp_path: Path):
+    """Its own module, made of what it read of the folder, on what its image processor makes."""
+    known("12b")
+    import torch
+    from PIL import Image
+    from sglang.srt.models.gemma4_unified import Gemma4UnifiedVisionEmbedder
+    from sglang.srt.utils.hf_transformers_utils import get_config, get_processor
+
+    model = geometry_mm.write_model(tmp_path, "12b")
+    read, processor = get_config(str(model), trust_remote_code=False), get_processor(str(model))
+    image = Image.new("RGB", (480, 480), (200, 9, 9))
+    made = processor.image_processor([image], return_tensors="pt")
+    places = made["image_position_ids"]
+    with torch.no_grad():
+        out = Gemma4UnifiedVisionEmbedder(read.vision_config)(made["pixel_values"], places)
+    assert out.shape == (1, 280, geometry.GEOMETRIES["12b"].hidden)
+    assert int((places >= 0).all(dim=-1).sum()) == 256  # of at most 280 tokens, a square's
+    assert int(places.max()) < geometry_mm.UNIFIED["12b"].positions
+    text = processor(text="see <|image|>", images=[image], return_tensors="pt")
+    assert int((text.input_ids == IMAGE).sum()) == 256
+
+
+def test_sizes_are_named():
+    assert set(geometry_mm.MODELS) == set(geometry.GEOMETRIES)
     with pytest.raises(ValueError, match="name must be one of 26b-a4b"):
-        geometry_mm.config(name)
+        geometry_mm.config("27b")
 
 
 def test_the_vocabulary_has_no_gap_and_no_token_twice():

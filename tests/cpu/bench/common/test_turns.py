@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from bench import quality, quality_mtp
+from bench.answers.pace import Pace
 from bench.common.turns import turn
 
 REPOSITORY = Path(__file__).resolve().parents[4]
@@ -113,17 +113,10 @@ class Timed:
     def __call__(self, do: str, **arguments: Any) -> dict[str, float]:
         with turn():
             self.seen()
-        return {"ms": 1.0, "seconds": 1.0, "steps": 1, "tokens": 1}
+        return {"seconds": 1.0, "steps": 1, "tokens": 1}
 
 
-@pytest.mark.parametrize(
-    "pace",
-    [quality.Pace([1, 2], [[1], [2]]), quality_mtp.MtpPace([1, 2], [[1], [2]], new=1, rounds=3)],
-    ids=["quality", "quality_mtp"],
-)
-def test_rounds_follow_each_other(
-    other: Callable[..., Other], pace: Any, monkeypatch: pytest.MonkeyPatch
-):
+def test_rounds_follow_each_other(other: Callable[..., Other]):
     """A process that wants a turn after the first of them has it behind the last."""
     waiting: list[Other] = []
     count = 0
@@ -139,6 +132,7 @@ def test_rounds_follow_each_other(
         def add(self, *row: Any) -> None:
             pass
 
+    pace: Any = Pace([1, 2], [[1], [2]], new=1, rounds=3)
     pace({name: Timed(name, seen) for name in ("stock", "default")}, Results())
     assert count == 2 * 2 * 4
     assert waiting[0].line() == "has it"

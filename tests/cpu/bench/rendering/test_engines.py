@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from bench.common.results import append
 from bench.rendering import engines as tables
 from tests.cpu.bench.test_bench_tables import NEW, OLD, VERSIONS, cells
 
@@ -201,6 +202,30 @@ def test_speculation(tmp_path: Path):
     ]  # fmt: skip
     assert other[4:7] == ["-", "20.00 -> 5.00 (0.250)", "4 of 1,024"]
     assert other[-2:] == ["-", "-"]
+
+
+def test_other_caches_and_graphs_are_rows_of_their_own(tmp_path: Path):
+    """Behind rows that do not say; each the newest of its kind."""
+    base = {"weights": "random", "patches": "mtp_chain"}
+    length = timed("accept length, alone", 16, 1, 1, "tokens")
+    path = tmp_path / "mtp-engine.csv"
+    write(path, timed("step", 1, 10, 5) + length, OLD, **base)
+    for more, ms in (
+        ({"kv": "fp8_e4m3", "kv_scales": "0.5:0.25", "prefill_graphs": False}, 7),
+        ({"kv": "fp8_e4m3", "kv_scales": "", "prefill_graphs": False}, 6),
+        ({"kv": "auto", "kv_scales": "", "prefill_graphs": True}, 8),
+    ):
+        other = tmp_path / "other.csv"
+        write(other, timed("step", 1, 10, ms) + length, NEW, **base, **more)
+        append(pd.read_csv(other), path)
+        other.unlink()
+    found = [line[3:5] for line in cells(tables.mtp(tmp_path) or "")]
+    assert found == [
+        ["random", "10.00 -> 5.00 (0.500)"],
+        ["random; `fp8_e4m3` KV cache, scales 0.5:0.25", "10.00 -> 7.00 (0.700)"],
+        ["random; `fp8_e4m3` KV cache", "10.00 -> 6.00 (0.600)"],
+        ["random; CUDA graphs of prefill", "10.00 -> 8.00 (0.800)"],
+    ]
 
 
 def test_releases_stand_side_by_side_and_tokens_alone_are_a_row(tmp_path: Path):

@@ -189,23 +189,6 @@ def test_speculation(tmp_path: Path):
     ]
 
 
-def test_times_have_a_file_of_their_own(tmp_path: Path):
-    """A run for times alone, with few questions, does not become the newest run of another table."""
-    rows: list[Row] = [
-        ("stock", "answered exactly", 6, 3),
-        ("stock", "decode step, batch 1", 1, 2.5),
-        ("stock", "decode step, batch 1, range", 1, 0.25),
-        ("default", "decode step, batch 1", 1, 2.0),
-        ("default", "decode step, batch 1, range", 1, 0.125),
-    ]
-    assert tables.step_times(tmp_path) is None
-    write(tmp_path / "quality-times.csv", rows, model="moe-fp8")
-    assert tables.quality(tmp_path, quantised=True) is None
-    assert cells(tables.step_times(tmp_path) or "") == [
-        ["1.0", "moe-fp8", "1", "a step, ms", "2.500 (0.250)", "-", "2.000 (0.125)"]
-    ]
-
-
 def test_a_patch_that_never_ran_has_no_answers_of_its_own(tmp_path: Path):
     """They are stock's, under its name."""
     calls: list[Row] = [("skinny_gemm", "calls of skinny_gemm", 2, 0)]
