@@ -39,9 +39,9 @@ POOLS = "sglang.srt.model_executor.pool_configurator"
          "class SWARequestCapPoolConfigurator(HybridSWAPoolConfigurator):\n"
          "    def _solve_pool_sizes(self): ...", "drifted"),
         ("yoco", BACKEND, "class TritonAttnBackend(AttentionBackend):",
-         "class TritonAttnBackend(AttentionBackend):\n    forward = None", "drifted"),
+         "class TritonAttnBackend(AttentionBackend):\n    def forward(self): ...", "drifted"),
         ("rope_store", BACKEND, "class TritonAttnBackend(AttentionBackend):",
-         "class TritonAttnBackend(Mixin, AttentionBackend):", "drifted"),
+         "class TritonAttnBackend(AttentionBackend):\n    def of_its_own(self): ...", "active"),
         ("kv_scales", f"{LAYERS}.quantization.quark.quark",
          "class QuarkKVCacheMethod(BaseKVCacheMethod):",
          "class QuarkKVCacheMethod(BaseKVCacheMethod):\n"
