@@ -153,5 +153,6 @@ class Compiler:
         for child in mine:
             child.join(END_S)
         for pool in self._pools.values():
-            pool.shutdown(wait=True, cancel_futures=True)
+            with contextlib.suppress(RuntimeError):  # Ctrl-C came before its thread had begun
+                pool.shutdown(wait=True, cancel_futures=True)
         self._pools = {}

@@ -1094,3 +1094,21 @@ def test_doctor_names_the_profile_or_says_what_it_would_take(small, monkeypatch)
     assert told() == f"{small}: {count} tiles of {count} measurements on NVIDIA L4"
     monkeypatch.setenv(switches.GPU_PROFILE, "0")
     assert told() == "none: GEMMA4_TURBO_GPU_PROFILE says so, or there is no home folder"
+
+
+def test_other_processes_end_if_ctrl_c_comes_while_they_start(monkeypatch):
+    """The executor's thread was about to begin: it cannot be waited for."""
+    from concurrent.futures import process
+    from multiprocessing import active_children
+
+    def interrupted(self: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(process._ExecutorManagerThread, "start", interrupted)
+    before = set(active_children())
+    compiler = compiling.Compiler()
+    with pytest.raises(KeyboardInterrupt):
+        compiler.start(compiling.Kind.OURS, 1)
+    assert set(active_children()) > before
+    compiler.close()
+    assert set(active_children()) == before
