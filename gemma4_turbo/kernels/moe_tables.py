@@ -154,8 +154,8 @@ def made(flat: tuple[int, ...]) -> Pair:
 def found_here(experts: int, width: int, device: torch.device) -> measured.Row[Pair] | None:
     """What was measured on this GPU; None if nothing was, or stock's kernel would not start with it.
 
-    A launch of stock's is not ours to catch. Triton keeps a block in shared memory for each stage, or for
-    all but one.
+    A launch of stock's is not ours to catch. Triton keeps a block in shared memory for each stage at most: of
+    wgmma on Hopper each, elsewhere all but one. `tune` counts as here.
     """
     row = measured.look("moe_configs", device, (experts, width), made)
     if row is None or row.tile is None:
@@ -165,9 +165,9 @@ def found_here(experts: int, width: int, device: torch.device) -> measured.Row[P
 
 
 def _bytes(config: dict[str, int]) -> int:
-    """Of shared memory that a launch needs at least, with numbers of two bytes."""
+    """Of shared memory that a launch may need, with numbers of two bytes."""
     edges = config["BLOCK_SIZE_M"] + config["BLOCK_SIZE_N"]
-    return (config["num_stages"] - 1) * edges * config["BLOCK_SIZE_K"] * 2
+    return config["num_stages"] * edges * config["BLOCK_SIZE_K"] * 2
 
 
 def save(key: Key, pair: Pair, folder: Path | None = None) -> list[Path]:

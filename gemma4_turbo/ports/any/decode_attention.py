@@ -14,6 +14,7 @@ import torch
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.runtime import custom_ops
+from gemma4_turbo.runtime.fallback import Fallback
 from gemma4_turbo.runtime.verdicts import Verdicts
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ MAX_PAIRS = 16384  # of a sequence and a KV head
 ARRIVED = "_gemma4_turbo_arrived"
 
 _verdicts = Verdicts()
+fallback = Fallback("the launch")
 
 
 def undo(run: PatchRun) -> None:
     """Forget the checks. The counters stay where a captured graph may still use them."""
     _verdicts.clear()
+    fallback.clear()
 
 
 class Call:
@@ -74,6 +77,25 @@ class Call:
             arrived = torch.zeros(MAX_PAIRS, dtype=torch.int32, device=q.device)
             backend.__dict__[ARRIVED] = arrived
         self.arrived = arrived
+        self.key = (q.device, self.q.shape, kv_heads, self.config)  # of the memory that it needs
+        self.reason = fallback.unfit(self.key)
+
+    def launch(self) -> torch.Tensor:
+        """``[batch, heads * head_dim]``."""
+        out = self.q.new_empty(self.q.shape)
+        kernel.launch_decode_attention(
+            self.q,
+            self.k_buffer,
+            self.v_buffer,
+            self.indptr,
+            self.indices,
+            self.scaling,
+            self.config,
+            self.longest,
+            self.arrived,
+            out,
+        )
+        return out.view(out.shape[0], -1)
 
 
 def layer_unfit(

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.ports.any import held_kernels
-from gemma4_turbo.ports.any.decode_attention import Call, check_unfit, layer_unfit, undo, verify
+from gemma4_turbo.ports.any.decode_attention import (
+    Call,
+    check_unfit,
+    fallback,
+    layer_unfit,
+    undo,
+    verify,
+)
 from gemma4_turbo.ports.v0_5_12.stock import STOCK
 from gemma4_turbo.runtime import custom_ops
 
@@ -53,29 +59,18 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         if reason is not None or call is None:
             run.declined(str(reason))
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
-        capturing = custom_ops.capturing()
-        reason = check_unfit(run, call, capturing)
+        reason = check_unfit(run, call, custom_ops.capturing())
         if reason is not None:
             run.declined(reason)
             return stock_forward(self, q, k, v, layer, forward_batch, save_kv_cache, sinks)
-        run.engaged(capturing)
         if save_kv_cache:
             forward_batch.token_to_kv_pool.set_kv_buffer(
                 layer, forward_batch.out_cache_loc, k, v, layer.k_scale, layer.v_scale
             )
-        out = call.q.new_empty(call.q.shape)
-        kernel.launch_decode_attention(
-            call.q,
-            call.k_buffer,
-            call.v_buffer,
-            call.indptr,
-            call.indices,
-            layer.scaling,
-            call.config,
-            call.longest,
-            call.arrived,
-            out,
-        )
-        return out.view(out.shape[0], -1)
+
+        def stored() -> torch.Tensor:
+            return stock_forward(self, q, k, v, layer, forward_batch, False, sinks)
+
+        return fallback.call(run, call.launch, stored, call.key)
 
     return {TARGET: forward_decode}

@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.kernels.attention import decode as kernel
 from gemma4_turbo.ports.any import held_kernels
-from gemma4_turbo.ports.any.decode_attention import Call, check_unfit, layer_unfit, undo, verify
+from gemma4_turbo.ports.any.decode_attention import (
+    Call,
+    check_unfit,
+    fallback,
+    layer_unfit,
+    undo,
+    verify,
+)
 from gemma4_turbo.ports.v0_5_23 import triton_backend
 from gemma4_turbo.ports.v0_5_23.stock import STOCK
 from gemma4_turbo.runtime import custom_ops
@@ -64,27 +70,18 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         call = Call(self, self.token_to_kv_pool, q, layer)
         if call.reason is not None:
             return stocks(call.reason)
-        capturing = custom_ops.capturing()
-        reason = check_unfit(run, call, capturing)
+        reason = check_unfit(run, call, custom_ops.capturing())
         if reason is not None:
             return stocks(reason)
-        run.engaged(capturing)
         if save_kv_cache:
             triton_backend.store(self, layer, forward_batch, k, v)
-        out = call.q.new_empty(call.q.shape)
-        kernel.launch_decode_attention(
-            call.q,
-            call.k_buffer,
-            call.v_buffer,
-            call.indptr,
-            call.indices,
-            layer.scaling,
-            call.config,
-            call.longest,
-            call.arrived,
-            out,
-        )
-        return out.view(out.shape[0], -1)
+
+        def stored() -> torch.Tensor:
+            return stock_forward(
+                self, q, k, v, layer, forward_batch, False, sinks, score_mod, aux_tensors
+            )
+
+        return fallback.call(run, call.launch, stored, call.key)
 
     return {TARGET: forward_decode}
 

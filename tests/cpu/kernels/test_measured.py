@@ -125,7 +125,7 @@ def test_every_number_of_a_tile_is_looked_at(made):
 
 def test_tables_that_do_not_fit_are_not_used(l4, rows):
     """Stock launches its kernel itself: an exception there would end the server."""
-    for stages, fits in ((3, True), (8, False)):
+    for stages, fits in ((3, True), (4, True), (5, False), (8, False)):
         rows["moe_configs", (128, 704)] = (8, *(64, 128, 64, 8, 4, stages) * 2), ""
         measured.forget()
         assert (moe_tables.found_here(128, 704, CPU) is not None) == fits

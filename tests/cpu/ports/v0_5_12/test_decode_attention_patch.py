@@ -319,3 +319,27 @@ def test_traced_code_sees_stock(stock_calls, patched):
     torch.compile(lambda: world.run(0, save_kv_cache=False), backend="eager")()
     assert len(stock_calls) == 1
     assert patched.counters.engaged == before
+
+
+def test_a_launch_that_fails_is_stocks(patched, monkeypatch):
+    """It is not tried again at that batch, and K and V are stored."""
+    launched = []
+
+    def launch(*args: Any) -> None:
+        launched.append(args)
+        raise torch.cuda.OutOfMemoryError("no memory for the partial sums")
+
+    monkeypatch.setattr(kernel, "launch_decode_attention", launch)
+    world, stock = World([3, 40]), World([3, 40])
+    before = patched.counters.engaged
+    expected = stock_function()(
+        stock.backend, stock.q, stock.k, stock.v, stock.layers[0], stock.batch
+    )
+    for _ in range(2):
+        assert torch.equal(world.run(0), expected)
+    assert torch.equal(world.pool.k_buffer[0], stock.pool.k_buffer[0])
+    assert len(launched) == 1
+    assert patched.state == states.FAILED
+    assert "no memory for the partial sums" in patched.reason
+    assert patched.counters.engaged == before
+    assert patched._decline_reason == patched.reason

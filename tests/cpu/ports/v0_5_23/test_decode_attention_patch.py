@@ -319,3 +319,26 @@ def test_traced_code_sees_stock(world, stock_calls, patched):
     torch.compile(traced, backend="eager")()
     assert len(stock_calls) == 1
     assert patched.counters.engaged == before
+
+
+def test_a_launch_that_fails_is_stocks(world, patched, monkeypatch):
+    """It is not tried again at that batch; what was stored stays stored once."""
+    launched = []
+
+    def launch(*args: Any) -> None:
+        launched.append(args)
+        raise torch.cuda.OutOfMemoryError("no memory for the partial sums")
+
+    monkeypatch.setattr(kernel, "launch_decode_attention", launch)
+    batch = world.decode([3, 40])
+    inputs = world.inputs(FULL, batch)
+    before = patched.counters.engaged
+    found, pools, expected, stock_pools = world.both(ours(), stock_function(), FULL, batch, *inputs)
+    assert torch.equal(found, expected)
+    assert torch.equal(pools, stock_pools)
+    assert patched.state == states.FAILED
+    assert "no memory for the partial sums" in patched.reason
+    world.both(ours(), stock_function(), FULL, batch, *inputs)
+    assert len(launched) == 1
+    assert patched.counters.engaged == before
+    assert patched._decline_reason == patched.reason
