@@ -50,16 +50,19 @@ def of_config(config: dict[str, Any]) -> Geometry:
     text = config.get("text_config", config)
     kind = config.get("model_type")
     if not isinstance(text, dict) or not isinstance(kind, str) or not kind.startswith("gemma4"):
-        raise ValueError(f"config.json is of a {kind or 'model without a model_type'}, no Gemma 4")
+        shown = _shown(kind) if kind else "model without a model_type"
+        raise ValueError(f"config.json is of a {shown}, no Gemma 4")
 
-    def number(*names: str, otherwise: int | None = None) -> int:
+    def number(*names: str, otherwise: int | None = None, least: int = 0) -> int:
         for name in names:
             value = text.get(name)
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31:
-                raise ValueError(f"{name} in config.json must be a whole number, got {value!r}")
-            return value
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if not whole or not least <= value < 1 << 31:
+                wanted = f"a whole number from {least}" if least else "a whole number"
+                raise ValueError(f"{name} in config.json must be {wanted}, got {_shown(value)}")
+            return int(value)
         if otherwise is None:
             raise ValueError(f"config.json has no {names[0]}: it is no Gemma 4's")
         return otherwise
@@ -76,11 +79,13 @@ def of_config(config: dict[str, Any]) -> Geometry:
     if not sliding or not full or not heads or heads % sliding or heads % full:
         raise ValueError(f"config.json has {heads} heads for {sliding} and {full} KV heads")
     types = text.get("layer_types") or []
+    if not isinstance(types, list):
+        raise ValueError(f"layer_types in config.json must be a list, got {_shown(types)}")
     experts = number("num_experts", otherwise=0) if text.get("enable_moe_block") else 0
     return Geometry(
-        number("hidden_size"),
-        number("intermediate_size"),
-        number("num_hidden_layers"),
+        number("hidden_size", least=1),
+        number("intermediate_size", least=1),
+        number("num_hidden_layers", least=1),
         types.index("full_attention") + 1 if "full_attention" in types else 1,
         heads,
         sliding,
@@ -91,9 +96,15 @@ def of_config(config: dict[str, Any]) -> Geometry:
         number("hidden_size_per_layer_input", otherwise=0),
         bool(text.get("use_double_wide_mlp")),
         experts,
-        number("top_k_experts") if experts else 0,
-        number("moe_intermediate_size", "expert_intermediate_size") if experts else 0,
+        number("top_k_experts", least=1) if experts else 0,
+        number("moe_intermediate_size", "expert_intermediate_size", least=1) if experts else 0,
     )
+
+
+def _shown(value: object) -> str:
+    """Of somebody else's file, in one short line."""
+    told = value if isinstance(value, str) and value.isprintable() else ascii(value)
+    return told if len(told) <= 80 else f"{told[:77]}..."
 
 
 def config(name: str, layers: int | None = None) -> dict[str, Any]:

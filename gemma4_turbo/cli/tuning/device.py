@@ -46,7 +46,13 @@ def find() -> Device:
         machine = nvml.look()
     except (OSError, AttributeError) as error:
         raise CannotRunError(f"the NVIDIA driver does not answer: {error}") from None
-    percent = _busy(torch.cuda.get_device_properties(0))
+    place = torch.device("cuda", 0)
+    try:  # the first use of the GPU: other processes may have all its memory, or the GPU for themselves
+        free = torch.cuda.mem_get_info(place)[0]
+        percent = _busy(torch.cuda.get_device_properties(0))
+    except RuntimeError as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CannotRunError(f"the GPU cannot be used: {told}; nvidia-smi lists who uses it") from None
     if percent > BUSY:
         raise CannotRunError(
             f"the GPU is busy, {percent} % with other processes: times would be wrong. "
@@ -54,11 +60,10 @@ def find() -> Device:
         )
     from gemma4_turbo.cli.tuning.timing import GraphClock
 
-    place = torch.device("cuda", 0)
     key = Key(torch.cuda.get_device_name(place), machine.driver, **_libraries())
     here = gpu(place)
     known = here.capability[0] in measured.KNOWN
-    return Device("cuda", key, here, known, torch.cuda.mem_get_info(place)[0], GraphClock())
+    return Device("cuda", key, here, known, free, GraphClock())
 
 
 def _libraries() -> dict[str, str]:

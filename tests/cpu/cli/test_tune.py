@@ -909,6 +909,18 @@ def test_no_gpu():
     assert refused() == "no NVIDIA GPU: torch.cuda.is_available() is false"
 
 
+@pytest.mark.parametrize("told", ["CUDA error: out of memory\nCUDA kernel errors might be", ""])
+def test_a_gpu_that_others_have_for_themselves(gpu, monkeypatch, told):
+    """The first use of it raises, where torch makes its context."""
+
+    def raises(*_: Any) -> Any:
+        raise RuntimeError(told)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", raises)
+    first = told.partition("\n")[0] or "RuntimeError"
+    assert refused() == f"the GPU cannot be used: {first}; nvidia-smi lists who uses it"
+
+
 def test_a_busy_gpu(gpu):
     gpu["busy"] = 87
     assert refused().startswith("the GPU is busy, 87 % with other processes")
@@ -993,6 +1005,7 @@ def test_a_folder_that_is_no_gemma(tmp_path):
         (" " * (tune.CONFIG_BYTES + 1), "is no JSON object"),
         ('{"model_type": "llama"}', "config.json is of a llama, no Gemma 4"),
         ("{}", "config.json is of a model without a model_type, no Gemma 4"),
+        ('{"model_type": "a\\nb"}', "config.json is of a 'a\\nb', no Gemma 4"),
         ('{"model_type": "gemma4"}', "config.json has no swa_head_dim: it is no Gemma 4's"),
     ):
         config.write_text(content)
@@ -1006,10 +1019,12 @@ def test_a_config_that_is_a_pipe(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"hidden_size": -1}, {"num_attention_heads": 7}, {"swa_head_dim": 64}, {"sliding_window": "x"}]
+    "change", [{"hidden_size": -1}, {"num_attention_heads": 7}, {"swa_head_dim": 64}, {"sliding_window": "x"},
+               {"hidden_size": 0}, {"intermediate_size": 0}, {"layer_types": 5}, {"layer_types": {"full_attention": 1}},
+               {"num_hidden_layers": "a\nb" * 300}]
 )  # fmt: skip
 def test_a_config_with_odd_numbers_is_named(change):
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(ValueError, match=r"^[^\n]{,200}config\.json[^\n]{,200}$"):
         geometry.of_config(geometry.config("e4b") | {"swa_head_dim": 256} | change)
 
 
