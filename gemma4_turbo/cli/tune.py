@@ -99,16 +99,16 @@ def _of_folder(name: str) -> Geometry:
 
 
 class Store:
-    """The profile, written after each measurement."""
+    """The profile, written after each measurement; until the first one, what is there stays."""
 
     def __init__(self, where: str, key: Key, fresh: bool) -> None:
-        """``fresh``: keep nothing of an earlier run."""
+        """``fresh``: keep nothing of an earlier run. `CannotRunError` if it could not be written."""
         self.where, self.key = where, key
         self.shapes: dict[Place, Shape] = {}
         self.replaced = ""  # an earlier profile, if it is not gone on with
         with contextlib.suppress(FileNotFoundError):
             self._go_on(fresh)
-        self.save()
+        self._write(gpu_profile.try_to_save)
 
     def _go_on(self, fresh: bool) -> None:
         """With an earlier run's; `CannotRunError` if what is there is no profile: the variable may be wrong."""
@@ -119,7 +119,7 @@ class Store:
             try:
                 ours = gpu_profile.is_one(self.where)
             except OSError:
-                return  # to read; `save` says whether it can be written
+                return  # to read; `try_to_save` says whether it can be written
             if not ours and os.path.getsize(self.where):
                 raise CannotRunError(
                     f"{self.where} is left alone: it is no GPU profile; remove it, or set "
@@ -133,8 +133,10 @@ class Store:
 
     def add(self, *shapes: Shape) -> None:
         """More that was measured."""
+        if not shapes:
+            return
         self.shapes |= {(shape.kernel, shape.shape): shape for shape in shapes}
-        self.save()
+        self._write(gpu_profile.save)
 
     def profile(self) -> Profile:
         """So far."""
@@ -143,10 +145,9 @@ class Store:
         shapes = tuple(self.shapes.values())
         return Profile(self.key, plain.decisions(shapes), shapes)
 
-    def save(self) -> None:
-        """`CannotRunError` if it cannot be written."""
+    def _write(self, save: Callable[[str, Profile], None]) -> None:
         try:
-            gpu_profile.save(self.where, self.profile())
+            save(self.where, self.profile())
         except (OSError, gpu_profile.UnfitError) as error:
             told = getattr(error, "strerror", None) or error
             raise CannotRunError(f"{self.where} cannot be written: {told}") from None
@@ -164,7 +165,7 @@ def destination() -> str:
 
 @contextlib.contextmanager
 def alone(where: str) -> Iterator[None]:
-    """No other ``tune`` writes the same profile meanwhile: `CannotRunError` if one does."""
+    """No other ``tune`` writes into the same folder meanwhile: `CannotRunError` if one does."""
     folder = os.path.dirname(where)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -177,7 +178,9 @@ def alone(where: str) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise CannotRunError(f"another tune writes {where}: times would be wrong") from None
+                raise CannotRunError(
+                    f"another tune is running, with its profile in {folder}: times would be wrong"
+                ) from None
         yield
     finally:
         os.close(descriptor)
@@ -240,9 +243,13 @@ class Session:
         self.console.print(report.plain(f"{title}: not measured: {why}", "yellow"), soft_wrap=True)
 
     def _tell(self, title: str, shape: Shape) -> None:
+        from gemma4_turbo.cli.tuning import plain
+
         figures = shape.figures
         if not figures and not shape.reason:
             return  # only compared, and right
+        if shape.shape == (plain.VERIFIED,):
+            title = f"{title}, {shape.kernel}"
         told = shape.reason or f"{figures.get('ratio', float('nan')):.2f} of stock's time"
         if "of_own" in figures and not shape.reason:
             told += f", {figures['of_own']:.2f} of the package's own tile's"
@@ -291,7 +298,7 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
         prepare: import SGLang; other processes compile meanwhile.
     """
     from gemma4_turbo.cli.tuning import device as devices
-    from gemma4_turbo.cli.tuning import works
+    from gemma4_turbo.cli.tuning import plain, subject, works
     from gemma4_turbo.cli.tuning.budget import Budget
 
     def wanted(one: Any) -> bool:
@@ -303,8 +310,9 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
     devices.require_memory(
         session.device, max((one.bytes for one in (*tiled, *experts)), default=0)
     )
-    verify = works.Verify(session.compiler, session.device)
-    if not _verified(session.store):
+    known = plain.compared(session.store.shapes.values())
+    verify = works.Verify(session.compiler, session.device, known or ())
+    if known is not None:
         verify.begin()
     left: list[works.Work] = [
         *(works.Tiled(one, session.device, session.compiler) for one in tiled),
@@ -339,6 +347,8 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
         progress.update(task, description="verify")
         if verify.wanted:
             session.one("verify", [], lambda: verify.run(session.go_on))
+        if verify.broke:
+            raise CannotRunError(f"verify: {subject.ERROR}; the same command goes on with the rest")
         # What had fewer tiles when the time looked short, now that there is time left.
         for one in tiled:
             short = session.store.shapes.get((one.kernel, one.place))
@@ -348,12 +358,6 @@ def measure(session: Session, models: dict[str, Geometry], prepare: Callable[[],
             if budget.level(session.left(), [again.guess]) == 0:
                 progress.update(task, total=(progress.tasks[task].total or 0) + 1)
                 through([again])
-
-
-def _verified(store: Store) -> bool:
-    from gemma4_turbo.cli.tuning import plain
-
-    return any(shape.shape == (plain.VERIFIED,) for shape in store.shapes.values())
 
 
 @contextlib.contextmanager
@@ -475,7 +479,8 @@ def report_of(session: Session, work: Callable[[], None]) -> int:
     told = Console(stderr=True)
     told.print(report.plain(f"Profile: {store.where}"), soft_wrap=True)
     if store.replaced:
-        told.print(report.plain(f"It replaces {store.replaced}", "yellow"), soft_wrap=True)
+        said = f"The first measurement replaces {store.replaced}"
+        told.print(report.plain(said, "yellow"), soft_wrap=True)
     try:
         with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
             work()
@@ -526,7 +531,11 @@ def summary(profile: Profile, where: str, end: str = "") -> report.Listing:
     for name, decision in profile.patches.items():
         word = "on" if decision.on else "off"
         lines.add(f"  {name:<18}{word}: {decision.reason}", 6, "" if decision.on else "yellow")
-    lines.add(f"{len(profile.shapes)} measurements on {profile.key.gpu} in {where}{end}", 2)
+    count = len(profile.shapes)
+    if count:
+        lines.add(f"{count} measurements on {profile.key.gpu} in {where}{end}", 2)
+    else:
+        lines.add(f"Nothing was measured, and {where} is as it was{end}", 2)
     return lines
 
 
@@ -544,9 +553,10 @@ def _share(where: str) -> int:
 
 def _known_part(reason: str) -> str:
     """Which kind of reason it is: what an exception says may hold a path."""
-    from gemma4_turbo.cli.tuning import subject
+    from gemma4_turbo.cli.tuning import plain, subject
 
-    return next((part for part in subject.REASONS if reason.startswith(part)), "")
+    known = (*subject.REASONS, plain.NOT_COMPARED)
+    return next((part for part in known if reason.startswith(part)), "")
 
 
 def shared(profile: Profile) -> Profile:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 from gemma4_turbo.cli import report
@@ -32,15 +32,18 @@ def prepare_device() -> str:
     return "cpu"
 
 
-def check_all(device: str, begin: Callable[[str], None] = lambda text: None) -> list[Check]:
+def check_all(
+    device: str, begin: Callable[[str], None] = lambda text: None, but: Container[str] = ()
+) -> list[Check]:
     """Every check of every patch that is switched on and fits this SGLang.
 
     Args:
         device: ``cuda`` or ``cpu``.
         begin: told what is compared next.
+        but: patches that are left out.
     """
     checks: list[Check] = []
-    runs = [run for run in ENGINE.runs.values() if run.swaps]
+    runs = [run for run in ENGINE.runs.values() if run.swaps and run.patch.name not in but]
     for number, run in enumerate(runs, 1):
         begin(f"comparing {run.patch.name} with stock ({number} of {len(runs)})")
         try:

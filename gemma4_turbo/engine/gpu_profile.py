@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -234,6 +234,19 @@ def save(where: str, profile: Profile) -> None:
         OSError: if it cannot be written.
         UnfitError: if a link or something else that is no file is in the way.
     """
+    with _beside(where, profile) as beside:
+        os.replace(beside, where)
+
+
+def try_to_save(where: str, profile: Profile) -> None:
+    """Raise what `save` would, and leave the file's place as it is."""
+    with _beside(where, profile):
+        pass
+
+
+@contextlib.contextmanager
+def _beside(where: str, profile: Profile) -> Iterator[str]:
+    """A file in the same folder, gone in the end unless it was renamed."""
     folder = os.path.dirname(where)
     os.makedirs(folder, mode=0o700, exist_ok=True)
     if os.path.lexists(where) and (os.path.islink(where) or not os.path.isfile(where)):
@@ -246,11 +259,10 @@ def save(where: str, profile: Profile) -> None:
             file.write(encoded(profile))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, where)
-    except BaseException:
+        yield beside
+    finally:
         with contextlib.suppress(FileNotFoundError):  # it is in place already
             os.unlink(beside)
-        raise
 
 
 # -- whether it holds -----------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from gemma4_turbo.kernels import pdl
 from gemma4_turbo.models.geometry import GEOMETRIES
 
 VERIFIED = "compared with stock"
+NOT_COMPARED = "not compared"
+"""What the reason of a patch's row begins with if the next run is to compare it."""
 ROWS = (1, 32, 1024, 4096)
 CALLS = 40  # of a graph
 READINGS = 8
@@ -27,20 +29,50 @@ WITH_TILES = ("skinny_gemm", "decode_attention", "extend_attention", "experts_fe
 
 
 def verified(checks: Iterable[Check]) -> list[Shape]:
-    """What ``verify`` found, a row for each patch; of none after one that brought the GPU to an error."""
+    """What ``verify`` found, a row for each patch.
+
+    Where the memory did not suffice nothing was compared, and after an error of the GPU neither: see
+    `NOT_COMPARED`.
+    """
     failed: dict[str, str] = {}
+    left: dict[str, str] = {}
+    culprit = ""
     for check in checks:
+        if check.patch in WITH_TILES and culprit:
+            continue
+        if culprit:
+            if check.patch != culprit:
+                left[check.patch] = f"{ERROR} at {culprit}"
+            continue
         if not check.passed and wants_memory(check.allowed):
+            left[check.patch] = "the GPU's memory does not suffice"
             continue
         told = f"{check.what} against {check.against}: {check.allowed}"
-        if check.patch not in WITH_TILES:
-            failed[check.patch] = failed.get(check.patch) or ("" if check.passed else told)
+        failed[check.patch] = failed.get(check.patch) or ("" if check.passed else told)
         if not check.passed and is_fatal(check.allowed):
-            break
+            culprit = check.patch
+    found = {name: (() if not why else None, why) for name, why in failed.items()}
+    for name, why in left.items():
+        if not failed.get(name):  # one that is wrong is so whatever else was left out
+            found[name] = None, f"{NOT_COMPARED}: {why}"
     return [
-        Shape(name, (VERIFIED,), None if why else (), printable(why), {})
-        for name, why in failed.items()
+        Shape(name, (VERIFIED,), tile, printable(why), {})
+        for name, (tile, why) in found.items()
+        if name not in WITH_TILES
     ]
+
+
+def unasked(shape: Shape) -> bool:
+    """Whether a row is of a patch that is still to be compared."""
+    return shape.shape == (VERIFIED,) and shape.reason.startswith(NOT_COMPARED)
+
+
+def compared(shapes: Iterable[Shape]) -> tuple[str, ...] | None:
+    """Patches that need no comparison any more; None: of any."""
+    rows = [shape for shape in shapes if shape.shape == (VERIFIED,)]
+    if rows and not any(map(unasked, rows)):
+        return None
+    return (*WITH_TILES, *(row.kernel for row in rows if not unasked(row)))
 
 
 def printable(text: str) -> str:
@@ -96,7 +128,7 @@ def decisions(shapes: Iterable[Shape]) -> dict[str, Decision]:
     found: dict[str, Decision] = {}
     ratios: dict[str, list[float]] = {}
     for shape in shapes:
-        if shape.kernel in WITH_TILES:
+        if shape.kernel in WITH_TILES or unasked(shape):
             continue
         if shape.shape == (VERIFIED,) and shape.tile is None:
             reason = f"its result differs from stock's on this GPU: {shape.reason}"

@@ -224,13 +224,25 @@ class Times:
 
     def take(
         self, bench: Bench, stock: Call, tiles: Sequence[Any], clock: Clock, count: int
-    ) -> None:
-        """One point more."""
-        calls = [stock, *map(bench.ours, tiles)]
-        found = clock.readings([(call, bench.calls) for call in calls], count)
+    ) -> dict[Any, Failed]:
+        """One point more. Tiles that cannot be timed are left out, and returned."""
+        failed: dict[Any, Failed] = {}
+        try:
+            found = _read(bench, stock, tiles, clock, count)
+        except Exception as problem:
+            _raise_unless_a_tiles(problem)
+            for tile in tiles:  # which of them it was
+                if (why := _timed_alone(bench, tile, clock)) is not None:
+                    failed[tile] = why
+            if not failed:
+                raise  # stock's code, perhaps
+        if failed:
+            tiles = [tile for tile in tiles if tile not in failed]
+            found = _read(bench, stock, tiles, clock, count)
         self.stock.append(found[0])
         for tile, readings in zip(tiles, found[1:], strict=True):
             self.ours.setdefault(tile, []).append(readings)
+        return failed
 
     def us(self, tile: Any) -> float:
         """Of all points."""
@@ -287,21 +299,27 @@ class Trial:
                 self.errors[tile] = max(self.errors.get(tile, 0.0), found)
                 right.append(tile)
             self.go_on()
-            self.times.take(bench, stock, right, self.clock, count)
+            self.failed |= self.times.take(bench, stock, right, self.clock, count)
             del bench, stock  # the next one needs the memory
 
     def finals(self, own: Any) -> None:
-        """The fastest and the package's own, again and more often. The first readings are forgotten."""
-        alive = self.alive()
-        if not alive:
-            return
-        others = [tile for tile in self.times.best(alive) if tile != own][:FINALISTS]
-        last = [own, *others] if own in alive else others
-        self.times = Times()
-        for bench in self.subject.benches(self.device):
-            self.go_on()
-            self.times.take(bench, bench.stock(), last, self.clock, THOROUGH)
-            del bench
+        """The fastest and the package's own, again and more often. The first readings are forgotten.
+
+        The next ones if none of these can be timed again.
+        """
+        first = self.alive()
+        ranked = self.times.best(first)
+        while left := [tile for tile in ranked if tile not in self.failed]:
+            others = [tile for tile in left if tile != own][:FINALISTS]
+            last = [own, *others] if own in left else others
+            self.times = Times()
+            for bench in self.subject.benches(self.device):
+                self.go_on()
+                last = [tile for tile in last if tile not in self.failed]
+                self.failed |= self.times.take(bench, bench.stock(), last, self.clock, THOROUGH)
+                del bench
+            if self.alive():
+                return
 
 
 def _tried(bench: Bench, tile: Any, stock_error: float) -> float | Failed:
@@ -309,12 +327,37 @@ def _tried(bench: Bench, tile: Any, stock_error: float) -> float | Failed:
     try:
         error = bench.error(bench.ours(tile))
     except Exception as problem:
-        if is_fatal(problem) or wants_memory(problem):
-            raise
-        return Failed(f"{type(problem).__name__}: {problem}".splitlines()[0][:200], False)
+        return _does_not_run(problem)
     if error <= max(FARTHER * stock_error, ROUNDING):  # written so that a NaN fails
         return error
     return Failed(f"relative error {error:.1e}, stock's is {stock_error:.1e}", True)
+
+
+def _read(
+    bench: Bench, stock: Call, tiles: Sequence[Any], clock: Clock, count: int
+) -> list[list[float]]:
+    calls = [stock, *map(bench.ours, tiles)]
+    return clock.readings([(call, bench.calls) for call in calls], count)
+
+
+def _timed_alone(bench: Bench, tile: Any, clock: Clock) -> Failed | None:
+    """Why a tile cannot be timed."""
+    try:
+        clock.readings([(bench.ours(tile), bench.calls)], 1)
+    except Exception as problem:
+        return _does_not_run(problem)
+    return None
+
+
+def _does_not_run(problem: Exception) -> Failed:
+    _raise_unless_a_tiles(problem)
+    return Failed(f"{type(problem).__name__}: {problem}".splitlines()[0][:200], False)
+
+
+def _raise_unless_a_tiles(problem: Exception) -> None:
+    """What no single tile is to blame for, or after which none can be tried."""
+    if is_fatal(problem) or wants_memory(problem):
+        raise problem
 
 
 def is_fatal(problem: BaseException | str) -> bool:

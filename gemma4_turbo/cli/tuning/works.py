@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -141,15 +141,18 @@ def plains(
 class Verify:
     """What ``verify`` compares, in another process if there is one: a server's patches go in there."""
 
-    def __init__(self, compiler: Compiler, device: Device) -> None:
-        self.compiler, self.device = compiler, device
+    def __init__(self, compiler: Compiler, device: Device, known: Sequence[str]) -> None:
+        """``known``: patches that are left out."""
+        self.compiler = compiler
+        self.arguments = device.torch_name, tuple(known)
         self.wanted = False
+        self.broke = False  # the GPU, for this process
         self.future: Future[Any] | None = None
 
     def begin(self) -> None:
         """Have it done."""
         self.wanted = True
-        self.future = self.compiler.ask(Job(Kind.CALLS, checks, (self.device.torch_name,)))
+        self.future = self.compiler.ask(Job(Kind.CALLS, checks, self.arguments))
 
     def seconds(self) -> float:
         """That this process needs for it."""
@@ -170,12 +173,15 @@ class Verify:
             go_on()
             self.compiler.pause()
         self.wanted = False
-        found = checks(self.device.torch_name) if self.future is None else self.future.result()
+        if self.future is not None:
+            return plain.verified(self.future.result())
+        found = checks(*self.arguments)
+        self.broke = any(not one.passed and subject.is_fatal(one.allowed) for one in found)
         return plain.verified(found)
 
 
-def checks(device: str) -> list[Any]:
-    """What ``verify`` compares, with the patches in for so long."""
+def checks(device: str, known: Sequence[str]) -> list[Any]:
+    """What ``verify`` compares but these patches, with the patches in for so long."""
     from gemma4_turbo.cli import verify
     from gemma4_turbo.cli.modules import import_targets
 
@@ -183,7 +189,7 @@ def checks(device: str) -> list[Any]:
     ENGINE.apply()
     try:
         import_targets()
-        return verify.check_all(device)
+        return verify.check_all(device, but=known)
     finally:
         ENGINE.revert()
         pdl.wanted = early

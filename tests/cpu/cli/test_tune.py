@@ -19,7 +19,7 @@ import torch
 from typer.testing import CliRunner
 
 from gemma4_turbo.__main__ import app
-from gemma4_turbo.cli import doctor, tune
+from gemma4_turbo.cli import doctor, tune, verify
 from gemma4_turbo.cli.modules import CannotRunError
 from gemma4_turbo.cli.tuning import (
     budget,
@@ -123,6 +123,10 @@ class StandBench:
         return float(call(0))
 
 
+def ratio(kernel: str, value: float, *words: int | str) -> Shape:
+    return Shape(kernel, words, (), "", {"ratio": value})
+
+
 REAL = tune.subjects
 STANDS = [
     Stand((10, 20), place=(i,), kernel=kernel)
@@ -154,7 +158,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(experts, "UPS", ())
     monkeypatch.setattr(experts, "DOWNS", ())
     monkeypatch.setattr(plain, "cases", lambda models: [])
-    monkeypatch.setattr(works, "checks", lambda place: [])
+    monkeypatch.setattr(works, "checks", lambda *_: [])
     monkeypatch.setattr(compiling, "first_workers", lambda: 0)
     monkeypatch.setattr(compiling, "later_workers", lambda free: {})
     monkeypatch.setattr(tune, "tables", lambda models: [])
@@ -247,11 +251,74 @@ def test_what_is_measured_is_not_measured_again(small):
     assert store.shapes == {}
 
 
-def test_a_profile_of_another_gpu_is_replaced_and_named(small, capsys):
-    gpu_profile.save(str(small), gpu_profile.Profile(KEY._replace(gpu="NVIDIA H200"), {}, ()))
+def test_a_profile_of_another_gpu_is_named_and_replaced_by_the_first_measurement(small, capsys):
+    other = gpu_profile.Profile(KEY._replace(gpu="NVIDIA H200"), {}, ())
+    gpu_profile.save(str(small), other)
     measured(small, seconds=-1)
-    assert "It replaces one for NVIDIA H200, SGLang 0.5" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "The first measurement replaces one for NVIDIA H200, SGLang 0.5" in said.err
+    assert f"Nothing was measured, and {small} is as it was; the time is up" in said.out
+    assert gpu_profile.load(str(small)) == other
+    measured(small)
     assert gpu_profile.load(str(small)).key == KEY
+
+
+OLD = gpu_profile.Profile(KEY, {}, tuple(ratio("layer_norms", 0.5, i) for i in range(50)))
+
+
+@pytest.mark.parametrize("key", [KEY, KEY._replace(driver="1")], ids=["fresh", "stale"])
+@pytest.mark.parametrize(
+    ("free", "problem"),
+    [
+        (0, None),
+        (1 << 40, CannotRunError("SGLang cannot be imported: ImportError")),
+        (1 << 40, KeyboardInterrupt()),
+        (1 << 40, tune.TerminatedError()),
+    ],
+    ids=["memory", "import", "ctrl-c", "sigterm"],
+)
+def test_an_old_profile_outlives_a_run_that_measures_nothing(key, free, problem, small, monkeypatch):  # fmt: skip
+    """Whatever comes before the first measurement, with --fresh and where it does not hold any more."""
+
+    def prepare() -> None:
+        if problem is not None:
+            raise problem
+
+    monkeypatch.setattr(device, "find", lambda: machine(free=free))
+    monkeypatch.setattr(tune.ENGINE, "revert", lambda: None)
+    monkeypatch.setattr(tune.report, "torch_problem", lambda: None)
+    monkeypatch.setattr(tune, "_import_sglang", prepare)
+    gpu_profile.save(str(small), OLD._replace(key=key))
+    before = small.read_bytes()
+    if isinstance(problem, KeyboardInterrupt):
+        assert tune.run(["e4b"], 5, key == KEY, False) in (tune.INTERRUPTED, tune.TERMINATED)
+    else:
+        with pytest.raises(CannotRunError):
+            tune.run(["e4b"], 5, key == KEY, False)
+    assert small.read_bytes() == before
+    assert os.listdir(small.parent) == [small.name]
+
+
+def test_fresh_replaces_with_the_first_measurement(small):
+    gpu_profile.save(str(small), OLD)
+    store = tune.Store(str(small), KEY, True)
+    store.add()  # of a comparison that has found nothing
+    assert gpu_profile.load(str(small)) == OLD
+    store.add(ratio("router", 0.5, 1))
+    assert [shape.kernel for shape in gpu_profile.load(str(small)).shapes] == ["router"]
+
+
+def test_a_place_that_cannot_be_written_is_known_before_anything_is_measured(small, monkeypatch):
+    gpu_profile.save(str(small), OLD)
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(CannotRunError, match=r"cannot be written: No space left on device"):
+        tune.Store(str(small), KEY, False)
+    assert gpu_profile.load(str(small)) == OLD
+    assert os.listdir(small.parent) == [small.name]
 
 
 def test_the_time_is_up_and_what_was_measured_stays(small, capsys):
@@ -425,6 +492,75 @@ def test_a_tile_that_does_not_run_is_left_out():
     assert decided((-1, 20), Times(even, even)).tile == (20,)
     none = decided((-1,), Times(even, even))
     assert none.reason == "no tile runs: RuntimeError: out of resource: shared memory -1"
+
+
+class Picky(Times):
+    """Tiles that are right and cannot be timed: always, or when the best ones are read again."""
+
+    def __init__(self, *never: float, again: tuple[float, ...] = (), first: bool = False) -> None:
+        super().__init__(even, even)
+        self.never, self.again, self.first = never, again, first
+
+    def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
+        bad = {*self.never, *(self.again if count != subjects.QUICK else ())}
+        if self.first and len(self.asked) == 0:
+            bad = set()  # the first point of the shape
+        if any(getattr(call, "tile", None) in bad for call, _ in calls):
+            raise RuntimeError("Triton Error [CUDA]: invalid argument")
+        return super().readings(calls, count)
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls tell the tile that they are of."""
+    ours = StandBench.ours
+
+    def known(self: StandBench, tile: float) -> Any:
+        call = ours(self, tile)
+        call.tile = tile
+        return call
+
+    monkeypatch.setattr(StandBench, "ours", known)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["everywhere", "at the second point"])
+def test_a_tile_that_cannot_be_timed_is_left_out(first, named):
+    """One round, and two; the own tile, and another one."""
+    assert decided((10, 20, 30), Picky(20, first=first)).tile == (10,)
+    assert decided((10, 20, 30), Picky(10, first=first)).tile == (20,)
+    assert decided((10, 20, 30, 40, 50), Picky(10, first=first)).tile == (20,)
+
+
+def test_a_tile_that_cannot_be_timed_again_is_left_out(named):
+    assert decided((10, 20, 30, 40, 50), Picky(again=(10,))).tile == (20,)
+    assert decided((10, 20, 30, 40, 50), Picky(again=(10, 20, 30))).tile == (40,)
+
+
+def test_no_tile_that_can_be_timed(named):
+    for tiles in ((10, 20), (10, 20, 30, 40, 50)):
+        found = decided(tiles, Picky(*tiles))
+        assert (found.tile, found.reason) == (
+            None,
+            "no tile runs: RuntimeError: Triton Error [CUDA]: invalid argument",
+        )
+        assert found.figures["stock_us"] == 200.0
+
+
+@pytest.mark.parametrize(
+    "said", ["CUDA error: an illegal memory access", "CUDA error: out of memory", "stock's"]
+)
+def test_what_no_tile_is_to_blame_for_is_of_the_whole_shape(said, named):
+    class Broken(Times):
+        def readings(self, calls: Sequence[Any], count: int) -> list[list[float]]:
+            self.asked.append(len(calls))
+            if len(calls) > 1:
+                raise RuntimeError(said)
+            return [[50.0] * count]
+
+    clock = Broken(even, even)
+    with pytest.raises(RuntimeError, match=said):
+        decided((10, 20), clock)
+    assert clock.asked == ([3, 1, 1] if said == "stock's" else [3])
 
 
 def test_want_of_memory_is_held_against_no_tile(monkeypatch):
@@ -621,7 +757,7 @@ def test_what_is_compiled_comes_before_what_is_not(small):
 
 
 def test_what_verify_could_not_do_beside_is_done_here(small, monkeypatch):
-    monkeypatch.setattr(works, "checks", lambda place: [CHECKS[0]._replace(patch="router")])
+    monkeypatch.setattr(works, "checks", lambda *_: [CHECKS[0]._replace(patch="router")])
     failed = processes.Failed("RuntimeError: the process was killed")
     assert with_others(small, failed)[-1].kernel == "router"
 
@@ -713,10 +849,6 @@ def test_no_signal_breaks_off_the_end():
 # -- patches ----------------------------------------------------------------------------------------
 
 
-def ratio(kernel: str, value: float, *words: int | str) -> Shape:
-    return Shape(kernel, words, (), "", {"ratio": value})
-
-
 def test_a_patch_is_off_where_it_is_wrong_or_slow():
     checks = [
         Check("layer_norms", "rows", "stock", 8, 3, "no bit", False),
@@ -756,10 +888,76 @@ def test_verify_after_an_error_of_the_gpu_finds_nothing():
         Check("router", "the comparison", "-", 0, 0, said, False),
         Check("skinny_gemm", "the comparison", "-", 0, 0, said, False),
     ]
-    found = {shape.kernel: shape.tile for shape in plain.verified(checks)}
-    assert found == {"input_norm": (), "layer_norms": None}
-    of_tiles = [checks[3], checks[0]]
-    assert plain.verified(of_tiles) == []
+    found = {shape.kernel: (shape.tile, shape.reason) for shape in plain.verified(checks)}
+    assert found == {
+        "input_norm": ((), ""),
+        "layer_norms": (None, f"the comparison against -: {said}"),
+        "router": (None, "not compared: the GPU reported an error at layer_norms"),
+    }
+    assert [*plain.decisions(plain.verified(checks))] == ["layer_norms"]
+    (left,) = plain.verified([checks[3], checks[0]])
+    assert (left.kernel, plain.unasked(left)) == ("input_norm", True)
+
+
+def asked(small: Path, monkeypatch: pytest.MonkeyPatch, *checks: Check) -> list[str] | None:
+    """Patches that a run leaves out of its comparison, which finds so much; None: it compares nothing."""
+    known: list[list[str]] = []
+
+    def compare(place: str, names: Sequence[str]) -> list[Check]:
+        known.append([name for name in names if name not in plain.WITH_TILES])
+        assert {*plain.WITH_TILES} <= {*names}
+        return list(checks)
+
+    monkeypatch.setattr(works, "checks", compare)
+    measured(small)
+    return known[0] if known else None
+
+
+GOOD = Check("input_norm", "rows", "stock", 8, 0, "no bit", True)
+BROKEN = Check("layer_norms", "rows", "stock", 8, 8, "CUDA error: an illegal memory access", False)
+
+
+def test_what_was_not_compared_is_compared_by_the_next_run(small, monkeypatch, capsys):
+    """After an error of the GPU, and where the memory does not suffice; then nothing is left."""
+    full = GOOD._replace(patch="qkv_norm", allowed="CUDA out of memory", passed=False)
+    after = BROKEN._replace(patch="router")
+    with pytest.raises(CannotRunError, match=r"verify: the GPU reported an error.*goes on"):
+        asked(small, monkeypatch, GOOD, full, BROKEN, after)
+    said = capsys.readouterr().err
+    assert "verify, router: not compared: the GPU reported an error at layer_norms" in said
+    assert [*gpu_profile.load(str(small)).patches] == ["layer_norms"]
+    wrong = GOOD._replace(patch="router", passed=False)
+    known = asked(small, monkeypatch, full._replace(passed=True, allowed=""), wrong)
+    assert known == ["input_norm", "layer_norms"]
+    assert [*gpu_profile.load(str(small)).patches] == ["layer_norms", "router"]
+    assert asked(small, monkeypatch) is None
+
+
+def test_an_error_of_the_gpu_in_another_process_ends_nothing_here(small):
+    found = with_others(small, [GOOD, BROKEN])
+    assert len(found) == 2 + len(STANDS)
+
+
+def test_a_patch_is_compared_again_if_the_memory_sufficed_for_a_part(small):
+    full = GOOD._replace(allowed="CUDA out of memory", passed=False)
+    (left,) = plain.verified([GOOD, full])
+    assert plain.unasked(left)
+    (wrong,) = plain.verified([GOOD._replace(passed=False), full])
+    assert not plain.unasked(wrong)
+    assert tune.shared(gpu_profile.Profile(KEY, {}, (left,))).shapes[0].reason == "not compared"
+
+
+def test_patches_that_are_left_out_are_not_compared(monkeypatch):
+    class Run(NamedTuple):
+        patch: Any
+        swaps: tuple[int, ...] = (1,)
+
+        def verify(self, place: str) -> list[Check]:
+            return [GOOD._replace(patch=self.patch.name)]
+
+    runs = {name: Run(type("P", (), {"name": name})) for name in ("router", "input_norm")}
+    monkeypatch.setattr(verify.ENGINE, "runs", runs)
+    assert [check.patch for check in verify.check_all("cpu", but=["router"])] == ["input_norm"]
 
 
 @pytest.mark.parametrize("said", ["OutOfMemoryError: CUDA out of memory", "AcceleratorError: CUDA error: out of memory"])  # fmt: skip
@@ -769,7 +967,12 @@ def test_want_of_memory_is_held_against_no_patch(said):
         Check("layer_norms", "the comparison", "-", 0, 0, said, False),
         Check("input_norm", "rows", "stock", 8, 0, "no bit", True),
     ]
-    assert [shape.kernel for shape in plain.verified(checks)] == ["input_norm"]
+    found = plain.verified(checks)
+    assert [(shape.kernel, plain.unasked(shape)) for shape in found] == [
+        ("input_norm", False),
+        ("layer_norms", True),
+    ]
+    assert plain.decisions(found) == {}
 
 
 @pytest.mark.parametrize("figures", [{"ratio": 0.0}, {"ratio": -1.0}, {}])
@@ -956,9 +1159,9 @@ def test_a_file_that_is_no_profile_is_left_alone(gpu, small):
 def test_a_damaged_profile_is_replaced_and_named(small):
     small.parent.mkdir()
     small.write_bytes(gpu_profile.encoded(gpu_profile.Profile(KEY, {}, ()))[:-5])
-    assert tune.Store(str(small), KEY, False).replaced == (
-        "one that is not used: it is no JSON: JSONDecodeError"
-    )
+    store = tune.Store(str(small), KEY, False)
+    assert store.replaced == "one that is not used: it is no JSON: JSONDecodeError"
+    store.add(ratio("router", 0.5, 1))
     assert gpu_profile.load(str(small)).key == KEY
 
 
@@ -971,9 +1174,13 @@ def test_a_pipe_in_the_profiles_place_is_not_waited_for(gpu, small):
 
 
 def test_two_at_the_same_time(gpu, small):
-    """Each would slow the other's kernels and write over what it has written."""
-    with tune.alone(str(small)):
-        assert refused() == f"another tune writes {small}: times would be wrong"
+    """Each would slow the other's kernels and write over what it has written. The lock is the folder's."""
+    for name in (small.name, "other.json"):
+        with tune.alone(str(small.with_name(name))):
+            assert refused() == (
+                f"another tune is running, with its profile in {small.parent}: times would be wrong"
+            )
+    assert os.listdir(small.parent) == []
     with tune.alone(str(small)):
         pass
 
