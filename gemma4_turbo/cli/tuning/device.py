@@ -52,7 +52,9 @@ def find() -> Device:
         percent = _busy(torch.cuda.get_device_properties(0))
     except RuntimeError as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CannotRunError(f"the GPU cannot be used: {told}; nvidia-smi lists who uses it") from None
+        raise CannotRunError(
+            f"the GPU cannot be used: {told}; nvidia-smi lists who uses it"
+        ) from None
     if percent > BUSY:
         raise CannotRunError(
             f"the GPU is busy, {percent} % with other processes: times would be wrong. "
