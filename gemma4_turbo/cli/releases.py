@@ -282,9 +282,11 @@ def diff(need: Need, wheel: Wheel, against: Wheel | None) -> list[str]:
     if old_release is None:
         raise CannotRunError("--diff: SGLang is not installed: name an older wheel (--against)")
     lines: list[str] = []
+    lacks = need.port.lacks if need.port else ()
+    new = {f"{target}.{name}" for target, names in lacks for name in names}
     for target in [*need.changed, *need.gone]:
         before = _text(old_source, target)
-        if not before:
+        if not before and target not in new:
             raise CannotRunError(
                 f"--diff: SGLang {old_release} has no {target}: name another wheel (--against)"
             )

@@ -139,6 +139,17 @@ _DRAFT_GRAPHS = f"{_SPEC}.frozen_kv_mtp_cuda_graph_runner"
 _BACKEND = "sglang.srt.layers.attention.triton_backend"
 # It takes `forward` from `AttentionBackend`, and with it who calls what.
 _BY_BASE = ((f"{_BACKEND}:TritonAttnBackend", ("forward", "forward_mixed")),)
+# And how late a prefill reads its slots.
+_CUT_BY_BASE = (
+    *_BY_BASE,
+    (
+        f"{_BACKEND}:TritonAttnBackend",
+        (
+            *("resolve_prefill_shared_read_ends", "_snapshot_prefill_shared_reads"),
+            "shared_read_ends",
+        ),
+    ),
+)
 _KERNELS = "sglang.kernels.ops.attention"
 _POOLS = "sglang.srt.mem_cache"
 
@@ -679,7 +690,7 @@ PORTS: dict[str, Port] = {
             f"{_BACKEND}:TritonAttnBackend.forward_extend",
             "sglang.srt.layers.logits_processor:LogitsProcessor._get_pruned_states",
         ),
-        lacks=_BY_BASE,
+        lacks=_CUT_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         goes_round=(*_LAYER_CALLS, "sglang.srt.layers.logits_processor:LogitsProcessor.forward"),
@@ -694,7 +705,7 @@ PORTS: dict[str, Port] = {
             f"{_KERNELS}.decode_attention:decode_attention_fwd",
             *_BUFFERS,
         ),
-        lacks=_BY_BASE,
+        lacks=_CUT_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         lazy=(f"{_KERNELS}.decode_attention",),
@@ -715,7 +726,7 @@ PORTS: dict[str, Port] = {
             f"{_RUNNER}:PrefillCudaGraphRunner._run_forward",
             f"{_RUNNER}:PrefillCudaGraphRunner._execute_body_capture",
         ),
-        lacks=_BY_BASE,
+        lacks=_CUT_BY_BASE,
         reads=_CUT_READS,
         written_for=RELEASES,
         goes_round=_LAYER_CALLS,

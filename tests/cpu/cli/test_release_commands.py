@@ -128,6 +128,18 @@ def test_a_method_that_a_class_took_from_its_base(tmp_path: Path) -> None:
     assert moved[f"{inputs}.*"] == "sglang.srt.speculative.inputs:FrozenKVMTPDraftInput.*"
 
 
+def test_a_method_that_a_class_must_not_have(tmp_path: Path) -> None:
+    """The older release has none of it to compare with."""
+    head = "class TritonAttnBackend(AttentionBackend):\n"
+    own = f"{head}    def forward_mixed(self, q): ...\n"
+    path = wheel(tmp_path, triton_backend=lambda source: source.replace(head, own))
+    backend = "sglang.srt.layers.attention.triton_backend:TritonAttnBackend"
+    need = needs(path)["rope_store"]
+    assert (need["what"], need["changed"]) == ("changed", [f"{backend}.forward_mixed"])
+    diff = call("release", path, "--diff", "rope_store").stdout.splitlines()
+    assert diff[3:] == ["+    def forward_mixed(self, q): ..."]
+
+
 def test_moved_changed_and_gone(tmp_path: Path) -> None:
     """Each is told of its patch, with the function; whatever else stays as it was."""
 

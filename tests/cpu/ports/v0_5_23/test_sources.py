@@ -42,6 +42,9 @@ POOLS = "sglang.srt.model_executor.pool_configurator"
          "class TritonAttnBackend(AttentionBackend):\n    def forward(self): ...", "drifted"),
         ("rope_store", BACKEND, "class TritonAttnBackend(AttentionBackend):",
          "class TritonAttnBackend(AttentionBackend):\n    def of_its_own(self): ...", "active"),
+        ("yoco", BACKEND, "class TritonAttnBackend(AttentionBackend):",
+         "class TritonAttnBackend(AttentionBackend):\n    def shared_read_ends(self, fm): ...",
+         "drifted"),
         ("kv_scales", f"{LAYERS}.quantization.quark.quark",
          "class QuarkKVCacheMethod(BaseKVCacheMethod):",
          "class QuarkKVCacheMethod(BaseKVCacheMethod):\n"
