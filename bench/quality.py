@@ -59,7 +59,7 @@ from bench.answers.judge import Judge  # noqa: E402
 from bench.answers.names import AGAIN, BATCHES, GENERATED, JUDGE, PROMPT  # noqa: E402
 from bench.answers.running import add_calls, measure, results_of  # noqa: E402
 from bench.common.engines import Engine, console, end_on_sigterm  # noqa: E402
-from bench.common.options import patches_of  # noqa: E402
+from bench.common.options import named, patches_of, with_what_they_need  # noqa: E402
 from bench.common.results import Results  # noqa: E402
 from bench.common.variants import STOCK  # noqa: E402
 from bench.models import small_tasks  # noqa: E402
@@ -74,16 +74,6 @@ ALONE = {  # tolerance patches that a text-only model of this size can meet
     "moe": "skinny_gemm,extend_attention,decode_attention,experts_few,router_few,feed_forward_few",
     "ple": "skinny_gemm,extend_attention,decode_attention,qkv_proj,yoco",
 }
-
-
-def with_what_they_need(names: list[str]) -> list[str]:
-    """Patches and those that they stand on."""
-    found: dict[str, None] = {}
-    for name in names:
-        for needed in with_what_they_need(list(by_name(name).requires)):
-            found[needed] = None
-        found[name] = None
-    return list(found)
 
 
 def that_run(names: list[str]) -> list[str]:
@@ -170,7 +160,7 @@ def main(
     config = json.loads((folder / "config.json").read_text())
     if patches == "auto":  # of quantised weights, which few of these take, none
         patches = ALONE.get(notes["model"], "")
-    wanted = variants(that_run(patches_of(patches)), chunk)
+    wanted = variants(that_run(named(patches)), chunk)
     longest = notes["length"]
     text = (folder / "held_out.txt").read_bytes()
     asked = Asked(

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import typer
 
-from gemma4_turbo.catalogue import BITWISE, CATALOGUE, PATCHES
+from gemma4_turbo.catalogue import BITWISE, CATALOGUE, PATCHES, by_name
 
 EXACT = "exact"
 
 
 def patches_of(text: str, option: str = "--patches") -> list[str]:
+    """As `named`, and the patches that these stand on: without them they would be off."""
+    return with_what_they_need(named(text, option))
+
+
+def with_what_they_need(names: Iterable[str]) -> list[str]:
+    """Patches and those that they stand on."""
+    found: dict[str, None] = {}
+    for name in names:
+        found |= dict.fromkeys([*with_what_they_need(by_name(name).requires), name])
+    return list(found)
+
+
+def named(text: str, option: str = "--patches") -> list[str]:
     """Names of a comma list, each once; ``exact`` among them: every bitwise patch that is on by default.
 
     Raises:

@@ -474,6 +474,8 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
             if gone:
                 return Verdict(states.DRIFTED, f"{label}: {target} has no {', '.join(gone)}")
         for target, names in port.lacks:
+            if not definitions.has(target):
+                return Verdict(states.UNSUPPORTED, f"{label} has no {target}")
             own = [name for name in names if definitions.has(f"{target}.{name}")]
             if own:
                 told = f"{label}: {target} has its own {', '.join(own)}"

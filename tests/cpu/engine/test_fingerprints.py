@@ -421,7 +421,7 @@ def test_what_is_only_read_may_change_but_for_the_names_that_are_read(world: Wor
 
 
 def test_a_class_may_define_more_but_not_what_its_base_is_relied_on_for(world: World) -> None:
-    lacks = ((world.target("Model"), ("load", "run")), (world.target("Nothing"), ("load",)))
+    lacks = ((world.target("Model"), ("load", "run")),)
     ports = record("one", world.target("answer"), lacks=lacks).ports
     source = fingerprints.folder_source(world.root)
     world.table[RELEASE] = fingerprints.record_release(source, ports)
@@ -432,6 +432,10 @@ def test_a_class_may_define_more_but_not_what_its_base_is_relied_on_for(world: W
     verdict = judge(ports, RELEASE, Definitions(source))
     assert verdict.state == states.DRIFTED
     assert verdict.reason.endswith(f"{world.target('Model')} has its own load")
+    world.edit("class Model", "class Modell")
+    verdict = judge(ports, RELEASE, Definitions(source))
+    assert verdict.state == states.UNSUPPORTED
+    assert verdict.reason.endswith(f"has no {world.target('Model')}")
 
 
 def test_the_port_whose_source_is_there_is_chosen(world: World) -> None:

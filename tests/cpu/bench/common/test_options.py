@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import typer
 
-from bench.common.options import patches_of
+from bench.common.options import named, patches_of
 from gemma4_turbo.catalogue import BITWISE, PATCHES
 
 EXACT = [patch.name for patch in PATCHES if patch.numerics == BITWISE and patch.default]
@@ -32,3 +32,9 @@ def test_a_name_that_no_patch_has():
         patches_of("yoco,exakt")
     with pytest.raises(typer.BadParameter, match="--also: no patch"):
         patches_of("exakt", "--also")
+
+
+def test_patches_come_with_those_that_they_stand_on():
+    """Alone they would be off, and stock compared with stock."""
+    assert patches_of("router_few,skinny_gemm") == ["layer_norms", "router_few", "skinny_gemm"]
+    assert named("router_few") == ["router_few"]
