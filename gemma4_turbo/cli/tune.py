@@ -133,16 +133,17 @@ class Store:
 
     def add(self, *shapes: Shape) -> None:
         """More that was measured."""
-        if not shapes:
-            return
         self.shapes |= {(shape.kernel, shape.shape): shape for shape in shapes}
-        self._write(gpu_profile.save)
+        if self.profile().shapes:
+            self._write(gpu_profile.save)
 
     def profile(self) -> Profile:
-        """So far."""
+        """So far. That something was not compared is no measurement, and stands in none alone."""
         from gemma4_turbo.cli.tuning import plain
 
         shapes = tuple(self.shapes.values())
+        if all(map(plain.unasked, shapes)):
+            shapes = ()
         return Profile(self.key, plain.decisions(shapes), shapes)
 
     def _write(self, save: Callable[[str, Profile], None]) -> None:
