@@ -18,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from gemma4_turbo.cli.arguments import RENAMED
@@ -230,58 +230,58 @@ class Worker:
 
         The span is from the first kernel's start to the last one's end.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.traced(prompts(batch, length, seed), steps, folder)
-            found: dict[str, Any] = {}
-            deadline = time.monotonic() + 90
-            while time.monotonic() < deadline and len(found) < 2:
-                # Of several GPUs the first one's. A sum over them is as long as it waits for the others.
-                for path in glob.glob(f"{folder}/*TP-0*.trace.json.gz"):
-                    stage = "decode" if "DECODE" in path else "prefill"
-                    events = events_of(path)
-                    if events is None:
-                        continue
-                    kernels: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
-                    begin, end = float("inf"), 0.0
-                    for event in events:
-                        if event.get("cat") == "kernel":
-                            kernels[event["name"]][0] += 1
-                            kernels[event["name"]][1] += event["dur"]
-                            begin = min(begin, event["ts"])
-                            end = max(end, event["ts"] + event["dur"])
-                    chunks = -(-batch * length // self.chunk)
-                    ran = steps if stage == "decode" else min(steps, chunks)
-                    found[stage] = {"steps": ran, "kernels": kernels, "span_us": end - begin}
-                time.sleep(0.5)
+        found: dict[str, Any] = {}
+        for stage, events in self.traces(prompts(batch, length, seed), steps):
+            kernels: dict[str, list[float]] = collections.defaultdict(lambda: [0, 0.0])
+            begin, end = float("inf"), 0.0
+            for event in events:
+                if event.get("cat") == "kernel":
+                    kernels[event["name"]][0] += 1
+                    kernels[event["name"]][1] += event["dur"]
+                    begin = min(begin, event["ts"])
+                    end = max(end, event["ts"] + event["dur"])
+            chunks = -(-batch * length // self.chunk)
+            ran = steps if stage == "decode" else min(steps, chunks)
+            found[stage] = {"steps": ran, "kernels": kernels, "span_us": end - begin}
         return found
 
-    def traced(self, ids: list[list[int]], steps: int, folder: str) -> None:
-        """Generate with a profiler on: so many steps of each stage, whose traces come into a folder."""
-        self.engine.start_profile(
-            output_dir=folder,
-            num_steps=steps,
-            activities=["GPU"],
-            with_stack=False,
-            record_shapes=False,
-            profile_by_stage=True,
-        )
-        self.generate(ids, steps + 12)
+    def traces(
+        self, ids: list[list[int]], steps: int
+    ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+        """Generate with a profiler on: so many steps of each stage; its name and events, once written.
+
+        Of several GPUs the first one's. A sum over them is as long as it waits for the others.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.engine.start_profile(
+                output_dir=folder,
+                num_steps=steps,
+                activities=["GPU"],
+                with_stack=False,
+                record_shapes=False,
+                profile_by_stage=True,
+            )
+            self.generate(ids, steps + 12)
+            told: set[str] = set()
+            deadline = time.monotonic() + 90
+            while time.monotonic() < deadline and len(told) < 2:
+                for path in glob.glob(f"{folder}/*TP-0*.trace.json.gz"):
+                    stage = "decode" if "DECODE" in path else "prefill"
+                    events = None if stage in told else events_of(path)
+                    if events is not None:
+                        told.add(stage)
+                        yield stage, events
+                time.sleep(0.5)
 
     def busy(self, batch: int, length: int, seed: int, steps: int = 32) -> dict[str, float | None]:
         """ms that the CUDA graph of a decode step takes on the GPU, the median of so many steps.
 
         However late the host starts it: from its first kernel to the end of its last. None without a graph.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.traced(prompts(batch, length, seed), steps, folder)
-            deadline = time.monotonic() + 90
-            while time.monotonic() < deadline:
-                for path in glob.glob(f"{folder}/*TP-0*DECODE*.trace.json.gz"):
-                    events = events_of(path)
-                    if events is not None:
-                        found = replays(events)
-                        return {"value": statistics.median(found) / 1e3 if found else None}
-                time.sleep(0.5)
+        for stage, events in self.traces(prompts(batch, length, seed), steps):
+            if stage == "decode":
+                found = replays(events)
+                return {"value": statistics.median(found) / 1e3 if found else None}
         return {"value": None}
 
     def status(self) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from gemma4_turbo.cli.report import Console
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.fingerprints import Definitions, SourceOf
 from gemma4_turbo.engine.imports import installed_release
-from gemma4_turbo.engine.port import Port
+from gemma4_turbo.engine.port import ALL, Port
 from gemma4_turbo.instance import PORTS, every_port
 
 SAME, UPSTREAMED, NEEDLESS, LATER, MOVED, CHANGED, GONE, MISTAKE = ORDER = (
@@ -231,7 +231,7 @@ class _Elsewhere:
         if value is None:
             return None
         own, _, qualname = target.partition(":")
-        all_of = fingerprints.ALL if qualname.endswith(fingerprints.ALL) else ""
+        all_of = ALL if qualname.endswith(ALL) else ""
         qualname = qualname.removesuffix(all_of)
         within, _, word = qualname.rpartition(".")
         paths = [
@@ -299,7 +299,7 @@ def diff(need: Need, wheel: Wheel, against: Wheel | None) -> list[str]:
 def _text(source_of: SourceOf, target: str) -> list[str]:
     module, _, qualname = target.partition(":")
     source = source_of(module)
-    name = qualname.removesuffix(fingerprints.ALL)
+    name = qualname.removesuffix(ALL)
     node: Any = None if source is None else fingerprints.find_definition(_tree(source), name)
     if source is None or node is None:
         return []

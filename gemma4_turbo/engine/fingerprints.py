@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.engine.port import Port
+from gemma4_turbo.engine.port import ALL, Port
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -206,9 +206,6 @@ def _digits(text: str) -> str:
 def fingerprint_of(qualname: str, node: ast.AST) -> str:
     """Of a definition as `Port.sources` names it."""
     return _digits("\n".join(methods_of(node))) if qualname.endswith(ALL) else fingerprint(node)
-
-
-ALL = ".*"  # at the end of a class's name: all that it defines, by name
 
 
 def methods_of(node: ast.AST) -> list[str]:

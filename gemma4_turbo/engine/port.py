@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+ALL = ".*"  # at the end of a class's name: all that it defines, by name
+
 
 class Port(NamedTuple):
     """One patch in one release line. Functions are named ``"module:qualname"``."""
@@ -42,7 +44,7 @@ class Port(NamedTuple):
     @property
     def sources(self) -> tuple[str, ...]:
         """Everything whose source decides whether the port fits; ``module:Class.*``: of `methods_of`."""
-        return self.targets + self.relies_on + tuple(f"{name}.*" for name in self.methods_of)
+        return self.targets + self.relies_on + tuple(name + ALL for name in self.methods_of)
 
     @property
     def modules(self) -> tuple[str, ...]:

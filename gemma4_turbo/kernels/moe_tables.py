@@ -165,9 +165,13 @@ def found_here(experts: int, width: int, device: torch.device) -> measured.Row[P
 
 
 def _bytes(config: dict[str, int]) -> int:
-    """Of shared memory that a launch may need, with numbers of two bytes."""
-    edges = config["BLOCK_SIZE_M"] + config["BLOCK_SIZE_N"]
-    return config["num_stages"] * edges * config["BLOCK_SIZE_K"] * 2
+    m, n, k = (config[f"BLOCK_SIZE_{edge}"] for edge in "MNK")
+    return bytes_in_flight(m, n, k, config["num_stages"])
+
+
+def bytes_in_flight(m: int, n: int, k: int, stages: int) -> int:
+    """Of shared memory for blocks of x and of the weights, with numbers of two bytes."""
+    return stages * (m + n) * k * 2
 
 
 def save(key: Key, pair: Pair, folder: Path | None = None) -> list[Path]:

@@ -26,6 +26,7 @@ from gemma4_turbo.cli import lines, report, small_moe
 from gemma4_turbo.cli.report import Console
 from gemma4_turbo.cli.tuning.timing import Timer, readings
 from gemma4_turbo.kernels import moe_tables
+from gemma4_turbo.kernels.moe_tables import bytes_in_flight
 
 HIDDEN, EXPERTS, TOPK = 2816, 128, 8
 UP, DOWN = "up", "down"
@@ -80,9 +81,9 @@ def tiles(m: int, memory: int = SHARED_BYTES) -> list[Tile]:
     for n, k, warps, stages in product(
         (32, 64, 128, 256), (32, 64, 128, 256), (4, 8), (2, 3, 4, 5)
     ):
-        shared = stages * (m + n) * k * 2
+        shared = bytes_in_flight(m, n, k, stages)
         sums = m * n // (warps * 32)
-        in_flight = (stages - 1) * (m + n) * k * 2
+        in_flight = bytes_in_flight(m, n, k, stages - 1)
         if shared > memory or not 24_000 <= in_flight <= 160_000 or not 4 <= sums <= 128:
             continue
         if small and (n == 256 or k == 32 or (warps == 8 and n < 128)):
@@ -472,7 +473,7 @@ def handful(m: int, memory: int) -> list[Tile]:
     return [
         Tile(m, n, k, 1 if small else 8, warps, stages)
         for n, k, warps, stages in HANDFUL[small]
-        if stages * (m + n) * k * 2 <= memory and m * n // (warps * 32) <= 128
+        if bytes_in_flight(m, n, k, stages) <= memory and m * n // (warps * 32) <= 128
     ]
 
 
