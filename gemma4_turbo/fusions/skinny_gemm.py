@@ -15,12 +15,11 @@ from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
 
 
 class Args(NamedTuple):
-    """As `gemma4_turbo.kernels.skinny_gemm.skinny_gemm`, with both cuts."""
+    """As `gemma4_turbo.kernels.skinny_gemm.skinny_gemm`, with all cuts."""
 
     x: torch.Tensor
     weight: torch.Tensor
-    few: Config  # up to FEW_ROWS rows
-    many: Config
+    cuts: tuple[Config, ...]  # one for each of `kernel.ROWS`
     epilogue: Epilogue
     extra: torch.Tensor | None
     arrived: torch.Tensor | None
@@ -37,9 +36,10 @@ class SkinnyGemm(Fusion[Args, torch.Tensor]):
         return kernel.unfit(args.x, args.weight, args.epilogue, args.extra)
 
     def launch(self, args: Args, kind: int) -> torch.Tensor:
-        x, weight, few, many, epilogue, extra, arrived = args
+        x, weight, (few, more, many), epilogue, extra, arrived = args
         assert arrived is not None
-        config = few if x.shape[0] <= kernel.FEW_ROWS else many
+        room = kernel.room(x.shape[0])
+        config = few if room == 16 else more if room == 32 else many
         return kernel.launch_skinny_gemm(x, weight, config, epilogue, extra, arrived)
 
     def reference(self, args: Args) -> torch.Tensor:
@@ -82,7 +82,7 @@ class SkinnyGemm(Fusion[Args, torch.Tensor]):
     def differing(self, args: Args, kind: int) -> int:
         """Elements farther from stock's than two roundings of the largest in their row."""
         weight, found = telling(args.weight), 0
-        for count in (kernel.FEW_ROWS, kernel.MAX_ROWS):
+        for count in kernel.ROWS:
             drawn = args._replace(
                 x=samples(count, args.x),
                 weight=weight,

@@ -48,8 +48,10 @@ class Config(NamedTuple):
     warps: int = 4
 
 
-MAX_ROWS = 64
-PREFETCH_BLOCKS = 8
+ROWS = (16, 32, 64)
+"""What a compiled kernel has room for: x with fewer rows takes the first that suffices."""
+MAX_ROWS = ROWS[-1]
+PREFETCH_BLOCKS = 4
 DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -250,9 +252,14 @@ def made(numbers: tuple[int, ...]) -> Config:
     return config
 
 
+def room(rows: int) -> int:
+    """The one of `ROWS` for a number of rows, up to `MAX_ROWS`."""
+    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+
+
 def place(shape: tuple[int, ...], epilogue: Epilogue, rows: int) -> tuple[int, ...]:
-    """How a profile spells a weight ``(N, K)`` and a number of rows: one of the two that are told apart."""
-    return *shape, int(epilogue), FEW_ROWS if rows <= FEW_ROWS else MAX_ROWS
+    """How a profile spells a weight ``(N, K)`` and a number of rows: one of `ROWS`."""
+    return *shape, int(epilogue), room(rows)
 
 
 def found_here(
@@ -339,7 +346,7 @@ def launch_skinny_gemm(
     out = x.new_empty((rows, width))
     if rows == 0:
         return out
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    block_m = room(rows)
     count = (width + config.block_n - 1) // config.block_n
     partial = out
     if config.split > 1:

@@ -23,7 +23,7 @@ SMALL_TILES = ((32, 64, 4), (16, 128, 3), (32, 64, 2))
 ENOUGH = 6
 FILLED = (0.8, 2.0)  # programs for each multiprocessor
 REFILLED = 3  # tiles that are tried with the second number, too
-POINTS = {kernel.FEW_ROWS: (1, kernel.FEW_ROWS), kernel.MAX_ROWS: (32, kernel.MAX_ROWS)}
+POINTS = {rows: (1, rows) if rows == kernel.ROWS[0] else (rows,) for rows in kernel.ROWS}
 COMPARED = 512  # columns of the result
 COPIES = 96  # of a weight at most
 
@@ -183,7 +183,7 @@ class LinearBench:
 
 
 def layers(g: geometry.Geometry) -> list[Linear]:
-    """The linear layers of a decoder layer, both kinds of attention, few rows and many."""
+    """The linear layers of a decoder layer, both kinds of attention, for each number of rows."""
     found: dict[tuple[int, ...], str] = {}
 
     def add(role: str, n: int, k: int, epilogue: Epilogue = Epilogue.NONE) -> None:

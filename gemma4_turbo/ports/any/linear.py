@@ -36,11 +36,10 @@ class LinearSite(Site):
         if self.skinny_gemm is UNPROVEN:  # a quantised layer may have no weight at all
             weight = module.weight
             key = (tuple(weight.shape), weight.dtype, str(weight.device), epilogue)
-            self.few = kernel.cut(weight, epilogue)
-            self.many = kernel.cut(weight, epilogue, kernel.MAX_ROWS)
+            self.cuts = tuple(kernel.cut(weight, epilogue, rows) for rows in kernel.ROWS)
             # Of another GPU's profile or processors they may be others, and so the order of the sums. A
             # layer that every GPU computes as a whole must come to the same numbers on all of them.
-            for rows, tiles in ((kernel.FEW_ROWS, self.few), (kernel.MAX_ROWS, self.many)):
+            for rows, tiles in zip(kernel.ROWS, self.cuts, strict=True):
                 key += (kernel.unfit_here(weight, epilogue, rows) or tuple(tiles),)
             self.sum = sglang_types.rules().sum_of(module)  # over GPUs, where the layer makes it
         super().__init__(key, None)
@@ -128,9 +127,9 @@ def _run(
         return None
     weight = module.weight
     if site.arrived is None and not capturing():
-        count = max(kernel.tiles(weight, epilogue, cut) for cut in (site.few, site.many))
+        count = max(kernel.tiles(weight, epilogue, cut) for cut in site.cuts)
         site.arrived = zeros_of(module, count, weight.device)
-    args = skinny_gemm.Args(x, weight, site.few, site.many, epilogue, extra, site.arrived)
+    args = skinny_gemm.Args(x, weight, site.cuts, epilogue, extra, site.arrived)
     found = SKINNY_GEMM(site, args)
     return found if found is None or site.sum is None else site.sum(found)
 

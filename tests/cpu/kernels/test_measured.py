@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo.fusions import skinny_gemm as fusion
 from gemma4_turbo.kernels import experts_few, measured, moe_tables, skinny_gemm
 from gemma4_turbo.kernels.attention import decode, extend
 from gemma4_turbo.kernels.attention import extend_tiles as tiles
-from gemma4_turbo.kernels.gpu import Gpu
+from gemma4_turbo.kernels.gpu import Gpu, gpu
 from gemma4_turbo.kernels.skinny_gemm import Config, Epilogue
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -77,6 +78,27 @@ def test_what_was_not_measured_keeps_the_packages_own():
     assert tiles.dense(512, 2, False, CPU) == tiles.DENSE[512, False]
     assert decode.cut(1, 1, 4, 256, CPU) == decode.choose(1, 1, 4, 256)
     assert experts_few.cut(4, 704, 2816, CPU) == experts_few.choose(4)
+
+
+@pytest.mark.parametrize(
+    ("count", "room"), [(0, 16), (1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (64, 64)]
+)
+def test_rows_are_told_apart_as_compiled_kernels_are(count, room, rows, monkeypatch):
+    """In the profile, in a layer's cuts, and by the launch."""
+    assert skinny_gemm.room(count) == room
+    weight = ones(128, 256)
+    rows["skinny_gemm", (128, 256, 0, 32)] = (32, 64, 2, 3, 4), ""
+    measured.forget()
+    own = skinny_gemm.choose((128, 256), Epilogue.NONE, gpu(CPU).processors, 64)
+    cuts = Config(*SKINNY), Config(32, 64, 2, 3, 4), own
+    assert tuple(skinny_gemm.cut(weight, Epilogue.NONE, most) for most in (16, 32, 64)) == cuts
+    launched: list[Config] = []
+    monkeypatch.setattr(
+        skinny_gemm, "launch_skinny_gemm", lambda x, w, cut, *_: launched.append(cut)
+    )
+    args = fusion.Args(ones(count, 256), weight, cuts, Epilogue.NONE, None, torch.zeros(1))
+    fusion.SkinnyGemm("skinny_gemm").launch(args, 0)
+    assert launched == [cuts[(16, 32, 64).index(room)]]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +178,8 @@ def test_elsewhere_a_linear_layer_runs_where_it_was_measured(l4):
         return skinny_gemm.unfit(ones(rows, 256), ones(n, 256), Epilogue.NONE)
 
     assert unfit(16, 128) is None
-    assert unfit(17, 128) == FASTER
+    assert unfit(33, 128) == FASTER
+    assert "compute capability (8, 9)" in str(unfit(32, 128))  # of those nothing is known
     assert "compute capability (8, 9)" in str(unfit(16, 64))
     assert "compute capability (8, 9)" in str(unfit(16, 256))  # its tile cannot be
 
@@ -191,5 +214,5 @@ def test_elsewhere_each_kind_of_prefill_is_asked_for_itself(l4, rows):
 
 def test_on_hopper_a_slower_shape_is_stocks_too(l4, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert skinny_gemm.unfit(ones(17, 256), ones(128, 256), Epilogue.NONE) == FASTER
-    assert skinny_gemm.unfit(ones(17, 256), ones(64, 256), Epilogue.NONE) is None
+    assert skinny_gemm.unfit(ones(33, 256), ones(128, 256), Epilogue.NONE) == FASTER
+    assert skinny_gemm.unfit(ones(33, 256), ones(64, 256), Epilogue.NONE) is None
