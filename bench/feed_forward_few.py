@@ -9,8 +9,7 @@ norms at the layer's end. Rows of the result, by how the feed-forward runs:
 * ``two streams``: the dense MLP's two launches beside the router's and the experts' two, as the patches
   `mlp_stream`, `skinny_gemm`, `router_few` and `experts_few` have it;
 * ``one stream``: the same launches one after the other;
-* ``at once``: `gemma4_turbo.kernels.feed_forward_few`, a row for each cut, then for each schedule of its
-  default cut: both numbered as its `Tiles` and its `Schedule`.
+* ``at once``: `gemma4_turbo.kernels.feed_forward_few`, a row for each cut, numbered as its `Tiles`.
 
 ``gb_per_s`` counts the weights that are read, distinct experts' once.
 """
@@ -38,9 +37,7 @@ from gemma4_turbo.kernels import experts_few, pdl, router_few, skinny_gemm  # no
 from gemma4_turbo.kernels import feed_forward_few as kernel  # noqa: E402
 from gemma4_turbo.kernels.feed_forward_few import (  # noqa: E402
     Inputs,
-    Order,
     Product,
-    Schedule,
     Tiles,
     Weights,
 )
@@ -53,12 +50,9 @@ LAYERS, CALLS = 4, 16
 DEVICE = "cuda"
 EPS = 1e-6
 DEFAULT = kernel.choose(TOPK)
-PLAIN = kernel.SCHEDULE
-# With the default's registers twelve programs run at once on a multiprocessor: 4 KB on its way in each are 48
-# KB, and memory wants 26 at least. Its other products have 2 KB.
-WIDE = DEFAULT._replace(
-    dense=Product(4, 1, 256), dense_down=Product(4, 2, 256), chosen_down=Product(8, 1, 128)
-)
+# Twelve programs run at once on a multiprocessor: 4 KB on its way in each are 48 KB, and memory wants 26 at
+# least. The default's other products have 2 KB.
+WIDE = DEFAULT._replace(dense=Product(4, 1, 256), dense_down=Product(4, 2, 256))
 # One matrix at a time, then those together that gained alone.
 CUTS = (
     DEFAULT,
@@ -71,51 +65,20 @@ CUTS = (
     DEFAULT._replace(dense_down=Product(4, 2, 256)),
     DEFAULT._replace(dense_down=Product(8, 1, 256)),
     DEFAULT._replace(chosen_down=Product(4, 1, 256)),
-    DEFAULT._replace(chosen_down=Product(8, 1, 128)),
+    DEFAULT._replace(chosen_down=Product(4, 1, 128)),
     DEFAULT._replace(chosen_down=Product(8, 1, 64)),
     DEFAULT._replace(dense_down=Product(2, 1, 256), chosen_down=Product(4, 1, 256)),
     DEFAULT._replace(dense_down=Product(4, 2, 256), chosen_down=Product(4, 1, 256)),
-    DEFAULT._replace(dense_down=Product(4, 2, 256), chosen_down=Product(8, 1, 128)),
+    DEFAULT._replace(dense_down=Product(4, 2, 256), chosen_down=Product(8, 1, 64)),
     WIDE._replace(chosen_down=Product(4, 1, 256)),
     WIDE,
     WIDE._replace(chosen=Product(8, 1, 256)),
 )
-# All of the rows that are known before a wait: of 44, 44, 33 and 11 cache lines.
-FETCHED = Schedule(Order.DENSE_FIRST, 64, 64, 0, 32, 16)
-SCHEDULES = (
-    Schedule(Order.DENSE_LAST),
-    Schedule(Order.DENSE_FIRST),
-    Schedule(chosen=16),
-    Schedule(chosen_down=16),
-    Schedule(router=64, dense=64),
-    Schedule(router=64, dense=16),
-    Schedule(Order.DENSE_LAST, 64, 64, 0, 0, 16),
-    Schedule(Order.DENSE_FIRST, 64, 64, 0, 32),
-    Schedule(Order.DENSE_FIRST, 64, 16, 0, 8, 8),
-    FETCHED,
-    FETCHED._replace(chosen=16),
-    FETCHED._replace(chosen=32),
-    Schedule(registers=128),
-    FETCHED._replace(registers=128),
-)
-# With fewer registers twenty programs run at once.
-NARROW_ROWS = DEFAULT._replace(chosen=Product(2, 1, 256))
-VARIANTS = (
-    *((tiles, PLAIN) for tiles in CUTS),
-    *((DEFAULT, schedule) for schedule in SCHEDULES),
-    (NARROW_ROWS, PLAIN),
-    (NARROW_ROWS, FETCHED),
-    (WIDE, FETCHED),
-    (WIDE, FETCHED._replace(chosen=16)),
-    (DEFAULT._replace(chosen_down=Product(4, 1, 256)), FETCHED),
-)
 
 
-def text(numbers: Tiles | Schedule) -> str:
-    """As a table shows a cut or a schedule."""
-    if isinstance(numbers, Schedule):
-        return "/".join(str(int(number)) for number in numbers)
-    return " ".join("/".join(map(str, product)) for product in numbers)
+def text(tiles: Tiles) -> str:
+    """As a table shows a cut."""
+    return " ".join("/".join(map(str, product)) for product in tiles)
 
 
 class Layers:
@@ -217,13 +180,13 @@ class Layers:
         inputs = self.inputs(i)
         return self.end(i, self.mlp(i, inputs.mlp), self.experts(i, inputs))
 
-    def at_once(self, tiles: Tiles, schedule: Schedule = PLAIN) -> Callable[[int], torch.Tensor]:
+    def at_once(self, tiles: Tiles) -> Callable[[int], torch.Tensor]:
         """One launch."""
 
         def run(i: int) -> torch.Tensor:
             inputs, w = self.inputs(i), self.weights[i % len(self.weights)]
             counts = self.zeros[-2 - kernel.COUNTS : -2]
-            found = kernel.launch_feed_forward_few(inputs, w, TOPK, counts, tiles, schedule)
+            found = kernel.launch_feed_forward_few(inputs, w, TOPK, counts, tiles)
             return self.end(i, found.mlp_output, found.experts_output)
 
         return run
@@ -237,14 +200,14 @@ class Layers:
         return 2.0 * (dense + distinct * 3 * HIDDEN * NARROW)
 
 
-def _compile(job: tuple[int, Tiles, Schedule]) -> str:
+def _compile(job: tuple[int, Tiles]) -> str:
     """Fill Triton's cache, in a process of its own; returns why it cannot run, or nothing."""
-    tokens, tiles, schedule = job
+    tokens, tiles = job
     try:
         pdl.wanted = True
         layers = Layers(1, EXPERTS)
         layers.draw(tokens)
-        layers.at_once(tiles, schedule)(0)
+        layers.at_once(tiles)(0)
         torch.cuda.synchronize()
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:200]
@@ -256,12 +219,12 @@ def measured(
 ) -> list[dict[str, Any]]:
     """Rows for one number of tokens."""
     layers.draw(tokens)
-    calls: dict[tuple[str, str, str], Callable[[int], torch.Tensor]] = {
-        ("two streams", "", ""): layers.two_streams,
-        ("one stream", "", ""): layers.one_stream,
+    calls: dict[tuple[str, str], Callable[[int], torch.Tensor]] = {
+        ("two streams", ""): layers.two_streams,
+        ("one stream", ""): layers.one_stream,
     }
-    for variant in VARIANTS:
-        calls["at once", text(variant[0]), text(variant[1])] = layers.at_once(*variant)
+    for tiles in CUTS:
+        calls["at once", text(tiles)] = layers.at_once(tiles)
     timers = {}
     for key, call in calls.items():
         try:
@@ -272,9 +235,9 @@ def measured(
     size = layers.bytes()
     return [
         base
-        | {"tokens": tokens, "what": what, "cut": cut, "schedule": schedule, "us": round(us, 2)}
+        | {"tokens": tokens, "what": what, "cut": cut, "us": round(us, 2)}
         | {"ratio": round(us / found[0], 3), "gb_per_s": round(size / us / 1e3)}
-        for (what, cut, schedule), us in zip(timers, found, strict=True)
+        for (what, cut), us in zip(timers, found, strict=True)
     ]
 
 
@@ -288,7 +251,7 @@ def main(
     counts = [int(value) for value in tokens.split(",")]
     pdl.wanted = True
     blocks = {1 << (count - 1).bit_length(): count for count in counts}
-    jobs = [(count, *variant) for variant in VARIANTS for count in blocks.values()]
+    jobs = [(count, tiles) for tiles in CUTS for count in blocks.values()]
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         layers = Layers()
@@ -299,9 +262,9 @@ def main(
             rows += measured(layers, count, replays, provenance())
             pd.DataFrame(rows).to_csv(out, index=False)
     print(
-        pd.DataFrame(rows)[
-            ["tokens", "what", "cut", "schedule", "us", "ratio", "gb_per_s"]
-        ].to_string(index=False)
+        pd.DataFrame(rows)[["tokens", "what", "cut", "us", "ratio", "gb_per_s"]].to_string(
+            index=False
+        )
     )
 
 

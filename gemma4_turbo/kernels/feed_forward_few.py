@@ -25,7 +25,6 @@ programs to be there at once. CUB's scans rely on the same order. The last progr
 
 from __future__ import annotations
 
-import enum
 from typing import NamedTuple
 
 import torch
@@ -63,30 +62,22 @@ are routed, programs of the dense gate and up, programs that nobody waits for, p
 and up of each token, whether these are all, and for each choice of a token one more than its expert."""
 
 
-def _poll(nap: int) -> tl.constexpr:
-    """Asks every ``nap`` nanoseconds. Acquired once it is there: each time the L1 cache is emptied."""
-    return tl.constexpr(
-        """{
+# Acquired once it is there: each time the L1 cache is emptied.
+POLL: tl.constexpr = tl.constexpr("""{
 .reg .pred there;
 .reg .b32 count;
 ld.acquire.gpu.global.b32 count, [$1];
 setp.ge.s32 there, count, $2;
 @there bra done;
 again:
-nanosleep.u32 NAP;
+nanosleep.u32 64;
 ld.relaxed.gpu.global.b32 count, [$1];
 setp.ge.s32 there, count, $2;
 @!there bra again;
 ld.acquire.gpu.global.b32 count, [$1];
 done:
 mov.b32 $0, count;
-}""".replace("NAP", str(nap))
-    )
-
-
-POLL: tl.constexpr = _poll(64)
-# Where hundreds of programs ask for one line, and are in no hurry.
-POLL_SELDOM: tl.constexpr = _poll(512)
+}""")
 # Nothing but the number itself is read.
 READ: tl.constexpr = tl.constexpr("""{
 .reg .pred there;
@@ -125,41 +116,10 @@ TILES = Tiles(
     Product(2, 1, 256),
     Product(4, 1, 256),
     Product(4, 1, 256),
-    Product(4, 1, 128),
+    Product(8, 1, 128),
 )
 """The best for one token and for two on an H200 (`bench/feed_forward_few.py`). One for both: lines and blocks
 make the order of addition, and a token's bits would depend on the number of tokens."""
-
-
-class Order(enum.IntEnum):
-    """Which programs come after the router's and those of the dense gate and up. None waits for a later one."""
-
-    CHOSEN = 0  # the experts' gate and up, down of the dense MLP, down of the experts
-    DENSE_LAST = 1  # the experts' gate and up, their down, down of the dense MLP
-    DENSE_FIRST = 2  # down of the dense MLP, the experts' gate and up, their down
-
-
-class Schedule(NamedTuple):
-    """When weights are read; it does not change a bit.
-
-    The five in the middle are cache lines of each of a program's rows that it fetches into the L2 cache as soon
-    as it knows them, before it waits for what it multiplies them with: powers of two, 0 for none, and what
-    lies past a row's end is left out. Registers hold a block or two of each row. Memory is idle while earlier
-    launches end, the router decides, or the last of the experts' gate and up are computed.
-    """
-
-    order: Order = Order.CHOSEN
-    router: int = 0
-    dense: int = 0  # with dependent launch only: nothing else makes these programs wait
-    chosen: int = (
-        0  # once routed: these programs wait no more, but have more on its way than registers hold
-    )
-    dense_down: int = 0
-    chosen_down: int = 0
-    registers: int = 0  # of a thread at most, for more programs at once; 0: the compiler's choice
-
-
-SCHEDULE = Schedule()
 
 
 class Found(NamedTuple):
@@ -181,12 +141,12 @@ def _count(count_ptr, sem: tl.constexpr):
 
 
 @triton.jit
-def _wait_for(count_ptr, target, ASM: tl.constexpr, PTX: tl.constexpr):
+def _wait_for(count_ptr, target, PTX: tl.constexpr):
     """Until so many have counted. In Triton's interpreter, where programs run one by one: whether they have."""
     if PTX:
         least = tl.full([], target, tl.int32)
         count = tl.inline_asm_elementwise(
-            ASM, "=r,l,r", [count_ptr.to(tl.int64), least], dtype=tl.int32, is_pure=False, pack=1
+            POLL, "=r,l,r", [count_ptr.to(tl.int64), least], dtype=tl.int32, is_pure=False, pack=1
         )
         return count >= target
     else:
@@ -214,33 +174,14 @@ def _or_nan(x, there, PTX: tl.constexpr):
 
 
 @triton.jit
-def _fetch(
-    w_ptr, tile, WIDTH: tl.constexpr, DEPTH: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
-    PTX: tl.constexpr,
-):  # fmt: skip
-    """AHEAD cache lines of each of a program's BLOCK rows of ``[WIDTH, DEPTH]`` into the L2 cache."""
-    if PTX and AHEAD:
-        row = inside(tile * BLOCK + tl.arange(0, BLOCK)[:, None], WIDTH, BLOCK)
-        pdl.prefetch(w_ptr + (row * DEPTH + _lines(DEPTH, AHEAD)[None, :]))
-
-
-@triton.jit
-def _lines(DEPTH: tl.constexpr, AHEAD: tl.constexpr):
-    """A number in each of the first cache lines of a row; past its end the last number again."""
-    return tl.minimum(tl.arange(0, AHEAD) * 64, DEPTH - 1)
-
-
-@triton.jit
 def _product(
     x_ptr, stride_x, tokens, w_ptr, tile, counts_ptr, target,
     WIDTH: tl.constexpr, DEPTH: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
-    ACROSS: tl.constexpr, LINE: tl.constexpr, WAITS: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr, PTX: tl.constexpr,
+    ACROSS: tl.constexpr, LINE: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Sums ``[T * ROWS, ACROSS]`` of what others of this launch may compute: then a count says when."""
     SIDE: tl.constexpr = ACROSS * LINE
     STEP: tl.constexpr = REPEAT * LINE
-    _fetch(w_ptr, tile, WIDTH, DEPTH, ROWS * ACROSS, AHEAD, PTX)
     k, w_ptr, x_ptr = places(
         w_ptr, x_ptr, stride_x, tokens, tile, WIDTH, DEPTH, T, ROWS, REPEAT, ACROSS, LINE
     )  # fmt: skip
@@ -248,7 +189,7 @@ def _product(
     pdl.wait(PDL)
     there = True
     if WAITS:
-        there = _wait_for(counts_ptr, target, ASM, PTX)
+        there = _wait_for(counts_ptr, target, PTX)
     sums = summed(
         w, w_ptr, x_ptr, k, (DEPTH + STEP - 1) // STEP, DEPTH, T * ROWS, REPEAT, SIDE, STEP, PTX
     )
@@ -262,13 +203,12 @@ def _router(
     x_ptr, stride_x, tokens, w_ptr, scale_ptr, logits_ptr, weights_ptr, ids_ptr, counts_ptr, tile,
     TILES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
     BLOCK_E: tl.constexpr, P: tl.constexpr, ACROSS: tl.constexpr, REPEAT: tl.constexpr, LINE: tl.constexpr,
-    AHEAD: tl.constexpr, ROUTER: tl.constexpr, ROUTED: tl.constexpr, EXPERTS: tl.constexpr,
+    ROUTER: tl.constexpr, ROUTED: tl.constexpr, EXPERTS: tl.constexpr,
     APART: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Some experts' logits; the last of these programs routes."""
     sums = _product(
-        x_ptr, stride_x, tokens, w_ptr, tile, counts_ptr, 0, E, H, T, 1, REPEAT, ACROSS, LINE, False, AHEAD, POLL,
-        PDL, PTX,
+        x_ptr, stride_x, tokens, w_ptr, tile, counts_ptr, 0, E, H, T, 1, REPEAT, ACROSS, LINE, False, PDL, PTX,
     )  # fmt: skip
     token = tl.arange(0, T)[:, None]
     expert = tile * ACROSS + tl.arange(0, ACROSS)[None, :]
@@ -289,12 +229,9 @@ def _router(
 def _dense(
     x_ptr, stride_x, tokens, w_ptr, d_ptr, tile,
     M: tl.constexpr, H: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The dense MLP's activations, some columns of all tokens."""
-    if PDL:
-        _fetch(w_ptr, tile, M, H, ROWS * ACROSS, AHEAD, PTX)
-        _fetch(w_ptr + M * H, tile, M, H, ROWS * ACROSS, AHEAD, PTX)
     gate, up = gated(
         x_ptr, stride_x, tokens, w_ptr, tile, M, H, T, ROWS, REPEAT, ACROSS, LINE, PDL, PTX
     )
@@ -310,7 +247,7 @@ def _dense(
 def _chosen(
     x_ptr, stride_x, w_ptr, h_ptr, expert_ptr, slot, tile,
     N: tl.constexpr, H: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """An expert's activations, some columns of one token."""
     pdl.wait(PDL)
@@ -319,8 +256,6 @@ def _chosen(
     expert = tl.maximum(expert, 0).to(tl.int64)
     x_ptr += (slot // K).to(tl.int64) * stride_x
     w_ptr += expert * (2 * N * H)
-    _fetch(w_ptr, tile, N, H, ROWS * ACROSS, AHEAD, PTX)
-    _fetch(w_ptr + N * H, tile, N, H, ROWS * ACROSS, AHEAD, PTX)
     gate, up = gated(x_ptr, 0, 1, w_ptr, tile, N, H, 1, ROWS, REPEAT, ACROSS, LINE, PDL, PTX)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
     gate = _or_nan(gate, there, PTX)
@@ -337,13 +272,11 @@ def _chosen(
 def _dense_down(
     d_ptr, tokens, w_ptr, out_ptr, counts_ptr, target, tile,
     H: tl.constexpr, M: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, AHEAD: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
-    PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The dense MLP's output, some columns of all tokens."""
     sums = _product(
-        d_ptr, M, tokens, w_ptr, tile, counts_ptr, target, H, M, T, ROWS, REPEAT, ACROSS, LINE, True, AHEAD, ASM,
-        PDL, PTX,
+        d_ptr, M, tokens, w_ptr, tile, counts_ptr, target, H, M, T, ROWS, REPEAT, ACROSS, LINE, True, PDL, PTX,
     )  # fmt: skip
     held = tl.arange(0, T * ROWS)[:, None]
     token = held // ROWS
@@ -356,7 +289,7 @@ def _dense_down(
 def _chosen_down(
     h_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr, routed_ptr, ready_ptr, token, tile, steps,
     H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
+    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """The experts' output, some columns of one token, summed from the first choice to the last."""
     SIDE: tl.constexpr = ACROSS * LINE
@@ -366,12 +299,7 @@ def _chosen_down(
     n = tl.arange(0, REPEAT)[None, :, None] * LINE + side % LINE
     row = inside(tile * ACROSS + side // LINE, H, ACROSS)
     pdl.wait(PDL)
-    there = _wait_for(routed_ptr, 1, POLL, PTX)
-    if PTX and AHEAD:
-        choice = tl.arange(0, K)[:, None, None]
-        all_rows = inside(tile * ACROSS + tl.arange(0, ACROSS)[None, :, None], H, ACROSS)
-        chosen_ptr = w_ptr + tl.load(ids_ptr + (token * K + choice)).to(tl.int64) * (H * N)
-        pdl.prefetch(chosen_ptr + (all_rows * N + _lines(N, AHEAD)[None, None, :]))
+    there = _wait_for(routed_ptr, 1, PTX)
     total = tl.zeros([ACROSS], tl.float32)
     for first in tl.static_range(0, K, GROUP):
         slot = token * K + first + tl.arange(0, GROUP)[:, None, None]
@@ -379,7 +307,7 @@ def _chosen_down(
         at = w_ptr + expert * (H * N) + (row * N + n)
         w = load(at, n, N, N % STEP != 0)
         if first == 0:
-            there = there & _wait_for(ready_ptr, 1, POLL, PTX)
+            there = there & _wait_for(ready_ptr, 1, PTX)
         h_at = h_ptr + (slot * N + n)
         sums = summed(w, at, h_at, n, steps, N, GROUP, REPEAT, SIDE, STEP, PTX)
         factor = tl.load(weights_ptr + token * K + first + tl.arange(0, GROUP)[:, None])
@@ -412,8 +340,6 @@ def _feed_forward_few_kernel(
     CHOSEN_ROWS: tl.constexpr, CHOSEN_REPEAT: tl.constexpr, CHOSEN_LINE: tl.constexpr,
     DOWN_ROWS: tl.constexpr, DOWN_REPEAT: tl.constexpr, DOWN_LINE: tl.constexpr,
     GROUP: tl.constexpr, GROUP_REPEAT: tl.constexpr, GROUP_LINE: tl.constexpr,
-    ORDER: tl.constexpr, ROUTER_AHEAD: tl.constexpr, DENSE_AHEAD: tl.constexpr, CHOSEN_AHEAD: tl.constexpr,
-    DOWN_AHEAD: tl.constexpr, GROUP_AHEAD: tl.constexpr,
     LANES: tl.constexpr,
     ROUTER: tl.constexpr, ROUTED: tl.constexpr, DENSE: tl.constexpr, ENDED: tl.constexpr,
     CHOSEN: tl.constexpr, READY: tl.constexpr, EXPERTS: tl.constexpr, COUNTS: tl.constexpr,
@@ -440,27 +366,16 @@ def _feed_forward_few_kernel(
     FIRST: tl.constexpr = ROUTER_TILES + DENSE_TILES
     number = tl.program_id(0)
     slots = tokens * K
-    # From here on by the numbers that programs have in the first order.
-    if ORDER == 1:
-        last = number - FIRST - slots * CHOSEN_TILES
-        if last >= tokens * GROUP_TILES:
-            number -= tokens * GROUP_TILES
-        elif last >= 0:
-            number += DOWN_TILES
-    elif ORDER == 2:
-        last = number - FIRST
-        if last >= 0 and last < DOWN_TILES + slots * CHOSEN_TILES:
-            number += tl.where(last < DOWN_TILES, slots * CHOSEN_TILES, -DOWN_TILES)
     if number < ROUTER_TILES:
         _router(
             router_input_ptr, stride_router, tokens, router_ptr, scale_ptr, logits_ptr, weights_ptr, ids_ptr,
             counts_ptr, number, ROUTER_TILES, H, E, K, BLOCK_T, BLOCK_E, P, ROUTER_ACROSS, ROUTER_REPEAT,
-            ROUTER_LINE, ROUTER_AHEAD, ROUTER, ROUTED, EXPERTS, APART, PDL, PTX,
+            ROUTER_LINE, ROUTER, ROUTED, EXPERTS, APART, PDL, PTX,
         )  # fmt: skip
     elif number < FIRST:
         _dense(
             mlp_input_ptr, stride_mlp, tokens, gate_up_ptr, dense_ptr, number - ROUTER_TILES,
-            M, H, BLOCK_T, DENSE_ROWS, DENSE_ACROSS, DENSE_REPEAT, DENSE_LINE, DENSE_AHEAD, PDL, PTX,
+            M, H, BLOCK_T, DENSE_ROWS, DENSE_ACROSS, DENSE_REPEAT, DENSE_LINE, PDL, PTX,
         )  # fmt: skip
         _count(counts_ptr + DENSE, "release")
     elif number < FIRST + slots * CHOSEN_TILES:
@@ -468,13 +383,13 @@ def _feed_forward_few_kernel(
         _chosen(
             experts_input_ptr, stride_experts, w13_ptr, chosen_ptr, counts_ptr + EXPERTS + slot * APART, slot,
             (number - FIRST) // slots, N, H, K, CHOSEN_ROWS, CHOSEN_ACROSS, CHOSEN_REPEAT, CHOSEN_LINE,
-            CHOSEN_AHEAD, PDL, PTX,
+            PDL, PTX,
         )  # fmt: skip
         token = slot // K
         chosen_count_ptr = counts_ptr + CHOSEN + token * APART
         if _count(chosen_count_ptr, "release") == K * CHOSEN_TILES - 1:
             # The last one has all that the others have stored, and hands it on.
-            there = _wait_for(chosen_count_ptr, K * CHOSEN_TILES, POLL, PTX)
+            there = _wait_for(chosen_count_ptr, K * CHOSEN_TILES, PTX)
             line = token * READERS + tl.arange(0, READERS)
             ones = tl.full([READERS], 1, tl.int32) + tl.where(there, 0, 1)  # 2: see `_wait_for`
             tl.atomic_xchg(counts_ptr + READY + line * APART, ones, sem="release")
@@ -483,8 +398,7 @@ def _feed_forward_few_kernel(
         if last < DOWN_TILES:
             _dense_down(
                 dense_ptr, tokens, down_ptr, mlp_output_ptr, counts_ptr + DENSE, DENSE_TILES, last,
-                H, M, BLOCK_T, DOWN_ROWS, DOWN_ACROSS, DOWN_REPEAT, DOWN_LINE, DOWN_AHEAD,
-                POLL_SELDOM if ORDER == 2 else POLL, PDL, PTX,
+                H, M, BLOCK_T, DOWN_ROWS, DOWN_ACROSS, DOWN_REPEAT, DOWN_LINE, PDL, PTX,
             )  # fmt: skip
         else:
             which = (last - DOWN_TILES) % tokens
@@ -492,8 +406,7 @@ def _feed_forward_few_kernel(
             ready_ptr = counts_ptr + READY + (which * READERS + tile % READERS) * APART
             _chosen_down(
                 chosen_ptr, w2_ptr, ids_ptr, weights_ptr, experts_output_ptr, counts_ptr + ROUTED, ready_ptr,
-                which, tile, steps, H, N, K, GROUP, GROUP_ACROSS, GROUP_REPEAT, GROUP_LINE, GROUP_AHEAD,
-                PDL, PTX,
+                which, tile, steps, H, N, K, GROUP, GROUP_ACROSS, GROUP_REPEAT, GROUP_LINE, PDL, PTX,
             )  # fmt: skip
         # Each of these has read all that it waited for.
         if _count(counts_ptr + ENDED, "relaxed") == DOWN_TILES + tokens * GROUP_TILES - 1:
@@ -597,17 +510,6 @@ def tiles_unfit(tiles: Tiles, topk: int) -> str | None:
     return None
 
 
-def schedule_unfit(schedule: Schedule) -> str | None:
-    """Why the kernel cannot read weights so, or None."""
-    if schedule.order not in tuple(Order):
-        return f"schedule must have an order of 0, 1 or 2, got {schedule}"
-    if any(lines < 0 or lines > 64 or lines & (lines - 1) for lines in schedule[1:6]):
-        return f"schedule must fetch 0 cache lines or a power of two up to 64, got {schedule}"
-    if schedule.registers and not 64 <= schedule.registers <= 255:
-        return f"schedule must leave 64 to 255 registers, got {schedule}"
-    return None
-
-
 def choose(topk: int) -> Tiles:
     """A cut for so many choices of a token."""
     down = TILES.chosen_down
@@ -620,7 +522,6 @@ def feed_forward_few(
     topk: int,
     counts: torch.Tensor | None = None,
     tiles: Tiles | None = None,
-    schedule: Schedule = SCHEDULE,
 ) -> Found:
     """The equations of this module.
 
@@ -631,7 +532,6 @@ def feed_forward_few(
         counts: zeros, int32, `COUNTS` of them; left as zeros. No two launches that may run at the same time
             share them. None: made here.
         tiles: how the work is cut; None: `choose`.
-        schedule: when weights are read.
 
     Returns:
         Both outputs, logits, weights and ids.
@@ -641,10 +541,7 @@ def feed_forward_few(
     """
     tiles = choose(topk) if tiles is None else tiles
     reason = (
-        weights_unfit(weights, topk)
-        or inputs_unfit(inputs, weights)
-        or tiles_unfit(tiles, topk)
-        or schedule_unfit(schedule)
+        weights_unfit(weights, topk) or inputs_unfit(inputs, weights) or tiles_unfit(tiles, topk)
     )
     if reason is None and counts is not None:
         if counts.dtype != torch.int32 or counts.numel() < COUNTS:
@@ -655,7 +552,7 @@ def feed_forward_few(
         raise ValueError(reason)
     if counts is None:
         counts = torch.zeros(COUNTS, dtype=torch.int32, device=weights.gate_up.device)
-    return launch_feed_forward_few(inputs, weights, topk, counts, tiles, schedule)
+    return launch_feed_forward_few(inputs, weights, topk, counts, tiles)
 
 
 def _tiles(rows: int, product: Product, held: int) -> int:
@@ -669,7 +566,6 @@ def launch_feed_forward_few(
     topk: int,
     counts: torch.Tensor,
     tiles: Tiles,
-    schedule: Schedule = SCHEDULE,
 ) -> Found:
     """`feed_forward_few` without its checks."""
     like = inputs.mlp
@@ -729,12 +625,6 @@ def launch_feed_forward_few(
         GROUP=group.rows,
         GROUP_REPEAT=group.repeat,
         GROUP_LINE=group.line,
-        ORDER=int(schedule.order),
-        ROUTER_AHEAD=schedule.router,
-        DENSE_AHEAD=schedule.dense,
-        CHOSEN_AHEAD=schedule.chosen,
-        DOWN_AHEAD=schedule.dense_down,
-        GROUP_AHEAD=schedule.chosen_down,
         LANES=LANES,
         ROUTER=ROUTER,
         ROUTED=ROUTED,
@@ -749,7 +639,6 @@ def launch_feed_forward_few(
         BLOCK_LINES=1 << (COUNTS // APART - 1).bit_length(),
         PTX=not INTERPRETED,
         num_warps=1,
-        **({"maxnreg": schedule.registers} if schedule.registers else {}),
         **pdl.options(like),
     )
     return found

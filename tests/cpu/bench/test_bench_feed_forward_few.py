@@ -10,24 +10,21 @@ import torch
 
 from bench import feed_forward_few as bench
 from gemma4_turbo.kernels import feed_forward_few as kernel
-from gemma4_turbo.kernels.feed_forward_few import Order, Product, Schedule, Tiles
+from gemma4_turbo.kernels.feed_forward_few import Product, Tiles
 
 pytestmark = [
     pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter"),
 ]
 SMALL = Tiles(*(Product(rows, 1, 64) for rows in (1, 2, 2, 2, 2)))
-
-
-VARIANTS = ((SMALL, kernel.SCHEDULE), (SMALL, Schedule(Order.DENSE_LAST)))
+OTHER = SMALL._replace(dense=Product(4, 1, 64))
 
 
 def test_every_cut_can_run():
-    assert len(set(bench.VARIANTS)) == len(bench.VARIANTS)
-    assert bench.VARIANTS[0] == (kernel.choose(bench.TOPK), kernel.SCHEDULE)
-    for tiles, schedule in bench.VARIANTS:
+    assert len(set(bench.CUTS)) == len(bench.CUTS)
+    assert bench.CUTS[0] == kernel.choose(bench.TOPK)
+    for tiles in bench.CUTS:
         assert kernel.tiles_unfit(tiles, bench.TOPK) is None
-        assert kernel.schedule_unfit(schedule) is None
 
 
 class Clock:
@@ -42,7 +39,7 @@ class Clock:
 def layers(monkeypatch: pytest.MonkeyPatch) -> bench.Layers:
     changes = {
         "DEVICE": "cpu", "HIDDEN": 256, "WIDTH": 64, "NARROW": 16, "EXPERTS": 4, "TOPK": 2, "LAYERS": 2,
-        "CALLS": 2, "VARIANTS": VARIANTS, "Timer": Clock,
+        "CALLS": 2, "CUTS": (SMALL, OTHER), "Timer": Clock,
         "readings": lambda timers, _: [timer.us * (i + 1) for i, timer in enumerate(timers)],
     }  # fmt: skip
     for name, value in changes.items():
@@ -69,8 +66,10 @@ def test_rows(layers: bench.Layers, monkeypatch: pytest.MonkeyPatch, capsys: Any
     frame = pd.DataFrame(bench.measured(layers, 1, 3, {"gpu": "none"}))
     assert list(frame.what) == ["two streams", "at once", "at once"]
     assert list(frame.ratio) == [1.0, 2.0, 3.0]
-    assert list(frame.schedule) == ["", "0/0/0/0/0/0/0", "1/0/0/0/0/0/0"]
-    assert frame.cut[1] == "1/1/64 2/1/64 2/1/64 2/1/64 2/1/64"
+    assert list(frame.cut[1:]) == [
+        "1/1/64 2/1/64 2/1/64 2/1/64 2/1/64",
+        "1/1/64 4/1/64 2/1/64 2/1/64 2/1/64",
+    ]
     # Gate, up and down of the dense MLP, the router, and those of two experts, in bf16.
     assert frame.gb_per_s[0] == round(2 * 256 * (3 * 64 + 4 + 2 * 3 * 16) / 10 / 1e3)
     assert "one stream" in capsys.readouterr().err

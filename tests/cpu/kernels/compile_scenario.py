@@ -111,7 +111,7 @@ def few_experts(tokens: int) -> Any:
     return experts_few.launch_experts_few(x, w13, w2, factors, ids, None, tiles)
 
 
-def feed_forward(tokens: int, schedule: Any = feed_forward_few.SCHEDULE) -> Any:
+def feed_forward(tokens: int) -> Any:
     weights = feed_forward_few.Weights(
         rows(4224, HIDDEN), rows(HIDDEN, 2112), rows(128, HIDDEN), rows(128), rows(8, 1408, HIDDEN),
         rows(8, HIDDEN, 704),
@@ -119,7 +119,7 @@ def feed_forward(tokens: int, schedule: Any = feed_forward_few.SCHEDULE) -> Any:
     inputs = feed_forward_few.Inputs(*(rows(tokens, HIDDEN) for _ in range(3)))
     counts = ints(feed_forward_few.COUNTS)
     tiles = feed_forward_few.choose(8)
-    return feed_forward_few.launch_feed_forward_few(inputs, weights, 8, counts, tiles, schedule)
+    return feed_forward_few.launch_feed_forward_few(inputs, weights, 8, counts, tiles)
 
 
 def projected() -> Any:
@@ -184,11 +184,7 @@ def plain(gpu: Gpu) -> dict[str, Callable[[], Any]]:
 
 def whole(gpu: Gpu) -> dict[str, Callable[[], Any]]:
     """Half a layer in one launch: no tiles, and the longest to compile of those without."""
-    fetched = feed_forward_few.Schedule(feed_forward_few.Order.DENSE_FIRST, 64, 16, 8, 32, 8)
-    return {
-        "feed_forward_few": lambda: feed_forward(4),
-        "feed_forward_few, fetched": lambda: feed_forward(1, fetched),
-    }
+    return {"feed_forward_few": lambda: feed_forward(4)}
 
 
 def products(gpu: Gpu) -> dict[str, Callable[[], Any]]:
@@ -292,12 +288,10 @@ def resources(kernel: Any) -> dict[str, int]:
     shared = kernel.metadata.shared  # what a launch asks for; the binary has the static part only
     ptx = kernel.asm["ptx"]
     products = {"fused": ptx.count("fma"), "products": ptx.count("mul")}
-    fetched = ptx.count("prefetch.global.L2")
     return {
         "registers": registers,
         "spilled": stack + local,
         "shared": shared,
-        "fetched": fetched,
         **products,
     }
 

@@ -14,15 +14,7 @@ import torch
 
 from gemma4_turbo.kernels import feed_forward_few as kernel
 from gemma4_turbo.kernels import router_few
-from gemma4_turbo.kernels.feed_forward_few import (
-    SCHEDULE,
-    Inputs,
-    Order,
-    Product,
-    Schedule,
-    Tiles,
-    Weights,
-)
+from gemma4_turbo.kernels.feed_forward_few import Inputs, Product, Tiles, Weights
 
 pytestmark = [
     pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
@@ -142,24 +134,6 @@ def test_no_token_knows_of_another():
     assert all(torch.equal(a[2:3], b) for a, b in zip(whole, alone, strict=True))
 
 
-# In an order in which a program came before one that it waits for, there would be NaN. One token, where each
-# kind of program ends before the next begins, and more; fetching is compiled only, and must not be in the way here.
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize(
-    "schedule",
-    [*map(Schedule, tuple(Order)[1:]), Schedule(Order.DENSE_FIRST, 64, 16, 8, 8, 16)],
-    ids=str,
-)
-def test_a_schedule_does_not_change_a_bit(tokens, schedule):
-    given = operands(tokens)
-    plain = bits(kernel.feed_forward_few(*given, None, TILES))
-    counts = torch.zeros(kernel.COUNTS, dtype=torch.int32)
-    assert all(
-        map(torch.equal, plain, bits(kernel.feed_forward_few(*given, counts, TILES, schedule)))
-    )
-    assert not counts.any()
-
-
 def test_rows_in_a_thread_do_not_change_a_bit():
     """They may differ by the number of tokens; lines and blocks may not: they are the order of addition."""
     given = operands(2)
@@ -264,10 +238,6 @@ X = torch.zeros(2, 72, dtype=BF16)
         (lambda i, w, k: (i, w, k, None, part(TILES, dense=Product(2, 1, 512))), "tiles must have lines"),
         (lambda i, w, k: (i, w, k, None, part(TILES, router=Product(2, 1, 64))), "tiles must have one row"),
         (lambda i, w, k: (i, w, k, None, part(TILES, chosen_down=Product(4, 1, 64))), "tiles must have choices"),
-        (lambda i, w, k: (i, w, k, None, TILES, part(SCHEDULE, order=3)), "schedule must have an order"),
-        (lambda i, w, k: (i, w, k, None, TILES, part(SCHEDULE, dense=3)), "schedule must fetch 0 cache lines or"),
-        (lambda i, w, k: (i, w, k, None, TILES, part(SCHEDULE, chosen_down=128)), "schedule must fetch"),
-        (lambda i, w, k: (i, w, k, None, TILES, part(SCHEDULE, registers=16)), "schedule must leave 64 to 255"),
     ],
 )  # fmt: skip
 def test_errors_name_the_argument(change, message):
