@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 
 from tests import distributions, interpreter, op_sources, releases
 
+# SGLang's and torch's millions of objects stay; each search among them for cycles takes half a second.
+gc.set_threshold(100_000, 50, 100)
 distributions.quicken()
 op_sources.quicken()
 if not torch.cuda.is_available():

@@ -344,6 +344,7 @@ def _obey(connection: socket.socket) -> None:
 def main() -> None:
     """Import, then listen."""
     os.dup2(2, 1)  # what libraries print
+    gc.set_threshold(100_000, 50, 100)  # as in tests/conftest.py, for all that is imported in forks
     from tests import distributions, interpreter, op_sources
 
     distributions.quicken()

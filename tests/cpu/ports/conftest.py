@@ -9,8 +9,16 @@ from typing import Any
 import pytest
 import triton
 
-from gemma4_turbo.kernels import skinny_gemm
+from gemma4_turbo.kernels import feed_forward_few, skinny_gemm
 from tests import releases
+
+QUICK = feed_forward_few.Tiles(
+    *map(
+        feed_forward_few.Product._make,
+        ((1, 32, 8), (1, 32, 8), (1, 32, 8), (1, 8, 8), (8, 4, 8)),
+    )
+)
+"""Few programs, each of a whole row: in the interpreter a program takes 10 ms."""
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -33,7 +41,12 @@ def large_tiles() -> Iterator[None]:
         width = min(256, triton.next_power_of_2(shape[0]))
         return config._replace(block_n=width, split=min(2, config.split))
 
+    def whole_rows(topk: int) -> feed_forward_few.Tiles:
+        down = QUICK.chosen_down
+        return QUICK._replace(chosen_down=down._replace(rows=min(down.rows, topk)))
+
     with pytest.MonkeyPatch.context() as patch:
         if skinny_gemm.INTERPRETED:
             patch.setattr(skinny_gemm, "choose", few_programs)
+            patch.setattr(feed_forward_few, "choose", whole_rows)
         yield

@@ -33,20 +33,8 @@ OTHERS = ["layer_norms", "qkv_norm"]
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runtime.interpreter")
 
 
-QUICK = kernel.Tiles(
-    *(kernel.Product(*cut) for cut in ((1, 32, 8), (1, 32, 8), (1, 32, 8), (1, 8, 8), (8, 4, 8)))
-)
-"""Few programs, each of a whole row: in the interpreter a program takes 10 ms."""
-
-
-def quick(topk: int) -> kernel.Tiles:
-    """In the place of `kernel.choose`."""
-    return QUICK._replace(chosen_down=QUICK.chosen_down._replace(rows=min(8, topk)))
-
-
 @pytest.fixture(autouse=True)
-def on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(kernel, "choose", quick)
+def on(tmp_path: Any) -> Iterator[None]:
     with models.stock(tmp_path):
         prepare_sglang()
         import sglang.srt.models.gemma4_causal  # noqa: F401

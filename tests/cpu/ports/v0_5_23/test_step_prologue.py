@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +17,7 @@ from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
 from gemma4_turbo.ports.any import step_prologue as shared
 from gemma4_turbo.ports.v0_5_23 import step_prologue as patch
-from tests.cpu.conftest import only_patch, patched_sglang
+from tests.cpu.conftest import REPOSITORY, only_patch, patched_sglang, warm
 from tests.cpu.ports.counted import Counted, counted
 
 NAME = "step_prologue"
@@ -371,14 +369,16 @@ def test_the_norms_function_is_looked_at(method, expected, monkeypatch: pytest.M
         assert norm._forward_method == norm._resolve_forward_method()
 
 
-def test_stocks_norms_are_followed():
+def test_stocks_norms_are_followed(environment: dict[str, str]):
     """This line's, whose names are in the module that RMSNorm calls. Other tests may follow another's here."""
     code = (
         "from gemma4_turbo.ports.v0_5_23 import step_prologue\n"
         "from gemma4_turbo.fusions.stock import followed\n"
         "assert followed() is step_prologue.STOCK"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    there = {"env": {**environment, "PYTHONPATH": str(REPOSITORY)}, "cwd": str(REPOSITORY)}
+    done = warm(environment).run(code=code, arguments=[], timeout=300, **there)
+    assert done.returncode == 0, done.stderr
 
 
 # -- the multimodal forward -----------------------------------------------------------------------
