@@ -12,6 +12,7 @@ the CSV at once; an engine that does not start or does not answer is a row that 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import tempfile
@@ -30,10 +31,11 @@ from bench.common.engines import end_on_sigterm  # noqa: E402
 from bench.peer import results as peers_results  # noqa: E402
 from bench.peer import serving as peers_serving  # noqa: E402
 from bench.peer.engine import FORM, Peer, PeerError, Worker, parse  # noqa: E402
-from bench.peer.results import FAILED, READY, Rows, figures  # noqa: E402
+from bench.peer.results import FAILED, READY, Rows, duration, figures  # noqa: E402
 from bench.peer.workloads import (  # noqa: E402
     CHUNK,
     DEFAULTS,
+    MOST_ROUNDS,
     MTP,
     PICTURES,
     TEXT,
@@ -42,12 +44,14 @@ from bench.peer.workloads import (  # noqa: E402
     arguments,
     chunked,
     requests,
+    warm_ups,
     write,
     write_draft,
     write_words,
 )
 from gemma4_turbo.models import geometry  # noqa: E402
 
+WARM = 0.9  # of the run before
 SETTINGS = {"defaults": DEFAULTS, "chunk": CHUNK}
 console = Console(width=200)
 
@@ -179,11 +183,20 @@ class Run:
     def measure(
         self, worker: Worker, about: dict[str, Any], workload: Workload, place: dict[str, Any]
     ) -> None:
-        """Warm up with other prompts, then measure; PeerError where there are no figures."""
+        """Warm up with other prompts, then measure; PeerError where there are no figures.
+
+        An engine compiles kernels for sizes of batches when they come, and they depend on when requests
+        come: it is warm when a run is hardly faster than the one before.
+        """
         limit, asked = self.limits.run_s, requests(workload, place["round"])
-        worker({"do": "run", "requests": requests(workload, -1 - place["round"])}, limit)
-        answer = worker({"do": "run", "requests": asked}, limit)
         try:
+            before = math.inf
+            for given in warm_ups(workload, place["round"]):
+                lasted = duration(worker({"do": "run", "requests": given}, limit))
+                if lasted > WARM * before:
+                    break
+                before = lasted
+            answer = worker({"do": "run", "requests": asked}, limit)
             found: list[Any] = figures(answer, asked)
         except (ValueError, TypeError, KeyError) as error:
             raise PeerError(f"no figures: {error}") from None
@@ -269,7 +282,7 @@ def main(
     workloads: Annotated[str, typer.Option(help="Comma list; empty: none")] = ",".join(WORKLOADS),
     settings: Annotated[str, typer.Option(help="Comma list")] = ",".join(SETTINGS),
     chunk: Annotated[int, typer.Option(min=1, help="Tokens of the same chunk")] = 8192,
-    rounds: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=1, max=MOST_ROUNDS)] = 2,
     serving: Annotated[bool, typer.Option(help="Also every engine's server, over HTTP")] = False,
     rates: Annotated[str, typer.Option(help="Requests a second")] = "2,8,16,inf",
     prompts: Annotated[int, typer.Option(min=1, help="Requests at each rate")] = 80,

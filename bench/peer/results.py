@@ -37,6 +37,12 @@ TARGETS = {  # by workload: what is compared, and the ratio of ours to the best 
 KEYS = ["setting", "workload", "engine", "kind"]
 
 
+def duration(answer: dict[str, Any]) -> float:
+    """Seconds from the first request that was sent to the last token."""
+    rows = answer["requests"]
+    return float(max(row["last"] for row in rows) - min(row["sent"] for row in rows))
+
+
 def figures(answer: dict[str, Any], asked: list[dict[str, Any]]) -> list[tuple[str, float, str]]:
     """Name, value and unit of what a worker measured.
 
@@ -49,7 +55,7 @@ def figures(answer: dict[str, Any], asked: list[dict[str, Any]]) -> list[tuple[s
     ]
     if wrong:
         raise ValueError(f"{len(wrong)} of {len(rows)} requests got other numbers of tokens")
-    seconds = max(row["last"] for row in rows) - min(row["sent"] for row in rows)
+    seconds = duration(answer)
     made = sum(row["tokens"] for row in rows)
     read = sum(row["prompt"] for row in rows)
     first = [(row["first"] - row["sent"]) * 1e3 for row in rows]

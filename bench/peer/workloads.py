@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,8 @@ TEXT, PICTURES, MTP = "text", "pictures", "mtp"
 DRAFT_TOKENS = 3
 IMAGES, SIDE = 6, 480  # of a prompt; pixels
 WARM_UP_TOKENS = 32
+MOST_WARM_UPS = 5
+MOST_ROUNDS = 10  # so that a hundred numbers suffice for the prompts of a workload
 DEFAULTS, CHUNK = "own defaults", "same chunk"
 
 
@@ -69,7 +72,7 @@ def chat_lengths() -> list[tuple[int, int]]:
 def requests(workload: Workload, round_: int) -> list[dict[str, Any]]:
     """For every engine the same; others in every round and workload, as both engines keep prefixes.
 
-    Rounds below 0 warm up, with few new tokens.
+    Rounds below 0 warm up, with few new tokens: see `warm_ups`.
     """
     seed = (list(WORKLOADS).index(workload.name) * 100 + round_ + 50) * 10_000
     if workload.kind == PICTURES:
@@ -84,6 +87,12 @@ def requests(workload: Workload, round_: int) -> list[dict[str, Any]]:
     if round_ < 0:
         made = [one | {"new": min(one["new"], WARM_UP_TOKENS)} for one in made]
     return made
+
+
+def warm_ups(workload: Workload, round_: int) -> Iterator[list[dict[str, Any]]]:
+    """What may be run before a round, from 0 to `MOST_ROUNDS` - 1; prompts of its own each time."""
+    for number in range(MOST_WARM_UPS):
+        yield requests(workload, -1 - (round_ * MOST_WARM_UPS + number))
 
 
 def tokens(count: int, seed: int) -> list[int]:

@@ -10,19 +10,9 @@ from typing import Any
 import wrapt
 
 UNDER_SGLANG = sys.stdlib_module_names | {
-    *(
-        "torch",
-        "torchaudio",
-        "torchvision",
-        "sympy",
-        "mpmath",
-        "networkx",
-        "numpy",
-        "scipy",
-        "triton",
-    ),
-    *("transformers", "cutlass", "cuda", "pynvml", "openai"),
-}
+    "cuda", "cutlass", "mpmath", "networkx", "numpy", "openai", "pynvml", "scipy", "sympy", "torch", "torchaudio",
+    "torchvision", "transformers", "triton",
+}  # fmt: skip
 """Packages that import nothing of SGLang, but make up two thirds of a server's names."""
 _under: set[str] = set()  # their modules, thousands, that were met
 
@@ -34,8 +24,8 @@ class NotStockError(Exception):
 class Swap:
     """One attribute of a class or module, replaced until `restore`.
 
-    For a module's attribute, every ``from module import name`` in ``sys.modules`` is rebound too,
-    but for those of `UNDER_SGLANG`.
+    For a module's attribute, every ``from module import name`` in ``sys.modules`` is rebound too; those of
+    `UNDER_SGLANG` have none.
     Several patches may share one: it is put back when the last of them restores it.
     """
 

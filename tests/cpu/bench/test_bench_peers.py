@@ -520,6 +520,46 @@ def test_ratios_are_to_the_best_of_the_others():
     assert alone[0][3:5] == ["3.00", "-"]
 
 
+class Compiling:
+    """A worker whose runs last as long as it is told."""
+
+    def __init__(self, *lasting: float) -> None:
+        self.peer = SimpleNamespace(name="it")
+        self.left: list[float] = list(lasting)
+        self.asked: list[list[dict[str, Any]]] = []
+
+    def __call__(self, question: dict[str, Any], limit: float) -> dict[str, Any]:
+        if question["do"] == "report":
+            return {}
+        self.asked.append(question["requests"])
+        times = {"sent": 0.0, "first": 0.01, "last": self.left.pop(0)}
+        rows = [times | {"tokens": one["new"], "prompt": 1} for one in question["requests"]]
+        return {"requests": rows, "steps": 0}
+
+
+@pytest.mark.parametrize(
+    ("lasting", "warm"), [((1.0, 1.2, 7), 2), ((3, 1, 0.95, 7), 3), ((9, 8, 7, 6, 5, 7), 5)]
+)
+def test_an_engine_is_warm_when_a_run_is_no_faster(
+    tmp_path: Path, lasting: tuple[float, ...], warm: int
+):
+    """It compiles for a size of batch when one comes: 3.3 s of a run of 9 were that."""
+    workload = peers_workloads.WORKLOADS["B"]._replace(requests=2, prompt=5, new=40)
+    worker, found = Compiling(*lasting), []
+    rows = SimpleNamespace(add=lambda peer, about, where, figures: found.append(figures))
+    run_ = peers.Run(rows, tmp_path / "log", peers.Limits(1, 1))
+    for round_ in (0, 9):
+        worker.left = list(lasting)
+        run_.measure(worker, {}, workload, {"round": round_})
+        assert worker.left == []
+    *before, asked = worker.asked[: warm + 1]
+    assert asked == peers_workloads.requests(workload, 0)
+    assert {one["new"] for given in before for one in given} == {peers_workloads.WARM_UP_TOKENS}
+    begins = [tuple(one["ids"]) for given in worker.asked for one in given]
+    assert len(set(begins)) == len(begins) == 2 * 2 * (warm + 1)
+    assert [figures[0][1] for figures in found] == [7, 7]
+
+
 # -- workloads ------------------------------------------------------------------------------------
 
 
