@@ -35,12 +35,8 @@ from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
 from gemma4_turbo.kernels import experts_few, pdl, router_few, skinny_gemm  # noqa: E402
 from gemma4_turbo.kernels import feed_forward_few as kernel  # noqa: E402
-from gemma4_turbo.kernels.feed_forward_few import (  # noqa: E402
-    Inputs,
-    Product,
-    Tiles,
-    Weights,
-)
+from gemma4_turbo.kernels.dataflow import Product  # noqa: E402
+from gemma4_turbo.kernels.feed_forward_few import Inputs, Tiles, Weights  # noqa: E402
 from gemma4_turbo.kernels.norms import layer_norms, layer_tail  # noqa: E402
 from gemma4_turbo.kernels.norms.rmsnorm import Kind  # noqa: E402
 from gemma4_turbo.kernels.skinny_gemm import Epilogue  # noqa: E402

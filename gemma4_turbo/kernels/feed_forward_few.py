@@ -15,12 +15,8 @@ One token of 26B-A4B reads 131 MB here, 30 us at the rate of an H200's memory. I
 streams each product ramps up and drains for itself, and nothing is read while the router waits for its last
 sum. Here a program is a warp with a few rows of one of the matrices, in this order: the router's rows, gate
 and up of the dense MLP, gate and up of the chosen experts, down of the dense MLP, down of the experts. A
-program that needs what others compute loads its weights, then waits for a count in memory. While it waits,
-other programs of its multiprocessor read.
-
-No program waits for a later one. A GPU starts the programs of a launch in the order of their numbers, so
-that whoever is waited for runs already, or has ended, whatever else the GPU does: nothing here needs all
-programs to be there at once. CUB's scans rely on the same order. The last program sets the counts to zero.
+program that needs what others compute waits for a count (`gemma4_turbo.kernels.dataflow`). The last program
+sets the counts to zero.
 """
 
 from __future__ import annotations
@@ -31,26 +27,25 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4_turbo.kernels import experts_few, pdl, router_few, skinny_gemm
-from gemma4_turbo.kernels.gelu import gelu_erf, gelu_tanh
-from gemma4_turbo.kernels.matvec import (
-    LANES,
-    VECTOR,
-    gated,
-    inside,
-    load,
-    over_lanes,
-    places,
-    summed,
+from gemma4_turbo.kernels import dataflow, experts_few, pdl, router_few, skinny_gemm
+from gemma4_turbo.kernels.dataflow import (
+    APART,
+    Product,
+    count_one,
+    dense_down,
+    dense_gated,
+    or_nan,
+    product_of,
+    wait_for,
 )
+from gemma4_turbo.kernels.gelu import gelu_erf
+from gemma4_turbo.kernels.matvec import LANES, VECTOR, gated, inside, load, over_lanes, summed
 from gemma4_turbo.kernels.rounding import round_to, rounded
 from gemma4_turbo.kernels.routing import route
 
 MAX_TOKENS = 4
 DTYPES = (torch.bfloat16, torch.float16)
 
-APART = 32
-"""Numbers of a cache line. Each count has one of its own: programs ask for them thousands of times."""
 READERS = 8
 """Lines that say the same, so that not all programs ask for one."""
 ROUTER, ROUTED, DENSE, ENDED, CHOSEN = (APART * line for line in range(5))
@@ -62,22 +57,6 @@ are routed, programs of the dense gate and up, programs that nobody waits for, p
 and up of each token, whether these are all, and for each choice of a token one more than its expert."""
 
 
-# Acquired once it is there: each time the L1 cache is emptied.
-POLL: tl.constexpr = tl.constexpr("""{
-.reg .pred there;
-.reg .b32 count;
-ld.acquire.gpu.global.b32 count, [$1];
-setp.ge.s32 there, count, $2;
-@there bra done;
-again:
-nanosleep.u32 64;
-ld.relaxed.gpu.global.b32 count, [$1];
-setp.ge.s32 there, count, $2;
-@!there bra again;
-ld.acquire.gpu.global.b32 count, [$1];
-done:
-mov.b32 $0, count;
-}""")
 # Nothing but the number itself is read.
 READ: tl.constexpr = tl.constexpr("""{
 .reg .pred there;
@@ -91,14 +70,6 @@ bra again;
 done:
 mov.b32 $0, number;
 }""")
-
-
-class Product(NamedTuple):
-    """How a matrix is cut: a program has ``rows`` rows in each of its lines."""
-
-    rows: int  # held by one thread; of gate and of up as many
-    repeat: int  # blocks of K loaded at once
-    line: int  # numbers of a row that lie side by side in the lanes
 
 
 class Tiles(NamedTuple):
@@ -131,29 +102,6 @@ class Found(NamedTuple):
 
 
 @triton.jit
-def _count(count_ptr, sem: tl.constexpr):
-    """One more. With "release" and beyond, whoever acquires it can read what this program has stored.
-
-    After all of its lanes: each waits for itself, and may still do so when the first one counts.
-    """
-    tl.debug_barrier()
-    return tl.atomic_add(count_ptr, 1, sem=sem)
-
-
-@triton.jit
-def _wait_for(count_ptr, target, PTX: tl.constexpr):
-    """Until so many have counted. In Triton's interpreter, where programs run one by one: whether they have."""
-    if PTX:
-        least = tl.full([], target, tl.int32)
-        count = tl.inline_asm_elementwise(
-            POLL, "=r,l,r", [count_ptr.to(tl.int64), least], dtype=tl.int32, is_pure=False, pack=1
-        )
-        return count >= target
-    else:
-        return tl.load(count_ptr) == target
-
-
-@triton.jit
 def _expert_of(number_ptr, PTX: tl.constexpr):
     """Once it is known. In the interpreter negative if it is not."""
     if PTX:
@@ -166,39 +114,6 @@ def _expert_of(number_ptr, PTX: tl.constexpr):
 
 
 @triton.jit
-def _or_nan(x, there, PTX: tl.constexpr):
-    if PTX:
-        return x
-    else:
-        return tl.where(there, x, float("nan"))
-
-
-@triton.jit
-def _product(
-    x_ptr, stride_x, tokens, w_ptr, tile, counts_ptr, target,
-    WIDTH: tl.constexpr, DEPTH: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr,
-    ACROSS: tl.constexpr, LINE: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """Sums ``[T * ROWS, ACROSS]`` of what others of this launch may compute: then a count says when."""
-    SIDE: tl.constexpr = ACROSS * LINE
-    STEP: tl.constexpr = REPEAT * LINE
-    k, w_ptr, x_ptr = places(
-        w_ptr, x_ptr, stride_x, tokens, tile, WIDTH, DEPTH, T, ROWS, REPEAT, ACROSS, LINE
-    )  # fmt: skip
-    w = load(w_ptr, k, DEPTH, DEPTH % STEP != 0)
-    pdl.wait(PDL)
-    there = True
-    if WAITS:
-        there = _wait_for(counts_ptr, target, PTX)
-    sums = summed(
-        w, w_ptr, x_ptr, k, (DEPTH + STEP - 1) // STEP, DEPTH, T * ROWS, REPEAT, SIDE, STEP, PTX
-    )
-    if WAITS:
-        sums = _or_nan(sums, there, PTX)
-    return over_lanes(sums, T * ROWS, ACROSS, LINE)
-
-
-@triton.jit
 def _router(
     x_ptr, stride_x, tokens, w_ptr, scale_ptr, logits_ptr, weights_ptr, ids_ptr, counts_ptr, tile,
     TILES: tl.constexpr, H: tl.constexpr, E: tl.constexpr, K: tl.constexpr, T: tl.constexpr,
@@ -207,14 +122,14 @@ def _router(
     APART: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Some experts' logits; the last of these programs routes."""
-    sums = _product(
+    sums = product_of(
         x_ptr, stride_x, tokens, w_ptr, tile, counts_ptr, 0, E, H, T, 1, REPEAT, ACROSS, LINE, False, PDL, PTX,
     )  # fmt: skip
     token = tl.arange(0, T)[:, None]
     expert = tile * ACROSS + tl.arange(0, ACROSS)[None, :]
     logits = round_to(sums, logits_ptr.dtype.element_ty, PTX)
     tl.store(logits_ptr + token * E + expert, logits, mask=(token < tokens) & (expert < E))
-    if _count(counts_ptr + ROUTER, "acq_rel") == TILES - 1:
+    if count_one(counts_ptr + ROUTER, "acq_rel") == TILES - 1:
         route(logits_ptr, scale_ptr, weights_ptr, ids_ptr, tokens, E, K, T, BLOCK_E, P, PTX)
         tl.debug_barrier()
         slot = tl.arange(0, T)[:, None] * K + tl.arange(0, P)[None, :]
@@ -222,25 +137,7 @@ def _router(
         numbers = tl.load(ids_ptr + slot, mask=taken, other=0) + 1
         experts_ptr = counts_ptr + EXPERTS + slot * APART
         tl.atomic_xchg(experts_ptr, numbers, mask=taken, sem="relaxed")
-        _count(counts_ptr + ROUTED, "release")
-
-
-@triton.jit
-def _dense(
-    x_ptr, stride_x, tokens, w_ptr, d_ptr, tile,
-    M: tl.constexpr, H: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """The dense MLP's activations, some columns of all tokens."""
-    gate, up = gated(
-        x_ptr, stride_x, tokens, w_ptr, tile, M, H, T, ROWS, REPEAT, ACROSS, LINE, PDL, PTX
-    )
-    dtype: tl.constexpr = d_ptr.dtype.element_ty
-    d = gelu_tanh(rounded(gate, dtype, PTX), PTX) * rounded(up, dtype, PTX)
-    held = tl.arange(0, T * ROWS)[:, None]
-    token = held // ROWS
-    m = tile * (ROWS * ACROSS) + (held % ROWS) * ACROSS + tl.arange(0, ACROSS)[None, :]
-    tl.store(d_ptr + token * M + m, round_to(d, dtype, PTX), mask=(m < M) & (token < tokens))
+        count_one(counts_ptr + ROUTED, "release")
 
 
 @triton.jit
@@ -258,7 +155,7 @@ def _chosen(
     w_ptr += expert * (2 * N * H)
     gate, up = gated(x_ptr, 0, 1, w_ptr, tile, N, H, 1, ROWS, REPEAT, ACROSS, LINE, PDL, PTX)
     dtype: tl.constexpr = h_ptr.dtype.element_ty
-    gate = _or_nan(gate, there, PTX)
+    gate = or_nan(gate, there, PTX)
     h = gelu_erf(rounded(gate, dtype, PTX)) * rounded(up, dtype, PTX)
     n = (
         tile * (ROWS * ACROSS)
@@ -266,23 +163,6 @@ def _chosen(
         + tl.arange(0, ACROSS)[None, :]
     )
     tl.store(h_ptr + slot * N + n, round_to(h, dtype, PTX), mask=n < N)
-
-
-@triton.jit
-def _dense_down(
-    d_ptr, tokens, w_ptr, out_ptr, counts_ptr, target, tile,
-    H: tl.constexpr, M: tl.constexpr, T: tl.constexpr, ROWS: tl.constexpr, ACROSS: tl.constexpr,
-    REPEAT: tl.constexpr, LINE: tl.constexpr, PDL: tl.constexpr, PTX: tl.constexpr,
-):  # fmt: skip
-    """The dense MLP's output, some columns of all tokens."""
-    sums = _product(
-        d_ptr, M, tokens, w_ptr, tile, counts_ptr, target, H, M, T, ROWS, REPEAT, ACROSS, LINE, True, PDL, PTX,
-    )  # fmt: skip
-    held = tl.arange(0, T * ROWS)[:, None]
-    token = held // ROWS
-    i = tile * (ROWS * ACROSS) + (held % ROWS) * ACROSS + tl.arange(0, ACROSS)[None, :]
-    out = round_to(sums, out_ptr.dtype.element_ty, PTX)
-    tl.store(out_ptr + token * H + i, out, mask=(i < H) & (token < tokens))
 
 
 @triton.jit
@@ -299,7 +179,7 @@ def _chosen_down(
     n = tl.arange(0, REPEAT)[None, :, None] * LINE + side % LINE
     row = inside(tile * ACROSS + side // LINE, H, ACROSS)
     pdl.wait(PDL)
-    there = _wait_for(routed_ptr, 1, PTX)
+    there = wait_for(routed_ptr, 1, PTX)
     total = tl.zeros([ACROSS], tl.float32)
     for first in tl.static_range(0, K, GROUP):
         slot = token * K + first + tl.arange(0, GROUP)[:, None, None]
@@ -307,7 +187,7 @@ def _chosen_down(
         at = w_ptr + expert * (H * N) + (row * N + n)
         w = load(at, n, N, N % STEP != 0)
         if first == 0:
-            there = there & _wait_for(ready_ptr, 1, PTX)
+            there = there & wait_for(ready_ptr, 1, PTX)
         h_at = h_ptr + (slot * N + n)
         sums = summed(w, at, h_at, n, steps, N, GROUP, REPEAT, SIDE, STEP, PTX)
         factor = tl.load(weights_ptr + token * K + first + tl.arange(0, GROUP)[:, None])
@@ -315,7 +195,7 @@ def _chosen_down(
         choice = tl.arange(0, GROUP)[:, None]
         for j in tl.static_range(GROUP):
             total += tl.sum(tl.where(choice == j, y, 0.0), axis=0)
-    total = _or_nan(total, there, PTX)
+    total = or_nan(total, there, PTX)
     i = tile * ACROSS + tl.arange(0, ACROSS)
     tl.store(out_ptr + token * H + i, round_to(total, dtype, PTX), mask=i < H)
 
@@ -373,11 +253,11 @@ def _feed_forward_few_kernel(
             ROUTER_LINE, ROUTER, ROUTED, EXPERTS, APART, PDL, PTX,
         )  # fmt: skip
     elif number < FIRST:
-        _dense(
+        dense_gated(
             mlp_input_ptr, stride_mlp, tokens, gate_up_ptr, dense_ptr, number - ROUTER_TILES,
             M, H, BLOCK_T, DENSE_ROWS, DENSE_ACROSS, DENSE_REPEAT, DENSE_LINE, PDL, PTX,
         )  # fmt: skip
-        _count(counts_ptr + DENSE, "release")
+        count_one(counts_ptr + DENSE, "release")
     elif number < FIRST + slots * CHOSEN_TILES:
         slot = (number - FIRST) % slots
         _chosen(
@@ -387,16 +267,16 @@ def _feed_forward_few_kernel(
         )  # fmt: skip
         token = slot // K
         chosen_count_ptr = counts_ptr + CHOSEN + token * APART
-        if _count(chosen_count_ptr, "release") == K * CHOSEN_TILES - 1:
+        if count_one(chosen_count_ptr, "release") == K * CHOSEN_TILES - 1:
             # The last one has all that the others have stored, and hands it on.
-            there = _wait_for(chosen_count_ptr, K * CHOSEN_TILES, PTX)
+            there = wait_for(chosen_count_ptr, K * CHOSEN_TILES, PTX)
             line = token * READERS + tl.arange(0, READERS)
-            ones = tl.full([READERS], 1, tl.int32) + tl.where(there, 0, 1)  # 2: see `_wait_for`
+            ones = tl.full([READERS], 1, tl.int32) + tl.where(there, 0, 1)  # 2: see `wait_for`
             tl.atomic_xchg(counts_ptr + READY + line * APART, ones, sem="release")
     else:
         last = number - FIRST - slots * CHOSEN_TILES
         if last < DOWN_TILES:
-            _dense_down(
+            dense_down(
                 dense_ptr, tokens, down_ptr, mlp_output_ptr, counts_ptr + DENSE, DENSE_TILES, last,
                 H, M, BLOCK_T, DOWN_ROWS, DOWN_ACROSS, DOWN_REPEAT, DOWN_LINE, PDL, PTX,
             )  # fmt: skip
@@ -409,7 +289,7 @@ def _feed_forward_few_kernel(
                 which, tile, steps, H, N, K, GROUP, GROUP_ACROSS, GROUP_REPEAT, GROUP_LINE, PDL, PTX,
             )  # fmt: skip
         # Each of these has read all that it waited for.
-        if _count(counts_ptr + ENDED, "relaxed") == DOWN_TILES + tokens * GROUP_TILES - 1:
+        if count_one(counts_ptr + ENDED, "relaxed") == DOWN_TILES + tokens * GROUP_TILES - 1:
             # Nobody waits any more: zeros for the next launch.
             line = tl.arange(0, BLOCK_LINES)
             zeros = tl.zeros([BLOCK_LINES], tl.int32)
@@ -555,11 +435,6 @@ def feed_forward_few(
     return launch_feed_forward_few(inputs, weights, topk, counts, tiles)
 
 
-def _tiles(rows: int, product: Product, held: int) -> int:
-    block = held * (LANES * VECTOR // product.line)
-    return (rows + block - 1) // block
-
-
 def launch_feed_forward_few(
     inputs: Inputs,
     weights: Weights,
@@ -585,11 +460,11 @@ def launch_feed_forward_few(
         return found
     router, dense, chosen, down, group = tiles
     programs = (
-        _tiles(experts, router, 1)
-        + _tiles(width, dense, dense.rows)
-        + tokens * topk * _tiles(narrow, chosen, chosen.rows)
-        + _tiles(hidden, down, down.rows)
-        + tokens * _tiles(hidden, group, 1)
+        dataflow.tiles(experts, router, 1)
+        + dataflow.tiles(width, dense, dense.rows)
+        + tokens * topk * dataflow.tiles(narrow, chosen, chosen.rows)
+        + dataflow.tiles(hidden, down, down.rows)
+        + tokens * dataflow.tiles(hidden, group, 1)
     )
     _feed_forward_few_kernel[(programs,)](
         *inputs,

@@ -20,7 +20,7 @@ import pytest
 
 from gemma4_turbo import instance
 from gemma4_turbo.catalogue import Patch
-from gemma4_turbo.engine import states
+from gemma4_turbo.engine import states, swap
 from gemma4_turbo.engine.run import PatchRun, ledger
 from tests.cpu.synthetic import World, clean_environment
 from tests.cpu.warm import Warm
@@ -46,6 +46,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left alone with one at the end."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_modules() -> Iterator[None]:
+    """A replaced function is looked for in modules of SGLang's, of ours and of tests: no other has one.
+
+    That is shown in `tests.cpu.ports.any.test_under_sglang`. The others' names are two thirds of all, half a test's time.
+    """
+    there = {name.partition(".")[0] for name in sys.modules} - {
+        "sglang",
+        "gemma4_turbo",
+        "tests",
+        "bench",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(swap, "UNDER_SGLANG", swap.UNDER_SGLANG | there)
+        patch.setattr(swap, "_under", set())
+        yield
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import torch
 
 from gemma4_turbo.kernels import feed_forward_few as kernel
 from gemma4_turbo.kernels import pdl, router_few
+from gemma4_turbo.kernels.dataflow import Product
 from gemma4_turbo.kernels.feed_forward_few import (
     Found,
     Inputs,
-    Product,
     Weights,
 )
 

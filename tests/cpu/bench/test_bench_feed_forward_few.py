@@ -10,7 +10,8 @@ import torch
 
 from bench import feed_forward_few as bench
 from gemma4_turbo.kernels import feed_forward_few as kernel
-from gemma4_turbo.kernels.feed_forward_few import Product, Tiles
+from gemma4_turbo.kernels.dataflow import Product
+from gemma4_turbo.kernels.feed_forward_few import Tiles
 
 pytestmark = [
     pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),

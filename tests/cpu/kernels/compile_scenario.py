@@ -29,6 +29,7 @@ from gemma4_turbo import kernels as package
 from gemma4_turbo.kernels import (
     experts_few,
     feed_forward_few,
+    mlp_few,
     moe_align,
     pdl,
     qkv,
@@ -184,7 +185,11 @@ def plain(gpu: Gpu) -> dict[str, Callable[[], Any]]:
 
 def whole(gpu: Gpu) -> dict[str, Callable[[], Any]]:
     """Half a layer in one launch: no tiles, and the longest to compile of those without."""
-    return {"feed_forward_few": lambda: feed_forward(4)}
+    mlp = rows(4224, HIDDEN), rows(HIDDEN, 2112), ints(mlp_few.COUNTS)
+    return {
+        "feed_forward_few": lambda: feed_forward(4),
+        "mlp_few": lambda: mlp_few.launch_mlp_few(rows(2, HIDDEN), *mlp),
+    }
 
 
 def products(gpu: Gpu) -> dict[str, Callable[[], Any]]:

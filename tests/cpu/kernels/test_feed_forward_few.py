@@ -14,7 +14,8 @@ import torch
 
 from gemma4_turbo.kernels import feed_forward_few as kernel
 from gemma4_turbo.kernels import router_few
-from gemma4_turbo.kernels.feed_forward_few import Inputs, Product, Tiles, Weights
+from gemma4_turbo.kernels.dataflow import Product
+from gemma4_turbo.kernels.feed_forward_few import Inputs, Tiles, Weights
 
 pytestmark = [
     pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
