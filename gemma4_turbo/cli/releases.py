@@ -208,8 +208,11 @@ def _compare(name: str, port: Port, definitions: Definitions, elsewhere: _Elsewh
             gone.append(target)
         elif not all(definitions.mentions(target, name) for name in names):
             changed.append(target)
-    for target, names in port.lacks:
-        changed += [f"{target}.{name}" for name in names if definitions.has(f"{target}.{name}")]
+    for target, names, bases in port.lacks:
+        found, own = definitions.members(target) or (bases, frozenset())
+        changed += [f"{target}.{name}" for name in names if name in own]
+        if found != bases:
+            changed.append(target + ALL)
     what = GONE if gone else CHANGED if changed else MOVED
     return Need(name, what, "", moved, changed, gone, port)
 
@@ -283,7 +286,7 @@ def diff(need: Need, wheel: Wheel, against: Wheel | None) -> list[str]:
         raise CannotRunError("--diff: SGLang is not installed: name an older wheel (--against)")
     lines: list[str] = []
     lacks = need.port.lacks if need.port else ()
-    new = {f"{target}.{name}" for target, names in lacks for name in names}
+    new = {f"{lack.target}.{name}" for lack in lacks for name in lack.names}
     for target in [*need.changed, *need.gone]:
         before = _text(old_source, target)
         if not before and target not in new:

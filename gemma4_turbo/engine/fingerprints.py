@@ -215,7 +215,11 @@ def methods_of(node: ast.AST) -> list[str]:
     """
     if not isinstance(node, ast.ClassDef):
         return []
-    bases = ", ".join(map(ast.unparse, [*node.bases, *node.keywords]))
+    bases, defined = _members(node)
+    return [f"class {node.name}({bases}):", *sorted(defined)]
+
+
+def _members(node: ast.ClassDef) -> _Members:
     assigned = {
         name.id
         for statement in _statements(node)
@@ -224,7 +228,8 @@ def methods_of(node: ast.AST) -> list[str]:
         for name in ast.walk(target)
         if isinstance(name, ast.Name)
     }
-    return [f"class {node.name}({bases}):", *sorted(assigned | _defined_in(node).keys())]
+    bases = ", ".join(map(ast.unparse, [*node.bases, *node.keywords]))
+    return bases, frozenset(assigned | _defined_in(node).keys())
 
 
 class _Place(NamedTuple):
@@ -238,6 +243,8 @@ class _Place(NamedTuple):
 _Names = tuple[frozenset[str], frozenset[str]]
 """In a definition: names and attributes that it uses; parameters, functions and classes in it."""
 _NO_NAMES: _Names = (frozenset(), frozenset())
+_Members = tuple[str, frozenset[str]]
+"""Of a class: its bases, as the source has them, and what it defines, assignments included."""
 
 
 class _Outline:
@@ -248,6 +255,7 @@ class _Outline:
         self.imports = tuple(_imports(tree))  # (name here, module, name there)
         self.fingerprints: dict[str, str] = {}  # of those that were asked for
         self.names: dict[str, _Names] = {}  # likewise
+        self.members: dict[str, _Members] = {}  # of classes, likewise
 
 
 def _places(scope: ast.Module | _Definition, within: str = "") -> Iterator[tuple[str, _Place]]:
@@ -352,6 +360,20 @@ class Definitions:
             if node is None:
                 return None
             known[qualname] = fingerprint_of(qualname, node)
+        return known[qualname]
+
+    def members(self, target: str) -> tuple[str, frozenset[str]] | None:
+        """Of the class ``module:qualname``: its bases, and what it defines; None if there is none."""
+        name, _, qualname = target.partition(":")
+        module = self._module(name)
+        if module is None:
+            return None
+        known = module.outline.members
+        if qualname not in known:
+            node = module.node(qualname)
+            if not isinstance(node, ast.ClassDef):
+                return None
+            known[qualname] = _members(node)
         return known[qualname]
 
     def origins(self, module: str, name: str) -> list[tuple[str, str]]:
@@ -470,12 +492,16 @@ def _judge(port: Port, release: str | None, definitions: Definitions) -> Verdict
             gone = [name for name in names if not definitions.mentions(target, name)]
             if gone:
                 return Verdict(states.DRIFTED, f"{label}: {target} has no {', '.join(gone)}")
-        for target, names in port.lacks:
-            if not definitions.has(target):
-                return Verdict(states.UNSUPPORTED, f"{label} has no {target}")
-            own = [name for name in names if definitions.has(f"{target}.{name}")]
+        for target, names, bases in port.lacks:
+            members = definitions.members(target)
+            if members is None:
+                return Verdict(states.UNSUPPORTED, f"{label} has no class {target}")
+            own = [name for name in names if name in members[1]]
             if own:
                 told = f"{label}: {target} has its own {', '.join(own)}"
+                return Verdict(states.DRIFTED, told)
+            if members[0] != bases:
+                told = f"{label}: {target} has other bases: {members[0] or 'none'}"
                 return Verdict(states.DRIFTED, told)
         return Verdict(states.ACTIVE, f"written for the source that {label} has", port)
     if port.superseded_when is not None and definitions.uses(*port.superseded_when):

@@ -8,6 +8,14 @@ from typing import NamedTuple
 ALL = ".*"  # at the end of a class's name: all that it defines, by name
 
 
+class Lacks(NamedTuple):
+    """A class, and names that it does not define: its bases' run, whatever else it comes to define."""
+
+    target: str
+    names: tuple[str, ...]
+    bases: str  # as the source has them: another one could define the names
+
+
 class Port(NamedTuple):
     """One patch in one release line. Functions are named ``"module:qualname"``."""
 
@@ -18,8 +26,7 @@ class Port(NamedTuple):
     # Classes of which it relies on what they do not define: their bases' methods run. Of these the bases and
     # the names of all that they define must be known, not the bodies. Read from disk, not waited for.
     methods_of: tuple[str, ...] = ()
-    # Classes and names that they do not define: their bases' run, whatever else they come to define.
-    lacks: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    lacks: tuple[Lacks, ...] = ()
     # What is only read from, with the names that are read: the rest of its body may change.
     reads: tuple[tuple[str, tuple[str, ...]], ...] = ()
     written_for: tuple[str, ...] = ()  # releases whose source of all of these it was written for

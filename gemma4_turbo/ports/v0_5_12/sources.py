@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma4_turbo.engine.port import Port
+from gemma4_turbo.engine.port import Lacks, Port
 from gemma4_turbo.ports.any import calls
 from gemma4_turbo.ports.any.sources import VISION_RELEASES
 
@@ -53,7 +53,11 @@ _LAYER_CALLS = (
 
 # It takes `forward` from `AttentionBackend`, and with it who calls what.
 _BY_BASE = (
-    ("sglang.srt.layers.attention.triton_backend:TritonAttnBackend", ("forward", "forward_mixed")),
+    Lacks(
+        "sglang.srt.layers.attention.triton_backend:TritonAttnBackend",
+        ("forward", "forward_mixed"),
+        "AttentionBackend",
+    ),
 )
 # Who reads a checkpoint's scales of K and V, by `BaseKVCacheMethod.process_weights_after_loading`.
 _SCALED = (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gemma4_turbo.engine.port import Port
+from gemma4_turbo.engine.port import Lacks, Port
 from gemma4_turbo.ports.any import calls
 
 HERE = __package__
@@ -138,16 +138,19 @@ _DRAFT_GRAPHS = f"{_SPEC}.frozen_kv_mtp_cuda_graph_runner"
 
 _BACKEND = "sglang.srt.layers.attention.triton_backend"
 # It takes `forward` from `AttentionBackend`, and with it who calls what.
-_BY_BASE = ((f"{_BACKEND}:TritonAttnBackend", ("forward", "forward_mixed")),)
+_BY_BASE = (
+    Lacks(f"{_BACKEND}:TritonAttnBackend", ("forward", "forward_mixed"), "AttentionBackend"),
+)
 # And how late a prefill reads its slots.
 _CUT_BY_BASE = (
     *_BY_BASE,
-    (
+    Lacks(
         f"{_BACKEND}:TritonAttnBackend",
         (
             *("resolve_prefill_shared_read_ends", "_snapshot_prefill_shared_reads"),
             "shared_read_ends",
         ),
+        "AttentionBackend",
     ),
 )
 _KERNELS = "sglang.kernels.ops.attention"

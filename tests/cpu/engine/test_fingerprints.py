@@ -13,6 +13,7 @@ import pytest
 
 from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.fingerprints import Definitions, find_definition, fingerprint, judge
+from gemma4_turbo.engine.port import Lacks
 from tests.cpu.synthetic import LEAF, RELEASE, World, record, returning
 
 STOCK = '''\
@@ -421,7 +422,7 @@ def test_what_is_only_read_may_change_but_for_the_names_that_are_read(world: Wor
 
 
 def test_a_class_may_define_more_but_not_what_its_base_is_relied_on_for(world: World) -> None:
-    lacks = ((world.target("Model"), ("load", "run")),)
+    lacks = (Lacks(world.target("Model"), ("load", "run"), ""),)
     ports = record("one", world.target("answer"), lacks=lacks).ports
     source = fingerprints.folder_source(world.root)
     world.table[RELEASE] = fingerprints.record_release(source, ports)
@@ -432,10 +433,25 @@ def test_a_class_may_define_more_but_not_what_its_base_is_relied_on_for(world: W
     verdict = judge(ports, RELEASE, Definitions(source))
     assert verdict.state == states.DRIFTED
     assert verdict.reason.endswith(f"{world.target('Model')} has its own load")
+    world.edit("    def load(self): ...", "    load = len")  # by another name
+    assert judge(ports, RELEASE, Definitions(source)) == verdict
+    world.edit("    load = len", "    other: int = 1")
+    assert judge(ports, RELEASE, Definitions(source)).state == states.ACTIVE
     world.edit("class Model", "class Modell")
     verdict = judge(ports, RELEASE, Definitions(source))
     assert verdict.state == states.UNSUPPORTED
-    assert verdict.reason.endswith(f"has no {world.target('Model')}")
+    assert verdict.reason.endswith(f"has no class {world.target('Model')}")
+
+
+def test_another_base_may_define_what_a_class_does_not(world: World) -> None:
+    lacks = (Lacks(world.target("Model"), ("load",), ""),)
+    ports = record("one", world.target("answer"), lacks=lacks).ports
+    source = fingerprints.folder_source(world.root)
+    world.table[RELEASE] = fingerprints.record_release(source, ports)
+    world.edit("class Model:", "class Model(dict):")
+    verdict = judge(ports, RELEASE, Definitions(source))
+    assert verdict.state == states.DRIFTED
+    assert verdict.reason.endswith(f"{world.target('Model')} has other bases: dict")
 
 
 def test_the_port_whose_source_is_there_is_chosen(world: World) -> None:

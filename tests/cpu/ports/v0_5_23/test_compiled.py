@@ -92,7 +92,7 @@ def test_a_declined_layer_breaks_no_graph_of_its_own():
     layer._next_stream = lambda *args: own(*args)  # whatever the call, the layer is stock's
     ENGINE.apply(only=[*NAMES, "qkv_norm"])
     reasons.forget()
-    noting = ExplainWithBackend("aot_eager")
+    noting = ExplainWithBackend("eager")
     assert torch.equal(compiled(layer, noting), expected)
     told: Any = noting.output()
     places = [reason.user_stack[-1].filename for reason in told.break_reasons]
