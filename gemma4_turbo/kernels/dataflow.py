@@ -8,8 +8,10 @@ nothing here needs all programs to be there at once. CUB's scans rely on the sam
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -18,6 +20,7 @@ from gemma4_turbo.kernels.gelu import gelu_tanh
 from gemma4_turbo.kernels.matvec import LANES, VECTOR, gated, load, over_lanes, places, summed
 from gemma4_turbo.kernels.rounding import round_to, rounded
 
+DTYPES = (torch.bfloat16, torch.float16)
 APART = 32
 """Numbers of a cache line. Each count has one of its own: programs ask for them thousands of times."""
 # Acquired once it is there: each time the L1 cache is emptied.
@@ -50,6 +53,43 @@ def tiles(rows: int, product: Product, held: int) -> int:
     """Programs for so many rows, of which each line holds ``held``."""
     block = held * (LANES * VECTOR // product.line)
     return (rows + block - 1) // block
+
+
+def tiles_unfit(tiles: Iterable[Product]) -> str | None:
+    """Why matrices cannot be cut so, or None."""
+    tiles = tuple(tiles)
+    numbers = [number for product in tiles for number in product]
+    if any(number < 1 or number & (number - 1) for number in numbers):
+        return f"tiles must be powers of two, got {tiles}"
+    if not all(VECTOR <= product.line <= LANES * VECTOR for product in tiles):
+        return f"tiles must have lines of {VECTOR} to {LANES * VECTOR}, got {tiles}"
+    return None
+
+
+def gate_up_unfit(gate_up: torch.Tensor) -> str | None:
+    """Why `dense_gated` does not take this weight, ``[2 M, H]``, or None."""
+    if gate_up.dim() != 2 or gate_up.dtype not in DTYPES or gate_up.shape[0] % (2 * VECTOR):
+        return (
+            f"gate_up must be [a multiple of {2 * VECTOR}, H] in bf16 or fp16, "
+            f"got {tuple(gate_up.shape)} {gate_up.dtype}"
+        )
+    rows, hidden = gate_up.shape
+    if not rows or not hidden or hidden % VECTOR:
+        return f"gate_up must be [2 M, a multiple of {VECTOR}], got {tuple(gate_up.shape)}"
+    return None
+
+
+def counts_unfit(counts: torch.Tensor | None, numbers: int, device: torch.device) -> str | None:
+    """Why these cannot be a launch's counts, of which it needs so many, or None. None as counts is none given."""
+    if counts is None:
+        return None
+    if counts.dtype != torch.int32 or counts.numel() < numbers:
+        return f"counts must be {numbers} int32, got {counts.numel()} {counts.dtype}"
+    if counts.device != device:
+        return f"counts are on {counts.device}, gate_up on {device}"
+    if not counts.is_contiguous():
+        return f"counts must be contiguous, got strides {counts.stride()}"
+    return None
 
 
 @triton.jit

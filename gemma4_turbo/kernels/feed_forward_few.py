@@ -44,7 +44,6 @@ from gemma4_turbo.kernels.rounding import round_to, rounded
 from gemma4_turbo.kernels.routing import route
 
 MAX_TOKENS = 4
-DTYPES = (torch.bfloat16, torch.float16)
 
 READERS = 8
 """Lines that say the same, so that not all programs ask for one."""
@@ -322,14 +321,10 @@ class Inputs(NamedTuple):
 def weights_unfit(weights: Weights, topk: int) -> str | None:
     """Why `feed_forward_few` does not take these weights, or None."""
     gate_up, router, scale, w13 = weights.gate_up, weights.router, weights.scale, weights.w13
-    if gate_up.dim() != 2 or gate_up.dtype not in DTYPES or gate_up.shape[0] % (2 * VECTOR):
-        return (
-            f"gate_up must be [a multiple of {2 * VECTOR}, H] in bf16 or fp16, "
-            f"got {tuple(gate_up.shape)} {gate_up.dtype}"
-        )
+    reason = dataflow.gate_up_unfit(gate_up)
+    if reason is not None:
+        return reason
     width, hidden = gate_up.shape[0] // 2, gate_up.shape[1]
-    if not width or not hidden or hidden % VECTOR:
-        return f"gate_up must be [2 M, a multiple of {VECTOR}], got {tuple(gate_up.shape)}"
     if router.dim() != 2 or router.shape[1] != hidden or not router.shape[0]:
         return f"router must be [E, {hidden}], got {tuple(router.shape)}"
     experts = router.shape[0]
@@ -378,11 +373,9 @@ def inputs_unfit(inputs: Inputs, weights: Weights) -> str | None:
 
 def tiles_unfit(tiles: Tiles, topk: int) -> str | None:
     """Why the kernel cannot be cut so, or None."""
-    numbers = [number for product in tiles for number in product]
-    if any(number < 1 or number & (number - 1) for number in numbers):
-        return f"tiles must be powers of two, got {tiles}"
-    if not all(VECTOR <= product.line <= LANES * VECTOR for product in tiles):
-        return f"tiles must have lines of {VECTOR} to {LANES * VECTOR}, got {tiles}"
+    reason = dataflow.tiles_unfit(tiles)
+    if reason is not None:
+        return reason
     if tiles.router.rows != 1:
         return f"tiles must have one row of the router in a line, got {tiles.router}"
     if topk % tiles.chosen_down.rows:
@@ -421,13 +414,11 @@ def feed_forward_few(
     """
     tiles = choose(topk) if tiles is None else tiles
     reason = (
-        weights_unfit(weights, topk) or inputs_unfit(inputs, weights) or tiles_unfit(tiles, topk)
+        weights_unfit(weights, topk)
+        or inputs_unfit(inputs, weights)
+        or tiles_unfit(tiles, topk)
+        or dataflow.counts_unfit(counts, COUNTS, weights.gate_up.device)
     )
-    if reason is None and counts is not None:
-        if counts.dtype != torch.int32 or counts.numel() < COUNTS:
-            reason = f"counts must be {COUNTS} int32, got {counts.numel()} {counts.dtype}"
-        elif counts.device != weights.gate_up.device:
-            reason = f"counts are on {counts.device}, gate_up on {weights.gate_up.device}"
     if reason is not None:
         raise ValueError(reason)
     if counts is None:

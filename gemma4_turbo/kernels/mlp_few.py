@@ -26,7 +26,6 @@ from gemma4_turbo.kernels.dataflow import APART, Product, count_one, dense_down,
 from gemma4_turbo.kernels.matvec import LANES, VECTOR
 
 MAX_TOKENS = 4
-DTYPES = (torch.bfloat16, torch.float16)
 COUNTS = 2 * APART
 """Numbers that are zero between launches: programs of gate and up that have ended, and of down."""
 
@@ -85,14 +84,10 @@ INTERPRETED = not isinstance(_mlp_few_kernel, triton.JITFunction)
 
 def unfit(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> str | None:
     """Why `mlp_few` does not take these tensors, or None. Host checks only."""
-    if gate_up.dim() != 2 or gate_up.dtype not in DTYPES or gate_up.shape[0] % (2 * VECTOR):
-        return (
-            f"gate_up must be [a multiple of {2 * VECTOR}, H] in bf16 or fp16, "
-            f"got {tuple(gate_up.shape)} {gate_up.dtype}"
-        )
+    reason = dataflow.gate_up_unfit(gate_up)
+    if reason is not None:
+        return reason
     width, hidden = gate_up.shape[0] // 2, gate_up.shape[1]
-    if not width or not hidden or hidden % VECTOR:
-        return f"gate_up must be [2 M, a multiple of {VECTOR}], got {tuple(gate_up.shape)}"
     if down.shape != (hidden, width):
         return f"down must be {(hidden, width)}, got {tuple(down.shape)}"
     if not (INTERPRETED or gate_up.is_cuda):
@@ -112,16 +107,6 @@ def unfit(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> str | N
     for name, tensor in (("x", x), ("gate_up", gate_up), ("down", down)):
         if tensor.data_ptr() % 16:
             return f"{name} must be aligned to 16 bytes"
-    return None
-
-
-def tiles_unfit(tiles: Tiles) -> str | None:
-    """Why the kernel cannot be cut so, or None."""
-    numbers = [number for product in tiles for number in product]
-    if any(number < 1 or number & (number - 1) for number in numbers):
-        return f"tiles must be powers of two, got {tiles}"
-    if not all(VECTOR <= product.line <= LANES * VECTOR for product in tiles):
-        return f"tiles must have lines of {VECTOR} to {LANES * VECTOR}, got {tiles}"
     return None
 
 
@@ -148,12 +133,11 @@ def mlp_few(
     Raises:
         ValueError: naming the argument.
     """
-    reason = unfit(x, gate_up, down) or tiles_unfit(tiles)
-    if reason is None and counts is not None:
-        if counts.dtype != torch.int32 or counts.numel() < COUNTS:
-            reason = f"counts must be {COUNTS} int32, got {counts.numel()} {counts.dtype}"
-        elif counts.device != gate_up.device:
-            reason = f"counts are on {counts.device}, gate_up on {gate_up.device}"
+    reason = (
+        unfit(x, gate_up, down)
+        or dataflow.tiles_unfit(tiles)
+        or dataflow.counts_unfit(counts, COUNTS, gate_up.device)
+    )
     if reason is not None:
         raise ValueError(reason)
     if counts is None:

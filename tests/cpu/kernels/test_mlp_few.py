@@ -132,6 +132,7 @@ X = torch.zeros(2, 72, dtype=BF16)
         (lambda x, g, d: (x, g, d.T), "down must be (72, 24)"),
         (lambda x, g, d: (x, g, d.half()), "down is torch.float16"),
         (lambda x, g, d: (x, g, d, torch.zeros(3, dtype=torch.int32)), f"counts must be {kernel.COUNTS} int32"),
+        (lambda x, g, d: (x, g, d, torch.zeros(kernel.COUNTS, 2, dtype=torch.int32)[:, 0]), "counts must be contiguous"),
         (lambda x, g, d: (x, g, d, torch.zeros(64)), f"counts must be {kernel.COUNTS} int32"),
         (lambda x, g, d: (x, g, d, None, TILES._replace(down=Product(3, 1, 64))), "tiles must be powers of two"),
         (lambda x, g, d: (x, g, d, None, TILES._replace(down=Product(2, 1, 512))), "tiles must have lines"),

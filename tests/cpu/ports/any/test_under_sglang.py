@@ -29,6 +29,6 @@ def holders() -> dict[str, set[str]]:
 def test_nobody_but_sglang_holds_its_functions() -> None:
     """Neither libraries under it, nor others, which the fixture `few_modules` leaves out."""
     found = holders()
-    assert len(found["sglang"]) > 10
+    assert len(found["sglang"]) > 5  # of either release
     assert found.keys() == {"sglang"}, found
     assert {name.partition(".")[0] for name in sys.modules} & UNDER_SGLANG >= {"torch", "triton"}
