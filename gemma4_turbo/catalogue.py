@@ -145,6 +145,12 @@ PATCHES: tuple[Patch, ...] = (
         default=True,
     ),
     Patch(
+        name="mlp_few",
+        summary="Dense MLP of up to two tokens in one launch, in layers without experts",
+        numerics=TOLERANCE,
+        default=False,
+    ),
+    Patch(
         name="pdl",
         summary="Programmatic dependent launch between the package's own kernels (Hopper and later)",
         numerics=BITWISE,

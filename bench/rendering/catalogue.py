@@ -20,7 +20,7 @@ FAMILIES: dict[str, tuple[str, tuple[str, ...]]] = {
         "Decode step",
         (
             *("step_prologue", "layer_norms", "ple_tail", "input_norm", "qkv_norm", "rope_store"),
-            *("qkv_proj", "skinny_gemm", "mlp_stream", "pdl"),
+            *("qkv_proj", "skinny_gemm", "mlp_few", "mlp_stream", "pdl"),
         ),
     ),
     "attention": (

@@ -30,6 +30,12 @@ def different_bits(a: torch.Tensor, b: torch.Tensor) -> int:
     return int(((a.view(torch.int16) != b.view(torch.int16)) & ~(a.isnan() & b.isnan())).sum())
 
 
+def too_far(ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> int:
+    """Numbers further apart than ``bound`` of their row's largest; a NaN is."""
+    largest = theirs.float().abs().amax(-1, keepdim=True)
+    return int((~((ours.float() - theirs.float()).abs() <= bound * largest)).sum())
+
+
 def odd_rows(rows: torch.Tensor) -> torch.Tensor:
     """``rows``, of which the first ten became zero, subnormal, huge, infinite or not a number."""
     rows[0] = 0.0

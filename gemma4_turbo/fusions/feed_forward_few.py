@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gemma4_turbo.engine.checks import Check
-from gemma4_turbo.fusions.comparison import samples
+from gemma4_turbo.fusions.comparison import samples, too_far
 from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.fusions.router_few import LOGITS, WEIGHTS
 from gemma4_turbo.kernels import feed_forward_few as kernel
@@ -128,9 +128,3 @@ def wrong(ours: Found, inputs: Inputs, weights: Weights, topk: int) -> int:
     experts = kernel.reference_experts(inputs, weights, ours.routed)
     found += too_far(ours.mlp_output, theirs.mlp_output, OUTPUT)
     return found + too_far(ours.experts_output, experts, OUTPUT)
-
-
-def too_far(ours: torch.Tensor, theirs: torch.Tensor, bound: float) -> int:
-    """Numbers further apart than ``bound`` of their row's largest; a NaN is."""
-    largest = theirs.float().abs().amax(-1, keepdim=True)
-    return int((~((ours.float() - theirs.float()).abs() <= bound * largest)).sum())

@@ -115,7 +115,7 @@ def mlp_few(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     counts: torch.Tensor | None = None,
-    tiles: Tiles = TILES,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """The equations of this module.
 
@@ -125,7 +125,7 @@ def mlp_few(
         down: ``[H, M]``, likewise.
         counts: zeros, int32, `COUNTS` of them; left as zeros. No two launches that may run at the same time
             share them. None: made here.
-        tiles: how the work is cut.
+        tiles: how the work is cut; None: `TILES`.
 
     Returns:
         ``[T, H]``.
@@ -133,6 +133,7 @@ def mlp_few(
     Raises:
         ValueError: naming the argument.
     """
+    tiles = TILES if tiles is None else tiles
     reason = (
         unfit(x, gate_up, down)
         or dataflow.tiles_unfit(tiles)
@@ -150,7 +151,7 @@ def launch_mlp_few(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     counts: torch.Tensor,
-    tiles: Tiles = TILES,
+    tiles: Tiles,
 ) -> torch.Tensor:
     """`mlp_few` without its checks."""
     (tokens, hidden), width = x.shape, down.shape[1]

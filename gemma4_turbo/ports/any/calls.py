@@ -28,6 +28,12 @@ MLP = (
     "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
     "sglang.srt.layers.activation:gelu_tanh_and_mul",
 )
+DENSE_MLP = (  # not called where a kernel computes it: its code is relied on
+    "sglang.srt.models.gemma3_causal:Gemma3MLP.forward",
+    "sglang.srt.layers.activation:GeluAndMul.forward_cuda",
+    "sglang.srt.layers.quantization.unquant:UnquantizedLinearMethod.apply",
+    "sglang.srt.layers.linear:RowParallelLinear.forward",
+)
 ROPE = (
     "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward",
     "sglang.srt.layers.rotary_embedding.base:RotaryEmbedding.forward_cuda",

@@ -19,7 +19,13 @@ from gemma4_turbo.kernels import pdl
 from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.norms.layer_norms import Router
 from gemma4_turbo.kernels.norms.layer_tail import COMPILED_SUM_ROWS, Experts, NextNorm
-from gemma4_turbo.ports.any import feed_forward_few, linear, router_few, sglang_types
+from gemma4_turbo.ports.any import (
+    feed_forward_few,
+    linear,
+    mlp_few,
+    router_few,
+    sglang_types,
+)
 from gemma4_turbo.runtime import handed
 from gemma4_turbo.runtime.custom_ops import TRACED, capturing
 
@@ -180,6 +186,7 @@ def tell_absent(layer: DecoderLayer) -> None:
     of_experts = (EXPERTS_SUM, MLP_STREAM, router_few.ROUTER_FEW, feed_forward_few.FEED_FORWARD_FEW)
     for steps, there, reason in (
         (of_experts, layer.enable_moe_block, NO_EXPERTS),
+        ((mlp_few.MLP_FEW,), not layer.enable_moe_block, mlp_few.BESIDE_EXPERTS),
         ((PLE_TAIL,), layer.has_ple, NOT_PER_LAYER),
     ):
         for step in () if there else steps:
@@ -242,7 +249,7 @@ def after_attention(
         mlp_input, residual = self.pre_feedforward_layernorm(hidden_states, residual)
 
     if not self.enable_moe_block:
-        mlp_output = linear.mlp(self.mlp, mlp_input)
+        mlp_output = mlp_few.mlp(self.mlp, mlp_input)
         if sums is not None:
             mlp_output = sums.mlp(mlp_output)
         return _finish(self, site, mlp_output, None, residual, per_layer_input, following)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.ports.any import attention as attention_steps
 from gemma4_turbo.ports.any import layer_steps, linear
+from gemma4_turbo.ports.any import mlp_few as dense
 from gemma4_turbo.ports.any import yoco_batch as batch
 from gemma4_turbo.ports.any import yoco_cut as cut
 from gemma4_turbo.ports.any import yoco_graph as graph
@@ -54,6 +55,7 @@ qkv_norm = Wired((attention_steps.QKV_NORM,), (attention.enable,))
 qkv_proj = Wired((attention_steps.QKV_PROJ,), (attention.enable,))
 rope_store = Wired((attention_steps.ROPE_STORE,), (attention.enable,))
 skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, _layer))
+mlp_few = Wired((dense.MLP_FEW,), (_layer,))
 yoco = Wired((cut.YOCO,), (_model, batch.enable), nothing, cut.forget)
 yoco_graph = Wired((graph.YOCO_GRAPH,), (_model,), nothing, graph.drop_all)
 yoco_piecewise = Wired((in_graphs.YOCO_PIECEWISE,), (_model,), piecewise.register, _cut_no_more)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from gemma4_turbo.ports.any import attention as attention_steps
 from gemma4_turbo.ports.any import feed_forward_few as feed_forward
 from gemma4_turbo.ports.any import layer_steps, linear
+from gemma4_turbo.ports.any import mlp_few as dense
 from gemma4_turbo.ports.any import router_few as routers
 from gemma4_turbo.ports.any import yoco_batch as batch
 from gemma4_turbo.ports.any import yoco_cut as cut
@@ -28,6 +29,7 @@ pdl = Wired((layer_steps.PDL,), (layer,), launch_early, launch_as_usual)
 qkv_proj = Wired((attention_steps.QKV_PROJ,), (attention.enable,))
 rope_store = Wired((attention_steps.ROPE_STORE,), (attention.enable,))
 skinny_gemm = Wired((linear.SKINNY_GEMM,), (attention.enable, layer))
+mlp_few = Wired((dense.MLP_FEW,), (layer,))
 router_few = Wired((routers.ROUTER_FEW,), (layer, routing.enable))
 feed_forward_few = Wired(
     (feed_forward.FEED_FORWARD_FEW,), (layer, routing.enable, experts_few.enable)

@@ -188,7 +188,7 @@ def whole(gpu: Gpu) -> dict[str, Callable[[], Any]]:
     mlp = rows(4224, HIDDEN), rows(HIDDEN, 2112), ints(mlp_few.COUNTS)
     return {
         "feed_forward_few": lambda: feed_forward(4),
-        "mlp_few": lambda: mlp_few.launch_mlp_few(rows(2, HIDDEN), *mlp),
+        "mlp_few": lambda: mlp_few.launch_mlp_few(rows(2, HIDDEN), *mlp, mlp_few.TILES),
     }
 
 

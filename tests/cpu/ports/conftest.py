@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import triton
 
-from gemma4_turbo.kernels import feed_forward_few, skinny_gemm
+from gemma4_turbo.kernels import feed_forward_few, mlp_few, skinny_gemm
+from gemma4_turbo.kernels.dataflow import Product
 from tests import releases
 
 QUICK = feed_forward_few.Tiles(
@@ -49,4 +50,5 @@ def large_tiles() -> Iterator[None]:
         if skinny_gemm.INTERPRETED:
             patch.setattr(skinny_gemm, "choose", few_programs)
             patch.setattr(feed_forward_few, "choose", whole_rows)
+            patch.setattr(mlp_few, "TILES", mlp_few.Tiles(Product(4, 4, 8), Product(8, 4, 8)))
         yield
