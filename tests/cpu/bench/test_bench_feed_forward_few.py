@@ -74,3 +74,17 @@ def test_rows(layers: bench.Layers, monkeypatch: pytest.MonkeyPatch, capsys: Any
     # Gate, up and down of the dense MLP, the router, and those of two experts, in bf16.
     assert frame.gb_per_s[0] == round(2 * 256 * (3 * 64 + 4 + 2 * 3 * 16) / 10 / 1e3)
     assert "one stream" in capsys.readouterr().err
+
+
+def test_there_is_no_ratio_to_what_did_not_run(
+    layers: bench.Layers, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    def broken(i: int) -> torch.Tensor:
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(layers, "two_streams", broken)
+    frame = pd.DataFrame(bench.measured(layers, 1, 3, {"gpu": "none"}))
+    assert list(frame.what) == ["one stream", "at once", "at once"]
+    assert list(frame.us) == [10.0, 20.0, 30.0]
+    assert frame.ratio.isna().all()
+    assert "two streams" in capsys.readouterr().err

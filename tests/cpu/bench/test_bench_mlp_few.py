@@ -81,3 +81,17 @@ def test_rows(
     assert list(frame.cut) == ["", "2/1/64 4/1/64"]
     assert frame.gb_per_s[0] == round(6 * 256 * 64 / 10 / 1e3)
     assert "out of resource" in capsys.readouterr().err
+
+
+def test_there_is_no_ratio_to_what_did_not_run(
+    layers: bench.Layers, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def broken(i: int) -> torch.Tensor:
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(layers, "two_launches", broken)
+    frame = pd.DataFrame(bench.measured(layers, 1, 3, {"gpu": "none"}))
+    assert list(frame.what) == ["at once", "at once"]
+    assert list(frame.us) == [10.0, 20.0]
+    assert frame.ratio.isna().all()
+    assert "two launches" in capsys.readouterr().err

@@ -538,10 +538,21 @@ class Compiling:
 
 
 @pytest.mark.parametrize(
-    ("lasting", "warm"), [((1.0, 1.2, 7), 2), ((3, 1, 0.95, 7), 3), ((9, 8, 7, 6, 5, 7), 5)]
+    ("lasting", "warm", "told"),
+    [
+        ((1.0, 1.05, 7), 2, ""),
+        ((3, 1, 0.95, 7), 3, ""),
+        ((3, 6.3, 3.1, 7), 3, ""),  # the second run compiled
+        ((3, 1, 2, 1, 7), 4, ""),
+        ((9, 8, 7, 6, 5, 7), 5, "not warm after 5 runs"),
+    ],
 )
-def test_an_engine_is_warm_when_a_run_is_no_faster(
-    tmp_path: Path, lasting: tuple[float, ...], warm: int
+def test_an_engine_is_warm_when_a_run_is_as_fast_as_the_fastest_before(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    lasting: tuple[float, ...],
+    warm: int,
+    told: str,
 ):
     """It compiles for a size of batch when one comes: 3.3 s of a run of 9 were that."""
     workload = peers_workloads.WORKLOADS["B"]._replace(requests=2, prompt=5, new=40)
@@ -558,6 +569,8 @@ def test_an_engine_is_warm_when_a_run_is_no_faster(
     begins = [tuple(one["ids"]) for given in worker.asked for one in given]
     assert len(set(begins)) == len(begins) == 2 * 2 * (warm + 1)
     assert [figures[0][1] for figures in found] == [7, 7]
+    assert ("not warm" in (out := capsys.readouterr().out)) == bool(told)
+    assert told in out
 
 
 # -- workloads ------------------------------------------------------------------------------------
