@@ -26,6 +26,8 @@ logger = logging.getLogger("gemma4_turbo")
 KNOWN = (9,)
 """Major compute capabilities that the package's own tiles were measured on."""
 
+NOTHING = "the GPU profile has nothing of this shape"
+
 
 class Row(NamedTuple, Generic[T]):
     """What was measured at a shape."""
@@ -84,10 +86,14 @@ def _look(
     try:
         return Row(made(numbers), "")
     except (TypeError, ValueError) as error:  # the file was edited, or is of other kernels
-        logger.warning(
-            "gemma4_turbo: the GPU profile's %s %s is not used: %s", kernel, shape, error
-        )
+        refused(kernel, shape, str(error))
         return None
+
+
+@functools.cache
+def refused(kernel: str, shape: tuple[Word, ...], why: str) -> None:
+    """Say once that what was measured at a shape is not used."""
+    logger.warning("gemma4_turbo: the GPU profile's %s %s is not used: %s", kernel, shape, why)
 
 
 def nearest(
@@ -129,7 +135,7 @@ def has(kernel: str, device: torch.device) -> bool:
 
 def forget() -> None:
     """Ask `source` again."""
-    for function in (tiles, _look, _nearest, has, known):
+    for function in (tiles, _look, _nearest, has, known, refused):
         function.cache_clear()
 
 
@@ -165,7 +171,8 @@ def unfit(argument: str, device: torch.device, row: Row[T] | None) -> str | None
         row: what was measured there at the call's shape.
     """
     if row is None:
-        return known(argument, device)
+        reason = known(argument, device)
+        return f"{reason}; {NOTHING}" if reason is not None and tiles(device) else reason
     return impossible(argument, device) or (row.reason if row.tile is None else None)
 
 

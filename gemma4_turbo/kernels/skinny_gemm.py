@@ -266,10 +266,12 @@ def found_here(
     shape: tuple[int, ...], epilogue: Epilogue, rows: int, device: torch.device
 ) -> measured.Row[Config] | None:
     """What was measured of a weight on this GPU; None if nothing was."""
-    row = measured.look("skinny_gemm", device, place(shape, epilogue, rows), made)
+    where = place(shape, epilogue, rows)
+    row = measured.look("skinny_gemm", device, where, made)
     if row is not None and row.tile is not None:
         blocks, left = divmod(shape[1], row.tile.block_k)
         if left or row.tile.split > blocks:
+            measured.refused("skinny_gemm", where, f"K cannot be cut so: {list(row.tile)}")
             return None
     return row
 

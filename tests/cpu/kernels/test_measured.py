@@ -179,9 +179,26 @@ def test_elsewhere_a_linear_layer_runs_where_it_was_measured(l4):
 
     assert unfit(16, 128) is None
     assert unfit(33, 128) == FASTER
-    assert "compute capability (8, 9)" in str(unfit(32, 128))  # of those nothing is known
+    nothing = str(unfit(32, 128))  # of those nothing is known
+    assert "compute capability (8, 9)" in nothing
+    assert nothing.endswith(measured.NOTHING)
     assert "compute capability (8, 9)" in str(unfit(16, 64))
     assert "compute capability (8, 9)" in str(unfit(16, 256))  # its tile cannot be
+
+
+def test_without_a_profile_none_is_spoken_of(l4, rows):
+    rows.clear()
+    measured.forget()
+    reason = str(skinny_gemm.unfit(ones(32, 256), ones(128, 256), Epilogue.NONE))
+    assert reason.endswith("the kernel is tuned for 9.0")
+
+
+def test_a_tile_that_does_not_divide_k_is_told_once(caplog):
+    for _ in range(2):
+        assert skinny_gemm.found_here((128, 192), Epilogue.NONE, 16, CPU) is None
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1
+    assert "skinny_gemm (128, 192, 0, 16) is not used: K cannot be cut so" in told[0]
 
 
 def test_elsewhere_attention_runs_where_it_was_measured(l4):
