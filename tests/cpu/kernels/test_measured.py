@@ -166,6 +166,7 @@ def test_tables_and_back():
 
 
 def test_the_packages_own_tiles_are_for_hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     for capability, runs in (((9, 0), True), ((8, 9), False), ((10, 0), False), ((12, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
         measured.forget()
