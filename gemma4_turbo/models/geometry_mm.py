@@ -37,6 +37,8 @@ SPECIAL_TOKENS = {
 }
 IMAGE_TOKEN = "<|image|>"
 PATCH, POOLING = 16, 3  # pixels of a patch's side; patches of a token's side
+SOFT_TOKENS = 280
+"""Of an image, at most, as published."""
 FIRST_BYTE, FIRST_CHARACTER = 200, 1000  # where those tokens begin in the vocabulary
 CHARACTERS = "▁\n" + string.ascii_letters + string.digits + string.punctuation
 
@@ -91,12 +93,13 @@ CHAT_TEMPLATE = """\
 """
 
 
-def config(name: str, layers: int | None = None) -> dict[str, Any]:
+def config(name: str, layers: int | None = None, soft_tokens: int = SOFT_TOKENS) -> dict[str, Any]:
     """The config.json of a model that takes pictures.
 
     Args:
         name: one of `MODELS`.
         layers: fewer layers of the language model, as in `gemma4_turbo.models.geometry.config`.
+        soft_tokens: of an image, at most. SGLang and transformers read it in `processor_config`, vLLM here.
 
     Raises:
         ValueError: naming the argument.
@@ -130,9 +133,9 @@ def config(name: str, layers: int | None = None) -> dict[str, Any]:
         "transformers_version": "5.5.0",  # the first with Gemma 4; without one it warns
         "tie_word_embeddings": True,
         "text_config": text,
-        "vision_config": projection_config(UNIFIED[name])
+        "vision_config": projection_config(UNIFIED[name]) | {"num_soft_tokens": soft_tokens}
         if unified
-        else vision_config(VISION[name]),
+        else vision_config(VISION[name]) | {"default_output_length": soft_tokens},
         "audio_config": None,
         "boi_token_id": SPECIAL_TOKENS["<|image>"],
         "eoi_token_id": SPECIAL_TOKENS["<image|>"],
@@ -180,7 +183,7 @@ def projection_config(p: Projection) -> dict[str, Any]:
     }
 
 
-def processor_config(soft_tokens: int = 280, family: str = "Gemma4") -> dict[str, Any]:
+def processor_config(soft_tokens: int = SOFT_TOKENS, family: str = "Gemma4") -> dict[str, Any]:
     """The processor_config.json: images become at most ``soft_tokens`` tokens each.
 
     ``family``: what the names of transformers' classes begin with.
@@ -272,12 +275,14 @@ def tokenizer() -> Any:
     return made
 
 
-def write_model(folder: Path, name: str, layers: int | None = None, soft_tokens: int = 280) -> Path:
+def write_model(
+    folder: Path, name: str, layers: int | None = None, soft_tokens: int = SOFT_TOKENS
+) -> Path:
     """Write all files into ``folder``, made if need be; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     family = "Gemma4Unified" if name in UNIFIED else "Gemma4"
     files = {
-        "config.json": config(name, layers),
+        "config.json": config(name, layers, soft_tokens),
         "processor_config.json": processor_config(soft_tokens, family),
         "tokenizer_config.json": tokenizer_config(family),
         "generation_config.json": {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0},

@@ -206,7 +206,9 @@ def test_the_number_of_an_images_tokens_is_a_choice(tmp_path: Path, soft_tokens:
     from transformers import AutoProcessor
 
     model = geometry_mm.write_model(tmp_path, "e2b", 5, soft_tokens)
-    assert json.loads((model / "config.json").read_text())["text_config"]["num_hidden_layers"] == 5
+    config = json.loads((model / "config.json").read_text())
+    assert config["text_config"]["num_hidden_layers"] == 5
+    assert config["vision_config"]["default_output_length"] == soft_tokens  # which vLLM reads
     made = AutoProcessor.from_pretrained(model)
     from PIL import Image
 
