@@ -165,9 +165,9 @@ def build(
     """
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
 
-    from gemma4_turbo.cli import small_moe
+    from gemma4_turbo.cli import sglang_process
 
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.models import geometry, geometry_mm
 
 PATCH, POOL, POSITIONS, WIDTH = 4, 2, 32, 96  # WIDTH: of the language model
@@ -24,7 +24,7 @@ def model(backend: str) -> Any:
     from sglang.srt.models.gemma4_vision import Gemma4VisionAttention
     from transformers import Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
 
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     vision = Gemma4VisionConfig(
         hidden_size=64,
         intermediate_size=128,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.instance import ENGINE
 from tests.cpu import shared_kv
 from tests.cpu.conftest import only_patch
@@ -21,7 +21,7 @@ NAME = "shared_kv_pool"
 
 @pytest.fixture(scope="module", autouse=True)
 def applied(patch_imported: None) -> None:
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
 
 
 @pytest.fixture(autouse=True)

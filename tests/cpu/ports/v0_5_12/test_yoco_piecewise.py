@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import yoco_cut, yoco_graph
@@ -46,7 +46,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         piecewise.stocks_operator(),
         piecewise.importable(),
     ):
-        small_moe.prepare_sglang()
+        sglang_process.prepare_sglang()
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.v0_5_23 import shared_kv_pool as patch
@@ -24,7 +24,7 @@ NAME = "shared_kv_pool"
 
 @pytest.fixture(scope="module", autouse=True)
 def applied(patch_imported: None) -> None:
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
 
 
 @pytest.fixture(autouse=True)
