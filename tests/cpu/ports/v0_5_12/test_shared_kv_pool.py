@@ -1,4 +1,4 @@
-"""KV pools without the layers that share KV: SGLang's configurator, pools and model."""
+"""KV pools without the KV-shared layers: SGLang's configurator, pools and model."""
 
 from __future__ import annotations
 

@@ -436,7 +436,7 @@ def test_a_model_whose_layers_share_nothing():
     memory, _, runner = compiled(shared=0)
     _, batch = made(*BATCHES[0], memory)
     assert runner.between() == [ATTENTION] * 6
-    assert "no layers that share KV" in ENGINE.runs[NAME].full_reason()
+    assert "no KV-shared layers" in ENGINE.runs[NAME].full_reason()
     found = runner.prefill(batch)
     assert found[: batch.extend_num_tokens].abs().sum(1).count_nonzero() == batch.extend_num_tokens
 

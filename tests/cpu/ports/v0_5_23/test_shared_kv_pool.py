@@ -1,4 +1,4 @@
-"""KV pools without the layers that share KV: SGLang's own configurator and pools."""
+"""KV pools without the KV-shared layers: SGLang's own configurator and pools."""
 
 from __future__ import annotations
 
