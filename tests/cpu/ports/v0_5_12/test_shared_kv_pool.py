@@ -139,7 +139,7 @@ def test_without_memory_it_fails_as_stock(tmp_path: Path):
 
 
 REFUSALS = [
-    ("share KV", "26b-a4b", {}),
+    ("KV-shared layers", "26b-a4b", {}),
     ("hierarchical cache", "e4b", {"enable_hierarchical_cache": True}),
     ("hierarchical cache", "e4b", {"enable_lmcache": True}),
     ("disaggregation", "e4b", {"disaggregation_mode": "prefill"}),

@@ -218,7 +218,7 @@ def test_a_table_that_cannot_be_counted_costs_no_server(
 
 
 REFUSALS = [
-    ("share KV", {"model": "26b-a4b"}),
+    ("KV-shared layers", {"model": "26b-a4b"}),
     ("sized again", {"post_capture_kv_active": True}),
     ("draft model", {"algorithm": "FROZEN_KV_MTP"}),
     ("pipeline", {"pp_size": 2}),
