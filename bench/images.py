@@ -46,7 +46,7 @@ CALLS = ("engaged", "captured", "declined")
 
 
 def with_needed(patches: list[str], model: str, layers: int) -> list[str]:
-    """The patches, and ``optional_kv`` for prefill graphs of layers that share KV (E2B, E4B, not cut)."""
+    """The patches, and ``optional_kv`` for prefill graphs of KV-shared layers (E2B, E4B, not cut)."""
     shared = 0 if layers else geometry.GEOMETRIES[model].kv_shared_layers
     more = "mm_prefill_graph" in patches and "optional_kv" not in patches and shared
     return [*patches, "optional_kv"] if more else patches

@@ -16,7 +16,7 @@ transformers 5.8.
     python bench/mtp.py --model e4b --together --kv-cache-dtype fp8_e4m3 --kv-scales 0.5:0.25
 
 An 8-bit KV cache with scales in the target's layers that own one, for `kv_scales`: stock's assistant and the
-target's layers that share KV read it as if the scales were 1. The three engines share all such arguments.
+target's KV-shared layers read it as if the scales were 1. The three engines share all such arguments.
 """
 
 from __future__ import annotations

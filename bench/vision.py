@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
 import gemma4_turbo
 from bench.common.provenance import provenance
 from bench.common.results import append
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 
 PATCHES = [
     "vision_batch",
@@ -49,9 +49,9 @@ def build(device: str, small: bool, attention: str) -> Any:
     from transformers import Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
 
     if device == "cpu" or attention:
-        small_moe.prepare_sglang(mm_attention_backend=attention or "triton_attn")
+        sglang_process.prepare_sglang(mm_attention_backend=attention or "triton_attn")
     else:
-        small_moe.prepare_sglang()
+        sglang_process.prepare_sglang()
     sizes: dict[str, Any] = {}
     if small:
         sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}

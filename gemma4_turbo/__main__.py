@@ -13,7 +13,11 @@ from typing import Annotated
 try:
     import typer
 except ImportError:
-    sys.exit("gemma4_turbo: the command line needs typer and rich: pip install typer rich")
+    TOLD = "the command line needs typer and rich: pip install typer rich"
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": TOLD}, indent=1))
+    print(f"gemma4_turbo: {TOLD}", file=sys.stderr)
+    sys.exit(3)  # as CANNOT_RUN
 
 from gemma4_turbo.cli.commands import Command, Commands
 from gemma4_turbo.version import __version__
@@ -237,7 +241,7 @@ def sitecustomize() -> None:
 
     Exit 3: the installation is incomplete. No variable is looked at: the server names wrong ones.
     """
-    from gemma4_turbo.cli import example as command
+    from gemma4_turbo.cli import sitecustomize as command
 
     # In $(...) its exit status is lost: the server would stay stock.
     _answer(False, command.run, checked=False)

@@ -1,4 +1,4 @@
-"""What typer's commands lack: help without ragged lines, and JSON for a wrong option."""
+"""What typer's commands lack: help without ragged lines, JSON for a wrong option, completion of a name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from typer.core import TyperCommand, TyperGroup
 
 # Newer releases of typer bring a click of their own: what both raise is found by what they export.
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[1]
+# A shell completes one word, not ``python -m gemma4_turbo``, of which typer makes a broken variable.
+SCRIPT = "gemma4-turbo"
+COMPLETION = {"--show-completion", "--install-completion"}
 
 
 def _without_types_of_flags(params: list[Any]) -> list[Any]:
@@ -53,6 +56,8 @@ class Commands(TyperGroup):
         """As typer's; a wrong option is told in JSON where that was asked for."""
         given = sys.argv[1:] if args is None else list(args)
         ours = given[: given.index("--")] if "--" in given else given
+        if COMPLETION & set(ours):
+            prog_name = SCRIPT
         in_json = standalone_mode and "--json" in ours
         settings = (prog_name, complete_var, standalone_mode and not in_json, windows_expand_args)
         if not in_json:

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 from gemma4_turbo.cli import report, verify
 from gemma4_turbo.cli.arguments import flag
-from gemma4_turbo.cli.example import folder as example_folder
 from gemma4_turbo.cli.modules import CannotRunError, require_sglang, require_targets
 from gemma4_turbo.cli.report import Console
+from gemma4_turbo.cli.sitecustomize import folder as example_folder
 from gemma4_turbo.engine.checks import Check
 from gemma4_turbo.engine.counters import descendants
 from gemma4_turbo.instance import ENGINE

@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 
-from gemma4_turbo.cli.small_moe import prepare_sglang
+from gemma4_turbo.cli.sglang_process import prepare_sglang
 
 HIDDEN, EXPERTS, TOPK, WIDTH, VOCABULARY = 256, 128, 8, 32, 64
 

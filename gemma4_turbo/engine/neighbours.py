@@ -1,9 +1,9 @@
 """Other packages' wrappers on functions that a patch relies on or goes round.
 
 SGLang's HookRegistry and other packages wrap functions at run time. A patch that does not call such a
-function, or knows it by its source only, would bypass the wrapper. So it is looked whether the function
-still is the one that its module's source defines: when the patch is installed, and again when the
-model stands.
+function, or knows it by its source only, would bypass the wrapper. So each such function
+is compared with what its module's source defines, when the patch is installed and again when the
+model is loaded.
 """
 
 from __future__ import annotations

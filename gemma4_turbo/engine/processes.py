@@ -1,4 +1,4 @@
-"""Which process is meant, for files that outlive it and that other containers see. Read from /proc."""
+"""The identity of a process, for files that outlive it and that other containers see. Read from /proc."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tiles are chosen by: the GPU at hand."""
+"""Properties of the GPU that tiles are chosen by."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ rows of the cosine/sine cache at the token's position::
     out[h:]  = round(n[:h] * s + n[h:] * c)
     k_cache[location] = out of K;  v_cache[location] = n of V        # STORE
 
-Stock needs three launches (norm, rope, store), four on layers that share KV. The sum follows stock's
+Stock needs three launches (norm, rope, store), four on KV-shared layers. The sum follows stock's
 Triton kernel (sglang/srt/layers/gemma4_fused_ops.py): a 1-D block of D over four warps. The
 rotation follows sglang/jit_kernel/csrc/elementwise/rope.cuh as nvcc contracts it: the product with the
 cosine is the fused one.

@@ -1,29 +1,29 @@
 """One answer for all processes that compute a layer together: they run a kernel, or none of them does.
 
-Where a kernel's numbers are not stock's bits, a process that takes stock's path beside one that does not
-has other hidden states: it routes tokens to other experts, and samples other tokens, after which the
-processes wait for each other for ever. What a comparison finds on one GPU therefore counts on all of them.
+Where a kernel does not give stock's bits, a process that runs it and one that runs stock have different
+hidden states: they route tokens to different experts, sample different tokens, and then deadlock in a
+collective. A comparison that fails on one GPU therefore counts on all of them.
 
-The processes answer through the store that they met in, never by a collective: one may not come to a
-question, because it has declined earlier. A question has one decision, which is written once and never
-changed; whoever asks goes by what stands there, also where it is not what it has just tried to write.
+The processes agree through the store of their process group, never by a collective: a process that has
+declined earlier may never ask. Each question has one decision, which is written once and never changed. A
+process obeys the decision that it reads, even where it has just tried to write another one.
 
-1. Who has found something against it, writes that as the decision. It has not counted itself.
-2. Who has not, counts itself. The one that completes the count writes `YES` as the decision.
-3. The others wait for a decision. Who has waited `PATIENCE_S` in vain, writes that as the decision.
+1. A process with a reason against the kernel writes it as the decision, and does not count itself.
+2. Any other process counts itself. The one that completes the count writes `YES` as the decision.
+3. The rest wait for a decision. After `PATIENCE_S` a process writes the timeout as the decision.
 
-So all who ask have one answer, in whatever order and however late they come. A yes stands only where all
-have counted themselves: none of them has written a no, and each will read the yes, if it comes too late to
-complain of the wait. Once a no stands, who comes later may complete the count, and still reads the no. One
-that never asks runs no kernel, and those that wait for it are given none.
+So all processes read one answer, in whatever order and however late they ask. A yes requires the whole count:
+no process has written a no, and each will read the yes, even one whose timeout comes too late. After a no a
+late process may complete the count, and still reads the no. A process that never asks runs no kernel, and
+those that wait for it run none either.
 
-Where one does not come to a question of a patch, it will hardly come to the patch's next ones. After a wait
-in vain the patch's later questions are answered no by all of the group, at once, and after `WAITS` of them
-those of every patch: the store keeps count, so that not even processes that wait by turns exceed a step's
-time. A mark that one sees earlier than another changes who says no, and nothing else.
+A process that missed one question of a patch will hardly ask the next. After a timeout the whole group answers
+the patch's later questions with no, at once, and after `WAITS` timeouts those of every patch: the store keeps
+the count, so that waits in turn do not exceed a step's time limit either. If one process sees that mark earlier
+than another, only the author of the no changes.
 
-What this cannot help is a store that breaks off after one has counted itself: it declines, and others may
-have read a yes. It is the one through which the GPUs' own collectives were set up.
+This does not cover a store that breaks after a process has counted itself: that process declines, and others
+may have read a yes. It is the store through which the GPUs' own collectives were set up.
 """
 
 from __future__ import annotations

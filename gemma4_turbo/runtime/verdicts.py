@@ -1,4 +1,4 @@
-"""What comparisons of a kernel with stock, on the GPU at hand, have come to."""
+"""Results of comparing a kernel with stock on this GPU, kept for the process."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Verdicts(dict[tuple[Any, ...], str | None]):
         waiting: str | None,
         compare: Callable[[], str | None],
     ) -> str | None:
-        """Why a kernel may not run for this key, or None. A look-up but for the first time.
+        """Why a kernel may not run for this key, or None. Cached after the first call.
 
-        A kernel with stock's bits may run on one GPU of tensor parallelism and not on another. Of the
-        others the first time is a question to all of them: `gemma4_turbo.runtime.ranks`.
+        Under tensor parallelism a kernel with stock's bits may run on one GPU and not on another. For any
+        other kernel the first call asks all GPUs: `gemma4_turbo.runtime.ranks`.
 
         Args:
             run: becomes `failed` where the comparison finds a difference, or cannot be made.

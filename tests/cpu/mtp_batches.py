@@ -42,7 +42,7 @@ def batch(*names: str, first_slot: int = 0) -> Any:
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-    from gemma4_turbo.cli.small_moe import prepare_sglang
+    from gemma4_turbo.cli.sglang_process import prepare_sglang
 
     prepare_sglang()
     requests = [request(name) for name in names]

@@ -563,7 +563,7 @@ def main(folder: Path) -> None:
     from sglang.srt.layers.attention import triton_backend
 
     import gemma4_turbo
-    from gemma4_turbo.cli.small_moe import prepare_sglang
+    from gemma4_turbo.cli.sglang_process import prepare_sglang
     from gemma4_turbo.instance import ENGINE
 
     prepare_sglang()

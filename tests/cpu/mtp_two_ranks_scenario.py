@@ -91,7 +91,7 @@ def seen(rank: int) -> dict[str, Any]:
 def main(folder: Path) -> None:
     """Both processes; the second one is a fork, so that SGLang is imported once."""
     drafts.import_worker(folder)
-    from gemma4_turbo.cli.small_moe import prepare_sglang
+    from gemma4_turbo.cli.sglang_process import prepare_sglang
 
     def found(rank: int) -> dict[str, Any]:
         prepare_sglang()

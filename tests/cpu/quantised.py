@@ -18,7 +18,7 @@ import torch
 
 HIDDEN, INTERMEDIATE, HEAD, HEADS, EXPERTS = 256, 256, 128, 2, 128
 KINDS = ("dense", "moe", "ple", "kv")
-"""Dense, with experts, with per-layer embeddings, with a layer that shares KV."""
+"""Dense, with experts, with per-layer embeddings, with a KV-shared layer."""
 
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
@@ -165,9 +165,9 @@ def build(
     """
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
 
-    from gemma4_turbo.cli import small_moe
+    from gemma4_turbo.cli import sglang_process
 
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_model, small_moe
+from gemma4_turbo.cli import sglang_process, small_model
 
 SHARED_FROM = 3
 TYPES = ["sliding_attention", "sliding_attention", "full_attention"] * 2
@@ -49,7 +49,7 @@ def build(shared: int = SHARED_FROM, ple: bool = True) -> Any:
     """SGLang's text model with random weights."""
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
 
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     with small_model.constructing(DTYPE):
         model = Gemma4TextModel(config(shared, ple))
     generator = torch.Generator().manual_seed(0)

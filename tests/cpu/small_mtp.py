@@ -67,7 +67,7 @@ def ready() -> Iterator[None]:
     """What the constructors need; the rotary embedding, which needs a GPU, is left out."""
     from sglang.srt.models import gemma4_causal
 
-    from gemma4_turbo.cli.small_moe import prepare_sglang
+    from gemma4_turbo.cli.sglang_process import prepare_sglang
 
     prepare_sglang()
     with mock.patch.object(gemma4_causal, "get_rope", return_value=None):

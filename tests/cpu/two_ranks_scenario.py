@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import skinny_gemm as product
 from gemma4_turbo.runtime import ranks
@@ -63,7 +63,7 @@ def join(rank: int, port: int) -> None:
         given = ServerArgs(model_path="dummy", device="cpu", tp_size=2)
         publish(given, role="scheduler", ranks=SpawnRanks(world_rank=rank))
     else:
-        arguments = (small_moe._arguments({"tp_size": 2}),)
+        arguments = (sglang_process._arguments({"tp_size": 2}),)
         widths = {"tensor_model_parallel_size": 2}
         import_module("sglang.srt.layers.dp_attention")._ATTN_DP_SIZE = 1  # as a server sets it
     init_distributed_environment(
@@ -375,7 +375,7 @@ def main() -> None:
     from gemma4_turbo.ports.any import layer_steps as steps
 
     layer_steps = steps
-    port = small_moe.free_port()
+    port = sglang_process.free_port()
 
     def found(rank: int) -> dict[str, Any]:
         join(rank, port)

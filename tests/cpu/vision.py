@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.models import geometry, geometry_mm
 
 PATCH, POOL, POSITIONS, WIDTH = 4, 2, 32, 96  # WIDTH: of the language model
@@ -24,7 +25,7 @@ def model(backend: str) -> Any:
     from sglang.srt.models.gemma4_vision import Gemma4VisionAttention
     from transformers import Gemma4Config, Gemma4TextConfig, Gemma4VisionConfig
 
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     vision = Gemma4VisionConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -69,6 +70,18 @@ def model(backend: str) -> Any:
             low = 0.5 if "norm" in name else -0.2
             parameter.uniform_(low, low + (1.0 if low > 0 else 0.4), generator=generator)
     return made
+
+
+class ReadBacks(TorchDispatchMode):
+    """Counts numbers that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
 
 
 def pixels(height: int, width: int, padding: int = 0, seed: int = 0) -> Any:

@@ -12,7 +12,7 @@ import torch
 from sglang.srt import server_args
 from sglang.srt.layers.attention import triton_backend
 
-from gemma4_turbo.cli import lines, small_moe
+from gemma4_turbo.cli import lines, sglang_process
 
 Window = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -33,7 +33,7 @@ def patch(name: str) -> ModuleType:
 def give_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the fused experts read of the server's arguments."""
     if not hasattr(server_args, "_global_server_args"):
-        small_moe.prepare_sglang()
+        sglang_process.prepare_sglang()
         return
     arguments = SimpleNamespace(
         enable_deterministic_inference=False, enable_fused_moe_sum_all_reduce=False

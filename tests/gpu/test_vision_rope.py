@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.kernels import vision_rope as kernel
 from gemma4_turbo.ports.any import vision_rope as patch
 
@@ -14,7 +14,7 @@ from gemma4_turbo.ports.any import vision_rope as patch
 @pytest.mark.parametrize("shape", [(1, 1, 4), (33, 2, 8), (2520, 12, 64), (900, 16, 72)])
 def test_every_bit_is_stocks(dtype: torch.dtype, shape: tuple[int, int, int]):
     """Signed zeros, infinities, NaN and subnormals included."""
-    small_moe.prepare_sglang()  # a module of SGLang's cannot be imported on its own everywhere
+    sglang_process.prepare_sglang()  # a module of SGLang's cannot be imported on its own everywhere
     from sglang.srt.models.gemma4_vision import _apply_multidimensional_rope
 
     tokens, heads, head_dim = shape

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.progress import track
 
-from gemma4_turbo.cli import lines, report, small_moe
+from gemma4_turbo.cli import lines, report, sglang_process
 from gemma4_turbo.cli.report import Console
 from gemma4_turbo.cli.tuning.timing import Timer, readings
 from gemma4_turbo.kernels import moe_tables
@@ -247,7 +247,7 @@ def prepare_sglang() -> None:
     from sglang.srt import server_args
 
     if not hasattr(server_args, "_global_server_args"):
-        small_moe.prepare_sglang()
+        sglang_process.prepare_sglang()
         return
     arguments: Any = SimpleNamespace(
         enable_deterministic_inference=False, enable_fused_moe_sum_all_reduce=False

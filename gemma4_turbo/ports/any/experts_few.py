@@ -2,8 +2,8 @@
 
 The function that is replaced is the inside of SGLang's opaque fused-experts operators, which torch.compile
 does not look into. Quantised experts, biases, other activations and whatever else the call may ask for are
-stock's. Under tensor parallelism each rank has a slice of every expert, and the sum over the ranks is the
-layer's as ever.
+stock's. Under tensor parallelism each rank has a slice of every expert; the all-reduce
+stays the layer's.
 """
 
 from __future__ import annotations

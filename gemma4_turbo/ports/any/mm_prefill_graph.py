@@ -21,7 +21,7 @@ LANGUAGE_MODEL = ("sglang.srt.models.gemma4_causal", "Gemma4TextModel")
 MOVED = "a weight update put other parameters in the place of those in the graphs"
 # Without the cut a long prompt would lose more than a short one gains.
 NO_CUT = "`yoco` saves more, which cuts nothing in these graphs without `yoco_piecewise`"
-NO_SHARED_KV = "layers that share KV run in these graphs with `optional_kv` only"
+NO_SHARED_KV = "KV-shared layers run in these graphs with `optional_kv` only"
 
 
 # -- which servers get them ------------------------------------------------------------------------
@@ -70,7 +70,7 @@ def unfit(
 
 
 def shared_kv_unfit(works: Callable[[str], bool]) -> str | None:
-    """Why layers that share KV (E2B, E4B) keep a server out of these graphs, or None.
+    """Why KV-shared layers (E2B, E4B) keep a server out of these graphs, or None.
 
     Args:
         works: whether a patch of this name does its work, or will.

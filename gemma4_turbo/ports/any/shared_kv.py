@@ -27,7 +27,7 @@ def model_unfit(config: ModelConfig) -> str | None:
     """Why a model's pools have no layers to leave out, or None."""
     reason = architectures.unfit(config, ARCHITECTURES)
     if reason is None and not layers(config):
-        return "the model has no layers that share KV"
+        return "the model has no KV-shared layers"
     return reason
 
 

@@ -3,8 +3,8 @@
 The linear layers of the vision and audio encoders clamp what goes in and what comes out, with bounds
 that the checkpoint may leave infinite; then a clamp is a copy. Whether bounds are finite is read from
 the GPU once per layer, and again as soon as one is replaced or written to, or SGLang may have loaded
-weights (`gemma4_turbo.runtime.weights`). Somebody else's write through ``.data`` shows nowhere on the host: it
-is seen with the next loading only.
+weights (`gemma4_turbo.runtime.weights`). Other code's write through ``.data`` leaves no trace on the host: it is
+seen at the next loading.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`yoco`, the cut: a prefill gives the layers that share KV only the rows whose logits are wanted.
+"""`yoco`, the cut: a prefill gives the KV-shared layers only the rows whose logits are wanted.
 
-From the first layer that shares KV on, no layer writes KV: a token's row there matters to nothing but
+From the first KV-shared layer on, no layer writes KV: a token's row there matters to nothing but
 its own logits. So before that layer the rows are cut to the tail, the last row of every request whose
 prompt ends in this batch. The layers run as in a decode step of those tokens, and the result goes back
 to the rows' places; all other rows are zero.
@@ -47,7 +47,7 @@ SGLang makes a second batch for a piecewise graph and hands this tensor on to it
 LOGITS = "_gemma4_turbo_logits_processor"
 """On the same tensor: the module that SGLang hands the text model's result to."""
 
-NOTHING_SHARED = "the model has no layers that share KV at its end"
+NOTHING_SHARED = "the model has no KV-shared layers at its end"
 
 
 _fallback = Fallback("the cut")
@@ -57,15 +57,15 @@ _watched: weakref.WeakKeyDictionary[TextModel, tuple[list[Module], hooks.Watched
 
 
 class Cut(NamedTuple):
-    """What the layers that share KV are to run on in one batch."""
+    """What the KV-shared layers are to run on in one batch."""
 
-    first: int  # index of the first layer that shares KV
+    first: int  # index of the first KV-shared layer
     tokens: int
     requests: list[int]  # those whose prompt ends here
     rows: list[int]  # the last row of each
     lengths: list[int]  # keys of each, the row's own included
     windows: list[int]  # keys of each in a sliding layer
-    sliding: int | None  # index of a sliding layer that shares KV
+    sliding: int | None  # index of a sliding KV-shared layer
 
 
 class Tail(NamedTuple):
@@ -172,7 +172,7 @@ def counted(
 
 
 def first_shared(model: TextModel) -> int | None:
-    """Index of the first of the layers that share KV; None unless they are the last ones."""
+    """Index of the first of the KV-shared layers; None unless they are the last ones."""
     shared = [_shares(layer) for layer in model.layers]
     count = sum(shared)
     first = len(shared) - count
@@ -223,7 +223,7 @@ def _hooks_unfit(model: TextModel, batch: ForwardBatch) -> str | None:
     if "forward" in state and not line().sets_forward(model, state["forward"]):
         return "somebody has set the text model's forward"
     if behind_the_cut(model).hooked():
-        return hooks.HOOKED.format("a layer that shares KV, or the last norm,")
+        return hooks.HOOKED.format("a KV-shared layer, or the last norm,")
     processor = getattr(batch.seq_lens_cpu, LOGITS, None)
     if processor is not None and hooks.hooked(processor):
         return hooks.HOOKED.format("the logits processor")
@@ -231,7 +231,7 @@ def _hooks_unfit(model: TextModel, batch: ForwardBatch) -> str | None:
 
 
 def behind_the_cut(model: TextModel) -> hooks.Watched:
-    """The hooks of the layers that share KV, of the last norm, and of all that is inside them."""
+    """The hooks of the KV-shared layers, of the last norm, and of all that is inside them."""
     layers = list(model.layers._modules.values())
     every: list[Module] = [*layers, model.norm]
     kept, watched = _watched.get(model, (None, None))
@@ -321,7 +321,7 @@ def backend_unfit(backend: TritonBackend) -> str | None:
 
 
 def _cache_unfit(model: TextModel, pool: KVPool) -> str | None:
-    """With an 8-bit cache stock's extend kernel does not compile for layers that share KV.
+    """With an 8-bit cache stock's extend kernel does not compile for KV-shared layers.
 
     It is to fail at the first prompt, not at the first one that is not cut.
     """

@@ -1,4 +1,4 @@
-"""`yoco_graph`: the layers that share KV in CUDA graphs, on the tail of `yoco`.
+"""`yoco_graph`: the KV-shared layers in CUDA graphs, on the tail of `yoco`.
 
 They run on a few rows, one launch after the other, and the host is slower than the GPU there. One
 graph per number of rows, up to the next of `SIZES`: the first batch of a size runs eagerly on the
@@ -60,7 +60,7 @@ OFF = {
 
 
 def run(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> torch.Tensor:
-    """The layers that share KV and the last norm over ``tail``, cut from ``batch``: ``[rows, hidden]``.
+    """The KV-shared layers and the last norm over ``tail``, cut from ``batch``: ``[rows, hidden]``.
 
     The result may lie in a graph's memory, which the next call overwrites. Both run on one stream,
     so whatever was launched on it in between has read it by then: the caller puts the rows into a

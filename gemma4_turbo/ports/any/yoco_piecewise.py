@@ -1,6 +1,6 @@
 """`yoco_piecewise`: the cut of `yoco` inside SGLang's CUDA graphs of prefill, whatever they are split at.
 
-What is recorded ends before the first layer that shares KV. What a line has run between two graphs
+What is recorded ends before the first KV-shared layer. What a line has run between two graphs
 stands for all that is behind. It must run whatever batch comes later: a batch that is not to be cut goes
 through the layers with all its rows.
 """

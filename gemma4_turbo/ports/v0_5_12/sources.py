@@ -104,7 +104,7 @@ _PIECEWISE = (
 )
 
 
-# Of which a decode step of the layers that share KV makes one of its own.
+# Of which a decode step of the KV-shared layers makes one of its own.
 _METADATA_READS = (
     (
         "sglang.srt.layers.attention.triton_backend:ForwardMetadata",

@@ -1,6 +1,6 @@
 """``Gemma4TextModel.forward``: the same loop, in steps that patches can take over one by one.
 
-Each layer is handed the norm that reads its result; before the layers that share KV the rows may be
+Each layer is handed the norm that reads its result; before the KV-shared layers the rows may be
 cut (`gemma4_turbo.ports.any.yoco_cut`, in piecewise CUDA graphs `gemma4_turbo.ports.v0_5_12.yoco.piecewise`),
 and the tail may run in a CUDA graph (`gemma4_turbo.ports.any.yoco_graph`).
 """

@@ -52,7 +52,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
     ) -> tuple[Layers, Layers]:
         tables = attention_layers, mha_companion_layers
         shared = [] if layer_model is None else sharing(layer_model)
-        elsewhere = None if shared else "the model has no layers that share KV"
+        elsewhere = None if shared else "the model has no KV-shared layers"
         if layer_model is not None and shared:
             elsewhere = _table_unfit(*tables, layer_model)
         if elsewhere is not None or layer_model is None:
@@ -79,7 +79,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
 
 
 def sharing(model: TextModel) -> list[object]:
-    """Attention of the layers that share KV, in SGLang's own Gemma 4 text model; none in another."""
+    """Attention of the KV-shared layers, in SGLang's own Gemma 4 text model; none in another."""
     from sglang.srt.models.gemma4_causal import Gemma4TextModel
 
     if type(model) is not Gemma4TextModel:

@@ -1,13 +1,13 @@
-"""The sums over GPUs that stock's layer boundaries make under tensor parallelism, for a layer's forward.
+"""The all-reduces that stock's layer boundaries make under tensor parallelism, for a layer's forward.
 
-Attention's output projection, the dense MLP and the experts leave each GPU its part. Stock sums
-attention's at the entry of the feed-forward, before the norm after attention, and the other two in
-``_next_stream``, each before its own norm. Here are the same sums, by the same functions of SGLang's, in
-the same order, on the same tensors: a layer of ours on one GPU and one of stock's on another would still
-meet in every sum.
+Attention's output projection, the dense MLP and the experts leave a partial sum on each GPU. Stock
+all-reduces attention's at the entry of the feed-forward, before the norm after attention, and the other two
+in ``_next_stream``, each before its own norm. The all-reduces here are the same, by the same functions of
+SGLang's, in the same order, on the same tensors: a layer of ours on one GPU and one of stock's on another
+still meet in every collective.
 
-Stock has no launch that sums and norms for these layers: their norm after attention comes between. Should
-a server choose one, the boundary's entry is another than the one that is looked for here.
+Stock has no fused all-reduce and norm for these layers: the norm after attention comes between. Should a
+server choose one, the boundary's entry differs from the one that is expected here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """``Gemma4TextModel.forward`` of 0.5.22 and 0.5.23: the same loop, each layer handed the norm after it.
 
-Before the layers that share KV the rows may be cut (`gemma4_turbo.ports.any.yoco_cut`), and the tail may
+Before the KV-shared layers the rows may be cut (`gemma4_turbo.ports.any.yoco_cut`), and the tail may
 run in a CUDA graph (`gemma4_turbo.ports.any.yoco_graph`). In SGLang's own prefill graphs the cut is made
 between two of their segments (`gemma4_turbo.ports.v0_5_23.yoco_piecewise`).
 """

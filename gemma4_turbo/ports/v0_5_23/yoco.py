@@ -109,7 +109,7 @@ def _slots_unfit(batch: LayerBatch) -> str | None:
     if backend.dllm_attention is not None:
         return "the attention of a diffusion language model"
     if not _LATE_READS.isdisjoint(vars(type(backend))):
-        return "the scheduler may write over slots before the layers that share KV run"
+        return "the scheduler may write over slots before the KV-shared layers run"
     pool = backend.token_to_kv_pool
     if type(pool) not in (triton_backend.types().pool, triton_backend.types().swa_pool):
         return f"the KV pool is a {type(pool).__name__}"

@@ -125,7 +125,7 @@ def shared_layers(
     model: TextModel,
     first: int,
 ) -> None:
-    """The layers that share KV and the last norm, for the batch that SGLang runs just now.
+    """The KV-shared layers and the last norm, for the batch that SGLang runs just now.
 
     Rows of ``output`` that nobody wants, those of the padding among them, are zeros.
     """

@@ -43,9 +43,9 @@ def load(folder: Path, dtype: torch.dtype, quantisation: Any = None) -> tuple[An
     from sglang.srt.models.gemma4_causal import Gemma4ForCausalLM
     from sglang.srt.utils.hf_transformers import get_config
 
-    from gemma4_turbo.cli import small_moe
+    from gemma4_turbo.cli import sglang_process
 
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     config = get_config(str(folder), trust_remote_code=False)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -173,3 +173,24 @@ def test_a_flag_has_no_type(name: str | None) -> None:
 
 def test_bisect_shows_where_the_command_begins() -> None:
     assert re.search(r"Usage: .* bisect \[OPTIONS\] -- .*COMMAND", "\n".join(help_of("bisect")))
+
+
+def test_completion_is_of_the_script() -> None:
+    """A shell completes ``gemma4-turbo``; ``_PYTHON _M GEMMA4_TURBO_COMPLETE=`` would be no variable."""
+    command = [sys.executable, "-m", "gemma4_turbo", "--show-completion", "bash"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "\n                   _GEMMA4_TURBO_COMPLETE=complete_bash $1 " in told
+    assert "complete -o default -F _gemma4_turbo_completion gemma4-turbo" in told
+    told = CliRunner().invoke(app, ["doctor", "-h"], prog_name="python -m gemma4_turbo").output
+    assert "python -m gemma4_turbo doctor" in told
+
+
+def test_without_typer_the_machine_lacks_something() -> None:
+    code = "import sys; sys.modules['typer'] = None; import runpy; " + (
+        "runpy.run_module('gemma4_turbo', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["error"] in done.stderr
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -444,6 +445,25 @@ def test_a_comparison_that_raises_is_different(monkeypatch: pytest.MonkeyPatch) 
     assert told == [
         f"comparing {p.name} with stock ({i} of 2)" for i, p in enumerate(CATALOGUE[:2], 1)
     ]
+
+
+@pytest.mark.filterwarnings("error")
+def test_triton_interpreter_warns_of_nothing_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products of infinities are asked for; other modules' warnings are not held back."""
+
+    def verify_in(module: str) -> None:
+        def drawn(device: str) -> list[Check]:
+            warnings.warn_explicit("overflow in exp", RuntimeWarning, "x.py", 1, module)
+            return []
+
+        runs = {"one": SimpleNamespace(swaps=[1], patch=CATALOGUE[0], verify=drawn)}
+        monkeypatch.setattr(verify, "ENGINE", SimpleNamespace(runs=runs))
+
+    verify_in("triton.runtime.interpreter")
+    assert verify.check_all("cpu") == []
+    verify_in("numpy")
+    (told,) = verify.check_all("cpu")
+    assert told.allowed == "RuntimeWarning: overflow in exp"
 
 
 @pytest.mark.parametrize("text", TEXTS)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma4_turbo.catalogue import by_name
-from gemma4_turbo.cli.small_moe import prepare_sglang
+from gemma4_turbo.cli.sglang_process import prepare_sglang
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.served_models import Models
 from gemma4_turbo.engine.swap import Swap

@@ -221,7 +221,7 @@ def process_unfit(runner: MultimodalRunner) -> str | None:
         return hooks.HOOKED.format("a layer")
     shares = getattr(model.config.text_config, "num_kv_shared_layers", 0)
     if shares and peer("optional_kv").state != states.ACTIVE:
-        return f"layers that share KV: `optional_kv` is {peer('optional_kv').state}"
+        return f"KV-shared layers: `optional_kv` is {peer('optional_kv').state}"
     return None
 
 

@@ -2,7 +2,7 @@
 
 torch.compile traces the model's forward once, and SGLang splits what it traced at the operators of
 attention: what lies between two of them becomes one CUDA graph per number of tokens. Here the traced
-forward ends before the first layer that shares KV: one operator more stands for all that is behind,
+forward ends before the first KV-shared layer: one operator more stands for all that is behind,
 and runs between the graphs, as attention does. It cuts the rows and runs the layers on the tail,
 so that neither the graphs nor the tokens pay for them (`gemma4_turbo.ports.any.yoco_piecewise`).
 
@@ -38,7 +38,7 @@ SCHEMA = (
 )
 SPLIT_NAMES = custom_ops.cut_names(SCHEMA)
 
-# On a model: its number below, and its first layer that shares KV.
+# On a model: its number below, and its first KV-shared layer.
 _CUT = "_gemma4_turbo_traced_cut"
 _numbers = itertools.count()
 _models: weakref.WeakValueDictionary[int, TextModel] = weakref.WeakValueDictionary()
@@ -154,7 +154,7 @@ def shared_layers(
     output: torch.Tensor,
     model: int,
 ) -> None:
-    """The layers that share KV and the last norm, for the batch that SGLang runs just now.
+    """The KV-shared layers and the last norm, for the batch that SGLang runs just now.
 
     Rows of ``output`` that nobody wants, those of the padding among them, are zeros.
     """

@@ -34,7 +34,7 @@ def _graph_unfit() -> str | None:
 
 
 def _layout_unfit(batch: ForwardBatch) -> str | None:
-    # One that runs out of memory sends all rows on, and the others wait in a sum of fewer.
+    # One that runs out of memory would all-reduce all rows, the others fewer.
     if _gpus() > 1:
         return "several GPUs: one of them alone may have to send all rows on"
     if batch.padded_static_len >= 0:

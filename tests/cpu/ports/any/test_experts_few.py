@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton.runti
 
 @pytest.fixture(scope="module", autouse=True)
 def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    from gemma4_turbo.cli.small_moe import prepare_sglang
+    from gemma4_turbo.cli.sglang_process import prepare_sglang
 
     with patched_sglang(tmp_path_factory, only=[NAME]):
         prepare_sglang()

@@ -52,7 +52,7 @@ class World:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from sglang.srt.layers.moe.moe_runner.triton_utils import fused_moe_triton_config
 
-        from gemma4_turbo.cli.small_moe import prepare_sglang
+        from gemma4_turbo.cli.sglang_process import prepare_sglang
 
         prepare_sglang()
         self.stock = fused_moe_triton_config

@@ -17,7 +17,7 @@ import torch
 
 from bench.models import small_models, small_tasks
 from gemma4_turbo.cli import lines
-from gemma4_turbo.cli.small_moe import prepare_sglang
+from gemma4_turbo.cli.sglang_process import prepare_sglang
 from tests.cpu import forward_batch
 
 TOKENS = 40  # several windows

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import vision_clamps as patch
@@ -23,7 +23,7 @@ NAME = "vision_clamps"
 @pytest.fixture(scope="module", autouse=True)
 def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with patched_sglang(tmp_path_factory, only=[NAME]):
-        small_moe.prepare_sglang()
+        sglang_process.prepare_sglang()
         yield
 
 

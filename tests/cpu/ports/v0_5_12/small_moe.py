@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from gemma4_turbo.cli.small_moe import prepare_sglang
+from gemma4_turbo.cli.sglang_process import prepare_sglang
 
 HIDDEN, EXPERTS, TOPK, WIDTH = 64, 128, 8, 32
 

@@ -484,7 +484,7 @@ class Gathers(TorchDispatchMode):
 
 @pytest.mark.parametrize("layer", [SLIDING, FULL])
 def test_nothing_is_gathered_twice(world, layer, monkeypatch: pytest.MonkeyPatch):
-    """A layer that shares KV, on a device that the kernel does not take: what stock gathers."""
+    """A KV-shared layer, on a device that the kernel does not take: what stock gathers."""
     batch = world.extend([20, 6], [30, 0])
     q, _, _ = world.inputs(layer, batch)
     arguments = q, None, None, world.layers[layer], batch, False

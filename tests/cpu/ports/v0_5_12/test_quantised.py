@@ -241,7 +241,7 @@ def but(kind: str, *plain: str) -> Case:
 # Checkpoints that leave some layers as they were: a product's neighbours decide which function calls it.
 # The numbers: products of qkv_proj, and of skinny_gemm (None: stock's MLP as a whole will do, too).
 PARTLY = {
-    "attention": (but("kv", "self_attn"), 1, 1 + 2),  # the layer that shares KV needs Q alone
+    "attention": (but("kv", "self_attn"), 1, 1 + 2),  # the KV-shared layer needs Q alone
     "mlp": (but("kv", "mlp"), 0, 4),
     "o_proj": (but("kv", "o_proj"), 0, 2),
     "gate_up_proj": (but("dense", "gate_up_proj"), 0, 2),

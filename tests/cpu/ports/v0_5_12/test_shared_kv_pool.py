@@ -1,4 +1,4 @@
-"""KV pools without the layers that share KV: SGLang's configurator, pools and model."""
+"""KV pools without the KV-shared layers: SGLang's configurator, pools and model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.instance import ENGINE
 from tests.cpu import shared_kv
 from tests.cpu.conftest import only_patch
@@ -21,7 +21,7 @@ NAME = "shared_kv_pool"
 
 @pytest.fixture(scope="module", autouse=True)
 def applied(patch_imported: None) -> None:
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,7 @@ def test_without_memory_it_fails_as_stock(tmp_path: Path):
 
 
 REFUSALS = [
-    ("share KV", "26b-a4b", {}),
+    ("KV-shared layers", "26b-a4b", {}),
     ("hierarchical cache", "e4b", {"enable_hierarchical_cache": True}),
     ("hierarchical cache", "e4b", {"enable_lmcache": True}),
     ("disaggregation", "e4b", {"disaggregation_mode": "prefill"}),

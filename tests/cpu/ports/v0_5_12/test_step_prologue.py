@@ -202,9 +202,9 @@ def text_model(ple: bool = True) -> Any:
     from sglang.srt.models import gemma4_causal
     from transformers import Gemma4TextConfig
 
-    from gemma4_turbo.cli import small_moe
+    from gemma4_turbo.cli import sglang_process
 
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     config = Gemma4TextConfig(
         hidden_size=HIDDEN,
         intermediate_size=64,

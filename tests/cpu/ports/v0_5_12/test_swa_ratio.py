@@ -159,9 +159,9 @@ def test_pools_of_the_default(tmp_path: Path):
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.model_executor.pool_configurator import HybridSWAPoolConfigurator
 
-    from gemma4_turbo.cli import small_moe
+    from gemma4_turbo.cli import sglang_process
 
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     model = folder(tmp_path)
     found = []
     for apply in (True, False):

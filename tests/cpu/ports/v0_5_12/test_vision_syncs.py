@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_turbo.instance import ENGINE
 from tests.cpu import vision
@@ -28,29 +27,17 @@ def patched() -> Iterator[None]:
         yield
 
 
-class ReadBacks(TorchDispatchMode):
-    """Counts numbers that the host waits for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "_local_scalar_dense" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
 def test_triton_backend_in_the_whole_encoder():
     """Stock's bits; a read-back a layer fewer, though nobody asked for another shape before."""
     tower = vision.model("triton_attn").vision_tower
     feature, places = vision.pixels(12, 8)  # more than one block of the kernel
     feature, places = feature.bfloat16().expand(2, -1, -1), places.expand(2, -1, -1)
     before = ENGINE.runs[NAME].counters.engaged
-    with ReadBacks() as ours:
+    with vision.ReadBacks() as ours:
         found, _ = tower(feature, places)
     assert ENGINE.runs[NAME].counters.engaged - before == 2
     ENGINE.revert()
-    with ReadBacks() as stock:
+    with vision.ReadBacks() as stock:
         expected, _ = tower(feature, places)
     assert stock.count - ours.count == 2
     assert torch.equal(found, expected)
@@ -75,7 +62,7 @@ def test_flash_attention_receives_what_stock_gives_it(options: Any, monkeypatch)
     attention, received = flash(monkeypatch)
     q = torch.zeros(12, 2, 8)
     call = {"cu_seqlens": None, "bsz": 3, "seq_len": 4, "softmax_scale": 1.0, **options}
-    with ReadBacks() as ours:
+    with vision.ReadBacks() as ours:
         attention.forward(q, q, q, attention_mask=None, **call)
     assert ours.count == 0
     ENGINE.revert()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import yoco_cut, yoco_graph
@@ -46,7 +46,7 @@ def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         piecewise.stocks_operator(),
         piecewise.importable(),
     ):
-        small_moe.prepare_sglang()
+        sglang_process.prepare_sglang()
         yield
 
 
@@ -436,7 +436,7 @@ def test_a_model_whose_layers_share_nothing():
     memory, _, runner = compiled(shared=0)
     _, batch = made(*BATCHES[0], memory)
     assert runner.between() == [ATTENTION] * 6
-    assert "no layers that share KV" in ENGINE.runs[NAME].full_reason()
+    assert "no KV-shared layers" in ENGINE.runs[NAME].full_reason()
     found = runner.prefill(batch)
     assert found[: batch.extend_num_tokens].abs().sum(1).count_nonzero() == batch.extend_num_tokens
 

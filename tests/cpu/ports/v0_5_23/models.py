@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from gemma4_turbo.cli.sglang_process import prepare_sglang
 from gemma4_turbo.cli.small_model import Uniform, build, run
-from gemma4_turbo.cli.small_moe import prepare_sglang
 from gemma4_turbo.instance import ENGINE
 
 __all__ = ["Uniform", "build", "norms_as_on_a_gpu", "prepare_sglang", "run", "stock"]

@@ -1,6 +1,6 @@
 """A small E2B or E4B that takes pictures, recorded and replayed by SGLang's own prefill runner, on the CPU.
 
-The language model is `sharing.build`'s, with per-layer inputs and layers that share KV, over `sharing`'s
+The language model is `sharing.build`'s, with per-layer inputs and KV-shared layers, over `sharing`'s
 pools. A picture's embeddings are given: the encoder runs outside of the graphs.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry
@@ -32,7 +32,7 @@ IMAGE, PAD = 60, 0  # ids
 
 @pytest.fixture(scope="module", autouse=True)
 def applied(patch_imported: None) -> None:
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     import sglang.srt.arg_groups.cuda_graph_hook
     import sglang.srt.model_executor.model_runner
     import sglang.srt.models.gemma4_unified  # noqa: F401

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import mm_prefill_graph as common
@@ -26,7 +26,7 @@ pytestmark = interpreted.MARKS
 
 @pytest.fixture(scope="module", autouse=True)
 def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
     with patched_sglang(tmp_path_factory, only=WHOLE):
         import sglang.srt.arg_groups.cuda_graph_hook
         import sglang.srt.model_executor.model_runner  # noqa: F401

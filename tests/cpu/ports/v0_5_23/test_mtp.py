@@ -34,7 +34,7 @@ FIELDS = (*FIELDS, "retrieve_next_sibling", "spec_steps", "topk", "draft_token_n
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """SGLang with both patches; reverted at the end."""
     with patched_sglang(tmp_path_factory, only=PATCHES):
-        from gemma4_turbo.cli.small_moe import prepare_sglang
+        from gemma4_turbo.cli.sglang_process import prepare_sglang
 
         prepare_sglang()
         assert {ENGINE.runs[name].state for name in PATCHES} == {states.ACTIVE}

@@ -148,7 +148,7 @@ def test_a_model_that_shares_nothing_is_stocks(breakable: Any):
     plain = sharing.build(shared=0)
     attention, _ = tables(plain, runner(plain))
     assert attention == [layer.self_attn.attn for layer in plain.layers]
-    assert "no layers that share KV" in ENGINE.runs[NAME].full_reason()
+    assert "no KV-shared layers" in ENGINE.runs[NAME].full_reason()
 
 
 def test_another_table_is_stocks_error(model: Any, breakable: Any):

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli.small_moe import prepare_sglang
+from gemma4_turbo.cli.sglang_process import prepare_sglang
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.site import UNPROVEN, eager_site_of
 from gemma4_turbo.instance import ENGINE

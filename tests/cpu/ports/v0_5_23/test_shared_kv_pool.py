@@ -1,4 +1,4 @@
-"""KV pools without the layers that share KV: SGLang's own configurator and pools."""
+"""KV pools without the KV-shared layers: SGLang's own configurator and pools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.v0_5_23 import shared_kv_pool as patch
@@ -24,7 +24,7 @@ NAME = "shared_kv_pool"
 
 @pytest.fixture(scope="module", autouse=True)
 def applied(patch_imported: None) -> None:
-    small_moe.prepare_sglang()
+    sglang_process.prepare_sglang()
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +218,7 @@ def test_a_table_that_cannot_be_counted_costs_no_server(
 
 
 REFUSALS = [
-    ("share KV", {"model": "26b-a4b"}),
+    ("KV-shared layers", {"model": "26b-a4b"}),
     ("sized again", {"post_capture_kv_active": True}),
     ("draft model", {"algorithm": "FROZEN_KV_MTP"}),
     ("pipeline", {"pp_size": 2}),

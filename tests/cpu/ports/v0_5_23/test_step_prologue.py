@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma4_turbo.cli import small_moe
+from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.fusions.comparison import different_bits
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy")
 @pytest.fixture(scope="module", autouse=True)
 def applied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with patched_sglang(tmp_path_factory, only=[NAME]):
-        small_moe.prepare_sglang()
+        sglang_process.prepare_sglang()
         yield
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.v0_5_23 import vision_syncs as patch
@@ -32,18 +31,6 @@ def patched() -> Iterator[None]:
         yield
 
 
-class ReadBacks(TorchDispatchMode):
-    """Counts numbers that the host waits for."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.count += "_local_scalar_dense" in str(function)
-        return function(*args, **(kwargs or {}))
-
-
 def counts() -> Counted:
     return counted(NAME)
 
@@ -55,11 +42,11 @@ def test_triton_backend_in_the_whole_encoder(batch: int):
     feature, places = vision.pixels(12, 8)  # more than one block of the kernel
     feature, places = feature.bfloat16().expand(batch, -1, -1), places.expand(batch, -1, -1)
     before = counts()
-    with ReadBacks() as ours:
+    with vision.ReadBacks() as ours:
         found, _ = tower(feature, places)
     assert counts() == before.and_(engaged=2)
     ENGINE.revert()
-    with ReadBacks() as stock:
+    with vision.ReadBacks() as stock:
         expected, _ = tower(feature, places)
     assert stock.count - ours.count == 2
     assert torch.equal(found, expected)
@@ -87,11 +74,11 @@ def test_flash_attention_receives_what_stock_gives_it(name, bsz, seq_len, option
     attention, received = flash(name, monkeypatch)
     q, k, v = torch.zeros(3, 24, 2, 8)[:, :: 24 // (bsz * seq_len)]
     call = {"bsz": bsz, "seq_len": seq_len, "softmax_scale": 1.0, **options}
-    with ReadBacks() as ours:
+    with vision.ReadBacks() as ours:
         attention.forward(q=q, k=k, v=v, cu_seqlens=None, attention_mask=None, **call)
     assert ours.count == 0
     ENGINE.revert()
-    with ReadBacks() as stock:
+    with vision.ReadBacks() as stock:
         attention.forward(q=q, k=k, v=v, cu_seqlens=None, attention_mask=None, **call)
     assert stock.count == 1
     (*tensors, found), (*_, expected) = received

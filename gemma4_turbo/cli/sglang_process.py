@@ -1,4 +1,4 @@
-"""What SGLang's own classes want of a process before they can be built on a CPU, without a server."""
+"""This process as SGLang's own classes need it before they can be built, without a server."""
 
 from __future__ import annotations
 
