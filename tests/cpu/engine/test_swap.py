@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -99,6 +100,25 @@ def test_aliases_follow_on_install_and_on_restore(world: World) -> None:
     assert swap.restore()
     assert leaf.answer is early.answer is late.answer is stock
     assert early.other is theirs
+
+
+@pytest.mark.parametrize("name", ["trace", "cuda.users"])
+def test_a_user_s_module_may_have_a_library_s_name(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies where no library does; in a namespace it may lie beside one."""
+    spec: Any = importlib.util.spec_from_file_location(
+        name, world.write("users", f"from {world.leaf} import answer")
+    )
+    users = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, users)
+    spec.loader.exec_module(users)
+    stock = world.imported().answer
+    swap = Swap(world.target("answer"))
+    swap.install(replacement := lambda x: -x)
+    assert users.answer is replacement
+    assert swap.restore()
+    assert users.answer is stock
 
 
 def test_a_second_name_in_the_same_module_follows_too(world: World) -> None:
