@@ -107,7 +107,7 @@ def _rebind(old: Any, new: Any) -> None:
             continue
         if not isinstance(module, types.ModuleType):
             continue
-        names = vars(module)
+        names = object.__getattribute__(module, "__dict__")  # `vars` loads a module that is lazy
         if name.partition(".")[0] in UNDER_SGLANG and _is_installed(names.get("__file__")):
             _under[name] = id(module)
             continue

@@ -121,6 +121,23 @@ def test_a_user_s_module_may_have_a_library_s_name(
     assert users.answer is stock
 
 
+def test_a_module_that_is_yet_to_be_loaded_is_not_loaded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds no name yet, and its load may fail."""
+    path = world.write("later", f"from {world.leaf} import answer\nanswer(1) == 2 or 1 / 0")
+    spec: Any = importlib.util.spec_from_file_location(f"{world.package}.later", path)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    later = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, later)
+    spec.loader.exec_module(later)
+    world.imported()
+    swap = Swap(world.target("answer"))
+    swap.install(lambda x: -x)
+    assert swap.restore()
+    assert later.answer(1) == 2
+
+
 def test_a_second_name_in_the_same_module_follows_too(world: World) -> None:
     """``old_name = answer`` below the definition is an alias like any other."""
     world.write("leaf", (world.root / world.package / "leaf.py").read_text() + "\nold = answer\n")
