@@ -37,7 +37,8 @@ def unfit(port: Port, definitions: Definitions, ours: Callable[[str], Swap | Non
         ours: from ``module:qualname`` to the swap of a patch that is in place there, if any.
     """
     hooked = {name: owner for owner, names in REGISTRIES.items() for name in names()}
-    for source in (*port.relies_on, *port.goes_round):
+    absent = {f"{lack.target}.{name}" for lack in port.lacks for name in lack.names}
+    for source in (*port.relies_on, *port.goes_round, *sorted(absent)):
         if ours(source) is not None:
             continue
         module_name, _, qualname = source.partition(":")
@@ -46,14 +47,17 @@ def unfit(port: Port, definitions: Definitions, ours: Callable[[str], Swap | Non
             continue
         reason = hooked.get(f"{module_name}.{qualname}")
         if reason is None:
-            reason = _wrapper(module, qualname, definitions)
+            reason = _wrapper(module, qualname, definitions, source in absent)
         if reason is not None:
             return f"{source}, which the patch relies on or goes round, was wrapped by {reason}"
     return None
 
 
-def _wrapper(module: Any, qualname: str, definitions: Definitions) -> str | None:
-    """Who has replaced what the module's source defines as ``qualname``, or None."""
+def _wrapper(module: Any, qualname: str, definitions: Definitions, inherited: bool) -> str | None:
+    """Who has replaced what the module's source defines as ``qualname``, or None.
+
+    ``inherited``: it defines no such thing, whatever is there is somebody's.
+    """
     *outer, name = qualname.split(".")
     owner: Any = module
     for part in outer:
@@ -68,6 +72,8 @@ def _wrapper(module: Any, qualname: str, definitions: Definitions) -> str | None
     found = vars(owner).get(name)
     if found is None:  # inherited, as far as the class knows
         return None
+    if inherited:
+        return _where(_bare(found))
     if not isinstance(found, type):
         return _replaced(module, qualname, found, definitions)
     if found.__module__ != module.__name__:

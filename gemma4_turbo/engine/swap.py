@@ -14,7 +14,9 @@ UNDER_SGLANG = sys.stdlib_module_names | {
     "torchvision", "transformers", "triton",
 }  # fmt: skip
 """Packages that import nothing of SGLang, but make up two thirds of a server's names."""
-_under: set[str] = set()  # their modules, thousands, that were met
+_under: dict[str, int] = {}  # their modules that were met, thousands, and which objects they are
+_STDLIB = os.path.join(os.path.dirname(os.__file__), "")
+_INSTALLED = tuple(f"{os.sep}{place}{os.sep}" for place in ("site-packages", "dist-packages"))
 
 
 class NotStockError(Exception):
@@ -25,7 +27,7 @@ class Swap:
     """One attribute of a class or module, replaced until `restore`.
 
     For a module's attribute, every ``from module import name`` in ``sys.modules`` is rebound too; those of
-    `UNDER_SGLANG` have none.
+    `UNDER_SGLANG` have none, where they lie as libraries do.
     Several patches may share one: it is put back when the last of them restores it.
     """
 
@@ -101,19 +103,26 @@ class Swap:
 
 def _rebind(old: Any, new: Any) -> None:
     for name, module in list(sys.modules.items()):
-        if name in _under:
-            continue
-        if name.partition(".")[0] in UNDER_SGLANG:
-            _under.add(name)
+        if _under.get(name) == id(module):
             continue
         if not isinstance(module, types.ModuleType):
             continue
-        names = vars(module)
+        names = object.__getattribute__(module, "__dict__")  # `vars` loads a module that is lazy
+        if name.partition(".")[0] in UNDER_SGLANG and _is_installed(names.get("__file__")):
+            _under[name] = id(module)
+            continue
         for value in list(names.values()):
             if value is old:  # seldom: among names that are tens of thousands
                 for held in [held for held, it in list(names.items()) if it is old]:
                     setattr(module, held, new)
                 break
+
+
+def _is_installed(file: object) -> bool:
+    """Whether a module is where libraries are: a user's own, of the same name, is elsewhere."""
+    return isinstance(file, str) and (
+        file.startswith(_STDLIB) or any(place in file for place in _INSTALLED)
+    )
 
 
 def not_stock(function: Any, source: str, first_line: int, decorators: int) -> str | None:

@@ -62,7 +62,7 @@ def few_modules() -> Iterator[None]:
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(swap, "UNDER_SGLANG", swap.UNDER_SGLANG | there)
-        patch.setattr(swap, "_under", set())
+        patch.setattr(swap, "_under", {})
         yield
 
 

@@ -120,7 +120,7 @@ def test_beside_a_gemma_4_only_shared_functions_are_stocks():
 def test_a_gemma_4_after_another_model():
     """That was let go, though it still holds itself."""
     other = built(made("LlamaForCausalLM", "sglang.srt.models.llama"))
-    other.itself = other.__dict__
+    other.itself = [other]
     del other
     model = built(made("Gemma4ForCausalLM", "sglang.srt.models.gemma4_causal"))
     ENGINE.give_up_waiting()

@@ -104,6 +104,26 @@ def test_before_the_installation(
 
 
 @pytest.mark.parametrize("how", KINDS)
+def test_a_method_that_a_class_is_known_to_take_from_its_base(
+    how: Any, monkeypatch: pytest.MonkeyPatch
+):
+    """Somebody has put one on the class: before the installation, and when the model stands."""
+    owner, name = resolve("sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward")
+    run = ENGINE.runs["rope_store"]
+    wanted = ["rope_store", *by_name("rope_store").requires]
+    ENGINE.apply(only=wanted)
+    assert run.state == states.ACTIVE
+    monkeypatch.setattr(owner, name, how(getattr(owner, name)), raising=False)
+    ENGINE.look_at_neighbours()
+    assert run.state == states.CONFLICT
+    assert "TritonAttnBackend.forward" in run.reason
+    ENGINE.revert()
+    ENGINE.apply(only=wanted)
+    assert run.state == states.CONFLICT
+    assert not run.swaps
+
+
+@pytest.mark.parametrize("how", KINDS)
 @pytest.mark.parametrize(
     ("target", "patch"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -99,6 +100,42 @@ def test_aliases_follow_on_install_and_on_restore(world: World) -> None:
     assert swap.restore()
     assert leaf.answer is early.answer is late.answer is stock
     assert early.other is theirs
+
+
+@pytest.mark.parametrize("name", ["trace", "cuda.users"])
+def test_a_user_s_module_may_have_a_library_s_name(
+    world: World, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It lies where no library does; in a namespace it may lie beside one."""
+    spec: Any = importlib.util.spec_from_file_location(
+        name, world.write("users", f"from {world.leaf} import answer")
+    )
+    users = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, users)
+    spec.loader.exec_module(users)
+    stock = world.imported().answer
+    swap = Swap(world.target("answer"))
+    swap.install(replacement := lambda x: -x)
+    assert users.answer is replacement
+    assert swap.restore()
+    assert users.answer is stock
+
+
+def test_a_module_that_is_yet_to_be_loaded_is_not_loaded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds no name yet, and its load may fail."""
+    path = world.write("later", f"from {world.leaf} import answer\nanswer(1) == 2 or 1 / 0")
+    spec: Any = importlib.util.spec_from_file_location(f"{world.package}.later", path)
+    spec.loader = importlib.util.LazyLoader(spec.loader)
+    later = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, later)
+    spec.loader.exec_module(later)
+    world.imported()
+    swap = Swap(world.target("answer"))
+    swap.install(lambda x: -x)
+    assert swap.restore()
+    assert later.answer(1) == 2
 
 
 def test_a_second_name_in_the_same_module_follows_too(world: World) -> None:

@@ -31,4 +31,5 @@ def test_nobody_but_sglang_holds_its_functions() -> None:
     found = holders()
     assert len(found["sglang"]) > 5  # of either release
     assert found.keys() == {"sglang"}, found
+    assert "sglang" not in UNDER_SGLANG
     assert {name.partition(".")[0] for name in sys.modules} & UNDER_SGLANG >= {"torch", "triton"}
