@@ -401,7 +401,7 @@ def limits() -> dict[str, Any]:
     told("without it again", watched, batch("a", "b"))
 
     state = run.state
-    from gemma4_turbo.ports.v0_5_12.mtp import mtp_seed_graph
+    from gemma4_turbo.ports.v0_5_12.speculation import mtp_seed_graph
 
     worker = make_worker(graphs=True)
     with mock.patch.object(mtp_seed_graph, "_replay", side_effect=RuntimeError("no such graph")):

@@ -39,7 +39,7 @@ def seen(rank: int) -> dict[str, Any]:
     import gemma4_turbo
     from gemma4_turbo.instance import ENGINE
     from gemma4_turbo.ports.any import ranks
-    from gemma4_turbo.ports.v0_5_12.mtp import mtp_seed_graph
+    from gemma4_turbo.ports.v0_5_12.speculation import mtp_seed_graph
 
     run = ENGINE.runs["mtp_seed_graph"]
     method = mtp_seed_graph.METHOD

@@ -12,7 +12,7 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import kv_scales
+from gemma4_turbo.ports.any.attention import kv_scales
 from tests.cpu import small_mtp
 from tests.cpu.conftest import turn_on
 

@@ -19,7 +19,7 @@ from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.imports import installed_release
 from gemma4_turbo.kernels import moe_tables
 from gemma4_turbo.kernels.moe_tables import Key
-from gemma4_turbo.ports.any import moe_configs
+from gemma4_turbo.ports.any.experts import moe_configs
 from tests.cpu.conftest import REPOSITORY, Python
 from tests.cpu.synthetic import LEAF, World, record, returning
 

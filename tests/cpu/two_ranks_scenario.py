@@ -85,7 +85,7 @@ def models() -> Any:
     """What builds and runs the line's model."""
     if newest():
         return import_module("tests.cpu.ports.v0_5_23.models")
-    return import_module("tests.cpu.ports.v0_5_12.test_forwards")
+    return import_module("tests.cpu.ports.v0_5_12.decode_step.test_forwards")
 
 
 def built(kind: str, rank: int) -> Any:
@@ -308,7 +308,7 @@ def faults(rank: int) -> dict[str, Any]:
 
 def prefills(rank: int) -> dict[str, Any]:
     """Layers that share KV (0.5.12.post1): stock, the cut, and a tail that fails on GPU 1 alone."""
-    from gemma4_turbo.ports.any import yoco_cut
+    from gemma4_turbo.ports.any.prefill import yoco_cut
     from tests.cpu import shared_kv
 
     model = shared_kv.build()
@@ -372,7 +372,7 @@ def main() -> None:
 
     for module in ("attention.triton_backend", "moe.moe_runner.triton_utils.fused_moe"):
         import_module(f"sglang.srt.layers.{module}")
-    from gemma4_turbo.ports.any import layer_steps as steps
+    from gemma4_turbo.ports.any.decode_step import layer_steps as steps
 
     layer_steps = steps
     port = sglang_process.free_port()

@@ -226,7 +226,7 @@ def test_lengths_change_between_replays(monkeypatch, heads, kv_heads, dim, early
 
 
 def test_the_patch_passes_its_own_checks():
-    from gemma4_turbo.ports.any import decode_attention as patch
+    from gemma4_turbo.ports.any.attention import decode_attention as patch
 
     checks = patch.verify(None, "cuda")  # type: ignore[arg-type]
     assert [check for check in checks if not check.passed] == []

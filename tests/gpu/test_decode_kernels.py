@@ -22,7 +22,7 @@ from gemma4_turbo.fusions.stock import Stock
 from gemma4_turbo.kernels import qkv
 from gemma4_turbo.kernels.norms import layer_norms, layer_tail, ple_tail, router_norm
 from gemma4_turbo.kernels.norms import rmsnorm as norms
-from gemma4_turbo.ports.any import attention, layer_steps
+from gemma4_turbo.ports.any.decode_step import attention, layer_steps
 from tests.gpu.lines import patch
 from tests.runs import unpublished
 

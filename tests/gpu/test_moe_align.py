@@ -11,7 +11,7 @@ from gemma4_turbo.cli import lines
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.kernels import moe_align as kernel
-from gemma4_turbo.ports.any import moe_align as shared
+from gemma4_turbo.ports.any.experts import moe_align as shared
 from gemma4_turbo.runtime.verdicts import Verdicts
 from tests.gpu.lines import give_arguments
 from tests.gpu.lines import patch as patch_of

@@ -16,7 +16,7 @@ from gemma4_turbo.engine.run import PatchRun
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import step_prologue as kernel
 from gemma4_turbo.kernels.norms.rmsnorm import Kind
-from gemma4_turbo.ports.any import step_prologue as patch
+from gemma4_turbo.ports.any.decode_step import step_prologue as patch
 from gemma4_turbo.ports.any.stock import Embedding, Projection, text_model
 from tests.gpu.lines import patch as patch_of
 from tests.runs import unpublished

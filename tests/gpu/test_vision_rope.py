@@ -7,7 +7,7 @@ import torch
 
 from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.kernels import vision_rope as kernel
-from gemma4_turbo.ports.any import vision_rope as patch
+from gemma4_turbo.ports.any.vision import vision_rope as patch
 
 
 @pytest.mark.parametrize("dtype", kernel.DTYPES, ids=str)

@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from gemma4_turbo.ports.any import yoco_graph
+from gemma4_turbo.ports.any.prefill import yoco_graph
 from tests.gpu.lines import need
 
 need("yoco_graph")

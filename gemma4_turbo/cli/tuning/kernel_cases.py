@@ -30,7 +30,7 @@ from gemma4_turbo.models.geometry import (
     VOCABULARY,
     Geometry,
 )
-from gemma4_turbo.ports.any import attention
+from gemma4_turbo.ports.any.decode_step import attention
 from gemma4_turbo.ports.any.stock import Embedding, Projection, text_model
 
 if TYPE_CHECKING:

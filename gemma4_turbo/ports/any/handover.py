@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import layer_steps, sglang_types
+from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.any.decode_step import layer_steps
 from gemma4_turbo.runtime.hooks import FOR_ALL
 
 if TYPE_CHECKING:

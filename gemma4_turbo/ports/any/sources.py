@@ -33,7 +33,7 @@ VISION_RELEASES = (
 
 PORTS: dict[str, Port] = {
     "vision_batch": Port(
-        module=f"{HERE}.vision_batch",
+        module=f"{HERE}.vision.vision_batch",
         targets=(
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_image_feature",
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.get_video_feature",
@@ -53,13 +53,13 @@ PORTS: dict[str, Port] = {
         written_for=VISION_RELEASES,
     ),
     "vision_positions": Port(
-        module=f"{HERE}.vision_positions",
+        module=f"{HERE}.vision.vision_positions",
         targets=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder._position_embeddings",),
         relies_on=("sglang.srt.models.gemma4_vision:Gemma4VisionPatchEmbedder.__init__",),
         written_for=VISION_RELEASES,
     ),
     "vision_rope": Port(
-        module=f"{HERE}.vision_rope",
+        module=f"{HERE}.vision.vision_rope",
         targets=("sglang.srt.models.gemma4_vision:_apply_multidimensional_rope",),
         relies_on=(
             "sglang.srt.models.gemma4_vision:_apply_rotary",
@@ -68,7 +68,7 @@ PORTS: dict[str, Port] = {
         written_for=VISION_RELEASES,
     ),
     "vision_clamps": Port(
-        module=f"{HERE}.vision_clamps",
+        module=f"{HERE}.vision.vision_clamps",
         targets=(
             "sglang.srt.layers.clippable_linear:ClippableRowParallelLinear.forward",
             "sglang.srt.layers.clippable_linear:ClippableColumnParallelLinear.forward",
@@ -80,7 +80,7 @@ PORTS: dict[str, Port] = {
         written_for=VISION_RELEASES[1:],
     ),
     "vision_masks": Port(
-        module=f"{HERE}.vision_masks",
+        module=f"{HERE}.vision.vision_masks",
         targets=("sglang.srt.models.gemma4_vision:Gemma4VisionAttention.forward",),
         # None of these reads the mask, in any of the releases.
         relies_on=(

@@ -9,11 +9,11 @@ import torch
 from gemma4_turbo.ports.any import handover
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.any import yoco_cut
     from gemma4_turbo.ports.any.model_protocols import (
         ForwardBatch,
         TextModel,
     )
+    from gemma4_turbo.ports.any.prefill import yoco_cut
 
 State = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Between two layers: hidden states, residual, and the hidden states through the next norm."""

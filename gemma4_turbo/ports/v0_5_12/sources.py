@@ -131,7 +131,7 @@ _METADATA_READS = (
 
 PORTS: dict[str, Port] = {
     "router": Port(
-        module=f"{HERE}.router",
+        module=f"{HERE}.experts.router",
         targets=("sglang.srt.models.gemma4_causal:Gemma4MoE.__init__",),
         relies_on=("sglang.srt.layers.moe.topk:TopK.forward_cuda",),
         written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
@@ -142,7 +142,7 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.13",
     ),
     "step_prologue": Port(
-        module=f"{HERE}.step_prologue",
+        module=f"{HERE}.decode_step.step_prologue",
         targets=(
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward",
             "sglang.srt.models.gemma4_causal:Gemma4TextModel.get_per_layer_inputs",
@@ -163,7 +163,7 @@ PORTS: dict[str, Port] = {
         goes_round=_NORM_CALLS,
     ),
     "moe_align": Port(
-        module=f"{HERE}.moe_align",
+        module=f"{HERE}.experts.moe_align",
         targets=(
             "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
             ":moe_align_block_size",
@@ -182,7 +182,7 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.18",
     ),
     "experts_few": Port(
-        module=f"{HERE}.experts_few",
+        module=f"{HERE}.experts.experts_few",
         targets=("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts_impl",),
         relies_on=(
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
@@ -203,7 +203,7 @@ PORTS: dict[str, Port] = {
         goes_round=(*_NORM_CALLS, "sglang.srt.models.gemma4_causal:Gemma4Router.forward"),
     ),
     "router_norm": Port(
-        module=f"{HERE}.router_norm",
+        module=f"{HERE}.experts.router_norm",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Router.forward",),
         relies_on=(
             "sglang.srt.models.gemma4_causal:Gemma4Router.__init__",
@@ -269,7 +269,7 @@ PORTS: dict[str, Port] = {
         goes_round=_NORM_CALLS,
     ),
     "experts_sum": Port(
-        module=f"{HERE}.experts_sum",
+        module=f"{HERE}.experts.experts_sum",
         targets=(
             "sglang.srt.models.gemma4_causal:Gemma4DecoderLayer.forward",
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_sum_reduce_torch_compile",
@@ -314,7 +314,7 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.12", "0.5.12.post1"),
     ),
     "extend_attention": Port(
-        module=f"{HERE}.extend_attention",
+        module=f"{HERE}.attention.extend_attention",
         targets=(
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_extend",
             "sglang.srt.layers.attention.triton_backend:update_sliding_window_buffer",
@@ -353,7 +353,7 @@ PORTS: dict[str, Port] = {
         written_for=VISION_RELEASES[:8],
     ),
     "optional_kv": Port(
-        module=f"{HERE}.prefill_graphs.optional_kv",
+        module=f"{HERE}.prefill.optional_kv",
         targets=("sglang.srt.layers.radix_attention:RadixAttention.forward",),
         relies_on=("sglang.srt.layers.radix_attention:unified_attention_with_output",),
         written_for=("0.5.11", "0.5.12", "0.5.12.post1"),
@@ -365,7 +365,7 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.13",
     ),
     "mm_prefill_graph": Port(
-        module=f"{HERE}.prefill_graphs.mm_prefill_graph",
+        module=f"{HERE}.prefill.mm_prefill_graph",
         targets=("sglang.srt.server_args:ServerArgs._handle_piecewise_cuda_graph",),
         relies_on=_MM_GRAPH,
         written_for=("0.5.12", "0.5.12.post1"),
@@ -472,7 +472,7 @@ PORTS: dict[str, Port] = {
         lazy=("sglang.srt.model_executor.pool_configurator",),
     ),
     "decode_attention": Port(
-        module=f"{HERE}.decode_attention",
+        module=f"{HERE}.attention.decode_attention",
         targets=("sglang.srt.layers.attention.triton_backend:TritonAttnBackend.forward_decode",),
         relies_on=(
             "sglang.srt.layers.attention.triton_backend:TritonAttnBackend.__init__",
@@ -488,7 +488,7 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.12", "0.5.12.post1"),
     ),
     "moe_configs": Port(
-        module=f"{HERE}.moe_configs",
+        module=f"{HERE}.experts.moe_configs",
         targets=(
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
         ),
@@ -503,7 +503,7 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.12", "0.5.12.post1"),
     ),
     "mtp_merge_batch": Port(
-        module=f"{HERE}.mtp.mtp_merge_batch",
+        module=f"{HERE}.speculation.mtp_merge_batch",
         targets=("sglang.srt.managers.schedule_batch:ScheduleBatch.merge_batch",),
         relies_on=(
             "sglang.srt.speculative.frozen_kv_mtp_info:FrozenKVMTPDraftInput.__post_init__",
@@ -530,7 +530,7 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.13",
     ),
     "frozen_kv_views": Port(
-        module=f"{HERE}.mtp.defects:frozen_kv_views",
+        module=f"{HERE}.speculation.defects:frozen_kv_views",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_utils:frozen_kv_target_view",
             "sglang.srt.speculative.frozen_kv_mtp_utils:target_kv_pool_view",
@@ -549,7 +549,7 @@ PORTS: dict[str, Port] = {
         finds_defect=True,
     ),
     "kv_scales": Port(
-        module=f"{HERE}.kv_scales",
+        module=f"{HERE}.attention.kv_scales",
         targets=(
             "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype",
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context",
@@ -570,7 +570,7 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.12", "0.5.12.post1"),
     ),
     "mtp_launch": Port(
-        module=f"{HERE}.mtp.defects:mtp_launch",
+        module=f"{HERE}.speculation.defects:mtp_launch",
         targets=(
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.__init__",
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.load_weights",
@@ -580,14 +580,14 @@ PORTS: dict[str, Port] = {
         finds_defect=True,
     ),
     "mtp_moe_runner": Port(
-        module=f"{HERE}.mtp.defects:mtp_moe_runner",
+        module=f"{HERE}.speculation.defects:mtp_moe_runner",
         targets=("sglang.srt.server_args:ServerArgs._handle_model_specific_adjustments",),
         relies_on=(),
         written_for=(),  # as for mtp_launch
         finds_defect=True,
     ),
     "mtp_chain": Port(
-        module=f"{HERE}.mtp.mtp_chain",
+        module=f"{HERE}.speculation.mtp_chain",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
             ":FrozenKVMTPCudaGraphRunner.__init__",
@@ -613,7 +613,7 @@ PORTS: dict[str, Port] = {
         lazy=(_MTP_WORKER.partition(":")[0],),
     ),
     "mtp_seed_graph": Port(
-        module=f"{HERE}.mtp.mtp_seed_graph",
+        module=f"{HERE}.speculation.mtp_seed_graph",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
             ":FrozenKVMTPCudaGraphRunner.capture_one_batch_size",
@@ -654,7 +654,7 @@ PORTS: dict[str, Port] = {
         goes_round=_LAYER_CALLS,
     ),
     "mtp_metadata": Port(
-        module=f"{HERE}.mtp.mtp_metadata",
+        module=f"{HERE}.speculation.mtp_metadata",
         targets=(
             "sglang.srt.speculative.frozen_kv_mtp_cuda_graph_runner"
             ":FrozenKVMTPCudaGraphRunner.capture",
@@ -697,7 +697,7 @@ PORTS: dict[str, Port] = {
         needless="the image processor has no CUDA memory pool of its own that could stay behind",
     ),
     "swa_window": Port(
-        module=f"{HERE}.memory.swa_window",
+        module=f"{HERE}.attention.swa_window",
         targets=("sglang.srt.models.gemma4_causal:Gemma4Attention.__init__",),
         relies_on=("sglang.srt.models.gemma4_causal:get_attention_sliding_window_size",),
         written_for=("0.5.11", "0.5.12", "0.5.12.post1", "0.5.13", "0.5.13.post1"),
@@ -708,7 +708,7 @@ PORTS: dict[str, Port] = {
         superseded_since="0.5.14",
     ),
     "trtllm_debug": Port(
-        module=f"{HERE}.trtllm_debug",
+        module=f"{HERE}.attention.trtllm_debug",
         targets=(
             "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_decode",
             "sglang.srt.layers.attention.trtllm_mha_backend:TRTLLMHAAttnBackend.forward_extend",

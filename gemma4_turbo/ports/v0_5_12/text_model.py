@@ -1,8 +1,8 @@
 """``Gemma4TextModel.forward``: the same loop, in steps that patches can take over one by one.
 
 Each layer is handed the norm that reads its result; before the KV-shared layers the rows may be
-cut (`gemma4_turbo.ports.any.yoco_cut`, in piecewise CUDA graphs `gemma4_turbo.ports.v0_5_12.yoco.piecewise`),
-and the tail may run in a CUDA graph (`gemma4_turbo.ports.any.yoco_graph`).
+cut (`gemma4_turbo.ports.any.prefill.yoco_cut`, in piecewise CUDA graphs `gemma4_turbo.ports.v0_5_12.prefill.piecewise`),
+and the tail may run in a CUDA graph (`gemma4_turbo.ports.any.prefill.yoco_graph`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Optional
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-from gemma4_turbo.ports.any import yoco_cut, yoco_graph
+from gemma4_turbo.ports.any.prefill import yoco_cut, yoco_graph
 from gemma4_turbo.ports.v0_5_12 import layer_loop
-from gemma4_turbo.ports.v0_5_12.yoco import piecewise as yoco_piecewise
+from gemma4_turbo.ports.v0_5_12.prefill import piecewise as yoco_piecewise
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import TextModel

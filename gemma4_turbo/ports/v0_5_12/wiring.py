@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gemma4_turbo.ports.any import attention as attention_steps
-from gemma4_turbo.ports.any import layer_steps, linear
-from gemma4_turbo.ports.any import mlp_few as dense
-from gemma4_turbo.ports.any import yoco_batch as batch
-from gemma4_turbo.ports.any import yoco_cut as cut
-from gemma4_turbo.ports.any import yoco_graph as graph
-from gemma4_turbo.ports.any import yoco_piecewise as in_graphs
+from gemma4_turbo.ports.any import linear
+from gemma4_turbo.ports.any.decode_step import attention as attention_steps
+from gemma4_turbo.ports.any.decode_step import layer_steps
+from gemma4_turbo.ports.any.decode_step import mlp_few as dense
+from gemma4_turbo.ports.any.prefill import yoco_batch as batch
+from gemma4_turbo.ports.any.prefill import yoco_cut as cut
+from gemma4_turbo.ports.any.prefill import yoco_graph as graph
+from gemma4_turbo.ports.any.prefill import yoco_piecewise as in_graphs
 from gemma4_turbo.ports.any.wired import (
     Fusions,
     Replacements,
@@ -23,8 +24,9 @@ from gemma4_turbo.ports.any.wired import (
     launch_early,
     nothing,
 )
-from gemma4_turbo.ports.v0_5_12 import attention, decoder_layer, text_model
-from gemma4_turbo.ports.v0_5_12.yoco import piecewise, tail
+from gemma4_turbo.ports.v0_5_12 import text_model
+from gemma4_turbo.ports.v0_5_12.decode_step import attention, decoder_layer
+from gemma4_turbo.ports.v0_5_12.prefill import piecewise, tail
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun

@@ -9,8 +9,8 @@ import torch
 from gemma4_turbo.ports.any import handover
 
 if TYPE_CHECKING:
-    from gemma4_turbo.ports.any import yoco_cut
     from gemma4_turbo.ports.any.model_protocols import TextModel
+    from gemma4_turbo.ports.any.prefill import yoco_cut
     from gemma4_turbo.ports.v0_5_23.protocols import AuxHiddenStates, LayerBatch
 
 State = tuple[torch.Tensor, None, torch.Tensor | None]

@@ -379,7 +379,7 @@ _PREFILL_CALLS = tuple(
 
 PORTS: dict[str, Port] = {
     "step_prologue": Port(
-        module=f"{HERE}.step_prologue",
+        module=f"{HERE}.decode_step.step_prologue",
         targets=(
             "sglang.srt.models.gemma4_mm:Gemma4ForConditionalGeneration.forward",
             "sglang.srt.models.gemma4_causal:Gemma4TextModel.get_per_layer_inputs",
@@ -412,7 +412,7 @@ PORTS: dict[str, Port] = {
         goes_round=_NORM_CALLS,
     ),
     "moe_align": Port(
-        module=f"{HERE}.moe_align",
+        module=f"{HERE}.experts.moe_align",
         targets=(
             "sglang.srt.layers.moe.moe_runner.triton_utils.moe_align_block_size"
             ":moe_align_block_size",
@@ -421,7 +421,7 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.23",),
     ),
     "experts_few": Port(
-        module=f"{HERE}.experts_few",
+        module=f"{HERE}.experts.experts_few",
         targets=("sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:fused_experts_impl",),
         relies_on=(
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:_fused_moe_kernel_sequence",
@@ -491,7 +491,7 @@ PORTS: dict[str, Port] = {
         ),
     ),
     "vision_syncs": Port(
-        module=f"{HERE}.vision_syncs",
+        module=f"{HERE}.vision.vision_syncs",
         targets=(
             "sglang.srt.layers.attention.vision:VisionTritonAttention.forward",
             "sglang.srt.layers.attention.vision:VisionFlash3Attention.forward",
@@ -505,7 +505,7 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.22", "0.5.23"),
     ),
     "optional_kv": Port(
-        module=f"{HERE}.optional_kv",
+        module=f"{HERE}.prefill.optional_kv",
         targets=(
             f"{_EXECUTOR}.model_runner:ModelRunner.get_cuda_graph_layers",
             f"{_SETUP}.cuda_graph_setup:index_attention_layers_by_global_id",
@@ -570,7 +570,7 @@ PORTS: dict[str, Port] = {
         goes_round=(*_STREAM_CALLS, *_NORM_CALLS),
     ),
     "experts_sum": Port(
-        module=f"{HERE}.experts_sum",
+        module=f"{HERE}.experts.experts_sum",
         targets=(
             f"{_MODEL}:Gemma4DecoderLayer.forward",
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe:moe_combine_topk",
@@ -652,7 +652,7 @@ PORTS: dict[str, Port] = {
         goes_round=calls.LINEAR,
     ),
     "extend_attention": Port(
-        module=f"{HERE}.extend_attention",
+        module=f"{HERE}.attention.extend_attention",
         targets=(
             f"{_BACKEND}:TritonAttnBackend.forward_extend",
             f"{_BACKEND}:update_sliding_window_buffer",
@@ -737,7 +737,7 @@ PORTS: dict[str, Port] = {
         goes_round=_LAYER_CALLS,
     ),
     "moe_configs": Port(
-        module=f"{HERE}.moe_configs",
+        module=f"{HERE}.experts.moe_configs",
         targets=(
             "sglang.srt.layers.moe.moe_runner.triton_utils.fused_moe_triton_config:get_moe_configs",
         ),
@@ -751,7 +751,7 @@ PORTS: dict[str, Port] = {
         written_for=RELEASES,
     ),
     "decode_attention": Port(
-        module=f"{HERE}.decode_attention",
+        module=f"{HERE}.attention.decode_attention",
         targets=(f"{_BACKEND}:TritonAttnBackend.forward_decode",),
         relies_on=(
             # No window has more slots than the backend's window, no sequence more than its row.
@@ -776,7 +776,7 @@ PORTS: dict[str, Port] = {
     ),
     # The draft reads its cache through the context that it is bound to; whose scales stay 1.
     "kv_scales": Port(
-        module=f"{HERE}.kv_scales",
+        module=f"{HERE}.attention.kv_scales",
         targets=(
             "sglang.srt.model_executor.model_runner:ModelRunner.configure_kv_cache_dtype",
             "sglang.srt.models.gemma4_mtp:Gemma4AssistantForCausalLM.build_frozen_kv_mtp_context",
@@ -827,7 +827,7 @@ PORTS: dict[str, Port] = {
         written_for=("0.5.23",),
     ),
     "mtp_chain": Port(
-        module=f"{HERE}.mtp.mtp_chain",
+        module=f"{HERE}.speculation.mtp_chain",
         targets=(f"{_DRAFT}.draft_forward",),
         relies_on=(
             f"{_DRAFT}.draft",
@@ -847,7 +847,7 @@ PORTS: dict[str, Port] = {
         lazy=(_DRAFT_GRAPHS,),  # imported to capture graphs, which may be off
     ),
     "mtp_sync": Port(
-        module=f"{HERE}.mtp.mtp_sync",
+        module=f"{HERE}.speculation.mtp_sync",
         targets=(f"{_DRAFT}.draft",),
         relies_on=(
             f"{_DRAFT}._init_frozen_kv_metadata",
@@ -933,7 +933,7 @@ PORTS: dict[str, Port] = {
         finds_defect=True,
     ),
     "picture_memory": Port(
-        module=f"{HERE}.picture_memory",
+        module=f"{HERE}.vision.picture_memory",
         targets=(f"{_PROCESSOR}._call_processor",),
         relies_on=(
             f"{_PROCESSOR}._temporary_fast_processor_cuda_pool",
@@ -964,7 +964,7 @@ PORTS: dict[str, Port] = {
         lazy=(_PICTURES.partition(":")[0], _UNIFIED.partition(":")[0]),
     ),
     "mm_prefill_graph": Port(
-        module=f"{HERE}.mm_prefill_graph",
+        module=f"{HERE}.prefill.mm_prefill_graph",
         targets=(
             "sglang.srt.arg_groups.cuda_graph_hook:disable_breakable_cudagraph_if_incompatible",
         ),
@@ -978,7 +978,7 @@ PORTS: dict[str, Port] = {
         goes_round=_PREFILL_CALLS,
     ),
     "shared_kv_pool": Port(
-        module=f"{HERE}.shared_kv_pool",
+        module=f"{HERE}.memory.shared_kv_pool",
         targets=(f"{_KV}.__post_init__", f"{_KV}.config_from_budget"),
         relies_on=(
             f"{_MODEL}:Gemma4Attention.__init__",
@@ -1017,7 +1017,7 @@ PORTS: dict[str, Port] = {
         written_for=RELEASES,
     ),
     "swa_ratio": Port(
-        module=f"{HERE}.swa_ratio",
+        module=f"{HERE}.memory.swa_ratio",
         targets=("sglang.srt.arg_groups.overrides:collect_model_override_declarations",),
         relies_on=("sglang.srt.arg_groups.model_overrides.gemma4:_gemma4_overrides",),
         reads=((f"{_SIZES}:HybridSWAPoolConfigurator.__init__", ("swa_full_tokens_ratio",)),),

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gemma4_turbo.ports.any import layer_steps
+from gemma4_turbo.ports.any.decode_step import layer_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,8 +1,8 @@
 """``Gemma4TextModel.forward`` of 0.5.22 and 0.5.23: the same loop, each layer handed the norm after it.
 
-Before the KV-shared layers the rows may be cut (`gemma4_turbo.ports.any.yoco_cut`), and the tail may
-run in a CUDA graph (`gemma4_turbo.ports.any.yoco_graph`). In SGLang's own prefill graphs the cut is made
-between two of their segments (`gemma4_turbo.ports.v0_5_23.yoco_piecewise`).
+Before the KV-shared layers the rows may be cut (`gemma4_turbo.ports.any.prefill.yoco_cut`), and the tail may
+run in a CUDA graph (`gemma4_turbo.ports.any.prefill.yoco_graph`). In SGLang's own prefill graphs the cut is made
+between two of their segments (`gemma4_turbo.ports.v0_5_23.prefill.yoco_piecewise`).
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import layer_steps, yoco_cut, yoco_graph
-from gemma4_turbo.ports.any.yoco_piecewise import YOCO_PIECEWISE
-from gemma4_turbo.ports.v0_5_23 import classes, layer_loop, triton_backend, yoco, yoco_piecewise
+from gemma4_turbo.ports.any.decode_step import layer_steps
+from gemma4_turbo.ports.any.prefill import yoco_cut, yoco_graph
+from gemma4_turbo.ports.any.prefill.yoco_piecewise import YOCO_PIECEWISE
+from gemma4_turbo.ports.v0_5_23 import classes, layer_loop
+from gemma4_turbo.ports.v0_5_23.attention import triton_backend
+from gemma4_turbo.ports.v0_5_23.prefill import yoco, yoco_piecewise
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun

@@ -6,18 +6,21 @@ Patches share the rewritten forwards, which live as long as one of them is in.
 
 from __future__ import annotations
 
-from gemma4_turbo.ports.any import attention as attention_steps
-from gemma4_turbo.ports.any import feed_forward_few as feed_forward
-from gemma4_turbo.ports.any import layer_steps, linear
-from gemma4_turbo.ports.any import mlp_few as dense
-from gemma4_turbo.ports.any import router_few as routers
-from gemma4_turbo.ports.any import yoco_batch as batch
-from gemma4_turbo.ports.any import yoco_cut as cut
-from gemma4_turbo.ports.any import yoco_graph as graph
-from gemma4_turbo.ports.any import yoco_piecewise as in_graphs
+from gemma4_turbo.ports.any import linear
+from gemma4_turbo.ports.any.decode_step import attention as attention_steps
+from gemma4_turbo.ports.any.decode_step import layer_steps
+from gemma4_turbo.ports.any.decode_step import mlp_few as dense
+from gemma4_turbo.ports.any.experts import feed_forward_few as feed_forward
+from gemma4_turbo.ports.any.experts import router_few as routers
+from gemma4_turbo.ports.any.prefill import yoco_batch as batch
+from gemma4_turbo.ports.any.prefill import yoco_cut as cut
+from gemma4_turbo.ports.any.prefill import yoco_graph as graph
+from gemma4_turbo.ports.any.prefill import yoco_piecewise as in_graphs
 from gemma4_turbo.ports.any.wired import Wired, launch_as_usual, launch_early, nothing
-from gemma4_turbo.ports.v0_5_23 import attention, decoder_layer, experts_few, routing, text_model
-from gemma4_turbo.ports.v0_5_23 import yoco_piecewise as piecewise
+from gemma4_turbo.ports.v0_5_23 import text_model
+from gemma4_turbo.ports.v0_5_23.decode_step import attention, decoder_layer
+from gemma4_turbo.ports.v0_5_23.experts import experts_few, routing
+from gemma4_turbo.ports.v0_5_23.prefill import yoco_piecewise as piecewise
 
 layer = decoder_layer.enable
 

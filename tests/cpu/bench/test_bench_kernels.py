@@ -28,7 +28,7 @@ from gemma4_turbo.kernels.norms import layer_tail
 from gemma4_turbo.kernels.norms import rmsnorm as norms
 from gemma4_turbo.kernels.qkv import Mode
 from gemma4_turbo.models.geometry import GEOMETRIES
-from gemma4_turbo.ports.any import attention
+from gemma4_turbo.ports.any.decode_step import attention
 from tests.cpu.conftest import REPOSITORY
 
 MOE = GEOMETRIES["26b-a4b"]._replace(hidden=256, layers=2, experts=16)

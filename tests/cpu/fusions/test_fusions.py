@@ -218,8 +218,10 @@ def test_a_self_check_sees_one_wrong_number(name: str, monkeypatch: pytest.Monke
 
 def every_fusion() -> list[Fusion[Any, Any]]:
     """The instances that the ports' forwards call."""
-    from gemma4_turbo.ports.any import attention, feed_forward_few, layer_steps, linear, router_few
-    from gemma4_turbo.ports.v0_5_12 import router_norm
+    from gemma4_turbo.ports.any import linear
+    from gemma4_turbo.ports.any.decode_step import attention, layer_steps
+    from gemma4_turbo.ports.any.experts import feed_forward_few, router_few
+    from gemma4_turbo.ports.v0_5_12.experts import router_norm
 
     modules = (attention, feed_forward_few, layer_steps, linear, router_few, router_norm)
     every = {id(x): x for module in modules for x in vars(module).values()}
@@ -272,8 +274,9 @@ def test_every_bitwise_fusion_is_here():
     """Each fusion of the ports that is compared with stock's bits has a case."""
     from gemma4_turbo.fusions.projection import QProjection
     from gemma4_turbo.fusions.skinny_gemm import SkinnyGemm
-    from gemma4_turbo.ports.any import attention, layer_steps, linear
-    from gemma4_turbo.ports.v0_5_12 import router_norm
+    from gemma4_turbo.ports.any import linear
+    from gemma4_turbo.ports.any.decode_step import attention, layer_steps
+    from gemma4_turbo.ports.v0_5_12.experts import router_norm
 
     modules = (attention, layer_steps, linear, router_norm)
     kinds = {type(value) for module in modules for value in vars(module).values()}

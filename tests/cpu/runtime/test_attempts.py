@@ -115,7 +115,7 @@ def test_the_search_for_stocks_norm(
 
 
 def test_the_router(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
-    from gemma4_turbo.ports.v0_5_12 import router
+    from gemma4_turbo.ports.v0_5_12.experts import router
 
     monkeypatch.setattr(router, "_verdicts", Verdicts())
     monkeypatch.setattr(router, "_compare", raising(ERRORS[0]))
@@ -128,7 +128,7 @@ def test_the_router(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_prologue(run: PatchRun, monkeypatch: pytest.MonkeyPatch):
     from gemma4_turbo.fusions import norm_kinds
-    from gemma4_turbo.ports.any import step_prologue
+    from gemma4_turbo.ports.any.decode_step import step_prologue
 
     monkeypatch.setattr(step_prologue, "_verdicts", Verdicts())
     monkeypatch.setattr(step_prologue, "_rms_norm", lambda: None)

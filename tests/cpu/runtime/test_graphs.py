@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from gemma4_turbo.ports.any import yoco_graph
+from gemma4_turbo.ports.any.prefill import yoco_graph
 from gemma4_turbo.runtime import graphs
 
 

@@ -16,8 +16,8 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.ports.any import shared_kv
-from gemma4_turbo.ports.any.shared_kv import owners
+from gemma4_turbo.ports.any.memory import shared_kv
+from gemma4_turbo.ports.any.memory.shared_kv import owners
 from gemma4_turbo.runtime.attempts import attempt, told
 
 if TYPE_CHECKING:

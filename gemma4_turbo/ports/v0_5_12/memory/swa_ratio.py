@@ -12,8 +12,9 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
-from gemma4_turbo.ports.any import architectures, swa_ratio
-from gemma4_turbo.ports.any.swa_ratio import FIELD, RATIO
+from gemma4_turbo.ports.any import architectures
+from gemma4_turbo.ports.any.memory import swa_ratio
+from gemma4_turbo.ports.any.memory.swa_ratio import FIELD, RATIO
 from gemma4_turbo.runtime.attempts import told
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from gemma4_turbo.engine import gates
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.any import late_arguments, routes, ways_in
 from tests.cpu.conftest import patched_sglang
-from tests.cpu.ports.v0_5_12.test_swa_ratio import folder, from_keywords
+from tests.cpu.ports.v0_5_12.memory.test_swa_ratio import folder, from_keywords
 
 NAMES = ["swa_ratio", "mm_prefill_graph"]
 

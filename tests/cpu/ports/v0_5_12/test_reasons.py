@@ -8,8 +8,8 @@ import pytest
 
 from tests.cpu import interpreted
 from tests.cpu.ports import reasons
-from tests.cpu.ports.v0_5_12 import test_forwards as forwards
-from tests.cpu.ports.v0_5_12.test_forwards import applied, no_grad  # noqa: F401 - fixtures of every test here
+from tests.cpu.ports.v0_5_12.decode_step import test_forwards as forwards
+from tests.cpu.ports.v0_5_12.decode_step.test_forwards import applied, no_grad  # noqa: F401 - fixtures of every test here
 
 pytestmark = interpreted.MARKS
 # Another patch runs what `router_norm` would, see `forwards.WITHOUT`; the others are not on this line.

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import attention, layer_steps
+from gemma4_turbo.ports.any.decode_step import attention, layer_steps
 from tests.cpu import interpreted, shared_kv
 from tests.cpu.ports import reasons
 from tests.cpu.ports.counted import counted

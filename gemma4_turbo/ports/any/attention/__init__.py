@@ -1,0 +1,1 @@
+"""Attention kernels of a backend, and the KV cache that they read."""

@@ -1,1 +1,0 @@
-"""Piecewise CUDA graphs of a prefill."""

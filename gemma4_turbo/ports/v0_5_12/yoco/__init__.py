@@ -1,4 +1,0 @@
-"""You Only Cache Once (YOCO): a prefill runs the KV-shared layers on the rows that somebody reads.
-
-The words are those of `docs/patches/prefill.md`: the cut leaves rows out, the tail is what it keeps.
-"""

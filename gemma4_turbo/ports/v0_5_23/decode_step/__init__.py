@@ -1,0 +1,1 @@
+"""Decode step: the layer, its attention module, what comes before the first."""

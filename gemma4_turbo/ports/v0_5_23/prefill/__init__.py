@@ -1,0 +1,1 @@
+"""Prefill: CUDA graphs, and You Only Cache Once."""
