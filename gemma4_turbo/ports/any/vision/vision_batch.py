@@ -19,6 +19,7 @@ import torch
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.plans import vision_batches as batches
 from gemma4_turbo.ports.any import ranks as ranks_here
+from gemma4_turbo.ports.any.vision import encoding
 from gemma4_turbo.runtime import hooks
 from gemma4_turbo.runtime.attempts import attempt
 from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
@@ -89,8 +90,8 @@ def _features(
 class Plan(NamedTuple):
     """What goes through the encoder together."""
 
-    entries: list[batches.Entry]
-    pixels: list[batches.Entry]  # of them, those that are no embeddings yet
+    entries: list[encoding.Entry]
+    pixels: list[encoding.Entry]  # of them, those that are no embeddings yet
     chunks: list[list[int]]
     ranks: int
 
@@ -107,7 +108,7 @@ def _plan(model: MultimodalModel, items: list[MultimodalItem], attribute: str, r
     pixels = [entry for entry in entries if entry.positions is not None]
     described = describe(tower)
     # To ask the allocator takes longer than a single entry's share of anything here.
-    budget = batches.free_budget(tower.device, ranks) if len(pixels) > 1 else 0
+    budget = encoding.free_budget(tower.device, ranks) if len(pixels) > 1 else 0
     chunks = batches.plan(
         [entry.pixels.shape[1] for entry in pixels],
         lambda patches: batches.entry_bytes(described, patches),
@@ -120,11 +121,11 @@ def _plan(model: MultimodalModel, items: list[MultimodalItem], attribute: str, r
 def _encoded(model: MultimodalModel, plan: Plan) -> torch.Tensor:
     """The embeddings of all items."""
     tower, dtype = model.vision_tower, model.language_model.dtype()
-    encoded = batches.encode(
+    encoded = encoding.encode(
         plan.pixels, plan.chunks, tower, tower.device, dtype, halve=plan.ranks == 1
     )
-    projected, masks = batches.project(encoded, _embedder(model))
-    return batches.in_order(plan.entries, encoded, projected, masks, model.language_model.device)
+    projected, masks = encoding.project(encoded, _embedder(model))
+    return encoding.in_order(plan.entries, encoded, projected, masks, model.language_model.device)
 
 
 def model_unfit(model: MultimodalModel) -> str | None:
@@ -154,7 +155,7 @@ def _embedder(model: MultimodalModel) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda tokens: model.embed_vision(inputs_embeds=tokens)
 
 
-def _entries(model: MultimodalModel, item: MultimodalItem, attribute: str) -> list[batches.Entry]:
+def _entries(model: MultimodalModel, item: MultimodalItem, attribute: str) -> list[encoding.Entry]:
     """An item's images or frames. `DeclinedError` if it holds anything unexpected."""
     from sglang.srt.managers.schedule_batch import flatten_nested_list
 
@@ -169,7 +170,7 @@ def _entries(model: MultimodalModel, item: MultimodalItem, attribute: str) -> li
         if pixels.dim() in (2, 3) and pixels.shape[-1] == width:
             if pixels.dim() != 2:
                 raise DeclinedError("an embedding that was given has three dimensions")
-            entries.append(batches.Entry(pixels, None))
+            entries.append(encoding.Entry(pixels, None))
             continue
         positions = places[index] if index < len(places) else None
         if not isinstance(positions, torch.Tensor):
@@ -188,7 +189,7 @@ def _entries(model: MultimodalModel, item: MultimodalItem, attribute: str) -> li
                 "do not belong together"
             )
         entries += [
-            batches.Entry(pixels[i : i + 1], positions[i : i + 1]) for i in range(len(pixels))
+            encoding.Entry(pixels[i : i + 1], positions[i : i + 1]) for i in range(len(pixels))
         ]
     return entries
 

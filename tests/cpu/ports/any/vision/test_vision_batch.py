@@ -12,6 +12,7 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.plans import vision_batches as batches
+from gemma4_turbo.ports.any.vision import encoding
 from gemma4_turbo.ports.any.vision import vision_batch as patch
 from tests.cpu import vision
 from tests.cpu.conftest import only_patch, patched_sglang
@@ -211,7 +212,7 @@ def test_chunks_stay_inside_the_budget(monkeypatch: pytest.MonkeyPatch):
     described = patch.describe(model.vision_tower)
     budget = 2 * batches.entry_bytes(described, 16)
     assert batches.entry_bytes(described, 64) > budget
-    monkeypatch.setattr(batches, "FIXED_BUDGET", budget)
+    monkeypatch.setattr(encoding, "FIXED_BUDGET", budget)
     items = [*mixed(), vision.image(8, 8, seed=7), vision.image(8, 8, seed=8)]
     expected = stock(model, items)
     calls = Calls(model, monkeypatch)
@@ -274,7 +275,7 @@ def test_the_other_patches_shrink_the_bound():
 @pytest.mark.parametrize(("ranks", "device"), [(1, "cpu"), (2, "cuda"), (8, "cpu")])
 def test_ranks_cut_alike(ranks: int, device: str):
     """Free memory differs between ranks; what they all-reduce must not."""
-    assert batches.free_budget(torch.device(device), ranks) == batches.FIXED_BUDGET
+    assert encoding.free_budget(torch.device(device), ranks) == encoding.FIXED_BUDGET
 
 
 def gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int, idle: int) -> None:
@@ -286,17 +287,17 @@ def gpu(monkeypatch: pytest.MonkeyPatch, free: int, total: int, idle: int) -> No
 
 def budgets(monkeypatch: pytest.MonkeyPatch, *states: tuple[int, int, int]) -> list[int]:
     """Of one process, one state of its GPU after the other."""
-    monkeypatch.setattr(batches, "_least_idle", {})
+    monkeypatch.setattr(encoding, "_least_idle", {})
     found = []
     for state in states:
         gpu(monkeypatch, *state)
-        found.append(batches.free_budget(torch.device("cuda"), 1))
+        found.append(encoding.free_budget(torch.device("cuda"), 1))
     return found
 
 
 def test_the_budget_of_one_gpu(monkeypatch: pytest.MonkeyPatch):
     """Half of what is free; at most a tenth of the GPU, and no more than pays."""
-    most = batches.MOST_BUDGET
+    most = encoding.MOST_BUDGET
     assert budgets(monkeypatch, (4000, 100_000, 0)) == [2000]
     assert budgets(monkeypatch, (90_000, 100_000, 0)) == [10_000]
     assert budgets(monkeypatch, (90 * most, 100 * most, 0)) == [most]
@@ -317,8 +318,8 @@ def test_a_single_image_asks_nobody_for_memory(monkeypatch: pytest.MonkeyPatch):
     """The allocator's figures take longer than all else here."""
     model = vision.model("triton_attn")
     asked: list[int] = []
-    budget = batches.free_budget
-    monkeypatch.setattr(batches, "free_budget", lambda *a: asked.append(1) or budget(*a))
+    budget = encoding.free_budget
+    monkeypatch.setattr(encoding, "free_budget", lambda *a: asked.append(1) or budget(*a))
     model.get_image_feature([vision.given(2), vision.image(4, 4)])
     assert not asked
     model.get_image_feature([vision.image(4, 4), vision.image(4, 4)])
