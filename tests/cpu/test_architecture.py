@@ -168,9 +168,9 @@ def test_the_example_of_the_documentation(monkeypatch: pytest.MonkeyPatch, tmp_p
     names = {**vars(catalogue), "Port": Port, "HERE": "the_line"}
     patch = eval(block("Patch("), names)
     ports = eval("{" + block('"example": Port(') + "}", names)
-    code = types.ModuleType("the_line.example")
+    code = types.ModuleType("the_line.decode_step.example")
     exec(block("from gemma4_turbo.runtime"), vars(code))
-    monkeypatch.setitem(sys.modules, "the_line.example", code)
+    monkeypatch.setitem(sys.modules, "the_line.decode_step.example", code)
     (port,) = ports.values()
     prints = fingerprints.record_release(fingerprints.installed_source, [port])
     table: Any = {**fingerprints.known_releases(), **dict.fromkeys(port.written_for, prints)}
