@@ -22,7 +22,7 @@ ENGINE = Engine(
     PORTS,
     own_models=any_line.GEMMA4_MODELS,
     own_kinds=any_line.GEMMA4_KINDS,
-    ways_in="gemma4_turbo.ports.any.ways_in",
+    launch_gates="gemma4_turbo.ports.any.launch.launch_gates",
     measured=gpu_profile.decisions,
 )
 run.RUNS.update(ENGINE.runs)

@@ -16,8 +16,8 @@ from gemma4_turbo.engine.counters import live_processes
 from gemma4_turbo.engine.imports import installed_release
 from gemma4_turbo.engine.states import PatchStatus
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import advice
-from gemma4_turbo.ports.any.routes import bootstrap_routes
+from gemma4_turbo.ports.any.launch import advice
+from gemma4_turbo.ports.any.launch.routes import bootstrap_routes
 
 STAY_STOCK = (
     "spawned processes would stay stock: install gemma4_turbo with pip (and let SGLANG_PLUGINS name "

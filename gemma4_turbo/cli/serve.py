@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from gemma4_turbo.cli.modules import CannotRunError, require_sglang
-from gemma4_turbo.ports.any.routes import bootstrap_routes
+from gemma4_turbo.ports.any.launch.routes import bootstrap_routes
 
 
 def run(arguments: Sequence[str]) -> int:

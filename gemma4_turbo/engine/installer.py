@@ -73,7 +73,7 @@ class Engine:
         ports: Ports,
         own_models: str = "",
         own_kinds: Container[str] | None = None,
-        ways_in: str = "",
+        launch_gates: str = "",
         measured: Callable[[], Mapping[str, Decision]] = dict,
     ) -> None:
         """No process is touched before `apply`.
@@ -83,7 +83,7 @@ class Engine:
             ports: for each of them, by name, its ports.
             own_models: how the modules begin that belong to the models that the patches are for.
             own_kinds: what follows in those that define such a model; None: anything.
-            ways_in: our module of gates, with ``register``, ``install`` and ``remove``, each given the
+            launch_gates: our module of gates, with ``register``, ``install`` and ``remove``, each given the
                 engine; imported with the first module of SGLang's. None if empty.
             measured: by patch, what was measured on this machine; asked for where a patch is decided.
         """
@@ -103,7 +103,7 @@ class Engine:
         self._finder: Any = None
         self.gates: dict[str, Swap] = {}  # of gemma4_turbo.engine.gates
         self.models = Models(own_models, own_kinds)
-        self._ways_in = ways_in
+        self._launch_gates = launch_gates
         self._measured = measured
         self.mistakes: list[str] = []  # exceptions of ours that were swallowed; for strict mode
         self._ready: set[str] = set()  # modules that have been run to their end
@@ -488,12 +488,12 @@ class Engine:
             logger.exception("gemma4_turbo: %s", what)
 
     def _register_gates(self) -> None:
-        if self._ways_in:
-            importlib.import_module(self._ways_in).register(self)
+        if self._launch_gates:
+            importlib.import_module(self._launch_gates).register(self)
 
     def _gates(self, what: str) -> None:
-        if self._armed and self._ways_in:
-            getattr(importlib.import_module(self._ways_in), what)(self)
+        if self._armed and self._launch_gates:
+            getattr(importlib.import_module(self._launch_gates), what)(self)
 
     def _set_log_level(self) -> None:
         level = self.switches().log_level

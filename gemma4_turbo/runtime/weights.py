@@ -1,7 +1,7 @@
 """When weights were written: what was read of their values before is void.
 
 A verdict about data belongs to one layer and to the values that it has now. SGLang writes weights when
-it loads a model and in its ``update_weights_from_*``; `gemma4_turbo.ports.any.occasions` counts these. Code that
+it loads a model and in its ``update_weights_from_*``; `gemma4_turbo.ports.any.launch.model_gates` counts these. Code that
 writes to a tensor in place by itself shows in the tensor's own version, unless it writes through
 ``.data``, which nothing on the host shows: no result of ours may depend on that.
 """

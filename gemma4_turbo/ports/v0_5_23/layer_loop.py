@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import handover
+from gemma4_turbo.ports.any.decode_step import handover
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import TextModel

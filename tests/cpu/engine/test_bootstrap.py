@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma4_turbo.ports.any import routes
+from gemma4_turbo.ports.any.launch import routes
 from tests.cpu.conftest import REPOSITORY, Python
 
 EXAMPLE = REPOSITORY / "sitecustomize_example"

@@ -9,7 +9,7 @@ import pytest
 
 from gemma4_turbo.engine import fingerprints, gates, installer
 from gemma4_turbo.engine.installer import Engine
-from gemma4_turbo.ports.any import advice, late_arguments, routes, ways_in
+from gemma4_turbo.ports.any.launch import advice, late_arguments, launch_gates, routes
 from tests.cpu.synthetic import World, record, returning
 
 ERRORS = (
@@ -98,8 +98,8 @@ IN_STRICT_MODE_ONLY = ("decision", "outlook", "sources")
 PLACES = [
     pytest.param(gate, place, id=f"{where}-{name}")
     for where, gate, table in (
-        ("launch", ways_in._before_launch, AT_LAUNCH),
-        ("loading", ways_in._after_load, AT_LOADING),
+        ("launch", launch_gates._before_launch, AT_LAUNCH),
+        ("loading", launch_gates._after_load, AT_LOADING),
     )
     for name, place in table.items()
 ]
@@ -151,12 +151,12 @@ def test_strict_refuses_what_it_cannot_look_at(
     assert raised
     # Told by the gate, or by the state of the patch whose source could not be judged.
     assert f"{type(error).__name__}: injected" in str(refused.value)
-    assert len(stock.calls) == (gate is ways_in._after_load and place[1] != "catch_up")
+    assert len(stock.calls) == (gate is launch_gates._after_load and place[1] != "catch_up")
 
 
 @pytest.mark.parametrize("strict", ["0", "1"])
 @pytest.mark.parametrize("error", [ValueError("stock's own"), SystemExit(3), KeyboardInterrupt()])
-@pytest.mark.parametrize("gate", [ways_in._before_launch, ways_in._after_load])
+@pytest.mark.parametrize("gate", [launch_gates._before_launch, launch_gates._after_load])
 def test_what_stock_raises_passes_through(
     engine: Engine,
     monkeypatch: pytest.MonkeyPatch,
@@ -185,11 +185,11 @@ def test_one_check_that_raises_leaves_the_others_their_say(
 
     monkeypatch.setattr(Engine, "switches", broken)
     monkeypatch.setenv("SGLANG_PLUGINS", "other")
-    assert ways_in._before_launch(engine)(Stock(), None, (), {}) == "stock's"
+    assert launch_gates._before_launch(engine)(Stock(), None, (), {}) == "stock's"
     assert any("would stay stock" in line for line in caplog.messages)
     monkeypatch.setenv("GEMMA4_TURBO_STRICT", "1")  # read from the environment then
     with pytest.raises(gates.StrictModeError, match=r"injected.*would stay stock"):
-        ways_in._before_launch(engine)(Stock(), None, (), {})
+        launch_gates._before_launch(engine)(Stock(), None, (), {})
 
 
 def test_checks_can_be_added(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,15 +200,15 @@ def test_checks_can_be_added(engine: Engine, monkeypatch: pytest.MonkeyPatch) ->
         seen.append(call)
         return ["something else is wrong"]
 
-    wrapper = ways_in._before_launch(engine)
-    ways_in.BEFORE_LAUNCH.append(check)
+    wrapper = launch_gates._before_launch(engine)
+    launch_gates.BEFORE_LAUNCH.append(check)
     try:
         assert wrapper(Stock(), None, (7,), {}) == "stock's"
         monkeypatch.setenv("GEMMA4_TURBO_STRICT", "1")
         with pytest.raises(gates.StrictModeError, match="something else is wrong"):
             wrapper(Stock(), None, (7,), {})
     finally:
-        ways_in.BEFORE_LAUNCH.remove(check)
+        launch_gates.BEFORE_LAUNCH.remove(check)
     assert [call.args for call in seen] == [(7,), (7,)]
     made = gates.guarded(after=[check])(engine)
     monkeypatch.delenv("GEMMA4_TURBO_STRICT")
@@ -237,10 +237,10 @@ def test_what_was_swallowed_before_is_told_at_the_launch(
     assert raised
     assert engine.mistakes
     assert "RecursionError: injected" in engine.mistakes[0]
-    assert ways_in._before_launch(engine)(Stock(), None, (), {}) == "stock's"
+    assert launch_gates._before_launch(engine)(Stock(), None, (), {}) == "stock's"
     monkeypatch.setenv("GEMMA4_TURBO_STRICT", "1")
     with pytest.raises(gates.StrictModeError, match="RecursionError: injected"):
-        ways_in._before_launch(engine)(Stock(), None, (), {})
+        launch_gates._before_launch(engine)(Stock(), None, (), {})
     engine.revert()
     assert not engine.mistakes
 
@@ -250,9 +250,9 @@ def test_gates_are_there_even_if_bootstrap_fails(
 ) -> None:
     """Else strict mode would let a stock server pass."""
     registered: list[Engine] = []
-    monkeypatch.setattr(ways_in, "register", registered.append)
+    monkeypatch.setattr(launch_gates, "register", registered.append)
     engine = world.engine((record("one", world.target("answer")), returning("ours")))
-    monkeypatch.setattr(engine, "_ways_in", ways_in.__name__)
+    monkeypatch.setattr(engine, "_launch_gates", launch_gates.__name__)
     raises_once(monkeypatch, (installer.Engine, "_select"), RuntimeError("injected"))
     engine.bootstrap()
     assert registered == [engine]

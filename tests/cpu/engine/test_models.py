@@ -16,7 +16,7 @@ from gemma4_turbo.engine import states
 from gemma4_turbo.engine.served_models import Models
 from gemma4_turbo.engine.swap import Swap
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import ways_in
+from gemma4_turbo.ports.any.launch import launch_gates
 from gemma4_turbo.ports.any.sources import GEMMA4_KINDS, GEMMA4_MODELS
 from tests.cpu.conftest import patched_sglang, state_by_default
 
@@ -139,7 +139,7 @@ def test_an_off_patch_stays_off_and_strict_mode_has_nothing_against_it(
     assert ENGINE.runs["router"].state == states.OFF
     assert not [r for r in ENGINE.status() if r.state in states.REFUSED_WHEN_STRICT]
     assert model is not None
-    assert ways_in.AFTER_LOADING
+    assert launch_gates.AFTER_LOADING
 
 
 def test_weights_that_are_written_are_noticed():

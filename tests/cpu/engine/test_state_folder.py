@@ -24,7 +24,7 @@ from gemma4_turbo.engine.counters import Ledger, descendants, live_processes
 from gemma4_turbo.engine.processes import Process
 from gemma4_turbo.engine.state_folder import file_head, file_name
 from gemma4_turbo.engine.switches import STATE_DIR
-from gemma4_turbo.ports.any import ways_in
+from gemma4_turbo.ports.any.launch import launch_gates
 from tests.cpu.conftest import REPOSITORY, Python
 from tests.cpu.synthetic import World, only_row, record, returning
 
@@ -310,7 +310,7 @@ def test_status_never_raises(world: World, unfit: str) -> None:
     assert row.state == states.ACTIVE
     assert "only this process is counted" in row.reason
     assert unfit in row.reason
-    assert ways_in._after_load(engine)(lambda: "loaded", None, (), {}) == "loaded"
+    assert launch_gates._after_load(engine)(lambda: "loaded", None, (), {}) == "loaded"
 
 
 def as_nobody(function: Callable[[], Any]) -> str:
@@ -343,7 +343,7 @@ def test_below_a_folder_that_may_not_be_searched(world: World, folder: Path) -> 
 
     def go() -> Any:
         assert live_processes() == live_processes(folder) == []
-        assert ways_in._after_load(engine)(lambda: "loaded", None, (), {}) == "loaded"
+        assert launch_gates._after_load(engine)(lambda: "loaded", None, (), {}) == "loaded"
         return state_folder.problem(), state_folder.problem(trial=False), only_row(engine).reason
 
     told = as_nobody(go)

@@ -8,8 +8,7 @@ from typing import Any
 from gemma4_turbo.cli.modules import require_targets
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import handover
-from gemma4_turbo.ports.any.decode_step import layer_steps, step_prologue
+from gemma4_turbo.ports.any.decode_step import handover, layer_steps, step_prologue
 from tests.cpu.ports.counted import counted
 
 OF_LAYERS = frozenset(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import held_kernels
+from gemma4_turbo.ports.any.attention import held_kernels
 from gemma4_turbo.ports.any.attention.decode_attention import (
     Call,
     check_unfit,

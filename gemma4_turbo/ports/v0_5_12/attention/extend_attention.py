@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import held_kernels, sglang_types
+from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.any.attention import held_kernels
 from gemma4_turbo.ports.any.attention.extend_attention import (
     Call,
     Rows,

@@ -8,8 +8,7 @@ import torch
 
 from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels.norms.layer_norms import Router
-from gemma4_turbo.ports.any import handover
-from gemma4_turbo.ports.any.decode_step import layer_steps
+from gemma4_turbo.ports.any.decode_step import handover, layer_steps
 from gemma4_turbo.ports.v0_5_12 import classes, stock
 
 if TYPE_CHECKING:

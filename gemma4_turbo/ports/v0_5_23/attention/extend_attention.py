@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma4_turbo.ports.any import held_kernels
+from gemma4_turbo.ports.any.attention import held_kernels
 from gemma4_turbo.ports.any.attention.extend_attention import (
     Call,
     Rows,

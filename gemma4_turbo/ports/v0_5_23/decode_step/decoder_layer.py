@@ -14,8 +14,8 @@ import torch
 
 from gemma4_turbo.fusions.site import eps_of, site_of
 from gemma4_turbo.kernels.norms.layer_norms import Router
-from gemma4_turbo.ports.any import handover, sglang_types
-from gemma4_turbo.ports.any.decode_step import layer_steps
+from gemma4_turbo.ports.any import sglang_types
+from gemma4_turbo.ports.any.decode_step import handover, layer_steps
 from gemma4_turbo.ports.v0_5_23 import classes, sums
 from gemma4_turbo.ports.v0_5_23.stock import STOCK as STOCK  # the fusions follow it
 

@@ -17,7 +17,7 @@ from gemma4_turbo.engine import fingerprints, states
 from gemma4_turbo.engine.run import PatchRun, code_of
 from gemma4_turbo.engine.swap import Swap
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import late_arguments
+from gemma4_turbo.ports.any.launch import late_arguments
 from gemma4_turbo.ports.v0_5_12.speculation import defects
 from gemma4_turbo.ports.v0_5_12.speculation.defects import Defect
 from tests.cpu import small_mtp

@@ -18,7 +18,7 @@ from gemma4_turbo.cli import sglang_process
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.models import geometry
-from gemma4_turbo.ports.any import advice
+from gemma4_turbo.ports.any.launch import advice
 from gemma4_turbo.ports.v0_5_23.prefill import mm_prefill_graph as patch
 from tests.cpu import forward_batch, vision
 from tests.cpu.conftest import standing

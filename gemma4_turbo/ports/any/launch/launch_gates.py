@@ -15,7 +15,7 @@ import sys
 
 from gemma4_turbo.engine import gates, neighbours
 from gemma4_turbo.engine.gates import Call, Check, add, guarded, install, register, remove
-from gemma4_turbo.ports.any import advice, late_arguments, occasions, routes
+from gemma4_turbo.ports.any.launch import advice, late_arguments, model_gates, routes
 
 __all__ = ["install", "register", "remove"]
 logger = logging.getLogger("gemma4_turbo")
@@ -150,8 +150,8 @@ add(RUNNER, guarded(before=[gates.hold]))
 for _encoder in ENCODERS_LOADED:
     add(_encoder, _after_load)
 add(late_arguments.MADE, guarded(after=[_made]))
-occasions.add_gates()
-AFTER_LOADING[:0] = occasions.WHEN_LOADED
+model_gates.add_gates()
+AFTER_LOADING[:0] = model_gates.WHEN_LOADED
 
 
 def _hook_registry() -> set[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from gemma4_turbo.engine import gates
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import late_arguments, routes, ways_in
+from gemma4_turbo.ports.any.launch import late_arguments, launch_gates, routes
 from tests.cpu.conftest import patched_sglang
 from tests.cpu.ports.v0_5_12.memory.test_swa_ratio import folder, from_keywords
 
@@ -37,7 +37,7 @@ def stock() -> Iterator[None]:
 def launch(server_args: Any) -> Any:
     """Through the gate."""
     calls: list[Any] = []
-    ways_in._before_launch(ENGINE)(calls.append, None, (server_args,), {})
+    launch_gates._before_launch(ENGINE)(calls.append, None, (server_args,), {})
     return calls
 
 

@@ -137,7 +137,7 @@ def _graphs_of_text_that_end(server_args: object) -> list[str]:
 def _tokenizers_without_us(server_args: object) -> list[str]:
     """Tokenizer workers that run the image processor and that no way leads into."""
     from gemma4_turbo.engine.run import peer
-    from gemma4_turbo.ports.any import routes
+    from gemma4_turbo.ports.any.launch import routes
 
     workers = getattr(server_args, "tokenizer_worker_num", None)
     if not isinstance(workers, int) or workers < 2 or not peer("picture_memory").will_run():

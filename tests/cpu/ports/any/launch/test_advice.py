@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from gemma4_turbo.__main__ import app
 from gemma4_turbo.cli import doctor
 from gemma4_turbo.engine import fingerprints, run
-from gemma4_turbo.ports.any import advice, routes, ways_in
+from gemma4_turbo.ports.any.launch import advice, launch_gates, routes
 
 
 def arguments(drafted: int | None, **backends: str) -> SimpleNamespace:
@@ -81,7 +81,7 @@ def test_the_launch_says_it_and_goes_on(monkeypatch, caplog, by_name):
     """In the server's log, strict mode or not; nothing is refused for it."""
     monkeypatch.setattr(advice, "installed", {"flashinfer-python": "0.6.11.post1"}.get)
     engine = SimpleNamespace(switches=lambda: SimpleNamespace(strict=False))
-    launch = ways_in._before_launch(engine)
+    launch = launch_gates._before_launch(engine)
     asked = arguments(6, attention_backend="trtllm_mha")
     args, kwargs = ((), {"server_args": asked}) if by_name else ((asked,), {})
     with caplog.at_level(logging.WARNING, "gemma4_turbo"):

@@ -11,7 +11,7 @@ import pytest
 
 from gemma4_turbo.engine import gates
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import routes
+from gemma4_turbo.ports.any.launch import routes
 
 RUNTIME = "sglang.srt.disaggregation.encoder.runtime"
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from gemma4_turbo.engine import gates
-from gemma4_turbo.ports.any import occasions, routes, ways_in
-from gemma4_turbo.ports.any.routes import ENTRY_POINT, SITECUSTOMIZE, bootstrap_routes
+from gemma4_turbo.ports.any.launch import launch_gates, model_gates, routes
+from gemma4_turbo.ports.any.launch.routes import ENTRY_POINT, SITECUSTOMIZE, bootstrap_routes
 from tests.cpu.conftest import REPOSITORY
 
 OURS = "import gemma4_turbo\ngemma4_turbo.bootstrap()\n"
@@ -336,17 +336,17 @@ def test_sglang_starts_its_processes_as_said() -> None:
     for module in (
         "sglang.srt.ray.scheduler_actor",
         "sglang.srt.ray.data_parallel_controller",
-        *(target.partition(":")[0] for target in ways_in.ENCODERS),
+        *(target.partition(":")[0] for target in launch_gates.ENCODERS),
         "sglang.bench_one_batch",
     ):
         if not path_of(module).exists():
             continue  # of another release
         assert "load_plugins" not in source(module), module
         assert "run_scheduler_process(" not in source(module), module
-    old, new = occasions.WRITERS[:5], occasions.WRITERS[5:]
+    old, new = model_gates.WRITERS[:5], model_gates.WRITERS[5:]
     moved = [
-        (ways_in.ENCODERS[:2], (*ways_in.ENCODERS[2:], ways_in.REPLICAS)),
-        (ways_in.ENCODERS_LOADED[:1], ways_in.ENCODERS_LOADED[1:]),
+        (launch_gates.ENCODERS[:2], (*launch_gates.ENCODERS[2:], launch_gates.REPLICAS)),
+        (launch_gates.ENCODERS_LOADED[:1], launch_gates.ENCODERS_LOADED[1:]),
         (old, new),
     ]
     for family in moved:  # a release has all of one side

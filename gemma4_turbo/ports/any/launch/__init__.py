@@ -1,0 +1,1 @@
+"""How a launch comes to SGLang's processes, what is late there, and what its user should know."""
