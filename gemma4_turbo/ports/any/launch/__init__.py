@@ -1,1 +1,1 @@
-"""How a launch comes to SGLang's processes, what is late there, and what its user should know."""
+"""How a launch comes to SGLang's processes, and what its user should know."""

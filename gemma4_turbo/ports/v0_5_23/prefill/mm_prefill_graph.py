@@ -46,8 +46,8 @@ import torch
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.run import peer
 from gemma4_turbo.ports.any import architectures
-from gemma4_turbo.ports.any.launch.late_targets import LateTargets
 from gemma4_turbo.ports.any.prefill import mm_prefill_graph as common
+from gemma4_turbo.ports.any.prefill.late_targets import LateTargets
 from gemma4_turbo.ports.any.prefill.mm_prefill_graph import LANGUAGE_MODEL, recorded
 from gemma4_turbo.ports.any.sglang_types import is_a
 from gemma4_turbo.runtime import graphs, hooks
