@@ -211,7 +211,7 @@ def test_flags_that_spawned_processes_inherit(tmp_path: Path, flag: str) -> None
     """With them Python looks at no PYTHONPATH, or runs no ``sitecustomize``."""
     code = (
         f"import sys; sys.path.insert(0, {str(REPOSITORY)!r}); sys.path += {sys.path!r}\n"
-        "from gemma4_turbo.ports.any import routes; print(routes._sitecustomize())"
+        "from gemma4_turbo.ports.any.launch import routes; print(routes._sitecustomize())"
     )
     environ = {**os.environ, "PYTHONPATH": f"{folder(tmp_path / 'ours')}:{REPOSITORY}"}
     for flags, found in (([flag], "False"), ([], "True")):

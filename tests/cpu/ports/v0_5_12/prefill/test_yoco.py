@@ -422,7 +422,7 @@ def test_gates_of_model_and_server(model: Any, monkeypatch: pytest.MonkeyPatch):
         assert "piecewise" in reason()
     with monkeypatch.context() as m:  # a pipeline stage without the model's end
         m.setattr(model.config, "num_hidden_layers", 7)
-        assert "no layers that share" in reason()
+        assert "no KV-shared layers" in reason()
 
 
 def test_a_model_without_shared_layers_and_a_decode_batch(model: Any):
@@ -430,7 +430,7 @@ def test_a_model_without_shared_layers_and_a_decode_batch(model: Any):
 
     batch = prefilled({})
     assert yoco_cut.cut(shared_kv.build(shared=0), batch, batch.positions, {}) is None
-    assert "no layers that share" in ENGINE.runs[NAME].full_reason()
+    assert "no KV-shared layers" in ENGINE.runs[NAME].full_reason()
     batch.forward_mode = ForwardMode.DECODE
     declined = ENGINE.runs[NAME].counters.cells[:]
     assert yoco_cut.cut(model, batch, batch.positions, {}) is None

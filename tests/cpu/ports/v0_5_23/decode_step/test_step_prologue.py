@@ -372,7 +372,7 @@ def test_the_norms_function_is_looked_at(method, expected, monkeypatch: pytest.M
 def test_stocks_norms_are_followed(environment: dict[str, str]):
     """This line's, whose names are in the module that RMSNorm calls. Other tests may follow another's here."""
     code = (
-        "from gemma4_turbo.ports.v0_5_23 import step_prologue\n"
+        "from gemma4_turbo.ports.v0_5_23.decode_step import step_prologue\n"
         "from gemma4_turbo.fusions.stock import followed\n"
         "assert followed() is step_prologue.STOCK"
     )

@@ -204,7 +204,7 @@ def test_servers_whose_graphs_are_stocks(model: Any, monkeypatch: pytest.MonkeyP
     with model.norm.register_forward_hook(lambda *given: None):
         assert first(model) is None
     assert first(sharing.build(shared=0)) is None
-    assert "no layers that share" in run.full_reason()
+    assert "no KV-shared layers" in run.full_reason()
     monkeypatch.setattr(yoco_cut.YOCO, "run", None)
     assert first(model) is None
 
