@@ -64,7 +64,7 @@ def package() -> str:
 
 
 def part(name: str) -> ModuleType:
-    """A module of the line's: ``stock``, ``classes``."""
+    """A module of the line's: ``stock``, ``decode_step.attention``."""
     return import_module(f"{package()}.{name}")
 
 
@@ -97,7 +97,7 @@ def router_scale_is_folded() -> bool:
 
 def skipped_slot() -> int | None:
     """The slot of the KV pool that stock's store leaves as it is, or None."""
-    slot: int | None = getattr(part("attention"), "PADDING", None)
+    slot: int | None = getattr(part("decode_step.attention"), "PADDING", None)
     return slot
 
 

@@ -420,7 +420,8 @@ def reference_experts_few(
             if expert < 0:
                 continue
             gate, up = rounded_to_x(w13[expert].to(wide) @ x[token].to(wide)).chunk(2)
-            h = rounded_to_x(torch.nn.functional.gelu(gate) * up)
+            # Not `gelu`: vectorised on some CPUs, it makes NaN of infinity.
+            h = rounded_to_x(gate * 0.5 * (1 + torch.erf(gate * 0.5**0.5)) * up)
             factor = topk_weights[token, choice].to(wide)
             out[token] += rounded_to_x(w2[expert].to(wide) @ h * factor)
     return out.to(x.dtype)
