@@ -62,7 +62,7 @@ class Swap:
             raise NotStockError(f"{self.target} {wrong}")
 
     def install(self, replacement: Any) -> None:
-        """Set the replacement, under the raw attribute's staticmethod or classmethod.
+        """Set the replacement, under the raw attribute's staticmethod or classmethod; all of it, or nothing.
 
         A patch that shares the attribute must bring the very function that is there already.
         """
@@ -75,9 +75,14 @@ class Swap:
             replacement = type(self.raw)(replacement)
         self._users = 1
         self._installed = replacement
-        setattr(self.owner, self.name, replacement)
-        if isinstance(self.owner, types.ModuleType):
-            _rebind(self.raw, replacement)
+        try:
+            setattr(self.owner, self.name, replacement)
+            if isinstance(self.owner, types.ModuleType):
+                _rebind(self.raw, replacement)
+        except BaseException:  # a holder that refuses, which holds stock's still
+            self.restore()
+            self._users, self._installed = 0, None
+            raise
 
     @property
     def in_place(self) -> bool:

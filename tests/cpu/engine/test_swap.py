@@ -138,6 +138,34 @@ def test_a_module_that_is_yet_to_be_loaded_is_not_loaded(
     assert later.answer(1) == 2
 
 
+def test_a_holder_that_refuses_ours_leaves_stock_everywhere(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody takes out again what did not go in."""
+
+    class Sealed(types.ModuleType):
+        def __setattr__(self, name: str, value: object) -> None:
+            raise TypeError("sealed")
+
+    module = world.imported()
+    stock = module.answer
+    others = [types.ModuleType("before"), Sealed("sealed"), types.ModuleType("behind")]
+    for other in others:
+        vars(other)["answer"] = stock
+        monkeypatch.setitem(sys.modules, other.__name__, other)
+    swap = Swap(world.target("answer"))
+    with pytest.raises(TypeError, match="sealed"):
+        swap.install(lambda x: "ours")
+    assert module.answer is stock
+    assert [vars(other)["answer"] for other in others] == [stock] * 3
+    assert not swap.in_place
+    monkeypatch.delitem(sys.modules, "sealed")
+    swap.install(lambda x: "ours")
+    assert module.answer(1) == "ours"
+    assert swap.restore()
+    assert module.answer is stock
+
+
 def test_a_second_name_in_the_same_module_follows_too(world: World) -> None:
     """``old_name = answer`` below the definition is an alias like any other."""
     world.write("leaf", (world.root / world.package / "leaf.py").read_text() + "\nold = answer\n")
