@@ -8,13 +8,13 @@ from typing import Any
 from gemma4_turbo.cli.modules import require_targets
 from gemma4_turbo.engine import states
 from gemma4_turbo.instance import ENGINE
-from gemma4_turbo.ports.any import handover, layer_steps, step_prologue
+from gemma4_turbo.ports.any import handover, layer_steps, mlp_few, step_prologue
 from tests.cpu.ports.counted import counted
 
 OF_LAYERS = frozenset(
     {
         *("layer_norms", "ple_tail", "input_norm", "experts_sum", "mlp_stream", "pdl"),
-        *("router_few", "skinny_gemm", "qkv_proj", "rope_store"),
+        *("router_few", "skinny_gemm", "mlp_few", "qkv_proj", "rope_store"),
         *("router_norm", "step_prologue", "yoco", "yoco_graph"),
     }
 )
@@ -58,6 +58,8 @@ def check_absent(kind: str) -> None:
         if ENGINE.runs[name].state != states.ACTIVE:
             continue  # not on every line
         assert of(name).endswith(layer_steps.NO_EXPERTS) is (kind != "moe")
+    if kind == "moe":
+        assert of("mlp_few").endswith(mlp_few.BESIDE_EXPERTS)
     if kind != "ple":
         assert of("ple_tail").endswith(layer_steps.NOT_PER_LAYER)
         assert of("step_prologue").endswith(step_prologue.NOT_PER_LAYER)
