@@ -77,9 +77,11 @@ class MlpFew(Fusion[Args, torch.Tensor]):
 
     def differing(self, args: Args, kind: int) -> int:
         """Numbers that are too far from the reference's, of each kernel that is compiled."""
-        found, x = 0, samples(MOST_TOKENS, args.x)
+        # Of scales 0.6 and 4. GELU of far smaller or larger gates is half of them, or all or nothing, as that
+        # of other activations, too; and the products of large ones are infinite in fp16.
+        found, x = 0, samples(5, args.x)[2:4]
         weights = telling(args.gate_up), telling(args.down)
-        for tokens in (1, MOST_TOKENS):
-            drawn = Args(x[-tokens:], *weights, args.counts)
+        for few in (x[:1], x[1:], x):
+            drawn = Args(few, *weights, args.counts)
             found += too_far(self.launch(drawn, kind), self.reference(drawn), OUTPUT)
         return found

@@ -62,6 +62,18 @@ def test_with_every_step_the_same_sums_are_made_and_both_go_on_alike(ranks: list
     assert found[0]["patched"]["out"] == found[1]["patched"]["out"]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dense_mlp_in_one_launch_is_summed_once(ranks: list[Any], kind: str):
+    """On 0.5.12.post1 by the patch, in the down projection's place; on 0.5.23 by the layer."""
+    found = of(ranks, "forwards", kind)
+    for rank in found:
+        few = rank["mlp_few"]
+        assert few["engaged"]["mlp_few"] == (0 if kind == "moe" else LAYERS), few["reasons"]
+        assert few["sums"] == rank["stock"]["sums"]
+        assert few["far"] < 0.06
+    assert found[0]["mlp_few"]["out"] == found[1]["mlp_few"]["out"]
+
+
 def test_two_streams_meet_before_their_branches_are_summed(ranks: list[Any]):
     """On 0.5.12.post1 the sums are in the branches: there is one stream."""
     for rank in of(ranks, "beside"):

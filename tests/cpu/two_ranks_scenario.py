@@ -177,10 +177,12 @@ def forwards(rank: int) -> dict[str, Any]:
             bare = once(model)
             layer_steps.LAYER_NORMS.run = run
         every = patched(model, *STEPS, "skinny_gemm")
+        few = patched(model, "mlp_few")
         found[kind] = {
             "stock": told(stock),
             "bare": told(bare),
             "patched": {**told(every), "far": far(every, stock)},
+            "mlp_few": {**told(few), "far": far(few, stock)},
         }
     return found
 

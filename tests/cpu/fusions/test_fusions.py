@@ -219,11 +219,11 @@ def test_a_self_check_sees_one_wrong_number(name: str, monkeypatch: pytest.Monke
 def every_fusion() -> list[Fusion[Any, Any]]:
     """The instances that the ports' forwards call."""
     from gemma4_turbo.ports.any import linear
-    from gemma4_turbo.ports.any.decode_step import attention, layer_steps
+    from gemma4_turbo.ports.any.decode_step import attention, layer_steps, mlp_few
     from gemma4_turbo.ports.any.experts import feed_forward_few, router_few
     from gemma4_turbo.ports.v0_5_12.experts import router_norm
 
-    modules = (attention, feed_forward_few, layer_steps, linear, router_few, router_norm)
+    modules = (attention, feed_forward_few, layer_steps, linear, mlp_few, router_few, router_norm)
     every = {id(x): x for module in modules for x in vars(module).values()}
     return [x for x in every.values() if isinstance(x, Fusion)]
 
@@ -238,6 +238,27 @@ def test_verify_compares_every_fusion(fusion: Fusion[Any, Any]):
     assert [check for check in checks if not check.passed] == []
     assert {check.patch for check in checks} == {fusion.patch}
     assert all(check.compared for check in checks)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fill", [0.0, float("nan")])
+def test_what_stands_for_weights_that_say_nothing_overflows_in_no_dtype(
+    fill: float, dtype: torch.dtype
+):
+    """A layer whose weights come later: its verdict would be every layer's of the shape."""
+    from gemma4_turbo.fusions import router_few, skinny_gemm
+    from gemma4_turbo.kernels.skinny_gemm import ROWS, Epilogue, cut
+
+    zeros = torch.zeros(4096, dtype=torch.int32)
+    x, scale = torch.ones(1, 1024, dtype=dtype), torch.ones(128, dtype=dtype)
+    weight = torch.full((128, 1024), fill, dtype=dtype)
+    for epilogue in Epilogue:
+        extra = torch.ones(1, 128, dtype=dtype) if epilogue is Epilogue.GELU_TIMES else None
+        cuts = tuple(cut(weight, epilogue, rows) for rows in ROWS)
+        of_skinny = skinny_gemm.Args(x, weight, cuts, epilogue, extra, zeros)
+        assert skinny_gemm.SkinnyGemm("skinny_gemm").differing(of_skinny, 0) == 0
+    of_router = router_few.Args(x, weight, scale, 8, zeros)
+    assert router_few.RouterFew("router_few").differing(of_router, 0) == 0
 
 
 def test_a_kernel_without_a_traced_form_is_not_in_traced_code():

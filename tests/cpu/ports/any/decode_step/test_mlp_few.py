@@ -15,6 +15,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import mlp_few as kernel
 from gemma4_turbo.ports.any import linear, sglang_types
 from gemma4_turbo.ports.any.decode_step import mlp_few as patch
+from gemma4_turbo.runtime.custom_ops import TRACED
 from tests.cpu.conftest import only_patch, patched_sglang
 from tests.cpu.ports.counted import counted
 
@@ -232,7 +233,35 @@ def test_the_self_check_sees_a_wrong_kernel(
         return found
 
     monkeypatch.setattr(kernel, "launch_mlp_few", off)
-    assert fusion.differing(args, 0) == 1
+    assert fusion.differing(args, 0) == (2 if tokens == 1 else 1)  # two rows, each alone
+
+
+def test_the_self_check_sees_another_activation(module: Any, monkeypatch: pytest.MonkeyPatch):
+    """SiLU is GELU where the gate is far from 1, to either side."""
+    linear_of = torch.nn.functional.linear
+
+    def of_silu(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, *more: Any) -> Any:
+        gate, up = linear_of(x, gate_up).chunk(2, -1)
+        return linear_of(torch.nn.functional.silu(gate) * up, down)
+
+    monkeypatch.setattr(kernel, "launch_mlp_few", of_silu)
+    weights = module.gate_up_proj.weight, module.down_proj.weight
+    args = patch.mlp_few.Args(given(), *weights, torch.zeros(kernel.COUNTS, dtype=torch.int32))
+    assert patch.MLP_FEW.differing(args, 0) > 10
+
+
+# Trained layers have rows longer than 1; the others are replaced.
+@pytest.mark.parametrize("length", [1.0, 5.0, 0.0, float("nan")])
+def test_the_self_check_passes_in_fp16(module: Any, length: float):
+    """Nothing that it draws becomes infinite on the way."""
+    weights = [
+        torch.randn(w.shape, generator=torch.Generator().manual_seed(7)).half()
+        * (length * w.shape[1] ** -0.5)
+        for w in (module.gate_up_proj.weight, module.down_proj.weight)
+    ]
+    counts = torch.zeros(kernel.COUNTS, dtype=torch.int32)
+    args = patch.mlp_few.Args(given().half(), *weights, counts)
+    assert patch.MLP_FEW.differing(args, 0) == 0
 
 
 # What says nothing of the code; the verdict is shared and stays.
@@ -256,3 +285,44 @@ def test_another_layers_verdict_is_taken(module: Any):
     assert sites[0].key == sites[1].key == patch.MlpSite(module).key
     module.down_proj.weight = torch.nn.Parameter(torch.ones(256, 72).bfloat16())
     assert patch.MlpSite(module).key != sites[0].key
+    assert patch.MlpSite(build("dense").layers[0].mlp.half()).key != sites[0].key
+
+
+def test_counts_are_a_modules_own(module: Any):
+    """Also of two with the same weights: a draft's, say, on a stream of its own."""
+    other = build("dense").layers[0].mlp
+    for name in ("gate_up_proj", "down_proj"):
+        other.get_submodule(name).weight = module.get_submodule(name).weight
+    assert torch.equal(patch.mlp(module, given()), patch.mlp(other, given()))
+    assert other.__dict__[linear.ARRIVED][0] is not module.__dict__[linear.ARRIVED][0]
+
+
+def test_traced_code_is_stocks_and_counted(module: Any):
+    ENGINE.runs[NAME]._decline_reason = ""
+    before = counted(NAME)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(disable=False):
+        traced = torch.compile(lambda x: patch.mlp(module, x), backend="eager", dynamic=False)
+        found = traced(given())
+    torch.compiler.reset()
+    assert torch.equal(found, module(given()))
+    now = counted(NAME)
+    assert now.engaged == before.engaged
+    assert now.declined > before.declined
+    assert ENGINE.runs[NAME].full_reason().endswith(TRACED)
+
+
+@pytest.mark.parametrize(
+    ("x", "reason"),
+    [
+        (given().t().contiguous().t(), "contiguous rows"),
+        (torch.ones(2, 257).bfloat16()[:, :256], "rows at multiples of 16 bytes"),
+        (torch.ones(513).bfloat16()[1:].view(2, 256), "x must be aligned to 16 bytes"),
+    ],
+)
+def test_rows_that_the_kernel_cannot_read_are_stocks(module: Any, x: torch.Tensor, reason: str):
+    ENGINE.runs[NAME]._decline_reason = ""
+    before = counted(NAME)
+    assert torch.equal(patch.mlp(module, x), module(x))
+    assert counted(NAME) == before.and_(declined=1)
+    assert reason in ENGINE.runs[NAME]._decline_reason
