@@ -55,7 +55,8 @@ class FeedForwardFew(Fusion[Args, Found]):
         x, w = args.inputs.mlp, args.weights
         (hidden, width), narrow = w.down.shape, w.w2.shape[2]
         return args._replace(
-            inputs=Inputs(*(samples(MOST_TOKENS, x).roll(shift, -1) for shift in range(3))),
+            # Of scales 0.6 and 4, where GELU is no other activation, nor half of its input.
+            inputs=Inputs(*(samples(5, x)[2:4].roll(shift, -1) for shift in range(3))),
             weights=random_weights(hidden, width, narrow, args.topk + 1, x, w.scale.dtype),
         )
 

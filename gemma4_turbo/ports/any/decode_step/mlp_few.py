@@ -52,8 +52,10 @@ def _at_once(module: MLP, x: torch.Tensor) -> torch.Tensor | None:
     if torch.compiler.is_compiling():
         MLP_FEW.declined(TRACED)
         return None
-    # Every prefill: no time for more than its rows.
-    reason = TOO_MANY_TOKENS if x.shape[0] > mlp_few.MOST_TOKENS else linear.mlp_unfit(module)
+    if not 0 < x.shape[0] <= mlp_few.MOST_TOKENS:  # every prefill: no time for more
+        MLP_FEW.declined(TOO_MANY_TOKENS if x.shape[0] else "no tokens")
+        return None
+    reason = linear.mlp_unfit(module)
     if reason is not None:
         MLP_FEW.declined(reason)
         return None

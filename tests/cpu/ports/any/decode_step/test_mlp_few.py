@@ -89,8 +89,11 @@ def test_more_tokens_are_stocks(module: Any, tokens: int, reason: str):
     declined(module, reason, tokens)
 
 
-def test_no_tokens(module: Any):
+def test_no_tokens_are_stocks(module: Any):
+    before = counted(NAME)
     assert patch.mlp(module, given(0)).shape == (0, 256)
+    assert counted(NAME) == before.and_(declined=1)
+    assert "no tokens" in ENGINE.runs[NAME]._decline_reason
 
 
 @pytest.mark.parametrize("part", ["", "gate_up_proj", "down_proj", "act_fn"])

@@ -597,6 +597,31 @@ def test_the_self_check_sees_a_wrong_kernel(layer: Any, monkeypatch: pytest.Monk
     assert fusion.differing(args, 0) == 2
 
 
+@pytest.mark.parametrize("of", ["mlp_output", "experts_output"])
+def test_the_self_check_sees_another_activation(
+    layer: Any, monkeypatch: pytest.MonkeyPatch, of: str
+):
+    """SiLU is GELU where the gate is far from 1, to either side."""
+    site = site_of(layer)
+    counts = torch.zeros(kernel.COUNTS, dtype=torch.int32)
+    args = patch.feed_forward_few.Args(kernel.Inputs(*inputs()), site.weights, 8, counts)
+    launch, linear_of = kernel.launch_feed_forward_few, torch.nn.functional.linear
+    silu = torch.nn.functional.silu
+
+    def of_silu(given: kernel.Inputs, weights: kernel.Weights, *more: Any) -> kernel.Found:
+        found = launch(given, weights, *more)
+        if of == "mlp_output":
+            gate, up = linear_of(given.mlp, weights.gate_up).chunk(2, -1)
+            return found._replace(mlp_output=linear_of(silu(gate) * up, weights.down))
+        with monkeypatch.context() as inside:
+            inside.setattr(torch, "erf", lambda x: 2 * torch.sigmoid(x / 0.5**0.5) - 1)  # SiLU's
+            experts = kernel.reference_experts(given, weights, found.routed)
+        return found._replace(experts_output=experts)
+
+    monkeypatch.setattr(kernel, "launch_feed_forward_few", of_silu)
+    assert patch.FEED_FORWARD_FEW.differing(args, 0) > 10
+
+
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_the_self_check_looks_at_every_compiled_kernel(
     layer: Any, monkeypatch: pytest.MonkeyPatch, tokens: int
