@@ -33,6 +33,7 @@ from gemma4_turbo.kernels.skinny_gemm import (  # noqa: E402
     Epilogue,
     launch_skinny_gemm,
     reference_skinny_gemm,
+    room,
     tiles,
 )
 from gemma4_turbo.models import geometry  # noqa: E402
@@ -73,7 +74,7 @@ def shapes(model: str) -> list[Shape]:
 def candidates(shape: Shape, rows: int, processors: int) -> list[Config]:
     """Cuts that fill the GPU and fit into shared memory."""
     halves = 2 if shape.epilogue == Epilogue.GELU_AND_MUL else 1
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    block_m = room(rows)
     found = []
     for block_n, block_k, stages, warps in itertools.product(
         (16, 32, 64, 128), (64, 128, 256), (3, 4, 6), (4,)
@@ -127,7 +128,7 @@ def main(
         {
             (c.block_n, c.block_k, c.stages, c.warps, int(shape.epilogue), int(c.split > 1), m)
             for shape in wanted.values()
-            for m in {16 if count <= 16 else 32 if count <= 32 else 64 for count in counts}
+            for m in {room(count) for count in counts}
             for c in candidates(shape, m, processors)
         }
     )

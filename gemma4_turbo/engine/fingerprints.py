@@ -17,13 +17,15 @@ import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.engine.port import ALL, Port
+
+T = TypeVar("T")
 
 logger = logging.getLogger("gemma4_turbo")
 
@@ -348,33 +350,38 @@ class Definitions:
         module = self._module(name)
         return None if module is None else module.node(qualname)
 
-    def fingerprint(self, target: str) -> str | None:
-        """Of ``module:qualname``, None if there is none; of ``module:Class.*`` that of `methods_of`."""
+    def _read(
+        self,
+        target: str,
+        kept: Callable[[_Outline], dict[str, T]],
+        read: Callable[[ast.AST], T | None],
+    ) -> T | None:
+        """What ``read`` says of the definition of ``target``, each asked once in a process; None if there is none."""
         name, _, qualname = target.partition(":")
         module = self._module(name)
         if module is None:
             return None
-        known = module.outline.fingerprints
+        known = kept(module.outline)
         if qualname not in known:
             node = module.node(qualname.removesuffix(ALL))
-            if node is None:
+            found = None if node is None else read(node)
+            if found is None:
                 return None
-            known[qualname] = fingerprint_of(qualname, node)
+            known[qualname] = found
         return known[qualname]
+
+    def fingerprint(self, target: str) -> str | None:
+        """Of ``module:qualname``, None if there is none; of ``module:Class.*`` that of `methods_of`."""
+        read = partial(fingerprint_of, target.partition(":")[2])
+        return self._read(target, lambda outline: outline.fingerprints, read)
 
     def members(self, target: str) -> tuple[str, frozenset[str]] | None:
         """Of the class ``module:qualname``: its bases, and what it defines; None if there is none."""
-        name, _, qualname = target.partition(":")
-        module = self._module(name)
-        if module is None:
-            return None
-        known = module.outline.members
-        if qualname not in known:
-            node = module.node(qualname)
-            if not isinstance(node, ast.ClassDef):
-                return None
-            known[qualname] = _members(node)
-        return known[qualname]
+
+        def read(node: ast.AST) -> _Members | None:
+            return _members(node) if isinstance(node, ast.ClassDef) else None
+
+        return self._read(target, lambda outline: outline.members, read)
 
     def origins(self, module: str, name: str) -> list[tuple[str, str]]:
         """From which modules, and under which names there, a module imports ``name``."""
@@ -392,16 +399,8 @@ class Definitions:
         return name in self._names(target)[0]
 
     def _names(self, target: str) -> _Names:
-        """Those in the definition of ``target``, each definition walked once in a process."""
-        name, _, qualname = target.partition(":")
-        module = self._module(name)
-        if module is None:
-            return _NO_NAMES
-        known = module.outline.names
-        if qualname not in known:
-            node = module.node(qualname)
-            known[qualname] = _NO_NAMES if node is None else _names_in(node)
-        return known[qualname]
+        """Those in the definition of ``target``."""
+        return self._read(target, lambda outline: outline.names, _names_in) or _NO_NAMES
 
 
 def _names_in(node: ast.AST) -> _Names:

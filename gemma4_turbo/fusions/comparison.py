@@ -14,6 +14,15 @@ def samples(rows: int, like: torch.Tensor, width: int | None = None) -> torch.Te
     return (drawn * scale[:, None]).to(like.dtype)
 
 
+def two_rows(like: torch.Tensor) -> torch.Tensor:
+    """Random rows like an activation, of scales 0.6 and 4, to tell a gate's activation from another.
+
+    GELU of far smaller or larger gates is half of them, or all or nothing, as that of other activations,
+    too; and the products of large ones are infinite in fp16.
+    """
+    return samples(5, like)[2:4]
+
+
 def telling(weight: torch.Tensor) -> torch.Tensor:
     """The weight, or random numbers where it says nothing of the code: not all finite, or mostly 0.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from gemma4_turbo.engine.checks import Check
-from gemma4_turbo.fusions.comparison import samples, too_far
+from gemma4_turbo.fusions.comparison import too_far, two_rows
 from gemma4_turbo.fusions.fusion import Fusion
 from gemma4_turbo.fusions.router_few import LOGITS, WEIGHTS
 from gemma4_turbo.kernels import feed_forward_few as kernel
@@ -55,8 +55,7 @@ class FeedForwardFew(Fusion[Args, Found]):
         x, w = args.inputs.mlp, args.weights
         (hidden, width), narrow = w.down.shape, w.w2.shape[2]
         return args._replace(
-            # Of scales 0.6 and 4, where GELU is no other activation, nor half of its input.
-            inputs=Inputs(*(samples(5, x)[2:4].roll(shift, -1) for shift in range(3))),
+            inputs=Inputs(*(two_rows(x).roll(shift, -1) for shift in range(3))),
             weights=random_weights(hidden, width, narrow, args.topk + 1, x, w.scale.dtype),
         )
 

@@ -36,10 +36,9 @@ class SkinnyGemm(Fusion[Args, torch.Tensor]):
         return kernel.unfit(args.x, args.weight, args.epilogue, args.extra)
 
     def launch(self, args: Args, kind: int) -> torch.Tensor:
-        x, weight, (few, more, many), epilogue, extra, arrived = args
+        x, weight, cuts, epilogue, extra, arrived = args
         assert arrived is not None
-        room = kernel.room(x.shape[0])
-        config = few if room == 16 else more if room == 32 else many
+        config = cuts[kernel.ROWS.index(kernel.room(x.shape[0]))]
         return kernel.launch_skinny_gemm(x, weight, config, epilogue, extra, arrived)
 
     def reference(self, args: Args) -> torch.Tensor:

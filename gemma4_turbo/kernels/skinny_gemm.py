@@ -205,7 +205,7 @@ def tiles(weight: torch.Tensor, epilogue: Epilogue, config: Config) -> int:
     return (width + config.block_n - 1) // config.block_n  # `triton.cdiv` takes ten times as long
 
 
-FEW_ROWS = 16
+FEW_ROWS = ROWS[0]
 """`choose` distinguishes up to so many rows from more."""
 
 
@@ -254,7 +254,8 @@ def made(numbers: tuple[int, ...]) -> Config:
 
 def room(rows: int) -> int:
     """The one of `ROWS` for a number of rows, up to `MAX_ROWS`."""
-    return 16 if rows <= 16 else 32 if rows <= 32 else 64
+    few, more, most = ROWS
+    return few if rows <= few else more if rows <= more else most
 
 
 def place(shape: tuple[int, ...], epilogue: Epilogue, rows: int) -> tuple[int, ...]:

@@ -14,10 +14,7 @@ from gemma4_turbo.kernels.dataflow import Product
 from tests import releases
 
 QUICK = feed_forward_few.Tiles(
-    *map(
-        feed_forward_few.Product._make,
-        ((1, 32, 8), (1, 32, 8), (1, 32, 8), (1, 8, 8), (8, 4, 8)),
-    )
+    *map(Product._make, ((1, 32, 8), (1, 32, 8), (1, 32, 8), (1, 8, 8), (8, 4, 8)))
 )
 """Few programs, each of a whole row: in the interpreter a program takes 10 ms."""
 
