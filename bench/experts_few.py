@@ -34,6 +34,7 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
+from bench.common import cuts  # noqa: E402
 from bench.common.provenance import provenance  # noqa: E402
 from gemma4_turbo.cli import lines  # noqa: E402
 from gemma4_turbo.cli.tuning.moe import prepare_sglang  # noqa: E402
@@ -131,15 +132,15 @@ class Layers:
 def _compile(job: tuple[int, bool, Up | Down]) -> str:
     """Fill Triton's cache for one cut, in a process of its own; returns why it cannot run, or nothing."""
     width, early, tile = job
-    try:
+
+    def run() -> None:
         layers = Layers(width, real=False)
         layers.route(1)
         pdl.wanted = early
         (layers.up(tile) if isinstance(tile, Up) else layers.down(tile))(0)
         torch.cuda.synchronize()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    return ""
+
+    return cuts.problem(run)
 
 
 def jobs(width: int) -> list[tuple[int, bool, Up | Down]]:
@@ -340,9 +341,7 @@ def main(
             stock = None
             print(f"no stock: {type(error).__name__}: {str(error)[:500]}", file=sys.stderr)
         say("stock stands")
-        for job, problem in zip(wanted, compiled, strict=True):
-            if problem:
-                print(f"{job}: {problem}", file=sys.stderr)
+        cuts.tell(wanted, compiled)
         say(f"{len(wanted)} kernels compiled")
         for value in widths:
             layers = first if value == widths[0] else Layers(value)

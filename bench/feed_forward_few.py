@@ -16,7 +16,6 @@ norms at the layer's end. Rows of the result, by how the feed-forward runs:
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -32,8 +31,9 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
+from bench.common import cuts  # noqa: E402
 from bench.common.provenance import provenance  # noqa: E402
-from gemma4_turbo.cli.tuning.timing import Timer, readings  # noqa: E402
+from gemma4_turbo.cli.tuning.timing import timed  # noqa: E402
 from gemma4_turbo.kernels import experts_few, pdl, router_few, skinny_gemm  # noqa: E402
 from gemma4_turbo.kernels import feed_forward_few as kernel  # noqa: E402
 from gemma4_turbo.kernels.dataflow import Product  # noqa: E402
@@ -71,11 +71,6 @@ CUTS = (
     WIDE,
     WIDE._replace(chosen=Product(8, 1, 256)),
 )
-
-
-def text(tiles: Tiles) -> str:
-    """As a table shows a cut."""
-    return " ".join("/".join(map(str, product)) for product in tiles)
 
 
 class Layers:
@@ -200,15 +195,15 @@ class Layers:
 def _compile(job: tuple[int, Tiles]) -> str:
     """Fill Triton's cache, in a process of its own; returns why it cannot run, or nothing."""
     tokens, tiles = job
-    try:
+
+    def run() -> None:
         pdl.wanted = True
         layers = Layers(1, EXPERTS)
         layers.draw(tokens)
         layers.at_once(tiles)(0)
         torch.cuda.synchronize()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    return ""
+
+    return cuts.problem(run)
 
 
 def measured(
@@ -221,22 +216,9 @@ def measured(
         ("one stream", ""): layers.one_stream,
     }
     for tiles in CUTS:
-        calls["at once", text(tiles)] = layers.at_once(tiles)
-    timers = {}
-    for key, call in calls.items():
-        try:
-            timers[key] = Timer(call, CALLS)
-        except Exception as error:
-            print(f"{key}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-    found = dict(zip(timers, readings(list(timers.values()), replays), strict=True))
-    before = found.get(("two streams", ""), math.nan)
-    size = layers.bytes()
-    return [
-        base
-        | {"tokens": tokens, "what": what, "cut": cut, "us": round(us, 2)}
-        | {"ratio": round(us / before, 3), "gb_per_s": round(size / us / 1e3)}
-        for (what, cut), us in found.items()
-    ]
+        calls["at once", cuts.text(tiles)] = layers.at_once(tiles)
+    us = timed(calls, CALLS, replays)
+    return cuts.rows(us, "two streams", layers.bytes(), base | {"tokens": tokens})
 
 
 def main(
@@ -253,9 +235,7 @@ def main(
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         layers = Layers()
-        for job, problem in zip(jobs, pool.map(_compile, jobs), strict=True):
-            if problem:
-                print(f"{job}: {problem}", file=sys.stderr)
+        cuts.tell(jobs, pool.map(_compile, jobs))
         for count in counts:
             rows += measured(layers, count, replays, provenance())
             pd.DataFrame(rows).to_csv(out, index=False)

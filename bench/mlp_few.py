@@ -10,7 +10,6 @@ the result: ``two launches``, and ``at once`` for each cut of `gemma4_turbo.kern
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,8 +25,9 @@ import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 import typer  # noqa: E402
 
+from bench.common import cuts  # noqa: E402
 from bench.common.provenance import provenance  # noqa: E402
-from gemma4_turbo.cli.tuning.timing import L2_BYTES, Timer, readings  # noqa: E402
+from gemma4_turbo.cli.tuning.timing import L2_BYTES, timed  # noqa: E402
 from gemma4_turbo.kernels import mlp_few as kernel  # noqa: E402
 from gemma4_turbo.kernels import pdl, skinny_gemm  # noqa: E402
 from gemma4_turbo.kernels.dataflow import Product  # noqa: E402
@@ -54,11 +54,6 @@ CUTS = (
     DEFAULT._replace(down=Product(8, 1, 256)),
     Tiles(Product(4, 1, 256), Product(4, 2, 256)),
 )
-
-
-def text(tiles: Tiles) -> str:
-    """As a table shows a cut."""
-    return " ".join("/".join(map(str, product)) for product in tiles)
 
 
 def widths(model: str) -> list[tuple[int, int]]:
@@ -132,15 +127,15 @@ class Layers:
 def _compile(job: tuple[int, int, int, Tiles]) -> str:
     """Fill Triton's cache, in a process of its own; returns why it cannot run, or nothing."""
     hidden, width, tokens, tiles = job
-    try:
+
+    def run() -> None:
         pdl.wanted = True
         layers = Layers(hidden, width, 1)
         layers.draw(tokens)
         layers.at_once(tiles)(0)
         torch.cuda.synchronize()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    return ""
+
+    return cuts.problem(run)
 
 
 def measured(
@@ -151,21 +146,9 @@ def measured(
     calls: dict[tuple[str, str], Callable[[int], torch.Tensor]] = {
         ("two launches", ""): layers.two_launches
     }
-    calls |= {("at once", text(tiles)): layers.at_once(tiles) for tiles in CUTS}
-    timers = {}
-    for key, call in calls.items():
-        try:
-            timers[key] = Timer(call, CALLS)
-        except Exception as error:
-            print(f"{key}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
-    found = dict(zip(timers, readings(list(timers.values()), replays), strict=True))
-    before = found.get(("two launches", ""), math.nan)
-    return [
-        base
-        | {"tokens": tokens, "what": what, "cut": cut, "us": round(us, 2)}
-        | {"ratio": round(us / before, 3), "gb_per_s": round(layers.bytes / us / 1e3)}
-        for (what, cut), us in found.items()
-    ]
+    calls |= {("at once", cuts.text(tiles)): layers.at_once(tiles) for tiles in CUTS}
+    us = timed(calls, CALLS, replays)
+    return cuts.rows(us, "two launches", layers.bytes, base | {"tokens": tokens})
 
 
 def main(
@@ -187,9 +170,7 @@ def main(
     ]
     rows: list[dict[str, Any]] = []
     with torch.no_grad(), ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for job, problem in zip(jobs, pool.map(_compile, jobs), strict=True):
-            if problem:
-                print(f"{job}: {problem}", file=sys.stderr)
+        cuts.tell(jobs, pool.map(_compile, jobs))
         for model, hidden, width in shapes:
             layers = Layers(hidden, width)
             base = provenance() | {"model": model, "hidden": hidden, "width": width}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 L2_BYTES = 160 * 2**20
 """To be read between two uses of the same memory: three times the L2 cache of an H100 or H200."""
 
+K = TypeVar("K", bound=Hashable)
 Call = Callable[[int], object]
 """A call; it gets its number in the graph, so that it can use other memory each time."""
 
@@ -52,6 +54,17 @@ def readings(timers: list[Timer], replays: int) -> list[float]:
         for timer in timers:
             timer.replay()
     return [timer.us() for timer in timers]
+
+
+def timed(calls: Mapping[K, Call], count: int, replays: int) -> dict[K, float]:
+    """Microseconds of each in a graph of so many; one that cannot run is told on stderr, and left out."""
+    timers = {}
+    for name, call in calls.items():
+        try:
+            timers[name] = Timer(call, count)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error)[:200]}", file=sys.stderr)
+    return dict(zip(timers, readings(list(timers.values()), replays), strict=True))
 
 
 class GraphClock:

@@ -12,6 +12,7 @@ from bench import feed_forward_few as bench
 from gemma4_turbo.kernels import feed_forward_few as kernel
 from gemma4_turbo.kernels.dataflow import Product
 from gemma4_turbo.kernels.feed_forward_few import Tiles
+from tests.cpu.bench import graph_clock
 
 pytestmark = [
     pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
@@ -28,23 +29,15 @@ def test_every_cut_can_run():
         assert kernel.tiles_unfit(tiles, bench.TOPK) is None
 
 
-class Clock:
-    """In the place of a timer: makes the call."""
-
-    def __init__(self, call: Any, calls: int) -> None:
-        self.found = call(calls - 1)
-        self.us = 10.0
-
-
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> bench.Layers:
     changes = {
         "DEVICE": "cpu", "HIDDEN": 256, "WIDTH": 64, "NARROW": 16, "EXPERTS": 4, "TOPK": 2, "LAYERS": 2,
-        "CALLS": 2, "CUTS": (SMALL, OTHER), "Timer": Clock,
-        "readings": lambda timers, _: [timer.us * (i + 1) for i, timer in enumerate(timers)],
+        "CALLS": 2, "CUTS": (SMALL, OTHER),
     }  # fmt: skip
     for name, value in changes.items():
         monkeypatch.setattr(bench, name, value)
+    graph_clock.set_in(monkeypatch)
     return bench.Layers(2, 4)
 
 

@@ -13,6 +13,7 @@ from gemma4_turbo.kernels import dataflow
 from gemma4_turbo.kernels import mlp_few as kernel
 from gemma4_turbo.kernels.dataflow import Product
 from gemma4_turbo.kernels.mlp_few import Tiles
+from tests.cpu.bench import graph_clock
 
 pytestmark = [
     pytest.mark.skipif(not kernel.INTERPRETED, reason="needs Triton's interpreter"),
@@ -33,22 +34,14 @@ def test_widths_are_the_models():
     assert bench.widths("e4b") == [(2560, 10240)]
 
 
-class Clock:
-    """In the place of a timer: makes the call."""
-
-    def __init__(self, call: Any, calls: int) -> None:
-        self.found = call(calls - 1)
-        self.us = 10.0
-
-
 @pytest.fixture
 def layers(monkeypatch: pytest.MonkeyPatch) -> bench.Layers:
     changes = {
-        "DEVICE": "cpu", "CALLS": 2, "CUTS": (SMALL, OTHER), "Timer": Clock, "L2_BYTES": 1,
-        "readings": lambda timers, _: [timer.us * (i + 1) for i, timer in enumerate(timers)],
+        "DEVICE": "cpu", "CALLS": 2, "CUTS": (SMALL, OTHER), "L2_BYTES": 1,
     }  # fmt: skip
     for name, value in changes.items():
         monkeypatch.setattr(bench, name, value)
+    graph_clock.set_in(monkeypatch)
     return bench.Layers(256, 64)
 
 
