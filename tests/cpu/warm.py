@@ -182,6 +182,7 @@ def _run(request: dict[str, Any]) -> int:
     paths = [first, *filter(None, environ.get("PYTHONPATH", "").split(os.pathsep))]
     sys.path[:] = [*paths, *(path for path in sys.path if path not in paths)]
     sys.argv = [request.get("script", "-c"), *arguments]
+    sys.modules.pop("sitecustomize", None)  # Debian's Python has one, which ran in the warm process
     try:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module("sitecustomize")  # as a Python that starts does

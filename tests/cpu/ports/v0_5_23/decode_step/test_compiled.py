@@ -96,7 +96,9 @@ def test_a_declined_layer_breaks_no_graph_of_its_own():
     noting = ExplainWithBackend("eager")
     assert torch.equal(compiled(layer, noting), expected)
     told: Any = noting.output()
-    places = [reason.user_stack[-1].filename for reason in told.break_reasons]
+    # SGLang's cached properties take a lock in Python 3.11: a frame of functools is its caller's.
+    stacks = [[frame.filename for frame in reason.user_stack] for reason in told.break_reasons]
+    places = [[file for file in stack if file != functools.__file__][-1] for stack in stacks]
     assert places
     assert all("/sglang/" in place for place in places), places
     for name in ("layer_norms", "mlp_stream", "experts_sum"):
