@@ -2,8 +2,10 @@
 
 A JSON file of the user's. It says of every shape of a kernel's with which tile it runs, or why stock's
 code runs, and which patches are on. It holds for one GPU, driver, SGLang, torch, Triton and version of
-this package; any other is ignored, and the log says so once. Whatever lies in the file's place, nothing
-here raises into a server. Neither torch nor Triton is imported.
+this package; any other is ignored, and the log says so once. Where there is none that holds, one of the
+package's own counts, in ``gemma4_turbo/profiles``: others measured it, on the same GPU with the same
+SGLang, torch and Triton, and its tiles alone are taken. Whatever lies in a file's place, nothing here
+raises into a server. Neither torch nor Triton is imported.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import math
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from importlib import metadata
+from importlib import metadata, resources
 from typing import Any, NamedTuple
 
 from gemma4_turbo.engine import guarded, nvml
-from gemma4_turbo.engine.switches import GPU_PROFILE, NO_GPU_PROFILE, Decision
+from gemma4_turbo.engine.switches import GPU_PROFILE, Decision
 from gemma4_turbo.version import __version__
 
 logger = logging.getLogger("gemma4_turbo")
@@ -34,6 +36,7 @@ MAX_ROWS = 20_000  # of shapes
 MAX_TEXT = 300
 MAX_NUMBERS = 512  # of a tile; a table of the fused experts has 13 for each number of tokens
 SYSTEM = 0  # uid; an image's builder may leave a profile for every user
+PROFILES = resources.files("gemma4_turbo") / "profiles"  # in a zip, if the package is
 
 Word = int | str
 Place = tuple[str, tuple[Word, ...]]
@@ -81,11 +84,12 @@ class Profile(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The file's path, None if it has none; the profile, None if none is in use, and why."""
+    """What is in use."""
 
-    path: str | None
-    profile: Profile | None
-    reason: str
+    path: str | None  # of the user's file, there or not; None if it has no place
+    profile: Profile | None  # None: none is in use
+    reason: str  # why the user's file is ignored, or ""
+    packaged: str = ""  # path of the package's file that the profile is from, or ""
 
 
 # -- where it is ----------------------------------------------------------------------------------
@@ -93,15 +97,20 @@ class Found(NamedTuple):
 
 def path() -> str | None:
     """The file's absolute path, None if none is wanted or there is no home to have it in."""
-    given = os.environ.get(GPU_PROFILE, "").strip()
-    if given == NO_GPU_PROFILE:
+    if not wanted():
         return None
-    if given:
-        return given if os.path.isabs(given) else None  # `switches.read` says what is wrong
+    if given := os.environ.get(GPU_PROFILE, "").strip():
+        return given
     folder = os.environ.get("XDG_CONFIG_HOME", "").strip()
     if not os.path.isabs(folder):  # as the XDG Base Directory Specification has it
         folder = os.path.expanduser("~/.config")
     return os.path.join(folder, "gemma4_turbo", NAME) if os.path.isabs(folder) else None
+
+
+def wanted() -> bool:
+    """Whether any is: not where the variable is 0, or no absolute path, of which `switches.read` tells."""
+    given = os.environ.get(GPU_PROFILE, "").strip()
+    return not given or os.path.isabs(given)
 
 
 # -- what it says ---------------------------------------------------------------------------------
@@ -291,17 +300,31 @@ def stale(key: Key) -> str | None:
         return f"it was measured on {key.gpu}, and no NVIDIA driver answers here ({error})"
     if machine.driver != key.driver:
         return f"it was measured with driver {key.driver}, here is {machine.driver}"
-    # A slice of a GPU has a name of its own: NVIDIA H200 MIG 1g.18gb.
-    if not any(key.gpu == name or key.gpu.startswith(f"{name} MIG") for name in machine.names):
+    if not _one_of(machine.names, key.gpu):
         here = ", ".join(sorted(set(machine.names))) or "none"
         return f"it was measured on {key.gpu}, here is {here}"
     return None
 
 
-def found() -> Found:
-    """This process's profile: looked for once, and ignored aloud if there is one that does not hold."""
+def _one_of(names: Iterable[str], gpu: str) -> bool:
+    """Whether a machine with these GPUs has one: a slice's name is longer, NVIDIA H200 MIG 1g.18gb."""
+    return any(gpu == name or gpu.startswith(f"{name} MIG") for name in names)
+
+
+def found(gpu: str | None = None) -> Found:
+    """This process's profile: looked for once, and ignored aloud if there is one that does not hold.
+
+    Args:
+        gpu: one of the package's must be for a GPU of this name; None: for any of this machine's.
+    """
     where = path()
-    return Found(None, None, "") if where is None else _found(where)
+    own = Found(None, None, "") if where is None else _found(where)
+    if own.profile is not None or not wanted():
+        return own
+    for file, profile in packaged():
+        if gpu in (None, profile.key.gpu):
+            return own._replace(profile=profile, packaged=file)
+    return own
 
 
 @functools.cache
@@ -311,10 +334,8 @@ def _found(where: str) -> Found:
         reason = stale(profile.key)
     except FileNotFoundError:
         return Found(where, None, "")
-    except UnfitError as error:
-        reason = str(error)
     except Exception as error:  # a server starts whatever is wrong with the file
-        reason = f"{type(error).__name__}: {error}"
+        reason = _told(error)
     if reason is None:
         return Found(where, profile, "")
     logger.warning(
@@ -323,23 +344,75 @@ def _found(where: str) -> Found:
     return Found(where, None, reason)
 
 
+@functools.cache
+def packaged() -> tuple[tuple[str, Profile], ...]:
+    """Of the package's profiles those that hold on this machine, with their paths, in that order.
+
+    Neither driver nor our version must be the same: a driver changes times and not results, and the files
+    are this version's. A file that cannot be used is told of and left out.
+    """
+    try:
+        return tuple(_packaged())
+    except Exception as error:  # a server starts whatever is wrong with the folder
+        logger.warning("gemma4_turbo: the package's GPU profiles cannot be used: %s", _told(error))
+        return ()
+
+
+def _packaged() -> Iterator[tuple[str, Profile]]:
+    try:
+        files = sorted(PROFILES.iterdir(), key=lambda file: file.name)
+    except FileNotFoundError:  # an installation without empty folders
+        return
+    here: dict[str, str] = {}
+    names: tuple[str, ...] | None = None
+    for file in files:
+        if not file.name.endswith(".json"):
+            continue
+        try:
+            if not file.is_file():  # a pipe would be waited for
+                raise UnfitError("it is no regular file")
+            profile = decoded(file.read_bytes())
+        except Exception as error:
+            logger.warning(
+                "gemma4_turbo: the package's GPU profile %s is skipped: %s", file, _told(error)
+            )
+            continue
+        here = here or versions()
+        if any(getattr(profile.key, package) != here[package] for package in PACKAGES):
+            continue
+        if names is None:
+            try:
+                names = nvml.look().names
+            except (OSError, AttributeError):  # no driver, or one without the function
+                return
+        if _one_of(names, profile.key.gpu):
+            # Which patches are right and fast is another machine's finding.
+            yield str(file), profile._replace(patches={})
+
+
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, UnfitError) else f"{type(error).__name__}: {error}"
+
+
 def forget() -> None:
-    """Look for it again."""
+    """Look for them again."""
     _found.cache_clear()
+    packaged.cache_clear()
 
 
 # -- what patches and kernels ask ------------------------------------------------------------------
 
 
 def decisions() -> Mapping[str, Decision]:
-    """By patch: whether what was measured here wants it on."""
-    profile = found().profile
+    """By patch: whether what was measured here wants it on. The package's profiles are not asked."""
+    where = path()
+    profile = None if where is None else _found(where).profile
     return {} if profile is None else profile.patches
 
 
 def tiles(gpu: str) -> Tiles:
     """What was measured on a GPU of this name; empty if the profile is another one's."""
-    profile = found().profile
+    profile = found(gpu).profile
     if profile is None or profile.key.gpu != gpu:
         return {}
     return by_place(profile.shapes)

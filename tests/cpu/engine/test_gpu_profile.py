@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +31,20 @@ PROFILE = Profile(KEY, {"input_norm": Decision(False, "measured here: 1.3")}, SH
 
 
 @pytest.fixture(autouse=True)
-def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of the package's own profiles, without any."""
+    folder = tmp_path / "package" / "profiles"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("{")
+    monkeypatch.setattr(gpu_profile, "PROFILES", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packages: Path) -> Iterator[Path]:
     """An L4 with these versions, and a place for the profile."""
-    where = tmp_path / "profile.json"
+    where = tmp_path / "config" / "profile.json"
+    where.parent.mkdir()
     monkeypatch.setenv(GPU_PROFILE, str(where))
     monkeypatch.setattr(gpu_profile, "versions", lambda: dict(VERSIONS))
     monkeypatch.setattr(nvml, "look", lambda: nvml.Machine("570.1", ("NVIDIA L4",)))
@@ -280,6 +294,214 @@ def test_a_machine_without_a_driver_raises_an_oserror(monkeypatch):
     monkeypatch.setattr(nvml, "LIBRARY", "libno-such-thing.so.1")
     with pytest.raises(OSError, match="no-such-thing"):
         nvml.look()
+
+
+# -- those that come with the package ---------------------------------------------------------------
+
+PLACE, TILE = ("skinny_gemm", (4096, 2560, 0, 16)), (32, 64, 1, 4, 4)
+OTHERS = PROFILE._replace(  # another machine's: of its driver and of an earlier version of this package
+    key=KEY._replace(driver="535.9", gemma4_turbo="0.9"),
+    shapes=(Shape(*PLACE, TILE, "", {}), *SHAPES[1:]),
+)
+
+
+def put(folder: Path, name: str = "l4.json", profile: Profile = OTHERS, **key: str) -> str:
+    """One of the package's, and its path."""
+    (folder / name).write_bytes(
+        gpu_profile.encoded(profile._replace(key=profile.key._replace(**key)))
+    )
+    gpu_profile.forget()
+    return str(folder / name)
+
+
+def test_the_users_comes_before_the_packages(place, packages):
+    put(packages)
+    gpu_profile.save(str(place), PROFILE)
+    assert gpu_profile.found() == Found(str(place), PROFILE, "")
+    assert gpu_profile.tiles("NVIDIA L4")[PLACE][0] == SHAPES[0].tile
+
+
+@pytest.mark.parametrize("home", [True, False])
+def test_the_packages_where_the_user_has_none(home, place, packages, monkeypatch, caplog):
+    """Or has no home to have one in."""
+    file = put(packages)
+    if not home:
+        monkeypatch.delenv(GPU_PROFILE)
+        monkeypatch.setenv("XDG_CONFIG_HOME", "")
+        monkeypatch.setenv("HOME", "nowhere")
+    where = str(place) if home else None
+    assert gpu_profile.found() == Found(where, OTHERS._replace(patches={}), "", file)
+    assert gpu_profile.tiles("NVIDIA L4")[PLACE] == (TILE, "")
+    stocks = ("extend_attention", (256, 4, "dense"))
+    assert gpu_profile.tiles("NVIDIA L4")[stocks] == (None, "stock's code is faster here")
+    assert caplog.records == []
+
+
+def test_which_patches_are_on_is_not_taken_from_the_packages(packages, monkeypatch):
+    """And it is not read for that, in processes that need no tiles."""
+    put(packages)
+    assert OTHERS.patches
+    assert gpu_profile.found().profile.patches == {}
+    gpu_profile.forget()
+    asked = []
+    monkeypatch.setattr(gpu_profile, "packaged", lambda: asked.append(1) or ())
+    assert gpu_profile.decisions() == {}
+    assert asked == []
+    monkeypatch.undo()
+
+
+def test_a_stale_one_of_the_users_is_ignored_aloud_and_the_packages_counts(place, packages, caplog):
+    file = put(packages)
+    gpu_profile.save(str(place), PROFILE._replace(key=KEY._replace(driver="535.9")))
+    for _ in range(2):
+        found = gpu_profile.found()
+        assert found == Found(
+            str(place), OTHERS._replace(patches={}), "it was measured with driver 535.9, here is 570.1", file
+        )  # fmt: skip
+    assert gpu_profile.decisions() == {}
+    (told,) = [one.getMessage() for one in caplog.records]
+    assert told.startswith(f"gemma4_turbo: the GPU profile {place} is ignored: ")
+
+
+def test_a_mistake_in_the_users_is_no_reason_to_use_none(place, packages):
+    file = put(packages)
+    place.write_bytes(b"{")
+    assert gpu_profile.found().packaged == file
+
+
+@pytest.mark.parametrize("value", ["0", "here.json"])
+def test_none_at_all_where_the_variable_says_so(value, packages, monkeypatch):
+    """Or has a wrong value, of which the switches tell."""
+    put(packages)
+    monkeypatch.setenv(GPU_PROFILE, value)
+    assert gpu_profile.found() == Found(None, None, "")
+    assert gpu_profile.tiles("NVIDIA L4") == gpu_profile.decisions() == {}
+
+
+@pytest.mark.parametrize("field", ["gpu", "sglang", "torch", "triton"])
+def test_the_packages_for_others_is_not_used_and_no_news(field, place, packages, caplog):
+    put(packages, **{field: "0"})
+    assert gpu_profile.found() == Found(str(place), None, "")
+    assert gpu_profile.tiles("NVIDIA L4") == {}
+    assert caplog.records == []
+
+
+def test_of_two_that_fit_the_first_by_name(packages):
+    put(packages, "b.json", OTHERS._replace(shapes=()))
+    put(packages, "c.json", OTHERS._replace(shapes=()))
+    file = put(packages, "a.json")
+    put(packages, "0.json", sglang="0")
+    assert gpu_profile.found().packaged == file
+    assert gpu_profile.tiles("NVIDIA L4")[PLACE] == (TILE, "")
+
+
+def test_each_gpu_of_a_machine_has_its_own(packages, monkeypatch):
+    """The first by name is of a slice, which no whole GPU is."""
+    machine = nvml.Machine("570.1", ("NVIDIA L4", "NVIDIA H200"))
+    monkeypatch.setattr(nvml, "look", lambda: machine)
+    one = put(packages, "a.json", gpu="NVIDIA L4 MIG 1g.5gb")
+    two = put(packages, "b.json", gpu="NVIDIA H200")
+    three = put(packages, "c.json")
+    assert gpu_profile.found().packaged == one
+    names = ("NVIDIA L4 MIG 1g.5gb", "NVIDIA H200", "NVIDIA L4", "NVIDIA L40S")
+    assert [gpu_profile.found(name).packaged for name in names] == [one, two, three, ""]
+    assert [bool(gpu_profile.tiles(name)) for name in names] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_damaged_one_is_skipped_aloud_and_once(name, packages, caplog):
+    file = put(packages)
+    damaged = packages / "a.json"
+    wrong = WRONG[name]
+    if not isinstance(wrong, bytes):
+        whole = json.loads(gpu_profile.encoded(OTHERS))
+        wrong = json.dumps(whole | wrong if isinstance(wrong, dict) else wrong).encode()
+    damaged.write_bytes(wrong)
+    for _ in range(3):
+        assert gpu_profile.found().packaged == file
+    (told,) = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert told.getMessage().startswith(
+        f"gemma4_turbo: the package's GPU profile {damaged} is skipped: "
+    )
+    assert "\n" not in told.getMessage()
+
+
+def test_what_is_no_file_or_cannot_be_read_is_skipped(packages, monkeypatch, caplog):
+    file = put(packages)
+    (packages / "a.json").mkdir()
+    os.mkfifo(packages / "b.json")
+    put(packages, "c.json")
+    read = Path.read_bytes
+
+    def denied(path: Path) -> bytes:
+        if path.name == "c.json":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert gpu_profile.found().packaged == file
+    told = [one.getMessage().rpartition(": ")[2] for one in caplog.records]
+    assert told == ["it is no regular file"] * 2 + ["[Errno 13] Permission denied"]
+
+
+def test_no_folder_is_no_news(place, packages, monkeypatch, caplog):
+    """Git and wheels know no empty ones."""
+    monkeypatch.setattr(gpu_profile, "PROFILES", packages / "gone")
+    assert gpu_profile.found() == Found(str(place), None, "")
+    assert caplog.records == []
+
+
+def test_a_folder_that_cannot_be_read_ends_no_server(place, packages, monkeypatch, caplog):
+    def denied(path: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    for _ in range(2):
+        assert gpu_profile.found() == Found(str(place), None, "")
+    (told,) = [one.getMessage() for one in caplog.records]
+    assert "the package's GPU profiles cannot be used: PermissionError" in told
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_without_a_driver_none_fits(error, place, packages, monkeypatch, caplog):
+    put(packages)
+
+    def nobody() -> nvml.Machine:
+        raise error("libnvidia-ml.so.1")
+
+    monkeypatch.setattr(nvml, "look", nobody)
+    assert gpu_profile.found() == Found(str(place), None, "")
+    assert gpu_profile.tiles("NVIDIA L4") == {}
+    assert caplog.records == []
+
+
+def test_without_a_file_that_fits_nobody_is_asked(packages, monkeypatch):
+    asked = []
+    machine = nvml.Machine("570.1", ("NVIDIA L4",))
+    monkeypatch.setattr(nvml, "look", lambda: asked.append("driver") or machine)
+    monkeypatch.setattr(gpu_profile, "versions", lambda: asked.append("versions") or VERSIONS)
+    assert gpu_profile.found().profile is None
+    assert asked == []
+    put(packages, torch="0")
+    put(packages, "m4.json", triton="0")
+    assert gpu_profile.found().profile is None
+    assert asked == ["versions"]
+    put(packages, "n4.json")
+    put(packages, "o4.json")
+    assert gpu_profile.found().profile is not None
+    assert asked == ["versions", "versions", "driver"]
+
+
+def test_one_in_a_zip_is_found(packages, tmp_path, monkeypatch):
+    put(packages)
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
+        for file in packages.iterdir():
+            archive.write(file, f"profiles/{file.name}")
+    monkeypatch.setattr(
+        gpu_profile, "PROFILES", zipfile.Path(tmp_path / "package.zip", "profiles/")
+    )
+    assert gpu_profile.found().packaged == str(tmp_path / "package.zip" / "profiles" / "l4.json")
+    assert gpu_profile.tiles("NVIDIA L4")[PLACE] == (TILE, "")
 
 
 # -- what patches make of it ----------------------------------------------------------------------
