@@ -33,9 +33,9 @@ def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
 
     ``versions``, ``bootstrap`` (by which ways spawned processes get the patches), ``state_folder``
     (why it cannot be used, else None), ``patches``, ``servers`` (running patched processes), ``notes``
-    (on the installation), ``device``, ``gpu_profile`` (its path, whether it is in use, and a sentence),
-    ``problems`` (of the environment; in strict mode also of the
-    state folder), ``obstacles`` (why nothing can work).
+    (on the installation), ``device``, ``gpu_profile`` (its path, whether one is in use, whether that is
+    the package's, whether the user's is ignored, and a sentence), ``problems`` (of the environment; in
+    strict mode also of the state folder), ``obstacles`` (why nothing can work).
 
     Args:
         imported: import what the patches replace and install them, which takes a minute, else judge
@@ -77,14 +77,22 @@ def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
 
 def _gpu_profile(device: str | None) -> dict[str, Any]:
     """The profile in use, or that there is none and what it would take."""
-    where, profile, reason = gpu_profile.found()
-    record = {"path": where, "in_use": profile is not None, "ignored": bool(reason)}
+    where, profile, reason, packaged = gpu_profile.found(device)
+    record = {
+        "path": packaged or where,
+        "in_use": profile is not None,
+        "packaged": bool(packaged),
+        "ignored": bool(reason),
+    }
     measure = f"{gpu_profile.TUNE} measures, in five minutes on an idle GPU"
-    if where is None:
+    if profile is not None and packaged:
+        key = profile.key
+        told = f"the package's, measured on {key.gpu} with driver {key.driver}: {_counted(profile)}"
+        told += f"; {where} is ignored: {reason}; {measure}" if reason else ""
+    elif where is None:
         told = f"none: {switches.GPU_PROFILE} says so, or there is no home folder"
     elif profile is not None:
-        tiled = sum(bool(shape.tile) for shape in profile.shapes)
-        told = f"{where}: {tiled} tiles of {len(profile.shapes)} measurements on {profile.key.gpu}"
+        told = f"{where}: {_counted(profile)} on {profile.key.gpu}"
         for on in (True, False):
             known = (name for name in profile.patches if name in ENGINE.runs)
             names = [name for name in known if profile.patches[name].on == on]
@@ -101,6 +109,11 @@ def _gpu_profile(device: str | None) -> dict[str, Any]:
         without = ", ".join(WITHOUT_PROFILE)
         told = f"none at {where}: without one {without} run stock's code on this GPU; {measure}"
     return record | {"told": told}
+
+
+def _counted(profile: gpu_profile.Profile) -> str:
+    tiled = sum(bool(shape.tile) for shape in profile.shapes)
+    return f"{tiled} tiles of {len(profile.shapes)} measurements"
 
 
 def _known() -> bool:

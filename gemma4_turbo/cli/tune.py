@@ -415,11 +415,13 @@ def _session(
     from gemma4_turbo.catalogue import by_name
     from gemma4_turbo.cli.tuning import budget, compiling
     from gemma4_turbo.cli.tuning import device as devices
-    from gemma4_turbo.kernels import pdl
+    from gemma4_turbo.kernels import measured, pdl
 
     store = Store(where, found.key, fresh)
-    # Stock's code is stock's here, and tiles are the package's own: no earlier profile, no patch.
+    # Stock's code is stock's here, and tiles are the kernels' own: no earlier profile, none of the
+    # package's, no patch.
     os.environ[switches.GPU_PROFILE] = switches.NO_GPU_PROFILE
+    measured.forget()
     ENGINE.revert()
     pdl.wanted = by_name("pdl").default  # ours are launched as a server launches them
     largest = max((one.bytes for one in (*subjects(models), *tables(models))), default=0)

@@ -43,6 +43,7 @@ from gemma4_turbo.kernels import moe_tables
 from gemma4_turbo.kernels.gpu import Gpu
 from gemma4_turbo.models import geometry, geometry_mm
 from gemma4_turbo.models.geometry import GEOMETRIES, Geometry
+from tests.cpu.found_tiles import found_by_the_kernel
 from tests.cpu.interpreted import MARKS
 
 pytestmark = MARKS
@@ -163,6 +164,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     monkeypatch.setattr(compiling, "later_workers", lambda free: {})
     monkeypatch.setattr(tune, "tables", lambda models: [])
     monkeypatch.setattr(tune, "subjects", lambda models: list(STANDS))
+    monkeypatch.setattr(gpu_profile, "PROFILES", tmp_path / "profiles")
     # The interpreter's stock is decode's equation: its kernel needs a CUDA device.
     monkeypatch.setattr(decode.Arena, "stock", lambda self: self.ours(decode.kernel.choose(2, 1, 2, 256)))  # fmt: skip
     gpu_profile.forget()
@@ -209,37 +211,11 @@ def test_every_kernel_is_compared_timed_and_written(small, capsys, monkeypatch):
         assert shape.figures["of_own"] == 1.0
         assert shape.figures["tiles"] == shape.figures["of"]
         assert 0 < shape.figures["error"] < 2.0**-7
-        assert tuple(map(int, found_by_the_kernel(shape, monkeypatch))) == shape.tile
+        assert found_by_the_kernel(shape) == shape.tile
     out, err = capsys.readouterr()
     assert f"{len(wanted)} measurements on NVIDIA L4 in {small}" in out
     assert f"Profile: {small}" in err
     assert "0.50 of stock's time, 1.00 of the package's own tile's" in err
-
-
-def found_by_the_kernel(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> tuple[int, ...]:
-    """The tile that a kernel takes from a profile with this shape alone."""
-    from gemma4_turbo.kernels import experts_few, measured, skinny_gemm
-    from gemma4_turbo.kernels.attention import decode as decode_kernel
-    from gemma4_turbo.kernels.attention import extend_tiles
-
-    words: Any = shape.shape
-    row: Any
-    cpu = torch.device("cpu")
-    with monkeypatch.context() as patch:
-        patch.setattr(measured, "source", lambda gpu: gpu_profile.by_place([shape]))
-        measured.forget()
-        if shape.kernel == "skinny_gemm":
-            row = skinny_gemm.found_here(words[:2], words[2], words[3], cpu)
-        elif shape.kernel == "decode_attention":
-            row = decode_kernel.found_here(words[2], 1, words[1], words[0], cpu)
-        elif shape.kernel == "experts_few":
-            row = experts_few.found_here(*words, cpu)
-        elif words[2] == "split":
-            row = extend_tiles.found_split(*words[:2], cpu)
-        else:
-            row = extend_tiles.found_dense(*words[:2], words[2] == "masked", cpu)
-    measured.forget()
-    return row.tile if shape.kernel != "experts_few" else (*row.tile.up, *row.tile.down)
 
 
 def test_what_is_measured_is_not_measured_again(small):
@@ -1320,6 +1296,84 @@ def test_doctor_names_the_profile_or_says_what_it_would_take(small, monkeypatch)
     assert told() == f"{small}: {count} tiles of {count} measurements on NVIDIA L4"
     monkeypatch.setenv(switches.GPU_PROFILE, "0")
     assert told() == "none: GEMMA4_TURBO_GPU_PROFILE says so, or there is no home folder"
+
+
+def packaged(monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A profile of the package's that holds here; its folder."""
+    folder = Path(str(gpu_profile.PROFILES))
+    folder.mkdir()
+    tile, stocks = STANDS[:2]
+    shapes = (
+        Shape(tile.kernel, tile.place, (7,), "", {}),
+        Shape(stocks.kernel, stocks.place, None, "stock's code is faster here", {}),
+    )
+    patches = {"input_norm": switches.Decision(False, "")}
+    profile = gpu_profile.Profile(KEY._replace(driver="535.9", gemma4_turbo="0"), patches, shapes)
+    (folder / "l4.json").write_bytes(gpu_profile.encoded(profile))
+    here = {name: getattr(KEY, name) for name in ("gemma4_turbo", *gpu_profile.PACKAGES)}
+    monkeypatch.setattr(gpu_profile, "versions", lambda: here)
+    machine = nvml.Machine(KEY.driver, (KEY.gpu,))
+    monkeypatch.setattr(nvml, "look", lambda: machine)
+    gpu_profile.forget()
+    return folder
+
+
+def test_doctor_names_the_packages_profile(small, monkeypatch, capsys):
+    folder = packaged(monkeypatch)
+    whole = "the package's, measured on NVIDIA L4 with driver 535.9: 1 tiles of 2 measurements"
+    record = {"path": str(folder / "l4.json"), "in_use": True, "packaged": True, "ignored": False}
+    assert doctor._gpu_profile("NVIDIA L4") == record | {"told": whole}
+    (line,) = doctor._lines("gpu_profile", record | {"told": whole}, False).lines
+    assert line == (f"GPU profile: {whole}", 2, "")
+    small.parent.mkdir()
+    small.write_text("{}")
+    stale = f"; {small} is ignored: gemma4_turbo_gpu_profile must be 1"
+    measure = "; python -m gemma4_turbo tune measures, in five minutes on an idle GPU"
+    assert told() == whole + stale + measure
+    assert doctor._gpu_profile("NVIDIA L4")["ignored"]
+    monkeypatch.setattr(doctor, "_known", lambda: True)
+    assert "takes none" not in told("NVIDIA H200")
+    assert told("NVIDIA H200").startswith(f"{small} is ignored: ")
+    monkeypatch.setenv(switches.GPU_PROFILE, "0")
+    assert told().startswith("none: GEMMA4_TURBO_GPU_PROFILE says so")
+    assert not doctor._gpu_profile("NVIDIA L4")["packaged"]
+
+
+def test_doctor_names_the_users_before_the_packages(small, monkeypatch):
+    packaged(monkeypatch)
+    assert measured(small) == 0
+    count = len(STANDS)
+    assert told() == f"{small}: {count} tiles of {count} measurements on NVIDIA L4"
+    found = doctor._gpu_profile("NVIDIA L4")
+    assert (found["path"], found["in_use"], found["packaged"]) == (str(small), True, False)
+
+
+def test_tune_measures_against_tiles_without_any_profile(small, monkeypatch):
+    """The package's own profile says otherwise until then, and the user's file is written all the same."""
+    from gemma4_turbo.kernels import measured as tiles
+
+    packaged(monkeypatch)
+    monkeypatch.setattr(tiles, "source", lambda gpu: gpu_profile.tiles(KEY.gpu))
+    tiles.forget()
+    place = (STANDS[0].kernel, STANDS[0].place)
+    assert tiles.tiles(torch.device("cpu"))[place] == ((7,), "")
+    seen = []
+
+    def candidates(self: Stand, gpu: Gpu) -> list[float]:
+        seen.append(dict(tiles.tiles(torch.device("cpu"))))
+        return list(self.tiles)
+
+    monkeypatch.setattr(Stand, "candidates", candidates)
+    monkeypatch.setattr(device, "find", machine)
+    monkeypatch.setattr(tune, "_import_sglang", lambda: None)
+    monkeypatch.setattr(tune, "geometries", lambda names: {"e4b": SMALL})
+    monkeypatch.setattr(tune.report, "torch_problem", lambda: None)
+    monkeypatch.setattr(tune.ENGINE, "revert", lambda: None)
+    assert tune.run((), 5, False, False) == 0
+    assert len(seen) >= len(STANDS)
+    assert not any(seen)
+    assert len(gpu_profile.load(str(small)).shapes) == len(STANDS)
+    tiles.forget()
 
 
 def test_other_processes_end_if_ctrl_c_comes_while_they_start(monkeypatch):
