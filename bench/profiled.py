@@ -3,11 +3,11 @@
     python -m gemma4_turbo tune
     python bench/profiled.py --model e4b
 
-One engine has the package as it is and no profile. The other has the profile, and a copy of the package
-that has never seen a GPU: no compute capability is known to it, and its tables of the fused experts are
-deleted. What it is fast with comes from the profile alone. Both must fit on the GPU. Rounds alternate
-between the two; exit status 1 if the second takes more than ``--at-most`` of the first one's time, in the
-median of any quantity.
+One engine has the package as it is, and no profile but the one that comes with it, if there is one for
+this GPU. The other has the profile, and a copy of the package that has never seen a GPU: no compute
+capability is known to it, its tables of the fused experts and its profiles are deleted. What it is fast
+with comes from the profile alone. Both must fit on the GPU. Rounds alternate between the two; exit status 1
+if the second takes more than ``--at-most`` of the first one's time, in the median of any quantity.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def unseen(folder: Path) -> Path:
         raise ValueError("kernels/moe_configs must have folders of tables")
     for folder_of_tables in tables:
         shutil.rmtree(folder_of_tables)
+    for packaged in (package / "profiles").glob("*.json"):
+        packaged.unlink()
     return folder
 
 
@@ -130,11 +132,14 @@ def main(
     if geometry.GEOMETRIES[model].kv_shared_layers:  # stock cannot start with them
         arguments["disable_piecewise_cuda_graph"] = True
     copy = unseen(scratch / "unseen")
+    nobodys = str(scratch / "none.json")  # 0 would be without the package's own, too
     packages = {
-        SHIPPED: (BENCH.parent, "0"),
+        SHIPPED: (BENCH.parent, nobodys),
         PROFILED: (copy, where),
         BARE: (copy, "0"),
     }
+    its = ", ".join(file for file, _ in gpu_profile.packaged()) or "none"
+    console.print(f"{SHIPPED}: its profile for this GPU: {its}", soft_wrap=True)
     results = ProfiledResults(model, layers or None, ["as every user has them"])
 
     def make(variant: str) -> ProfiledEngine:

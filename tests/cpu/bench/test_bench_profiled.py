@@ -23,7 +23,21 @@ kernels = Path(find_spec("gemma4_turbo").origin).with_name("kernels")
 known = "\\nKNOWN = (9,)\\n" in (kernels / "measured.py").read_text()
 tables = any((kernels / "moe_configs").glob("triton_*"))
 assert known == tables, "half a copy"
+
+from gemma4_turbo.engine import gpu_profile, nvml
+
+assert Path(str(gpu_profile.PROFILES)) == kernels.with_name("profiles")
+gpu_profile.versions = lambda: {"sglang": "2", "torch": "3", "triton": "4", "gemma4_turbo": "5"}
+nvml.look = lambda: nvml.Machine("1", ("g",))
+if known:  # this repository's is as if it had one
+    gpu_profile.PROFILES = Path(os.environ["PROFILES"])
+gpu_profile.forget()  # the site looked for it already, as a server does
+found = gpu_profile.found()
 kind = "shipped" if known else "bare" if profile == "0" else "profiled"
+used = found.packaged or (found.profile and found.path)
+assert used == {
+    "shipped": os.environ["PROFILES"] + "/g.json", "profiled": profile, "bare": None
+}[kind], (kind, found)
 with open(sys.argv[1], "a") as log:
     if os.environ.get("IGNORED") and kind == "profiled":
         log.write(f"gemma4_turbo: the GPU profile {profile} is ignored: for a test\\n")
@@ -58,7 +72,8 @@ Run = Callable[..., tuple[int, str]]
 def run(tmp_path: Path, environment: dict[str, str]) -> Run:
     """The command: its exit status and what was said."""
     profile = tmp_path / "profile.json"
-    save(str(profile), Profile(Key("g", "1", "2", "3", "4", "5"), {}, ()))
+    for where in (profile, tmp_path / "profiles" / "g.json"):
+        save(str(where), Profile(Key("g", "1", "2", "3", "4", "5"), {}, ()))
     (tmp_path / "worker.py").write_text(WORKER)
 
     def ran(ms: float, *options: str, stale: str = "", **variables: str) -> tuple[int, str]:
@@ -68,6 +83,7 @@ def run(tmp_path: Path, environment: dict[str, str]) -> Run:
             code=RUN,
             arguments=[str(tmp_path / "worker.py"), stale, *told],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "MS": str(ms)}
+            | {"PROFILES": str(tmp_path / "profiles")}
             | variables,
             cwd=str(REPOSITORY),
             timeout=400,
@@ -118,6 +134,18 @@ def test_there_must_be_a_profile(tmp_path, environment):
     )
     assert done.returncode == 2
     assert "--profile: there is no profile at" in done.stderr
+
+
+def test_the_copy_has_no_profile_of_the_packages(tmp_path, monkeypatch):
+    package = tmp_path / "here" / "gemma4_turbo"
+    for name in ("kernels/moe_configs/triton_3_6/a.json", "profiles/a.json", "profiles/README.md"):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).touch()
+    (package / "kernels" / "measured.py").write_text(profiled.KNOWN)
+    monkeypatch.setattr(profiled, "HERE", tmp_path / "here" / "bench")
+    copy = profiled.unseen(tmp_path / "copy") / "gemma4_turbo"
+    files = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file()}
+    assert files == {"kernels/measured.py", "profiles/README.md"}
 
 
 def test_a_package_that_knows_gpus_otherwise_is_no_copy(tmp_path, monkeypatch):
