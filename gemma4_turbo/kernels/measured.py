@@ -1,7 +1,7 @@
 """On which GPUs a kernel runs, and with which tiles: those that this package knows, and those measured here.
 
-The package's own tiles were chosen on Hopper. Elsewhere a kernel runs at the shapes that the user's GPU
-profile has a tile for; on Hopper, too, a profile's tile comes first. Torch is imported where a device is
+The kernels' own tiles were chosen on Hopper. Elsewhere a kernel runs at the shapes that the GPU profile, the
+user's or one of the package's, has a tile for; on Hopper, too, a profile's tile comes first. Torch is imported where a device is
 asked for: `gemma4_turbo.apply` imports this module.
 """
 

@@ -1318,7 +1318,7 @@ def packaged(monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_doctor_names_the_packages_profile(small, monkeypatch, capsys):
+def test_doctor_names_the_packages_profile(small, monkeypatch):
     folder = packaged(monkeypatch)
     whole = "the package's, measured on NVIDIA L4 with driver 535.9: 1 tiles of 2 measurements"
     record = {"path": str(folder / "l4.json"), "in_use": True, "packaged": True, "ignored": False}
