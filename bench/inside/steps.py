@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,7 @@ def capture(
     # Two names: of 0.5.23, and of 0.5.12.post1.
     again = getattr(runner, "recapture_decode_cuda_graph", None) or runner.init_device_graphs
     again()
+    gc.collect()  # the runner before it, whose graphs hold memory, is in a cycle
     return {
         row.name: {
             "state": row.state,
