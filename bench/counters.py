@@ -1,22 +1,37 @@
-"""Hardware counters of the attention kernels, stock's beside ours: what bounds them.
+"""Hardware counters of attention and of a decode step's products, what they replace beside them: what bounds them.
 
     python bench/counters.py                        # runs itself under Nsight Compute (ncu)
-    python bench/counters.py sliding_4096 decode/26b-a4b/sliding/32
+    python bench/counters.py sliding_4096 decode/26b-a4b/sliding/32 product/e4b/down/8
 
-Every case is called twice and counted in the second call, K and V cold as in a layer (ncu empties the
-caches before each kernel). Clocks are left alone, so durations are those of a GPU at rest: read the
-percentages, take times from `attention.py` and `decode_attention.py`. Needs ncu with access to the
-counters, SGLang, torch, triton, typer, pandas and rich.
+Cases:
+
+* a shape of `attention.py`, and ``decode/<model>/<kind>/<batch>``: attention, ``stock`` and ``patched``;
+* ``product/<model>/<which>/<rows>``, which is qkv, o, gate_up or down: ``stock`` is torch's linear and what
+  follows it, ``patched`` is `gemma4_turbo.kernels.skinny_gemm`; each shape that the model has of it, N x K;
+* ``feed_forward/<model>/<rows>``: ``apart`` are the launches of `skinny_gemm`, `router_few` and `experts_few`,
+  ``at_once`` is `gemma4_turbo.kernels.feed_forward_few`;
+* ``mlp/<model>/<rows>``: ``apart`` are two launches of `skinny_gemm`, ``at_once`` is
+  `gemma4_turbo.kernels.mlp_few`; each width that the model has.
+
+Every case is called twice and counted in the second call, K, V and weights cold as in a layer (ncu empties the
+caches before each kernel). A kernel is a row of the table: ``DRAM %`` is its share of the memory's peak, ``waits
+for`` its three largest reasons to stall. ncu runs one kernel at a time, so ours are launched without dependent
+launch. Clocks are left alone, so durations are those of a GPU at rest: read the percentages, take times from
+`attention.py`, `decode_attention.py`, `tune_skinny_gemm.py`, `feed_forward_few.py` and `mlp_few.py`. Needs ncu with
+access to the counters, SGLang, torch, triton, typer, pandas and rich.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,14 +40,34 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pandas as pd  # noqa: E402
+import torch  # noqa: E402
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from bench import attention, decode_attention, feed_forward_few, mlp_few  # noqa: E402
+from gemma4_turbo.cli.tuning import decode, extend, linear  # noqa: E402
+from gemma4_turbo.fusions import feed_forward_few as feed_forward_fusion  # noqa: E402
+from gemma4_turbo.fusions import mlp_few as mlp_fusion  # noqa: E402
+from gemma4_turbo.kernels import skinny_gemm  # noqa: E402
+from gemma4_turbo.kernels.attention.decode import MAX_BATCH  # noqa: E402
+from gemma4_turbo.models.geometry import GEOMETRIES  # noqa: E402
+
 CASES = (
     "sliding_4096,full_4096,e2b_sliding,verify_sliding,verify_full_32k,"
-    "decode/26b-a4b/sliding/32,decode/26b-a4b/full/32,decode/31b/sliding/32"
+    "decode/26b-a4b/sliding/32,decode/26b-a4b/full/32,decode/31b/sliding/32,"
+    "product/26b-a4b/qkv/1,feed_forward/26b-a4b/1,mlp/e4b/1"
 )
+FORMS = (
+    "decode/<model>/<kind>/<batch>",
+    "product/<model>/<which>/<rows>",
+    "feed_forward/<model>/<rows>",
+    "mlp/<model>/<rows>",
+)
+CASES_HELP = f"{CASES} without any. A shape of attention.py, or {', '.join(FORMS)}"
+DEVICE = "cuda"
+PRODUCTS = {"qkv": "QKV", "o": "O", "gate_up": "gate and up", "down": "down"}
+"""Of a product: the role, as `linear.layers` calls it, before the comma."""
 SECTIONS = (
     "SpeedOfLight",
     "ComputeWorkloadAnalysis",
@@ -60,13 +95,17 @@ COLUMNS = {  # of the table, from the counters' names
     "grid": ("launch__grid_size",),
 }  # fmt: skip
 STALL, PER_ISSUE = "smsp__average_warps_issue_stalled_", "_per_issue_active.ratio"
+ISSUED = "selected"  # counted among the stalls, but no reason to wait
+TOLD = 2  # reasons why something was not counted
+OURS, ENDED = "counters.py: ", "The application returned an error code"
+
+Calls = dict[str, Callable[[], object]]
+"""By what a table calls them: of a case, each variant's call."""
 
 
 @contextmanager
 def counted() -> Iterator[None]:
     """What ncu looks at."""
-    import torch
-
     torch.cuda.synchronize()
     torch.cuda.cudart().cudaProfilerStart()
     yield
@@ -74,37 +113,130 @@ def counted() -> Iterator[None]:
     torch.cuda.cudart().cudaProfilerStop()
 
 
-def calls(case: str) -> dict[str, Callable[[], object]]:
-    """Stock's and our call of a case."""
-    from bench import attention, decode_attention
-    from gemma4_turbo.cli.tuning import decode, extend
+def bad(case: str, why: str) -> typer.BadParameter:
+    """For the command line."""
+    return typer.BadParameter(f"{case!r}: {why}", param_hint="cases")
 
-    if case.startswith("decode/"):
-        _, model, kind, batch = case.split("/")
-        shape = decode_attention.shapes()[f"{model}/{kind}"]
-        point = decode.Point(shape, int(batch), 4096, False)
-        arena = decode.Arena(point)
-        ours, theirs = arena.ours(decode_attention.chosen_cut(point)), arena.stock()
-        return {"stock": lambda: theirs(0), "patched": lambda: ours(0)}
-    prepared = extend.Case(attention.SHAPES[case])
+
+def prepared(case: str) -> Callable[[], Calls]:
+    """What makes the calls of a case, with their operands on the GPU.
+
+    Raises:
+        typer.BadParameter: there is no such case; the message says what would be one.
+    """
+    kind, *words = case.split("/")
+    form = next((form for form in FORMS if form.startswith(f"{kind}/")), None)
+    if form is None:
+        if case in attention.SHAPES:
+            return partial(prefill, attention.SHAPES[case])
+        raise bad(case, f"must be one of {', '.join((*attention.SHAPES, *FORMS))}")
+    if len(words) != form.count("/"):
+        raise bad(case, f"must be {form}")
+
+    def one(what: str, word: str, choices: Iterable[str]) -> str:
+        if word not in choices:
+            raise bad(case, f"{what} must be one of {', '.join(choices)}, got {word!r}")
+        return word
+
+    def whole(what: str, most: int) -> int:
+        word = words[-1]
+        if not (word.isascii() and word.isdigit() and 1 <= int(word) <= most):
+            raise bad(case, f"{what} must be a whole number from 1 to {most}, got {word!r}")
+        return int(word)
+
+    if kind == "decode":
+        known = decode_attention.shapes()
+        name = one("model and kind", "/".join(words[:2]), known)
+        return partial(decode_step, known[name], whole("batch", MAX_BATCH))
+    if kind == "product":
+        model = one("model", words[0], GEOMETRIES)
+        role = PRODUCTS[one("which", words[1], PRODUCTS)]
+        return partial(product, model, role, whole("rows", skinny_gemm.MAX_ROWS))
+    experts = kind == "feed_forward"
+    model = one(
+        "model", words[0], [name for name, g in GEOMETRIES.items() if bool(g.experts) == experts]
+    )
+    if experts:
+        return partial(feed_forward, whole("rows", feed_forward_fusion.MOST_TOKENS))
+    return partial(mlp, model, whole("rows", mlp_fusion.MOST_TOKENS))
+
+
+def prefill(shape: extend.Shape) -> Calls:
+    """Stock's and our attention of many tokens."""
+    case = extend.Case(shape)
     function = extend.stock_function()
-    assert function is not None, "counters.py needs SGLang"
-    return {"stock": lambda: prepared.stock(function), "patched": prepared.ours}
+    if function is None:
+        raise RuntimeError("needs SGLang")
+    return {"stock": partial(case.stock, function), "patched": case.ours}
+
+
+def decode_step(shape: decode.Shape, batch: int) -> Calls:
+    """Stock's and our attention of one token a sequence."""
+    point = decode.Point(shape, batch, 4096, False)
+    arena = decode.Arena(point)
+    ours = arena.ours(decode_attention.chosen_cut(point))
+    return {"stock": partial(arena.stock(), 0), "patched": partial(ours, 0)}
+
+
+def product(model: str, role: str, rows: int) -> Calls:
+    """Stock's and our calls of a linear layer, of each shape that has the role."""
+    found: Calls = {}
+    for layer in linear.layers(GEOMETRIES[model]):
+        if layer.role.split(",")[0] == role and layer.most == skinny_gemm.room(rows):
+            bench = linear.LinearBench(layer, rows, DEVICE, 1)
+            cut = skinny_gemm.cut(bench.weights[0], layer.epilogue, layer.most)
+            shape = f"{layer.n}x{layer.k}"
+            found[f"stock {shape}"] = partial(bench.stock(), 0)
+            found[f"patched {shape}"] = partial(bench.ours(cut), 0)
+    return found
+
+
+def feed_forward(rows: int) -> Calls:
+    """26B-A4B's router, dense MLP and experts."""
+    layers = feed_forward_few.Layers(1, feed_forward_few.EXPERTS)
+    layers.draw(rows)
+    inputs = layers.inputs(0)
+    return {
+        "apart": lambda: layers.apart(0, inputs),
+        "at_once": lambda: layers.few(0, inputs, feed_forward_few.DEFAULT),
+    }
+
+
+def mlp(model: str, rows: int) -> Calls:
+    """A dense MLP, of each width."""
+    found: Calls = {}
+    for hidden, width in mlp_few.widths(model):
+        layers = mlp_few.Layers(hidden, width, 1)
+        layers.draw(rows)
+        operands = layers.attention[0], *layers.weights[0]
+        found[f"apart {width}"] = partial(layers.apart, *operands)
+        found[f"at_once {width}"] = partial(layers.few, *operands, mlp_few.DEFAULT)
+    return found
+
+
+def count(case: str) -> None:
+    """A case's calls, each once before; its name and the variant as an NVTX range."""
+    for variant, call in prepared(case)().items():
+        call()
+        with torch.cuda.nvtx.range(f"{case}:{variant}"), counted():
+            call()
 
 
 def work(cases: list[str]) -> None:
-    """Inside ncu: every case, its name and variant as NVTX ranges."""
-    import torch
-
+    """Inside ncu: every case. One that cannot run is told on stderr, and the others are counted."""
+    failed = False
     with torch.no_grad():
         for case in cases:
-            for variant, call in calls(case).items():
-                call()
-                torch.cuda.nvtx.range_push(f"{case}:{variant}")
-                with counted():
-                    call()
-                torch.cuda.nvtx.range_pop()
-            torch.cuda.empty_cache()
+            try:
+                count(case)
+                torch.cuda.empty_cache()
+            except Exception as error:
+                failed = True
+                traceback.print_exc()  # for the log
+                why = f"{type(error).__name__}: {error}".splitlines()[0]
+                print(f"{OURS}{case}: {why[:200]}", file=sys.stderr, flush=True)
+    if failed:
+        raise typer.Exit(1)
 
 
 def number(value: object) -> float:
@@ -113,6 +245,18 @@ def number(value: object) -> float:
         return float(str(value).replace(",", ""))
     except ValueError:
         return float("nan")
+
+
+def stalls_of(row: pd.Series) -> dict[str, float]:
+    """Warps that wait when an instruction is issued, by reason, the largest first."""
+    found = {
+        name[len(STALL) : -len(PER_ISSUE)]: number(row[name])
+        for name in map(str, row.index)
+        if name.startswith(STALL) and name.endswith(PER_ISSUE) and "not_issued" not in name
+    }
+    found.pop(ISSUED, None)
+    known = {name: value for name, value in found.items() if not math.isnan(value)}
+    return dict(sorted(known.items(), key=lambda item: -item[1]))
 
 
 def table_of(raw: pd.DataFrame) -> Table:
@@ -126,46 +270,70 @@ def table_of(raw: pd.DataFrame) -> Table:
         for names in COLUMNS.values():
             name = next((name for name in names if name in raw.columns), None)
             found.append("" if name is None else f"{number(row[name]):.4g}")
-        stalls = {
-            name[len(STALL) : -len(PER_ISSUE)]: number(row[name])
-            for name in raw.columns
-            if name.startswith(STALL) and name.endswith(PER_ISSUE) and "not_issued" not in name
-        }
-        largest = sorted(stalls, key=lambda name: -stalls[name])[:3]
-        waits = ", ".join(f"{name} {stalls[name]:.1f}" for name in largest)
+        stalls = stalls_of(row)
+        waits = ", ".join(f"{name} {stalls[name]:.1f}" for name in list(stalls)[:3])
         where = "" if ranges is None else ":".join(str(row[ranges]).split(":")[1:3])
         table.add_row(where, str(row["Kernel Name"])[:40], *found, waits)
     return table
 
 
+def read(printed: str) -> pd.DataFrame | None:
+    """What ncu printed as CSV, a row for each kernel; None if no counter has a value in it."""
+    lines = printed.splitlines()
+    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if start is None:
+        return None
+    text = "\n".join(line for line in lines[start:] if line.startswith('"'))
+    raw = pd.read_csv(io.StringIO(text), skiprows=[1], dtype=str)  # the second line is units
+    names = [name for names in COLUMNS.values() for name in names if name in raw.columns]
+    names = [name for name in names if not name.startswith("launch__")]  # which need no access
+    return None if raw[names].map(number).isna().all(axis=None) else raw
+
+
+def problem(result: subprocess.CompletedProcess[str]) -> str | None:
+    """Why something was not counted, in one line, as far as ncu and the process inside it say; None if all was."""
+    lines = [line.strip() for line in f"{result.stdout}\n{result.stderr}".splitlines()]
+    errors = [line.removeprefix("==ERROR== ") for line in lines if line.startswith("==ERROR== ")]
+    told = [line for line in errors if not line.startswith(ENDED)]
+    told += [line.removeprefix(OURS) for line in lines if line.startswith(OURS)]
+    if told or errors:
+        every = list(dict.fromkeys(told or errors))
+        more = [f"{len(every) - TOLD} more like this"] if len(every) > TOLD else []
+        return "; ".join([*every[:TOLD], *more])
+    return f"ncu ended with {result.returncode}" if result.returncode else None
+
+
 def main(
-    cases: Annotated[list[str] | None, typer.Argument(help="All without")] = None,
+    cases: Annotated[list[str] | None, typer.Argument(help=CASES_HELP)] = None,
     worker: Annotated[bool, typer.Option(hidden=True)] = False,
     out: Annotated[Path, typer.Option(help="CSV with all counters")] = Path("counters.csv"),
 ) -> None:
     """Count."""
     wanted = cases or CASES.split(",")
+    for case in wanted:
+        prepared(case)
     if worker:
         work(wanted)
         return
     ncu = shutil.which("ncu")
     if ncu is None:
-        raise typer.BadParameter("ncu (Nsight Compute) is not on the PATH")
+        raise SystemExit("bench/counters.py: ncu (Nsight Compute) is not on the PATH")
     command = [ncu, "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw",
                "--nvtx", "--print-nvtx-rename", "none"]  # fmt: skip
     for section in SECTIONS:
         command += ["--section", section]
     command += [sys.executable, __file__, "--worker", *wanted]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    lines = result.stdout.splitlines()
-    start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
-    if start is None:
-        print(result.stdout[-3000:], result.stderr[-3000:], file=sys.stderr)
-        raise typer.Exit(1)
-    text = "\n".join(line for line in lines[start:] if line.startswith('"'))
-    raw = pd.read_csv(io.StringIO(text), skiprows=[1], dtype=str)  # the second line is units
-    raw.to_csv(out, index=False)
-    Console(width=240).print(table_of(raw))
+    raw, why = read(result.stdout), problem(result)
+    if raw is not None:
+        raw.to_csv(out, index=False)
+        Console(width=240).print(table_of(raw))
+    elif why is None:
+        why = "ncu counted no kernel"
+    if why is not None:
+        log = out.with_suffix(".log")
+        log.write_text(result.stdout + result.stderr)
+        raise SystemExit(f"bench/counters.py: {why}; all that ncu said lies in {log}")
 
 
 if __name__ == "__main__":

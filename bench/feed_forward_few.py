@@ -154,11 +154,21 @@ class Layers:
             inputs.experts, w.w13, w.w2, routed.weights, routed.ids, None, experts_few.choose(TOPK)
         )
 
+    def apart(self, i: int, inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs of the dense MLP and of the experts, by all five launches."""
+        return self.mlp(i, inputs.mlp), self.experts(i, inputs)
+
+    def few(self, i: int, inputs: Inputs, tiles: Tiles) -> kernel.Found:
+        """Likewise by one launch."""
+        counts = self.zeros[-2 - kernel.COUNTS : -2]
+        weights = self.weights[i % len(self.weights)]
+        return kernel.launch_feed_forward_few(inputs, weights, TOPK, counts, tiles)
+
     def two_streams(self, i: int) -> torch.Tensor:
         """As the patches have it."""
         inputs = self.inputs(i)
         if self.side is None:
-            return self.end(i, self.mlp(i, inputs.mlp), self.experts(i, inputs))
+            return self.end(i, *self.apart(i, inputs))
         main = torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
@@ -169,16 +179,13 @@ class Layers:
 
     def one_stream(self, i: int) -> torch.Tensor:
         """The same launches one after the other."""
-        inputs = self.inputs(i)
-        return self.end(i, self.mlp(i, inputs.mlp), self.experts(i, inputs))
+        return self.end(i, *self.apart(i, self.inputs(i)))
 
     def at_once(self, tiles: Tiles) -> Callable[[int], torch.Tensor]:
         """One launch."""
 
         def run(i: int) -> torch.Tensor:
-            inputs, w = self.inputs(i), self.weights[i % len(self.weights)]
-            counts = self.zeros[-2 - kernel.COUNTS : -2]
-            found = kernel.launch_feed_forward_few(inputs, w, TOPK, counts, tiles)
+            found = self.few(i, self.inputs(i), tiles)
             return self.end(i, found.mlp_output, found.experts_output)
 
         return run

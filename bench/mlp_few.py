@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,25 +104,26 @@ class Layers:
             y, self.norm, EPS, self.residual[i], self.one, None, after
         )[0]
 
+    def apart(self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        """The MLP alone, a launch for each product."""
+        for weight, epilogue in ((gate_up, Epilogue.GELU_AND_MUL), (down, Epilogue.NONE)):
+            cut = skinny_gemm.cut(weight, epilogue)
+            x = skinny_gemm.launch_skinny_gemm(x, weight, cut, epilogue, None, self.zeros)
+        return x
+
+    def few(
+        self, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, tiles: Tiles
+    ) -> torch.Tensor:
+        """The MLP alone, in one launch."""
+        return kernel.launch_mlp_few(x, gate_up, down, self.zeros[-kernel.COUNTS :], tiles)
+
     def two_launches(self, i: int) -> torch.Tensor:
         """As the patch `skinny_gemm` has it."""
-
-        def mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-            for weight, epilogue in ((gate_up, Epilogue.GELU_AND_MUL), (down, Epilogue.NONE)):
-                cut = skinny_gemm.cut(weight, epilogue)
-                x = skinny_gemm.launch_skinny_gemm(x, weight, cut, epilogue, None, self.zeros)
-            return x
-
-        return self.around(i, mlp)
+        return self.around(i, self.apart)
 
     def at_once(self, tiles: Tiles) -> Callable[[int], torch.Tensor]:
         """One launch."""
-
-        def mlp(x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-            counts = self.zeros[-kernel.COUNTS :]
-            return kernel.launch_mlp_few(x, gate_up, down, counts, tiles)
-
-        return lambda i: self.around(i, mlp)
+        return lambda i: self.around(i, partial(self.few, tiles=tiles))
 
 
 def _compile(job: tuple[int, int, int, Tiles]) -> str:

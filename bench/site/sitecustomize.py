@@ -22,6 +22,8 @@ another's have none, nor has an MTP assistant.
 
 ``BENCH_EXACT_ATTENTION=1``: attention in fp32, see `bench.inside.exact_attention`.
 
+``BENCH_STEPS=1``: the scheduler captures its decode graphs anew and times them, see `bench.inside.steps`.
+
 For ``mtp.py``: ``BENCH_AGREEING=FRACTION:SEED:WIDTH`` makes target and assistant agree as
 `bench.inside.agreeing` says. ``BENCH_RANGES=1`` names the parts of a speculative step in traces.
 """
@@ -228,6 +230,12 @@ def _exact_attention(module: Any) -> None:
     exact_attention.install(module)
 
 
+def _steps(module: Any) -> None:
+    from bench.inside import steps
+
+    steps.install(module)
+
+
 if "BENCH_PATCHED" in os.environ:
     register_post_import_hook(_widen, "sglang.srt.model_loader.loader")
     register_post_import_hook(_widen_vllm, "vllm.model_executor.model_loader.weight_utils")
@@ -248,6 +256,8 @@ if "BENCH_PATCHED" in os.environ:
                 "sglang.kernels.ops.attention",
             ):
                 register_post_import_hook(_exact_attention, f"{package}.{kernel}")
+    if os.environ.get("BENCH_STEPS") == "1":
+        register_post_import_hook(_steps, "sglang.srt.managers.scheduler")
     if os.environ["BENCH_PATCHED"] == "1":
         import gemma4_turbo
 

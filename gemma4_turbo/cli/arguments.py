@@ -8,6 +8,7 @@ from gemma4_turbo.engine.fingerprints import installed_source
 
 RENAMED = {  # of 0.5.12.post1, and what later releases call them
     "cuda_graph_max_bs": "cuda_graph_max_bs_decode",
+    "cuda_graph_bs": "cuda_graph_bs_decode",
     "disable_piecewise_cuda_graph": "disable_prefill_cuda_graph",
 }
 

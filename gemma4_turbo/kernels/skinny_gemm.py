@@ -72,7 +72,7 @@ def _finish(
 
 
 # Every batch size would otherwise compile anew at the start of a server.
-@triton.jit(do_not_specialize=["M", "K_BLOCKS", "split"])
+@triton.jit(do_not_specialize=["M", "K_BLOCKS", "split", "ahead"])
 def _skinny_gemm_kernel(
     x_ptr,
     weight_ptr,
@@ -88,12 +88,12 @@ def _skinny_gemm_kernel(
     stride_extra,
     stride_out,
     split,
+    ahead,  # blocks of W to fetch into the L2 cache while waiting
     EPILOGUE: tl.constexpr,
     SPLIT: tl.constexpr,  # split > 1
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    PREFETCH: tl.constexpr,  # blocks of W to fetch into the L2 cache while waiting
     PDL: tl.constexpr,
     PTX: tl.constexpr,  # False in Triton's interpreter
 ):
@@ -113,7 +113,7 @@ def _skinny_gemm_kernel(
         # One address per cache line of 64 numbers.
         line = tl.arange(0, BLOCK_K // 64) * 64
         lines = weight_ptr + row[:, None] * stride_weight + first * BLOCK_K + line[None, :]
-        for _ in range(0, tl.minimum(PREFETCH, last - first)):
+        for _ in range(0, tl.minimum(ahead, last - first)):
             pdl.prefetch(lines)
             if EPILOGUE == 1:
                 pdl.prefetch(lines + N.to(tl.int64) * stride_weight)
@@ -370,6 +370,7 @@ def launch_skinny_gemm(
         0 if extra is None else extra.stride(0),
         width,
         config.split,
+        PREFETCH_BLOCKS,
         EPILOGUE=int(epilogue),
         SPLIT=config.split > 1,
         BLOCK_M=block_m,
@@ -378,7 +379,6 @@ def launch_skinny_gemm(
         PTX=not INTERPRETED,
         num_warps=config.warps,
         num_stages=config.stages,
-        PREFETCH=PREFETCH_BLOCKS,
         **pdl.options(x),
     )
     return out
