@@ -3,11 +3,13 @@
     python -m gemma4_turbo tune
     python bench/profiled.py --model e4b
 
-One engine has the package as it is, and no profile but the one that comes with it, if there is one for
-this GPU. The other has the profile, and a copy of the package that has never seen a GPU: no compute
-capability is known to it, its tables of the fused experts and its profiles are deleted. What it is fast
-with comes from the profile alone. Both must fit on the GPU. Rounds alternate between the two; exit status 1
-if the second takes more than ``--at-most`` of the first one's time, in the median of any quantity.
+One engine has the package as it is, with no profile but the one that comes with it, if there is one for this
+GPU. The other has the profile, and a copy of the package that has never seen a GPU: no compute capability is
+known to it, its tables of the fused experts and its profiles are deleted. What it is fast with comes from the
+profile alone. With ``--packaged`` it is the package as it is, the profile among those that come with it in the
+place of the others: what users get if the file is added. Both engines must fit on the GPU. Rounds alternate
+between the two; exit status 1 if the second takes more than ``--at-most`` of the first one's time, in the median of
+any quantity.
 """
 
 from __future__ import annotations
@@ -33,9 +35,20 @@ from gemma4_turbo.engine import gpu_profile  # noqa: E402
 from gemma4_turbo.models import geometry  # noqa: E402
 
 SHIPPED, PROFILED, BARE = "shipped", "profile, unseen GPU", "unseen GPU"
+PACKAGED = "profile, packaged"
 KNOWN = "KNOWN = (9,)"
 UNKNOWN = "KNOWN: tuple[int, ...] = ()"
 console = Console(width=150)
+
+
+def copied(folder: Path) -> Path:
+    """Put a copy of the package that has no profiles into a folder; the copy."""
+    package = folder / "gemma4_turbo"
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(HERE.parent / "gemma4_turbo", package, ignore=ignored)
+    for profile in (package / "profiles").glob("*.json"):
+        profile.unlink()
+    return package
 
 
 def unseen(folder: Path) -> Path:
@@ -43,9 +56,7 @@ def unseen(folder: Path) -> Path:
 
     ValueError where it knows them otherwise than here.
     """
-    package = folder / "gemma4_turbo"
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(HERE.parent / "gemma4_turbo", package, ignore=ignored)
+    package = copied(folder)
     source = package / "kernels" / "measured.py"
     text = source.read_text()
     if text.count(KNOWN) != 1:
@@ -56,8 +67,12 @@ def unseen(folder: Path) -> Path:
         raise ValueError("kernels/moe_configs must have folders of tables")
     for folder_of_tables in tables:
         shutil.rmtree(folder_of_tables)
-    for packaged in (package / "profiles").glob("*.json"):
-        packaged.unlink()
+    return folder
+
+
+def with_it(folder: Path, profile: str) -> Path:
+    """Put a copy of the package with this profile and no other into a folder; the folder."""
+    shutil.copy(profile, copied(folder) / "profiles" / "measured.json")
     return folder
 
 
@@ -83,14 +98,13 @@ class ProfiledEngine(Engine):
         """What the log says of a profile that is not used, or None."""
         lines = self.log.read_text(errors="replace").splitlines()
         return next(
-            (line for line in lines if "GPU profile" in line and "is ignored" in line), None
+            (
+                line
+                for line in lines
+                if "GPU profile" in line and ("is ignored" in line or "is skipped" in line)
+            ),
+            None,
         )
-
-
-class ProfiledResults(Results):
-    """Rows of these variants."""
-
-    pair = (SHIPPED, PROFILED)
 
 
 def main(
@@ -103,6 +117,9 @@ def main(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     bare: Annotated[
         bool, typer.Option(help="A third engine: without the profile, on the unseen GPU")
+    ] = False,
+    packaged: Annotated[
+        bool, typer.Option(help="As if the profile came with the package, beside its own tiles")
     ] = False,
     at_most: Annotated[float, typer.Option(help="Of the shipped package's time")] = 1.02,
     layers: Annotated[int, typer.Option(help="Fewer layers; 0: all")] = 0,
@@ -131,16 +148,16 @@ def main(
     }
     if geometry.GEOMETRIES[model].kv_shared_layers:  # stock cannot start with them
         arguments["disable_piecewise_cuda_graph"] = True
-    copy = unseen(scratch / "unseen")
     nobodys = str(scratch / "none.json")  # 0 would be without the package's own, too
-    packages = {
-        SHIPPED: (BENCH.parent, nobodys),
-        PROFILED: (copy, where),
-        BARE: (copy, "0"),
-    }
-    its = ", ".join(file for file, _ in gpu_profile.packaged()) or "none"
-    console.print(f"{SHIPPED}: its profile for this GPU: {its}", soft_wrap=True)
-    results = ProfiledResults(model, layers or None, ["as every user has them"])
+    packages = {SHIPPED: (BENCH.parent, nobodys)}
+    if packaged:
+        packages[PACKAGED] = (with_it(scratch / "packaged", where), nobodys)
+    else:
+        packages[PROFILED] = (unseen(scratch / "unseen"), where)
+    if bare:
+        packages[BARE] = (unseen(scratch / "bare"), "0")
+    results = Results(model, layers or None, ["as every user has them"])
+    results.pair = (SHIPPED, PACKAGED if packaged else PROFILED)
 
     def make(variant: str) -> ProfiledEngine:
         log = out.with_name(f"{out.stem}-{variant.replace(', ', '-').replace(' ', '-')}.log")
@@ -158,11 +175,11 @@ def main(
 
     end_on_sigterm()
     try:
-        with engines(make, [SHIPPED, PROFILED, BARE][: 3 if bare else 2]) as live:
+        with engines(make, list(packages)) as live:
             for round_ in range(-1, rounds):
                 for one in in_turn(live, round_):
                     measure(one, round_)
-            why = live[PROFILED].ignored()
+            why = live[results.pair[1]].ignored()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         results.rows = [row for row in results.rows if row["round"] >= 0]  # the first compiles

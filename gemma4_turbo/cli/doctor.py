@@ -33,9 +33,9 @@ def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
 
     ``versions``, ``bootstrap`` (by which ways spawned processes get the patches), ``state_folder``
     (why it cannot be used, else None), ``patches``, ``servers`` (running patched processes), ``notes``
-    (on the installation), ``device``, ``gpu_profile`` (its path, whether one is in use, whether that is
-    the package's, whether the user's is ignored, and a sentence), ``problems`` (of the environment; in
-    strict mode also of the state folder), ``obstacles`` (why nothing can work).
+    (on the installation), ``device``, ``gpu_profile`` (its path, whether it is in use or ignored, the path
+    of the package's for this GPU or None, and a sentence), ``problems`` (of the environment; in strict
+    mode also of the state folder), ``obstacles`` (why nothing can work).
 
     Args:
         imported: import what the patches replace and install them, which takes a minute, else judge
@@ -76,22 +76,22 @@ def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
 
 
 def _gpu_profile(device: str | None) -> dict[str, Any]:
-    """The profile in use, or that there is none and what it would take."""
-    where, profile, reason, packaged = gpu_profile.found(device)
+    """The profiles in use, or that there is none and what it would take."""
+    where, profile, reason = gpu_profile.found()
+    packaged = None if device is None else gpu_profile.packaged(device)
     record = {
-        "path": packaged or where,
+        "path": where,
         "in_use": profile is not None,
-        "packaged": bool(packaged),
         "ignored": bool(reason),
+        "packaged": None if packaged is None else packaged.path,
     }
     measure = f"{gpu_profile.TUNE} measures, in five minutes on an idle GPU"
-    if profile is not None and packaged:
-        key = profile.key
-        told = f"the package's, measured on {key.gpu} with driver {key.driver}: {_counted(profile)}"
-        told += f"; {where} is ignored: {reason}; {measure}" if reason else ""
-    elif where is None:
-        told = f"none: {switches.GPU_PROFILE} says so, or there is no home folder"
-    elif profile is not None:
+    theirs = ""
+    if packaged is not None:
+        key = packaged.profile.key
+        theirs = f"the package's, measured on {key.gpu} with driver {key.driver}"
+        theirs += f": {_counted(packaged.profile)}"
+    if profile is not None:
         told = f"{where}: {_counted(profile)} on {profile.key.gpu}"
         for on in (True, False):
             known = (name for name in profile.patches if name in ENGINE.runs)
@@ -99,8 +99,14 @@ def _gpu_profile(device: str | None) -> dict[str, Any]:
             told += f"; {'on' if on else 'off'}: {', '.join(names)}" if names else ""
         if device not in (None, profile.key.gpu):
             told += f"; {device} takes none of the tiles"
+        told += f"; for other shapes {theirs}" if theirs else ""
     elif reason:
-        told = f"{where} is ignored: {reason}; {measure}"
+        told = f"{theirs}; " if theirs else ""
+        told += f"{where} is ignored: {reason}; {measure}"
+    elif theirs:
+        told = f"{theirs}; {measure}"
+    elif where is None:
+        told = f"none: {switches.GPU_PROFILE} says so, or there is no home folder"
     elif device is None:
         told = f"none at {where}, and no GPU to measure"
     elif _known():

@@ -2,9 +2,9 @@
 
 A JSON file of the user's. It says of every shape of a kernel's with which tile it runs, or why stock's
 code runs, and which patches are on. It holds for one GPU, driver, SGLang, torch, Triton and version of
-this package; any other is ignored, and the log says so once. Where there is none that holds, one of the
-package's own counts, in ``gemma4_turbo/profiles``: others measured it, on the same GPU with the same
-SGLang, torch and Triton, and its tiles alone are taken. Whatever lies in a file's place, nothing here
+this package; any other is ignored, and the log says so once. Shapes that it says nothing of are looked up
+in the package's own, in ``gemma4_turbo/profiles``: others measured them, on the same GPU with the same
+SGLang, torch and Triton, and their tiles alone are taken. Whatever lies in a file's place, nothing here
 raises into a server. Neither torch nor Triton is imported.
 """
 
@@ -84,12 +84,18 @@ class Profile(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What is in use."""
+    """The file's path, None if it has none; the profile, None if none is in use, and why."""
 
-    path: str | None  # of the user's file, there or not; None if it has no place
-    profile: Profile | None  # None: none is in use
-    reason: str  # why the user's file is ignored, or ""
-    packaged: str = ""  # path of the package's file that the profile is from, or ""
+    path: str | None
+    profile: Profile | None
+    reason: str
+
+
+class Packaged(NamedTuple):
+    """One of the package's profiles."""
+
+    path: str
+    profile: Profile
 
 
 # -- where it is ----------------------------------------------------------------------------------
@@ -300,31 +306,17 @@ def stale(key: Key) -> str | None:
         return f"it was measured on {key.gpu}, and no NVIDIA driver answers here ({error})"
     if machine.driver != key.driver:
         return f"it was measured with driver {key.driver}, here is {machine.driver}"
-    if not _one_of(machine.names, key.gpu):
+    # A slice of a GPU has a name of its own: NVIDIA H200 MIG 1g.18gb.
+    if not any(key.gpu == name or key.gpu.startswith(f"{name} MIG") for name in machine.names):
         here = ", ".join(sorted(set(machine.names))) or "none"
         return f"it was measured on {key.gpu}, here is {here}"
     return None
 
 
-def _one_of(names: Iterable[str], gpu: str) -> bool:
-    """Whether a machine with these GPUs has one: a slice's name is longer, NVIDIA H200 MIG 1g.18gb."""
-    return any(gpu == name or gpu.startswith(f"{name} MIG") for name in names)
-
-
-def found(gpu: str | None = None) -> Found:
-    """This process's profile: looked for once, and ignored aloud if there is one that does not hold.
-
-    Args:
-        gpu: one of the package's must be for a GPU of this name; None: for any of this machine's.
-    """
+def found() -> Found:
+    """The user's profile: looked for once in a process, and ignored aloud if there is one that does not hold."""
     where = path()
-    own = Found(None, None, "") if where is None else _found(where)
-    if own.profile is not None or not wanted():
-        return own
-    for file, profile in packaged():
-        if gpu in (None, profile.key.gpu):
-            return own._replace(profile=profile, packaged=file)
-    return own
+    return Found(None, None, "") if where is None else _found(where)
 
 
 @functools.cache
@@ -344,27 +336,33 @@ def _found(where: str) -> Found:
     return Found(where, None, reason)
 
 
-@functools.cache
-def packaged() -> tuple[tuple[str, Profile], ...]:
-    """Of the package's profiles those that hold on this machine, with their paths, in that order.
+def packaged(gpu: str) -> Packaged | None:
+    """The package's profile for a GPU of this name, the first by its file's; None if none is, or is wanted.
 
     Neither driver nor our version must be the same: a driver changes times and not results, and the files
     are this version's. A file that cannot be used is told of and left out.
     """
+    if not wanted():
+        return None
+    return next((one for one in _packaged() if one.profile.key.gpu == gpu), None)
+
+
+@functools.cache
+def _packaged() -> tuple[Packaged, ...]:
+    """All that are for these versions."""
     try:
-        return tuple(_packaged())
+        return tuple(_read_packaged())
     except Exception as error:  # a server starts whatever is wrong with the folder
         logger.warning("gemma4_turbo: the package's GPU profiles cannot be used: %s", _told(error))
         return ()
 
 
-def _packaged() -> Iterator[tuple[str, Profile]]:
+def _read_packaged() -> Iterator[Packaged]:
     try:
         files = sorted(PROFILES.iterdir(), key=lambda file: file.name)
     except FileNotFoundError:  # an installation without empty folders
         return
     here: dict[str, str] = {}
-    names: tuple[str, ...] | None = None
     for file in files:
         if not file.name.endswith(".json"):
             continue
@@ -378,16 +376,14 @@ def _packaged() -> Iterator[tuple[str, Profile]]:
             )
             continue
         here = here or versions()
-        if any(getattr(profile.key, package) != here[package] for package in PACKAGES):
-            continue
-        if names is None:
-            try:
-                names = nvml.look().names
-            except (OSError, AttributeError):  # no driver, or one without the function
-                return
-        if _one_of(names, profile.key.gpu):
+        if all(_public(getattr(profile.key, name)) == _public(here[name]) for name in PACKAGES):
             # Which patches are right and fast is another machine's finding.
-            yield str(file), profile._replace(patches={})
+            yield Packaged(str(file), profile._replace(patches={}))
+
+
+def _public(version: str) -> str:
+    """Without what a build adds of its own: 2.14.1 of 2.14.1+cu130."""
+    return version.partition("+")[0]
 
 
 def _told(error: Exception) -> str:
@@ -397,25 +393,25 @@ def _told(error: Exception) -> str:
 def forget() -> None:
     """Look for them again."""
     _found.cache_clear()
-    packaged.cache_clear()
+    _packaged.cache_clear()
 
 
 # -- what patches and kernels ask ------------------------------------------------------------------
 
 
 def decisions() -> Mapping[str, Decision]:
-    """By patch: whether what was measured here wants it on. The package's profiles are not asked."""
-    where = path()
-    profile = None if where is None else _found(where).profile
+    """By patch: whether what was measured here wants it on. The package's profiles decide about none."""
+    profile = found().profile
     return {} if profile is None else profile.patches
 
 
 def tiles(gpu: str) -> Tiles:
-    """What was measured on a GPU of this name; empty if the profile is another one's."""
-    profile = found(gpu).profile
-    if profile is None or profile.key.gpu != gpu:
-        return {}
-    return by_place(profile.shapes)
+    """What was measured on a GPU of this name: by the user, else by those whose profile the package has."""
+    own, others = found().profile, packaged(gpu)
+    merged = {} if others is None else by_place(others.profile.shapes)
+    if own is not None and own.key.gpu == gpu:
+        merged |= by_place(own.shapes)
+    return merged
 
 
 def by_place(shapes: Iterable[Shape]) -> Tiles:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gemma4_turbo.cli import tune
-from gemma4_turbo.cli.tuning import plain
+from gemma4_turbo.cli.tuning import plain, subject
 from gemma4_turbo.engine import gpu_profile
 from gemma4_turbo.engine.gpu_profile import Key, Profile, Shape, UnfitError
 from gemma4_turbo.engine.switches import Decision
@@ -42,6 +42,8 @@ def problems(content: bytes) -> list[str]:
 
 def unfit(shape: Shape) -> str:
     """Why a row is none, or ""."""
+    if subject.ERROR in shape.reason:
+        return "an error of one machine's GPU is no finding for others"
     if shape.kernel not in plain.WITH_TILES:
         return f"no kernel with tiles, got {list(shape.tile)}" if shape.tile else ""
     if shape.tile is None and not shape.reason:
@@ -129,6 +131,9 @@ WRONG: dict[str, bytes] = {
     ),
     "does not take [1, 2, 3]": edited(row("moe_configs", tile=[1, 2, 3])),
     "neither a tile nor a reason": edited(row("moe_configs", tile=None)),
+    "an error of one machine's GPU": edited(
+        row("moe_configs", tile=None, reason=f"with this tile {subject.ERROR}")
+    ),
     "no kernel with tiles, got [1]": edited(row("layer_norms", tile=[1])),
 }
 

@@ -26,27 +26,35 @@ assert known == tables, "half a copy"
 
 from gemma4_turbo.engine import gpu_profile, nvml
 
-assert Path(str(gpu_profile.PROFILES)) == kernels.with_name("profiles")
+folder = kernels.with_name("profiles")
+assert Path(str(gpu_profile.PROFILES)) == folder
 gpu_profile.versions = lambda: {"sglang": "2", "torch": "3", "triton": "4", "gemma4_turbo": "5"}
 nvml.look = lambda: nvml.Machine("1", ("g",))
-if known:  # this repository's is as if it had one
+if os.environ["REPOSITORY"] in str(folder):  # it is as if it had one
     gpu_profile.PROFILES = Path(os.environ["PROFILES"])
 gpu_profile.forget()  # the site looked for it already, as a server does
-found = gpu_profile.found()
-kind = "shipped" if known else "bare" if profile == "0" else "profiled"
-used = found.packaged or (found.profile and found.path)
+own, its = gpu_profile.found(), gpu_profile.packaged("g")
+kind = "bare" if profile == "0" else "profiled" if own.profile else "shipped"
+if kind == "shipped" and os.environ["REPOSITORY"] not in str(folder):
+    kind = "packaged"
+assert known == (kind in ("shipped", "packaged")), kind
+used = own.profile and own.path, its and its.path
 assert used == {
-    "shipped": os.environ["PROFILES"] + "/g.json", "profiled": profile, "bare": None
-}[kind], (kind, found)
+    "shipped": (None, os.environ["PROFILES"] + "/g.json"),
+    "packaged": (None, f"{folder}/measured.json"),
+    "profiled": (profile, None),
+    "bare": (None, None),
+}[kind], (kind, used)
 with open(sys.argv[1], "a") as log:
-    if os.environ.get("IGNORED") and kind == "profiled":
-        log.write(f"gemma4_turbo: the GPU profile {profile} is ignored: for a test\\n")
+    if os.environ.get("IGNORED") == kind:
+        word = "ignored" if kind == "profiled" else "skipped"
+        log.write(f"gemma4_turbo: the package's GPU profile is {word}: for a test\\n")
 print(json.dumps({"ready_s": 1.0}), flush=True)
 calls = 0
 for line in sys.stdin:
     command = json.loads(line)
     calls += 1
-    ms = {"shipped": 2.0, "profiled": float(os.environ["MS"]), "bare": 3.0}[kind]
+    ms = {"shipped": 2.0, "bare": 3.0}.get(kind, float(os.environ["MS"]))
     print(json.dumps({"value": ms * (100 if calls == 1 else 1)}), flush=True)
 """
 RUN = """
@@ -83,7 +91,7 @@ def run(tmp_path: Path, environment: dict[str, str]) -> Run:
             code=RUN,
             arguments=[str(tmp_path / "worker.py"), stale, *told],
             env={**os.environ, "PYTHONPATH": str(REPOSITORY), "COLUMNS": "200", "MS": str(ms)}
-            | {"PROFILES": str(tmp_path / "profiles")}
+            | {"PROFILES": str(tmp_path / "profiles"), "REPOSITORY": str(REPOSITORY)}
             | variables,
             cwd=str(REPOSITORY),
             timeout=400,
@@ -112,10 +120,28 @@ def test_a_profile_that_is_slower(run):
     assert "at most 1.050" in said
 
 
-def test_a_profile_that_is_not_used_proves_nothing(run):
-    status, said = run(2.0, IGNORED="1")
+def test_a_profile_that_would_come_with_the_package(run, tmp_path):
+    """In the place of the one that does, beside the package's own tiles."""
+    status, said = run(1.9, "--packaged")
+    assert status == 0, said
+    frame = pd.read_csv(tmp_path / "out.csv")
+    assert frame.groupby("variant")["value"].agg(set).to_dict() == {
+        "shipped": {2.0},
+        "profile, packaged": {1.9},
+    }
+    status, said = run(2.1, "--packaged")
+    assert status == 1, said
+    assert "at most 1.050" in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "word", "options"),
+    [("profiled", "ignored", []), ("packaged", "skipped", ["--packaged"])],
+)
+def test_a_profile_that_is_not_used_proves_nothing(run, kind, word, options):
+    status, said = run(2.0, *options, IGNORED=kind)
     assert status == 1
-    assert "is ignored: for a test" in said
+    assert f"is {word}: for a test" in said
 
 
 def test_a_profile_of_another_machine_is_refused_at_once(run):

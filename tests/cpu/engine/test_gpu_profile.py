@@ -314,11 +314,26 @@ def put(folder: Path, name: str = "l4.json", profile: Profile = OTHERS, **key: s
     return str(folder / name)
 
 
-def test_the_users_comes_before_the_packages(place, packages):
-    put(packages)
-    gpu_profile.save(str(place), PROFILE)
-    assert gpu_profile.found() == Found(str(place), PROFILE, "")
-    assert gpu_profile.tiles("NVIDIA L4")[PLACE][0] == SHAPES[0].tile
+GPU = "NVIDIA L4"
+STOCKS = ("extend_attention", (256, 4, "dense"))
+
+
+def used(gpu: str = GPU) -> str | None:
+    """Path of the package's profile for a GPU."""
+    one = gpu_profile.packaged(gpu)
+    return None if one is None else one.path
+
+
+def test_the_users_rows_come_before_the_packages(place, packages):
+    """Of a shape that both have; the others are there too, and the user's is what is found."""
+    file = put(packages)
+    assert PROFILE.shapes[0].tile != TILE
+    gpu_profile.save(str(place), PROFILE._replace(shapes=PROFILE.shapes[:1]))
+    assert gpu_profile.found().path == str(place)
+    assert used() == file
+    tiles = gpu_profile.tiles(GPU)
+    assert tiles[PLACE][0] == SHAPES[0].tile
+    assert tiles[STOCKS] == (None, "stock's code is faster here")
 
 
 @pytest.mark.parametrize("home", [True, False])
@@ -329,44 +344,35 @@ def test_the_packages_where_the_user_has_none(home, place, packages, monkeypatch
         monkeypatch.delenv(GPU_PROFILE)
         monkeypatch.setenv("XDG_CONFIG_HOME", "")
         monkeypatch.setenv("HOME", "nowhere")
-    where = str(place) if home else None
-    assert gpu_profile.found() == Found(where, OTHERS._replace(patches={}), "", file)
-    assert gpu_profile.tiles("NVIDIA L4")[PLACE] == (TILE, "")
-    stocks = ("extend_attention", (256, 4, "dense"))
-    assert gpu_profile.tiles("NVIDIA L4")[stocks] == (None, "stock's code is faster here")
+    assert gpu_profile.found() == Found(str(place) if home else None, None, "")
+    assert gpu_profile.packaged(GPU) == (file, OTHERS._replace(patches={}))
+    assert gpu_profile.tiles(GPU)[PLACE] == (TILE, "")
+    assert gpu_profile.tiles(GPU)[STOCKS] == (None, "stock's code is faster here")
     assert caplog.records == []
 
 
-def test_which_patches_are_on_is_not_taken_from_the_packages(packages, monkeypatch):
-    """And it is not read for that, in processes that need no tiles."""
+def test_which_patches_are_on_is_not_taken_from_the_packages(packages):
     put(packages)
     assert OTHERS.patches
-    assert gpu_profile.found().profile.patches == {}
-    gpu_profile.forget()
-    asked = []
-    monkeypatch.setattr(gpu_profile, "packaged", lambda: asked.append(1) or ())
     assert gpu_profile.decisions() == {}
-    assert asked == []
-    monkeypatch.undo()
 
 
 def test_a_stale_one_of_the_users_is_ignored_aloud_and_the_packages_counts(place, packages, caplog):
-    file = put(packages)
+    put(packages)
     gpu_profile.save(str(place), PROFILE._replace(key=KEY._replace(driver="535.9")))
     for _ in range(2):
-        found = gpu_profile.found()
-        assert found == Found(
-            str(place), OTHERS._replace(patches={}), "it was measured with driver 535.9, here is 570.1", file
-        )  # fmt: skip
+        why = "it was measured with driver 535.9, here is 570.1"
+        assert gpu_profile.found() == Found(str(place), None, why)
+        assert gpu_profile.tiles(GPU)[PLACE] == (TILE, "")
     assert gpu_profile.decisions() == {}
     (told,) = [one.getMessage() for one in caplog.records]
     assert told.startswith(f"gemma4_turbo: the GPU profile {place} is ignored: ")
 
 
 def test_a_mistake_in_the_users_is_no_reason_to_use_none(place, packages):
-    file = put(packages)
+    put(packages)
     place.write_bytes(b"{")
-    assert gpu_profile.found().packaged == file
+    assert gpu_profile.tiles(GPU)[PLACE] == (TILE, "")
 
 
 @pytest.mark.parametrize("value", ["0", "here.json"])
@@ -375,15 +381,27 @@ def test_none_at_all_where_the_variable_says_so(value, packages, monkeypatch):
     put(packages)
     monkeypatch.setenv(GPU_PROFILE, value)
     assert gpu_profile.found() == Found(None, None, "")
-    assert gpu_profile.tiles("NVIDIA L4") == gpu_profile.decisions() == {}
+    assert used() is None
+    assert gpu_profile.tiles(GPU) == gpu_profile.decisions() == {}
 
 
 @pytest.mark.parametrize("field", ["gpu", "sglang", "torch", "triton"])
-def test_the_packages_for_others_is_not_used_and_no_news(field, place, packages, caplog):
+def test_the_packages_for_others_is_not_used_and_no_news(field, packages, caplog):
     put(packages, **{field: "0"})
-    assert gpu_profile.found() == Found(str(place), None, "")
-    assert gpu_profile.tiles("NVIDIA L4") == {}
+    assert used() is None
+    assert gpu_profile.tiles(GPU) == {}
     assert caplog.records == []
+
+
+def test_a_build_of_the_same_torch(packages, monkeypatch):
+    """Triton compiles our kernels, whatever CUDA torch is built for."""
+    file = put(packages, torch=f"{VERSIONS['torch']}+cu130")
+    assert used() == file
+    monkeypatch.setattr(gpu_profile, "versions", lambda: VERSIONS | {"torch": "9.9+cu130"})
+    put(packages, torch="9.9")
+    assert used() == file
+    put(packages, torch="9.90")
+    assert used() is None
 
 
 def test_of_two_that_fit_the_first_by_name(packages):
@@ -391,21 +409,20 @@ def test_of_two_that_fit_the_first_by_name(packages):
     put(packages, "c.json", OTHERS._replace(shapes=()))
     file = put(packages, "a.json")
     put(packages, "0.json", sglang="0")
-    assert gpu_profile.found().packaged == file
-    assert gpu_profile.tiles("NVIDIA L4")[PLACE] == (TILE, "")
+    assert used() == file
+    assert gpu_profile.tiles(GPU)[PLACE] == (TILE, "")
 
 
-def test_each_gpu_of_a_machine_has_its_own(packages, monkeypatch):
-    """The first by name is of a slice, which no whole GPU is."""
-    machine = nvml.Machine("570.1", ("NVIDIA L4", "NVIDIA H200"))
-    monkeypatch.setattr(nvml, "look", lambda: machine)
-    one = put(packages, "a.json", gpu="NVIDIA L4 MIG 1g.5gb")
-    two = put(packages, "b.json", gpu="NVIDIA H200")
-    three = put(packages, "c.json")
-    assert gpu_profile.found().packaged == one
-    names = ("NVIDIA L4 MIG 1g.5gb", "NVIDIA H200", "NVIDIA L4", "NVIDIA L40S")
-    assert [gpu_profile.found(name).packaged for name in names] == [one, two, three, ""]
-    assert [bool(gpu_profile.tiles(name)) for name in names] == [True, True, True, False]
+def test_each_gpu_of_a_machine_has_its_own(packages):
+    """A slice of one, too."""
+    files = {
+        "NVIDIA L4 MIG 1g.5gb": put(packages, "a.json", gpu="NVIDIA L4 MIG 1g.5gb"),
+        "NVIDIA H200": put(packages, "b.json", gpu="NVIDIA H200"),
+        GPU: put(packages, "c.json"),
+        "NVIDIA L40S": None,
+    }
+    assert {gpu: used(gpu) for gpu in files} == files
+    assert [bool(gpu_profile.tiles(gpu)) for gpu in files] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -418,7 +435,7 @@ def test_a_damaged_one_is_skipped_aloud_and_once(name, packages, caplog):
         wrong = json.dumps(whole | wrong if isinstance(wrong, dict) else wrong).encode()
     damaged.write_bytes(wrong)
     for _ in range(3):
-        assert gpu_profile.found().packaged == file
+        assert used() == file
     (told,) = [one for one in caplog.records if one.levelno == logging.WARNING]
     assert told.getMessage().startswith(
         f"gemma4_turbo: the package's GPU profile {damaged} is skipped: "
@@ -439,57 +456,39 @@ def test_what_is_no_file_or_cannot_be_read_is_skipped(packages, monkeypatch, cap
         return read(path)
 
     monkeypatch.setattr(Path, "read_bytes", denied)
-    assert gpu_profile.found().packaged == file
+    assert used() == file
     told = [one.getMessage().rpartition(": ")[2] for one in caplog.records]
     assert told == ["it is no regular file"] * 2 + ["[Errno 13] Permission denied"]
 
 
-def test_no_folder_is_no_news(place, packages, monkeypatch, caplog):
+def test_no_folder_is_no_news(packages, monkeypatch, caplog):
     """Git and wheels know no empty ones."""
     monkeypatch.setattr(gpu_profile, "PROFILES", packages / "gone")
-    assert gpu_profile.found() == Found(str(place), None, "")
+    assert used() is None
     assert caplog.records == []
 
 
-def test_a_folder_that_cannot_be_read_ends_no_server(place, packages, monkeypatch, caplog):
+def test_a_folder_that_cannot_be_read_ends_no_server(packages, monkeypatch, caplog):
     def denied(path: Path) -> Any:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "iterdir", denied)
     for _ in range(2):
-        assert gpu_profile.found() == Found(str(place), None, "")
+        assert gpu_profile.tiles(GPU) == {}
     (told,) = [one.getMessage() for one in caplog.records]
     assert "the package's GPU profiles cannot be used: PermissionError" in told
 
 
-@pytest.mark.parametrize("error", [OSError, AttributeError])
-def test_without_a_driver_none_fits(error, place, packages, monkeypatch, caplog):
-    put(packages)
-
-    def nobody() -> nvml.Machine:
-        raise error("libnvidia-ml.so.1")
-
-    monkeypatch.setattr(nvml, "look", nobody)
-    assert gpu_profile.found() == Found(str(place), None, "")
-    assert gpu_profile.tiles("NVIDIA L4") == {}
-    assert caplog.records == []
-
-
-def test_without_a_file_that_fits_nobody_is_asked(packages, monkeypatch):
+def test_without_a_file_no_version_is_looked_up(packages, monkeypatch):
+    """Nor twice."""
     asked = []
-    machine = nvml.Machine("570.1", ("NVIDIA L4",))
-    monkeypatch.setattr(nvml, "look", lambda: asked.append("driver") or machine)
-    monkeypatch.setattr(gpu_profile, "versions", lambda: asked.append("versions") or VERSIONS)
-    assert gpu_profile.found().profile is None
+    monkeypatch.setattr(gpu_profile, "versions", lambda: asked.append(1) or VERSIONS)
+    assert used() is None
     assert asked == []
-    put(packages, torch="0")
+    put(packages)
     put(packages, "m4.json", triton="0")
-    assert gpu_profile.found().profile is None
-    assert asked == ["versions"]
-    put(packages, "n4.json")
-    put(packages, "o4.json")
-    assert gpu_profile.found().profile is not None
-    assert asked == ["versions", "versions", "driver"]
+    assert used()
+    assert asked == [1]
 
 
 def test_one_in_a_zip_is_found(packages, tmp_path, monkeypatch):
@@ -500,8 +499,8 @@ def test_one_in_a_zip_is_found(packages, tmp_path, monkeypatch):
     monkeypatch.setattr(
         gpu_profile, "PROFILES", zipfile.Path(tmp_path / "package.zip", "profiles/")
     )
-    assert gpu_profile.found().packaged == str(tmp_path / "package.zip" / "profiles" / "l4.json")
-    assert gpu_profile.tiles("NVIDIA L4")[PLACE] == (TILE, "")
+    assert used() == str(tmp_path / "package.zip" / "profiles" / "l4.json")
+    assert gpu_profile.tiles(GPU)[PLACE] == (TILE, "")
 
 
 # -- what patches make of it ----------------------------------------------------------------------
