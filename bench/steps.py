@@ -126,7 +126,7 @@ class Session:
                 why = f"{row['state']}: {row['reason']}"
                 self.idle.setdefault(patch, {})[name] = why
         for batch in self.batches:
-            asked = {"batch": batch, "length": self.length, "seed": 1, "count": 50, "times": 5}
+            asked = {"batch": batch, "length": self.length, "seed": 1, "count": 20, "times": 5}
             step = self.engine("step", **asked)
             if "error" in step:
                 console.print(f"{name}, batch {batch}: {step['error']}")
