@@ -140,7 +140,10 @@ def zeros_of(module: Module, count: int, device: torch.device) -> torch.Tensor |
     None in a capture, if there are none yet: they are never made there.
     Kept on the module for good: a CUDA graph may go on using those of a plan that has ended.
     """
-    every: list[torch.Tensor] = module.__dict__.setdefault(ARRIVED, [])
+    every: list[torch.Tensor]
+    owner, every = module.__dict__.get(ARRIVED, (None, []))
+    if owner is not module:  # a shallow copy brings its original's along, which may run beside it
+        module.__dict__[ARRIVED] = module, (every := [])
     for zeros in every:
         if zeros.shape[0] >= count and zeros.device == device:
             return zeros

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,6 +48,14 @@ def given(tokens: int = 2) -> torch.Tensor:
     return torch.randn(tokens, 256, generator=generator).bfloat16()
 
 
+def counts_of(module: Any) -> torch.Tensor:
+    owner, every = module.__dict__[linear.ARRIVED]
+    assert owner is module
+    (zeros,) = every
+    assert isinstance(zeros, torch.Tensor)
+    return zeros
+
+
 def near(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Two roundings of a row's largest."""
     bound = theirs.float().abs().amax(-1, keepdim=True) * patch.mlp_few.OUTPUT
@@ -68,7 +77,7 @@ def test_it_is_the_mlp(module: Any, tokens: int):
     ours = patch.mlp(module, x)
     assert counted(NAME) == before.and_(engaged=1)
     assert near(ours, module(x))
-    assert module.__dict__[linear.ARRIVED][0].count_nonzero() == 0
+    assert counts_of(module).count_nonzero() == 0
 
 
 @pytest.mark.parametrize(("kind", "engaged", "declines"), [("dense", 2, 0), ("ple", 2, 0), ("moe", 0, 2)])  # fmt: skip
@@ -297,7 +306,19 @@ def test_counts_are_a_modules_own(module: Any):
     for name in ("gate_up_proj", "down_proj"):
         other.get_submodule(name).weight = module.get_submodule(name).weight
     assert torch.equal(patch.mlp(module, given()), patch.mlp(other, given()))
-    assert other.__dict__[linear.ARRIVED][0] is not module.__dict__[linear.ARRIVED][0]
+    assert counts_of(other) is not counts_of(module)
+
+
+def test_counts_are_a_copys_own(module: Any):
+    """A shallow one has its original's attributes, and may run beside it."""
+    ours = patch.mlp(module, given())
+    other = copy.copy(module)
+    assert torch.equal(patch.mlp(other, given()), ours)
+    mine, its = counts_of(module), counts_of(other)
+    assert its.data_ptr() != mine.data_ptr()
+    patch.mlp(module, given())
+    assert counts_of(module) is mine  # they stay
+    assert counts_of(other) is its
 
 
 def test_traced_code_is_stocks_and_counted(module: Any):
