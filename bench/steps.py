@@ -3,10 +3,12 @@
     python bench/steps.py --model 26b-a4b --layers 18 --variant stock --variant all+feed_forward_few
     python bench/steps.py --model e4b --each                    # every patch left out in turn
     python bench/steps.py --model e2b --fetch 0,2,8,16          # blocks of a weight fetched ahead
+    python bench/steps.py --model 31b --layers 30 --variant all --variant all@$HOME/.config/gemma4_turbo/gpu_profile.json
 
 One model in one process: the same weights at the same addresses, so that variants differ in nothing else. A
-variant is ``stock``, ``all`` or a comma list of patches, with ``+PATCH`` and ``-PATCH`` behind it; `PATCHES`
-are those of a decode step, all others are off. The first variant is the baseline, ``all`` unless others are
+variant is ``stock``, ``all`` or a comma list of patches, with ``+PATCH`` and ``-PATCH`` behind it, and ``@`` with the
+absolute path of a GPU profile: its tiles, without its decisions on patches. Other variants have no profile's tiles.
+`PATCHES` are those of a decode step, all others are off. The first variant is the baseline, ``all`` unless others are
 named. It is captured once more in each round, as ``control``: its ratio says how far two captures of one
 variant are apart. In every second round the order is the other one. What is timed is the graph on the GPU,
 replayed back to back: no host, no sampling, no prefill; of five readings the shortest. `engine.py` measures
@@ -51,6 +53,7 @@ class Variant(NamedTuple):
 
     patches: list[str]
     fetched: dict[str, int] = {}  # noqa: RUF012 - never written
+    profile: str = ""
 
 
 class StepsEngine(Engine):
@@ -65,7 +68,10 @@ class StepsEngine(Engine):
 
 def parsed(text: str) -> Variant:
     """A variant as the command line has it; `typer.BadParameter` for what is none."""
-    base, *changes = re.split(r"(?=[+-])", text.replace(" ", ""))
+    what, at, profile = text.partition("@")
+    if at and not Path(profile).is_file():
+        raise typer.BadParameter(f"--variant: there is no GPU profile at {profile!r}")
+    base, *changes = re.split(r"(?=[+-])", what.replace(" ", ""))
     if base == STOCK:
         chosen = []
     elif base == ALL:
@@ -84,7 +90,7 @@ def parsed(text: str) -> Variant:
         raise typer.BadParameter(f"--variant must be stock, all or a list of patches, got {text!r}")
     if not any(change[0] == "-" for change in changes):
         chosen = with_what_they_need(chosen)
-    return Variant(chosen)
+    return Variant(chosen, profile=str(Path(profile).absolute()) if at else "")
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -115,7 +121,7 @@ class Session:
 
     def measure(self, name: str, variant: Variant, round_: int) -> None:
         """Capture a variant and time a step of each batch size. What goes wrong is said, and is no row."""
-        found = self.engine("capture", patches=variant.patches, fetched=variant.fetched)
+        found = self.engine("capture", **variant._asdict())
         if "error" in found:
             console.print(f"{name}: not captured: {found['error']}")
             return

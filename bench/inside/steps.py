@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,12 @@ def answer(scheduler: Any, asked: str, out: str) -> None:
 
 
 def capture(
-    scheduler: Any, patches: list[str], fetched: dict[str, int]
+    scheduler: Any, patches: list[str], fetched: dict[str, int], profile: str
 ) -> dict[str, dict[str, Any]]:
     """All decode graphs anew, with these patches alone.
 
     ``fetched``: by weight, as ``8192x2816``, how many blocks `skinny_gemm` fetches while it waits.
+    ``profile``: path of the GPU profile whose tiles are taken; empty: of none.
 
     Returns:
         by patch: its state, why, and how many calls of the capture ran its code.
@@ -58,8 +60,9 @@ def capture(
     if patches:
         ENGINE.apply(only=patches)
     _fetch(fetched)
-    before = {row.name: row.engaged for row in ENGINE.status(below=False)}
     runner = scheduler.tp_worker.model_runner
+    _take_tiles(profile, runner.model)
+    before = {row.name: row.engaged for row in ENGINE.status(below=False)}
     _last = None  # or its memory would be kept
     # Two names: of 0.5.23, and of 0.5.12.post1.
     again = getattr(runner, "recapture_decode_cuda_graph", None) or runner.init_device_graphs
@@ -95,6 +98,22 @@ def replay(scheduler: Any, count: int, times: int) -> dict[str, list[float]]:
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {"capture": capture, "replay": replay}
+
+
+def _take_tiles(profile: str, model: Any) -> None:
+    """RuntimeError if the profile is not for this machine."""
+    from gemma4_turbo.engine import gpu_profile
+    from gemma4_turbo.fusions.site import SITE
+    from gemma4_turbo.kernels import measured
+
+    os.environ["GEMMA4_TURBO_GPU_PROFILE"] = profile or "0"
+    for module in (gpu_profile, measured):
+        module.forget()
+    for layer in model.modules():
+        layer.__dict__.pop(SITE, None)  # they have chosen their tiles
+    path, holds, why = gpu_profile.found()
+    if profile and holds is None:
+        raise RuntimeError(f"the GPU profile {path} is not used: {why or 'there is none'}")
 
 
 def _fetch(blocks: dict[str, int]) -> None:

@@ -13,9 +13,9 @@ from bench.workers.engine import Worker, main, prompts
 class StepsWorker(Worker):
     """The commands."""
 
-    def capture(self, patches: list[str], fetched: dict[str, int]) -> dict[str, Any]:
+    def capture(self, patches: list[str], fetched: dict[str, int], profile: str) -> dict[str, Any]:
         """See `bench.inside.steps.capture`."""
-        return self.scheduler(do="capture", patches=patches, fetched=fetched)
+        return self.scheduler(do="capture", patches=patches, fetched=fetched, profile=profile)
 
     def step(self, batch: int, length: int, seed: int, count: int, times: int) -> dict[str, Any]:
         """See `bench.inside.steps.replay`: of so many sequences behind prompts of this length."""

@@ -23,6 +23,7 @@ class Engine:
     """Takes its time from what was captured last."""
 
     captured: ClassVar[list[tuple[list[str], dict[str, int]]]] = []
+    profiles: ClassVar[list[str]] = []
     arguments: ClassVar[dict[str, Any]] = {}
     idle: ClassVar[set[str]] = set()
     failing: ClassVar[str] = ""
@@ -31,6 +32,7 @@ class Engine:
     def __init__(self, variant: str, patches: list[str], arguments: dict[str, Any], log: Path):
         type(self).arguments = arguments
         self.captured.clear()
+        self.profiles.clear()
         type(self).idle, type(self).failing, type(self).stopped = set(), "", 0
 
     def stop(self) -> None:
@@ -39,6 +41,7 @@ class Engine:
     def __call__(self, do: str, **asked: Any) -> dict[str, Any]:
         if do == "capture":
             self.captured.append((asked["patches"], asked["fetched"]))
+            self.profiles.append(asked["profile"])
             if self.failing and self.failing in asked["patches"]:
                 return {"error": "out of memory"}
             return {
@@ -52,6 +55,7 @@ class Engine:
         assert do == "step"
         patches, fetched = self.captured[-1]
         saved = sum(US.get(name, 0) for name in patches)
+        saved += bool(self.profiles[-1])
         better = sum(0.0625 for blocks in fetched.values() if blocks == 8)
         step = (4 - saved - better) * asked["batch"]
         return {"ms": [step + 1, step, step + 2]}
@@ -127,6 +131,17 @@ def test_blocks_fetched_ahead(tmp_path: Path, engine: type[Engine], capsys: Any)
     assert steps.BEST in capsys.readouterr().out
 
 
+def test_tiles_of_a_profile(tmp_path: Path, engine: type[Engine]):
+    """Of its variant alone, and with the patches of any other."""
+    profile = tmp_path / "+a-b.json"
+    profile.touch()
+    out = tmp_path / "out.csv"
+    steps.main("e4b", 0, "1", rounds=1, variant=["all", f"all-pdl@{profile}"], out=out)
+    assert medians(out)[f"all-pdl@{profile}"] == 4 - 0.75 - 1
+    assert engine.profiles == ["", str(profile), ""]
+    assert "pdl" not in engine.captured[1][0]
+
+
 def test_no_weight_gains(tmp_path: Path, engine: type[Engine], capsys: Any):
     out = tmp_path / "out.csv"
     steps.main("e4b", 0, "1", rounds=1, fetch="0", out=out)
@@ -174,6 +189,7 @@ def test_a_variant_that_is_not_captured(
         ({"variant": ["all+yoco"]}, "yoco is no patch of a decode step"),
         ({"variant": [""]}, "--variant must be"),
         ({"variant": ["all+"]}, "--variant must be"),
+        ({"variant": ["all@/nowhere"]}, "there is no GPU profile at '/nowhere'"),
         ({"batches": "1,x"}, "--batches must be"),
         ({"batches": "0"}, "--batches must be"),
         ({"fetch": "-1"}, "--fetch must be"),
@@ -208,10 +224,10 @@ def test_the_workers_commands(monkeypatch: pytest.MonkeyPatch):
     ((ids, new),) = generated
     assert [len(one) for one in ids] == [3, 3]
     assert new > 1  # a step beside the prefill
-    assert "no memory" in worker.capture(["pdl"], {})["error"]
+    assert "no memory" in worker.capture(["pdl"], {}, "")["error"]
     assert asked == [
         {"do": "replay", "count": 5, "times": 4},
-        {"do": "capture", "patches": ["pdl"], "fetched": {}},
+        {"do": "capture", "patches": ["pdl"], "fetched": {}, "profile": ""},
     ]
 
 
