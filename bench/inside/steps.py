@@ -111,7 +111,7 @@ def _take_tiles(profile: str, model: Any) -> None:
         module.forget()
     for layer in model.modules():
         layer.__dict__.pop(SITE, None)  # they have chosen their tiles
-    path, holds, why = gpu_profile.found()
+    path, holds, why = gpu_profile.lookup()
     if profile and holds is None:
         raise RuntimeError(f"the GPU profile {path} is not used: {why or 'there is none'}")
 

@@ -77,7 +77,7 @@ def examine(imported: bool = False) -> Iterator[tuple[str, Any]]:
 
 def _gpu_profile(device: str | None) -> dict[str, Any]:
     """The profiles in use, or that there is none and what it would take."""
-    where, profile, reason = gpu_profile.found()
+    where, profile, reason = gpu_profile.lookup()
     packaged = None if device is None else gpu_profile.packaged(device)
     record = {
         "path": where,

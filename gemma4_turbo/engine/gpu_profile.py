@@ -83,7 +83,7 @@ class Profile(NamedTuple):
     shapes: tuple[Shape, ...]
 
 
-class Found(NamedTuple):
+class Lookup(NamedTuple):
     """The file's path, None if it has none; the profile, None if none is in use, and why."""
 
     path: str | None
@@ -313,27 +313,27 @@ def stale(key: Key) -> str | None:
     return None
 
 
-def found() -> Found:
+def lookup() -> Lookup:
     """The user's profile: looked for once in a process, and ignored aloud if there is one that does not hold."""
     where = path()
-    return Found(None, None, "") if where is None else _found(where)
+    return Lookup(None, None, "") if where is None else _lookup(where)
 
 
 @functools.cache
-def _found(where: str) -> Found:
+def _lookup(where: str) -> Lookup:
     try:
         profile = load(where)
         reason = stale(profile.key)
     except FileNotFoundError:
-        return Found(where, None, "")
+        return Lookup(where, None, "")
     except Exception as error:  # a server starts whatever is wrong with the file
         reason = _told(error)
     if reason is None:
-        return Found(where, profile, "")
+        return Lookup(where, profile, "")
     logger.warning(
         "gemma4_turbo: the GPU profile %s is ignored: %s; measure again: %s", where, reason, TUNE
     )
-    return Found(where, None, reason)
+    return Lookup(where, None, reason)
 
 
 def packaged(gpu: str) -> Packaged | None:
@@ -392,7 +392,7 @@ def _told(error: Exception) -> str:
 
 def forget() -> None:
     """Look for them again."""
-    _found.cache_clear()
+    _lookup.cache_clear()
     _packaged.cache_clear()
 
 
@@ -401,13 +401,13 @@ def forget() -> None:
 
 def decisions() -> Mapping[str, Decision]:
     """By patch: whether what was measured here wants it on. The package's profiles decide about none."""
-    profile = found().profile
+    profile = lookup().profile
     return {} if profile is None else profile.patches
 
 
 def tiles(gpu: str) -> Tiles:
     """What was measured on a GPU of this name: by the user, else by those whose profile the package has."""
-    own, others = found().profile, packaged(gpu)
+    own, others = lookup().profile, packaged(gpu)
     merged = {} if others is None else by_place(others.profile.shapes)
     if own is not None and own.key.gpu == gpu:
         merged |= by_place(own.shapes)

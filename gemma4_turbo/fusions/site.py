@@ -35,7 +35,7 @@ class Site:
         """A deep copy of a module has none: it would hold for copies of parts that the module lacks."""
         return type(None), ()
 
-    def made_for(self, *parts: tuple[Any, str]) -> None:
+    def depends_on(self, *parts: tuple[Any, str]) -> None:
         """Attributes, ``(object, name)``, whose replacement ends the site; more of them at each call.
 
         None and others without attributes of their own are passed over: nothing can be set on them.

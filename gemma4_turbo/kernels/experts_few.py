@@ -204,7 +204,7 @@ def unfit(
             f"topk_ids must be a contiguous [{x.shape[0]}, 1, 2, 4 or 8] in int32, "
             f"got {tuple(topk_ids.shape)} {topk_ids.dtype}"
         )
-    row = found_here(topk_ids.shape[1], double // 2, depth, x.device)
+    row = measured_row(topk_ids.shape[1], double // 2, depth, x.device)
     reason = None if INTERPRETED else measured.unfit("x", x.device, row)
     if reason is not None:
         return reason
@@ -258,7 +258,7 @@ def choose(choices: int) -> Tiles:
     return Tiles(Up(2, 1, 256, 1), Down(min(8, choices), 1, 128, 1, min(2, choices)))
 
 
-def made(numbers: tuple[int, ...]) -> Tiles:
+def tile_of(numbers: tuple[int, ...]) -> Tiles:
     """A cut from a profile's numbers; ValueError if it is none."""
     first = len(Up._fields)
     measured.require(len(numbers) == first + len(Down._fields), numbers)
@@ -267,18 +267,18 @@ def made(numbers: tuple[int, ...]) -> Tiles:
     return tiles
 
 
-def found_here(
+def measured_row(
     choices: int, width: int, hidden: int, device: torch.device
 ) -> measured.Row[Tiles] | None:
     """What was measured on this GPU of experts ``width x hidden``; None if nothing was."""
-    row = measured.look("experts_few", device, (choices, width, hidden), made)
+    row = measured.look("experts_few", device, (choices, width, hidden), tile_of)
     wrong = row is not None and row.tile is not None and tiles_unfit(row.tile, choices)
     return None if wrong else row
 
 
 def cut(choices: int, width: int, hidden: int, device: torch.device) -> Tiles:
     """The cut on a GPU: the measured one, or what `choose` has."""
-    row = found_here(choices, width, hidden, device)
+    row = measured_row(choices, width, hidden, device)
     return choose(choices) if row is None or row.tile is None else row.tile
 
 

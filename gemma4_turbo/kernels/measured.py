@@ -56,7 +56,7 @@ def look(
     kernel: str,
     device: torch.device,
     shape: tuple[Word, ...],
-    made: Callable[[tuple[int, ...]], T],
+    tile_of: Callable[[tuple[int, ...]], T],
 ) -> Row[T] | None:
     """What was measured of a kernel at a shape; None if nothing was.
 
@@ -64,10 +64,10 @@ def look(
         kernel: its name.
         device: where it is to run.
         shape: as the kernel spells it.
-        made: a tile from its numbers; ValueError if the kernel cannot be cut so.
+        tile_of: a tile from its numbers; ValueError if the kernel cannot be cut so.
     """
     # Nearly always nothing, at every call of a kernel: no longer key is hashed then.
-    return _look(kernel, device, shape, made) if tiles(device) else None
+    return _look(kernel, device, shape, tile_of) if tiles(device) else None
 
 
 @functools.cache
@@ -75,7 +75,7 @@ def _look(
     kernel: str,
     device: torch.device,
     shape: tuple[Word, ...],
-    made: Callable[[tuple[int, ...]], T],
+    tile_of: Callable[[tuple[int, ...]], T],
 ) -> Row[T] | None:
     found = tiles(device).get((kernel, shape))
     if found is None:
@@ -84,7 +84,7 @@ def _look(
     if numbers is None:
         return Row(None, reason)
     try:
-        return Row(made(numbers), "")
+        return Row(tile_of(numbers), "")
     except (TypeError, ValueError) as error:  # the file was edited, or is of other kernels
         refused(kernel, shape, str(error))
         return None
@@ -101,10 +101,10 @@ def nearest(
     device: torch.device,
     shape: tuple[Word, ...],
     size: int,
-    made: Callable[[tuple[int, ...]], T],
+    tile_of: Callable[[tuple[int, ...]], T],
 ) -> Row[T] | None:
     """`look` at the measured shape ``(*shape, n)`` whose n is closest to ``size``, by their ratio."""
-    return _nearest(kernel, device, shape, size, made) if tiles(device) else None
+    return _nearest(kernel, device, shape, size, tile_of) if tiles(device) else None
 
 
 @functools.cache
@@ -113,7 +113,7 @@ def _nearest(
     device: torch.device,
     shape: tuple[Word, ...],
     size: int,
-    made: Callable[[tuple[int, ...]], T],
+    tile_of: Callable[[tuple[int, ...]], T],
 ) -> Row[T] | None:
     sizes = [
         words[-1]
@@ -124,7 +124,7 @@ def _nearest(
         return None
     size = max(size, 1)
     closest = min(sizes, key=lambda n: (abs(math.log(n / size)), n))
-    return look(kernel, device, (*shape, closest), made)
+    return look(kernel, device, (*shape, closest), tile_of)
 
 
 @functools.cache

@@ -132,7 +132,7 @@ def numbers(pair: Pair) -> tuple[int, ...]:
     return tuple(found)
 
 
-def made(flat: tuple[int, ...]) -> Pair:
+def tables_of(flat: tuple[int, ...]) -> Pair:
     """The inverse of `numbers`; ValueError if SGLang could not run with these."""
     width = 1 + 2 * len(REQUIRED)
     measured.require(len(flat) % width == 0, flat)
@@ -151,13 +151,13 @@ def made(flat: tuple[int, ...]) -> Pair:
     return pair
 
 
-def found_here(experts: int, width: int, device: torch.device) -> measured.Row[Pair] | None:
+def measured_row(experts: int, width: int, device: torch.device) -> measured.Row[Pair] | None:
     """What was measured on this GPU; None if nothing was, or stock's kernel would not start with it.
 
     A launch of stock's is not ours to catch. Triton keeps a block in shared memory for each stage at most: of
     wgmma on Hopper each, elsewhere all but one. `tune` counts as here.
     """
-    row = measured.look("moe_configs", device, (experts, width), made)
+    row = measured.look("moe_configs", device, (experts, width), tables_of)
     if row is None or row.tile is None:
         return row
     most = max(map(_bytes, (config for table in row.tile for config in table.values())))

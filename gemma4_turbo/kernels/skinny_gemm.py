@@ -242,7 +242,7 @@ def choose(
     return Config(block_n, block_k, max(1, min(split, depth // block_k)), stages)
 
 
-def made(numbers: tuple[int, ...]) -> Config:
+def tile_of(numbers: tuple[int, ...]) -> Config:
     """A cut from a profile's numbers; ValueError if it is none."""
     measured.require(len(numbers) == len(Config._fields), numbers)
     config = Config(*numbers)
@@ -263,12 +263,12 @@ def place(shape: tuple[int, ...], epilogue: Epilogue, rows: int) -> tuple[int, .
     return *shape, int(epilogue), room(rows)
 
 
-def found_here(
+def measured_row(
     shape: tuple[int, ...], epilogue: Epilogue, rows: int, device: torch.device
 ) -> measured.Row[Config] | None:
     """What was measured of a weight on this GPU; None if nothing was."""
     where = place(shape, epilogue, rows)
-    row = measured.look("skinny_gemm", device, where, made)
+    row = measured.look("skinny_gemm", device, where, tile_of)
     if row is not None and row.tile is not None:
         blocks, left = divmod(shape[1], row.tile.block_k)
         if left or row.tile.split > blocks:
@@ -282,12 +282,12 @@ def unfit_here(weight: torch.Tensor, epilogue: Epilogue, rows: int) -> str | Non
     if INTERPRETED:
         return None
     device = weight.device
-    return measured.unfit("x", device, found_here(weight.shape, epilogue, rows, device))
+    return measured.unfit("x", device, measured_row(weight.shape, epilogue, rows, device))
 
 
 def cut(weight: torch.Tensor, epilogue: Epilogue, rows: int = FEW_ROWS) -> Config:
     """The cut for a weight on its GPU: the measured one, or what `choose` has for it."""
-    row = found_here(weight.shape, epilogue, rows, weight.device)
+    row = measured_row(weight.shape, epilogue, rows, weight.device)
     if row is not None and row.tile is not None:
         return row.tile
     here = gpu(weight.device)

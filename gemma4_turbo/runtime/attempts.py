@@ -19,7 +19,7 @@ logger = logging.getLogger("gemma4_turbo")
 T = TypeVar("T")
 
 
-def told(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception in one line of bounded length: compilers write pages."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:300]}{'...' if len(text) > 300 else ''}"
@@ -39,7 +39,7 @@ def attempt(
         return function(), None
     except Exception as error:
         logger.debug("gemma4_turbo: %s", what, exc_info=True)
-        reason = f"{what} could not be done: {told(error)}"
+        reason = f"{what} could not be done: {one_line(error)}"
         if run is not None:
             run.set(states.FAILED, reason)
         return None, reason

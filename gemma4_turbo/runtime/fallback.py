@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.runtime import custom_ops
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -44,7 +44,7 @@ class Fallback:
 
     def failed(self, run: PatchRun, key: Hashable, error: BaseException) -> str:
         """Note it: the patch is `failed`. Returns the reason."""
-        reason = f"{self._what} could not be done: {told(error)}"
+        reason = f"{self._what} could not be done: {one_line(error)}"
         self._failed[key] = reason
         run.set(states.FAILED, reason)
         return reason

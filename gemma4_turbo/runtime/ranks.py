@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -86,7 +86,7 @@ def agreed(patch: str, question: str, unfit: str | None) -> str | None:
     try:
         return _decided(_store(), group, patch, question, unfit)
     except Exception as error:  # where this one is not counted yet, the others decline as well
-        return unfit or f"the GPUs of the model could not agree: {told(error)}"
+        return unfit or f"the GPUs of the model could not agree: {one_line(error)}"
 
 
 def _store() -> Store:

@@ -36,14 +36,14 @@ def found_by_the_kernel(shape: Shape) -> tuple[int, ...] | None:
 def _row(kernel: str, words: Any) -> Any:
     if kernel == "skinny_gemm":
         n, k, epilogue, rows = words
-        return skinny_gemm.found_here((n, k), skinny_gemm.Epilogue(epilogue), rows, CPU)
+        return skinny_gemm.measured_row((n, k), skinny_gemm.Epilogue(epilogue), rows, CPU)
     if kernel == "decode_attention":
         head_dim, group, pairs = words
-        return decode.found_here(pairs, 1, group, head_dim, CPU)
+        return decode.measured_row(pairs, 1, group, head_dim, CPU)
     if kernel == "experts_few":
-        return experts_few.found_here(*words, CPU)
+        return experts_few.measured_row(*words, CPU)
     if kernel == "moe_configs":
-        return moe_tables.found_here(*words, CPU)
+        return moe_tables.measured_row(*words, CPU)
     if kernel == extend_tiles.NAME:
         head_dim, group, kind = words
         if kind == extend_tiles.SPLIT_KIND:

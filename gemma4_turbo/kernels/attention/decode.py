@@ -316,7 +316,7 @@ def unfit(
     kv_heads = k_buffer.shape[1]
     if v_buffer.shape[1] != kv_heads or heads % kv_heads or heads // kv_heads not in GROUPS:
         return f"k_buffer must have Hkv of v_buffer, Hq / Hkv in {GROUPS}, got {heads} and {kv_heads}, {v_buffer.shape[1]}"
-    row = found_here(batch, kv_heads, heads // kv_heads, dim, q.device)
+    row = measured_row(batch, kv_heads, heads // kv_heads, dim, q.device)
     reason = None if INTERPRETED else measured.unfit("q", q.device, row)
     if reason is not None:
         return reason
@@ -363,7 +363,7 @@ def choose(batch: int, kv_heads: int, group: int, head_dim: int) -> Config:
     return config._replace(fused=splits * group * head_dim <= 32768)
 
 
-def made(numbers: tuple[int, ...]) -> Config:
+def tile_of(numbers: tuple[int, ...]) -> Config:
     """A cut from a profile's numbers; ValueError if it is none."""
     measured.require(len(numbers) == len(Config._fields), numbers)
     block_n, warps, stages, target, min_chunk, keys_first, fused = numbers
@@ -380,24 +380,24 @@ def made(numbers: tuple[int, ...]) -> Config:
     return Config(block_n, warps, stages, target, min_chunk, bool(keys_first), bool(fused))
 
 
-def found_here(
+def measured_row(
     batch: int, kv_heads: int, group: int, head_dim: int, device: torch.device
 ) -> measured.Row[Config] | None:
     """What was measured on this GPU with the closest number of pairs; None if nothing was."""
     pairs = batch * kv_heads
-    return measured.nearest("decode_attention", device, (head_dim, group), pairs, made)
+    return measured.nearest("decode_attention", device, (head_dim, group), pairs, tile_of)
 
 
 def runs_here(batch: int, kv_heads: int, group: int, head_dim: int, device: str) -> bool:
     """Whether the kernel runs such a batch on a device."""
     place = torch.empty(0, device=device).device
-    row = found_here(batch, kv_heads, group, head_dim, place)
+    row = measured_row(batch, kv_heads, group, head_dim, place)
     return INTERPRETED or measured.unfit("q", place, row) is None
 
 
 def cut(batch: int, kv_heads: int, group: int, head_dim: int, device: torch.device) -> Config:
     """The cut for a batch on a GPU: the measured one, or what `choose` has for it."""
-    row = found_here(batch, kv_heads, group, head_dim, device)
+    row = measured_row(batch, kv_heads, group, head_dim, device)
     if row is not None and row.tile is not None:
         return row.tile
     return choose(batch, kv_heads, group, head_dim)

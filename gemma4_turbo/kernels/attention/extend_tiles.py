@@ -98,7 +98,7 @@ DENSE_KIND, MASKED, SPLIT_KIND = "dense", "masked", "split"
 """Kinds of tiles in a GPU profile; masked ones are for a custom mask."""
 
 
-def made_dense(numbers: tuple[int, ...]) -> Dense:
+def dense_tile(numbers: tuple[int, ...]) -> Dense:
     """A tile from a profile's numbers; ValueError if it is none."""
     measured.require(len(numbers) == len(Dense._fields), numbers)
     tile = Dense._make(numbers)._replace(q_in_registers=bool(numbers[-1]))
@@ -115,8 +115,8 @@ def made_dense(numbers: tuple[int, ...]) -> Dense:
     return tile
 
 
-def made_split(numbers: tuple[int, ...]) -> Split:
-    """As `made_dense`."""
+def split_tile(numbers: tuple[int, ...]) -> Split:
+    """As `dense_tile`."""
     measured.require(len(numbers) == len(Split._fields), numbers)
     tile = Split(*numbers)
     measured.require(
@@ -135,12 +135,12 @@ def found_dense(
 ) -> measured.Row[Dense] | None:
     """What was measured on this GPU of so many query heads for a KV head; None if nothing was."""
     kind = MASKED if custom else DENSE_KIND
-    return measured.look(NAME, device, (head_dim, group, kind), made_dense)
+    return measured.look(NAME, device, (head_dim, group, kind), dense_tile)
 
 
 def found_split(head_dim: int, group: int, device: torch.device) -> measured.Row[Split] | None:
     """As `found_dense`."""
-    return measured.look(NAME, device, (head_dim, group, SPLIT_KIND), made_split)
+    return measured.look(NAME, device, (head_dim, group, SPLIT_KIND), split_tile)
 
 
 def dense(head_dim: int, group: int, custom: bool, device: torch.device) -> Dense:

@@ -44,7 +44,7 @@ class LinearSite(Site):
             self.sum = sglang_types.rules().sum_of(module)  # over GPUs, where the layer makes it
         super().__init__(key, None)
         self.cover(NAME, module)
-        self.made_for(*sglang_types.linear_parts(module))
+        self.depends_on(*sglang_types.linear_parts(module))
         # Zeros that a launch leaves as zeros; one of its own for each layer, as layers of two
         # streams may run at the same time. Never made while a CUDA graph is captured.
         self.arrived: torch.Tensor | None = None

@@ -272,7 +272,7 @@ def router_unfit(router: object) -> str | None:
 
 
 def linear_parts(module: object) -> list[tuple[object, str]]:
-    """What somebody may set on a linear layer and its method, for `gemma4_turbo.fusions.site.Site.made_for`."""
+    """What somebody may set on a linear layer and its method, for `gemma4_turbo.fusions.site.Site.depends_on`."""
     parts = [(module, name) for name in ("quant_method", "weight", "bias")]
     method = getattr(module, "quant_method", None)
     return [*parts, (method, "apply")] if hasattr(method, "__dict__") else parts
@@ -320,7 +320,7 @@ def reduction_unfit(experts: FusedMoE) -> str | None:
 
 
 def reduction_parts(experts: FusedMoE) -> list[tuple[object, str]]:
-    """What somebody may set between the reduction and the layer, for `gemma4_turbo.fusions.site.Site.made_for`."""
+    """What somebody may set between the reduction and the layer, for `gemma4_turbo.fusions.site.Site.depends_on`."""
     method = experts.quant_method
     return [
         (method, "apply"),

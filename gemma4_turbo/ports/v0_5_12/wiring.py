@@ -37,7 +37,7 @@ def _layer(fusions: Fusions, run: PatchRun, stock: dict[str, Any]) -> Replacemen
 
 
 def _model(fusions: Fusions, run: PatchRun, stock: dict[str, Any]) -> Replacements:
-    cut.made_for(tail.LINE)
+    cut.use_line(tail.LINE)
     for fusion in fusions:
         fusion.enable(run)
     return {text_model.TARGET: text_model.forward}

@@ -44,7 +44,7 @@ def enable_cut(steps: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) ->
     _stock[TARGET] = stock[TARGET]
     classes.load()
     triton_backend.load()
-    yoco_cut.made_for(yoco.LINE)
+    yoco_cut.use_line(yoco.LINE)
     for step in steps:
         step.enable(run)
     return {TARGET: forward}

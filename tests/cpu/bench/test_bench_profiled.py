@@ -33,7 +33,7 @@ nvml.look = lambda: nvml.Machine("1", ("g",))
 if os.environ["REPOSITORY"] in str(folder):  # it is as if it had one
     gpu_profile.PROFILES = Path(os.environ["PROFILES"])
 gpu_profile.forget()  # the site looked for it already, as a server does
-own, its = gpu_profile.found(), gpu_profile.packaged("g")
+own, its = gpu_profile.lookup(), gpu_profile.packaged("g")
 kind = "bare" if profile == "0" else "profiled" if own.profile else "shipped"
 if kind == "shipped" and os.environ["REPOSITORY"] not in str(folder):
     kind = "packaged"

@@ -1040,7 +1040,7 @@ def test_tables_are_stocks_or_better_and_hold(monkeypatch):
     assert min(asked) >= 8
     assert figures["ratio"] == (2 * 128 + 2 * 64) / (4 * 128)
     assert figures["of_own"] == (2 * 128 + 2 * 64) / (4 * 64)
-    moe_tables.made(moe_tables.numbers(pair))
+    moe_tables.tables_of(moe_tables.numbers(pair))
 
 
 @pytest.mark.parametrize("memory", [99 * 1024, 163 * 1024, 227 * 1024])

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma4_turbo.engine import gpu_profile, nvml, switches
-from gemma4_turbo.engine.gpu_profile import Found, Key, Profile, Shape, UnfitError
+from gemma4_turbo.engine.gpu_profile import Key, Lookup, Profile, Shape, UnfitError
 from gemma4_turbo.engine.installer import Engine
 from gemma4_turbo.engine.switches import GPU_PROFILE, Decision, read
 from tests.cpu.synthetic import record
@@ -72,7 +72,7 @@ def test_the_variable_names_another_file_or_none(monkeypatch):
     assert str(gpu_profile.path()).endswith("profile.json")
     monkeypatch.setenv(GPU_PROFILE, "0")
     assert gpu_profile.path() is None
-    assert gpu_profile.found() == Found(None, None, "")
+    assert gpu_profile.lookup() == Lookup(None, None, "")
     assert read({GPU_PROFILE: "0"}).problems == read({GPU_PROFILE: "/a"}).problems == ()
     monkeypatch.setenv(GPU_PROFILE, "here.json")
     assert gpu_profile.path() is None
@@ -84,7 +84,7 @@ def test_the_variable_names_another_file_or_none(monkeypatch):
 
 def test_what_is_saved_is_found(place):
     gpu_profile.save(str(place), PROFILE)
-    assert gpu_profile.found() == Found(str(place), PROFILE, "")
+    assert gpu_profile.lookup() == Lookup(str(place), PROFILE, "")
     assert gpu_profile.decisions() == PROFILE.patches
     assert gpu_profile.tiles("NVIDIA L4")[("skinny_gemm", (4096, 2560, 0, 16))] == (
         (64, 128, 2, 4, 4),
@@ -142,7 +142,7 @@ def test_a_package_without_a_version_is_as_one_that_is_not_there(monkeypatch):
 
 
 def test_none_is_no_news(place, caplog):
-    assert gpu_profile.found() == Found(str(place), None, "")
+    assert gpu_profile.lookup() == Lookup(str(place), None, "")
     assert gpu_profile.decisions() == gpu_profile.tiles("NVIDIA L4") == {}
     assert caplog.records == []
 
@@ -178,7 +178,7 @@ def test_a_malformed_file_is_ignored_aloud_and_once(name, place, caplog):
         wrong = json.dumps(whole | wrong if isinstance(wrong, dict) else wrong).encode()
     place.write_bytes(wrong)
     for _ in range(3):
-        assert gpu_profile.found().profile is None
+        assert gpu_profile.lookup().profile is None
     assert gpu_profile.decisions() == {}
     (told,) = [one.getMessage() for one in caplog.records]
     assert told.startswith(f"gemma4_turbo: the GPU profile {place} is ignored: ")
@@ -200,7 +200,7 @@ def test_no_json_raises_anything_else(value):
 def refused(place: Path) -> str:
     """Why what lies there is not used."""
     gpu_profile.forget()
-    found = gpu_profile.found()
+    found = gpu_profile.lookup()
     assert found.profile is None
     return found.reason
 
@@ -240,7 +240,7 @@ def test_it_belongs_to_this_user_or_to_root(place, monkeypatch):
     assert refused(place) == "it is no regular file of this user"
     monkeypatch.setattr(gpu_profile, "SYSTEM", mine)
     gpu_profile.forget()
-    assert gpu_profile.found().profile == PROFILE
+    assert gpu_profile.lookup().profile == PROFILE
 
 
 def test_one_that_cannot_be_read_is_told(place, monkeypatch):
@@ -329,7 +329,7 @@ def test_the_users_rows_come_before_the_packages(place, packages):
     file = put(packages)
     assert PROFILE.shapes[0].tile != TILE
     gpu_profile.save(str(place), PROFILE._replace(shapes=PROFILE.shapes[:1]))
-    assert gpu_profile.found().path == str(place)
+    assert gpu_profile.lookup().path == str(place)
     assert used() == file
     tiles = gpu_profile.tiles(GPU)
     assert tiles[PLACE][0] == SHAPES[0].tile
@@ -344,7 +344,7 @@ def test_the_packages_where_the_user_has_none(home, place, packages, monkeypatch
         monkeypatch.delenv(GPU_PROFILE)
         monkeypatch.setenv("XDG_CONFIG_HOME", "")
         monkeypatch.setenv("HOME", "nowhere")
-    assert gpu_profile.found() == Found(str(place) if home else None, None, "")
+    assert gpu_profile.lookup() == Lookup(str(place) if home else None, None, "")
     assert gpu_profile.packaged(GPU) == (file, OTHERS._replace(patches={}))
     assert gpu_profile.tiles(GPU)[PLACE] == (TILE, "")
     assert gpu_profile.tiles(GPU)[STOCKS] == (None, "stock's code is faster here")
@@ -362,7 +362,7 @@ def test_a_stale_one_of_the_users_is_ignored_aloud_and_the_packages_counts(place
     gpu_profile.save(str(place), PROFILE._replace(key=KEY._replace(driver="535.9")))
     for _ in range(2):
         why = "it was measured with driver 535.9, here is 570.1"
-        assert gpu_profile.found() == Found(str(place), None, why)
+        assert gpu_profile.lookup() == Lookup(str(place), None, why)
         assert gpu_profile.tiles(GPU)[PLACE] == (TILE, "")
     assert gpu_profile.decisions() == {}
     (told,) = [one.getMessage() for one in caplog.records]
@@ -380,7 +380,7 @@ def test_none_at_all_where_the_variable_says_so(value, packages, monkeypatch):
     """Or has a wrong value, of which the switches tell."""
     put(packages)
     monkeypatch.setenv(GPU_PROFILE, value)
-    assert gpu_profile.found() == Found(None, None, "")
+    assert gpu_profile.lookup() == Lookup(None, None, "")
     assert used() is None
     assert gpu_profile.tiles(GPU) == gpu_profile.decisions() == {}
 

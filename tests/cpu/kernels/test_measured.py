@@ -123,12 +123,12 @@ def test_a_tile_that_cannot_be_is_told_once(caplog):
 
 
 MADE = {
-    skinny_gemm.made: SKINNY,
-    decode.made: ROWS["decode_attention", (256, 2, 8)][0],
-    tiles.made_dense: DENSE,
-    tiles.made_split: SPLIT,
-    experts_few.made: ROWS["experts_few", (8, 704, 2816)][0],
-    moe_tables.made: (8, *(16, 64, 64, 1, 4, 3) * 2),
+    skinny_gemm.tile_of: SKINNY,
+    decode.tile_of: ROWS["decode_attention", (256, 2, 8)][0],
+    tiles.dense_tile: DENSE,
+    tiles.split_tile: SPLIT,
+    experts_few.tile_of: ROWS["experts_few", (8, 704, 2816)][0],
+    moe_tables.tables_of: (8, *(16, 64, 64, 1, 4, 3) * 2),
 }
 
 
@@ -139,7 +139,7 @@ def test_every_number_of_a_tile_is_looked_at(made):
     bad = [good[:-1], (*good, 1)]
     bad += [(*good[:i], value, *good[i + 1 :]) for i in range(len(good)) for value in (-1, 1 << 20)]
     for numbers in bad:
-        if made is moe_tables.made and numbers[1:] == good[1:] and numbers[0] > 0:
+        if made is moe_tables.tables_of and numbers[1:] == good[1:] and numbers[0] > 0:
             continue  # a number of tokens may be any
         with pytest.raises(ValueError, match=r"tile|must|entry"):
             made(numbers)
@@ -150,16 +150,16 @@ def test_tables_that_do_not_fit_are_not_used(l4, rows):
     for stages, fits in ((3, True), (4, True), (5, False), (8, False)):
         rows["moe_configs", (128, 704)] = (8, *(64, 128, 64, 8, 4, stages) * 2), ""
         measured.forget()
-        assert (moe_tables.found_here(128, 704, CPU) is not None) == fits
+        assert (moe_tables.measured_row(128, 704, CPU) is not None) == fits
     rows["moe_configs", (128, 704)] = None, FASTER
     measured.forget()
-    assert moe_tables.found_here(128, 704, CPU) == measured.Row(None, FASTER)
+    assert moe_tables.measured_row(128, 704, CPU) == measured.Row(None, FASTER)
 
 
 def test_tables_and_back():
     config = dict(zip(moe_tables.REQUIRED, (16, 64, 64, 1, 4, 3), strict=True))
     pair = moe_tables.Pair({1: config, 64: config}, {1: config, 64: {**config, "num_warps": 8}})
-    assert moe_tables.made(moe_tables.numbers(pair)) == pair
+    assert moe_tables.tables_of(moe_tables.numbers(pair)) == pair
 
 
 # -- GPUs -------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def test_without_a_profile_none_is_spoken_of(l4, rows):
 
 def test_a_tile_that_does_not_divide_k_is_told_once(caplog):
     for _ in range(2):
-        assert skinny_gemm.found_here((128, 192), Epilogue.NONE, 16, CPU) is None
+        assert skinny_gemm.measured_row((128, 192), Epilogue.NONE, 16, CPU) is None
     told = [record.getMessage() for record in caplog.records]
     assert len(told) == 1
     assert "skinny_gemm (128, 192, 0, 16) is not used: K cannot be cut so" in told[0]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -155,7 +155,7 @@ def _guarded(run: PatchRun, function: Callable[..., None], *arguments: object) -
     try:
         function(run, *arguments)
     except Exception as error:  # never in the way of a model that stock can serve
-        run.set(states.FAILED, told(error))
+        run.set(states.FAILED, one_line(error))
 
 
 def eight_bit(dtype: object) -> bool:

@@ -94,7 +94,7 @@ class AttentionSite(Site):
         parts: list[tuple[object, str]] = [(attention, name) for name in names]
         parts += [(attention.rotary_emb, "_forward_method")]
         parts += sglang_types.linear_parts(attention.qkv_proj)
-        self.made_for(*parts)
+        self.depends_on(*parts)
 
 
 def _norm_unfit(norm: object) -> str | None:

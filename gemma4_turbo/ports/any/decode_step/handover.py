@@ -20,7 +20,7 @@ NOT_DIRECT = "a layer or the one after it has forward hooks, or is not SGLang's 
 _forward: list[Callable[..., Any]] = []
 
 
-def made_for(forward: Callable[..., Any]) -> None:
+def use(forward: Callable[..., Any]) -> None:
     """The line's forward of a layer, which knows what it is told."""
     _forward[:] = [forward]
 

@@ -141,7 +141,7 @@ class LayerSite(Site):
             parts += [(experts[1], "dispatcher")]
             parts += sglang_types.reduction_parts(experts[1]) if more is None else []
         parts += [(n, "_forward_method") for n in (*firsts, *tails)]
-        self.made_for(*parts)
+        self.depends_on(*parts)
 
     def following_unfit(self, norm: Norm) -> str | None:
         """Why the norm that reads the layer's result is not ours to run, or None."""

@@ -36,9 +36,9 @@ class MlpSite(Site):
             self.sum = sglang_types.rules().sum_of(module.down_proj)  # over GPUs
         super().__init__(key, None)
         self.cover(NAME, module, *products, module.act_fn)
-        self.made_for(*((module, name) for name in ("gate_up_proj", "down_proj", "act_fn")))
+        self.depends_on(*((module, name) for name in ("gate_up_proj", "down_proj", "act_fn")))
         for product in products:
-            self.made_for(*sglang_types.linear_parts(product))
+            self.depends_on(*sglang_types.linear_parts(product))
 
 
 def mlp(module: MLP, x: torch.Tensor) -> torch.Tensor:

@@ -225,7 +225,7 @@ def verify(run: PatchRun, device: str) -> list[Check]:
     found = []
     for width, hidden in sizes:
         place = torch.empty(0, device=device).device
-        row = kernel.found_here(8, width, hidden, place)
+        row = kernel.measured_row(8, width, hidden, place)
         if device == "cuda" and measured.unfit("x", place, row) is not None:
             continue  # stock's code runs here
         for tokens in (1, MOST_TOKENS):

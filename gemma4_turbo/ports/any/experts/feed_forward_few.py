@@ -96,15 +96,15 @@ class FeedForwardSite(Site):
             key = (shapes, *kinds, str(self.weights.gate_up.device))
         super().__init__(key, None)
         self.layer = layer  # another one may have the same block
-        self.made_for((layer, "mlp"), (layer, "router"), (layer, "moe"), (moe, "experts"))
+        self.depends_on((layer, "mlp"), (layer, "router"), (layer, "moe"), (moe, "experts"))
         if self.feed_forward_few is not UNPROVEN:
             return
         products = mlp.gate_up_proj, mlp.down_proj, router.proj
         experts, topk = moe.experts, moe.topk
         self.cover(NAME, mlp, *products, mlp.act_fn, router, moe, topk, experts)
         for product in products:
-            self.made_for(*sglang_types.linear_parts(product))
-        self.made_for(
+            self.depends_on(*sglang_types.linear_parts(product))
+        self.depends_on(
             *((mlp, name) for name in ("gate_up_proj", "down_proj", "act_fn")),
             *((router, name) for name in ("norm", "proj")),
             *((moe, name) for name in ("topk", "per_expert_scale")),

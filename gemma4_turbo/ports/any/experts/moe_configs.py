@@ -108,7 +108,7 @@ def _look(experts: int, width: int) -> tuple[Pair | None, str]:
     own = users_own(Path(os.path.realpath(str(stock.__file__))).parent, names)
     if own is not None:
         return None, f"the user's own table is there: {own}"
-    measured = moe_tables.found_here(experts, width, _device())
+    measured = moe_tables.measured_row(experts, width, _device())
     if measured is not None:
         return measured.tile, measured.reason
     try:

@@ -75,11 +75,11 @@ class RouterSite(Site):
             kinds = weight.dtype, scale.dtype, moe.topk.topk_config.top_k
             key = (tuple(weight.shape), *kinds, str(weight.device))
         super().__init__(key, None)
-        self.made_for((layer, "moe"))
+        self.depends_on((layer, "moe"))
         if fits:
             proj, topk = router.proj, moe.topk
             self.cover(NAME, router, proj, moe, topk)
-            self.made_for(
+            self.depends_on(
                 *sglang_types.linear_parts(proj),
                 (router, "norm"),
                 (router, "proj"),

@@ -11,7 +11,7 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.runtime import graphs, hooks
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -130,7 +130,7 @@ def memory_unfit(runner: Any, least: float) -> str | None:
 
 def failed(run: PatchRun, error: Exception) -> str:
     """What went wrong: there are no graphs, and the server goes on."""
-    reason = told(error)
+    reason = one_line(error)
     run.set(states.FAILED, f"prefill runs without graphs: {reason}")
     return reason
 

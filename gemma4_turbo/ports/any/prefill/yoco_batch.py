@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4_turbo.engine import states
 from gemma4_turbo.fusions.fusion import Step
 from gemma4_turbo.ports.any.prefill import yoco_cut
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -34,7 +34,7 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
                 chunks = unfinished(batch)
             except Exception as error:  # then every prompt's last row is kept
                 chunks = None
-                run.set(states.FAILED, f"unfinished prompts are not known: {told(error)}")
+                run.set(states.FAILED, f"unfinished prompts are not known: {one_line(error)}")
             setattr(made.seq_lens_cpu, yoco_cut.UNFINISHED, chunks)
             setattr(made.seq_lens_cpu, yoco_cut.LOGITS, processor)
         return made

@@ -106,13 +106,13 @@ class Line(NamedTuple, Generic[B, K]):
 _line: list[Line[Any, Any]] = []
 
 
-def made_for(line: Line[Any, Any]) -> None:
+def use_line(line: Line[Any, Any]) -> None:
     """The process's release line."""
     _line[:] = [line]
 
 
 def line() -> Line[Any, Any]:
-    """It; IndexError before `made_for`."""
+    """It; IndexError before `use_line`."""
     return _line[0]
 
 

@@ -27,7 +27,7 @@ from gemma4_turbo.fusions.fusion import Step
 from gemma4_turbo.ports.any.prefill import yoco_cut
 from gemma4_turbo.ports.any.prefill.yoco_cut import Cut, Tail
 from gemma4_turbo.runtime import graphs, hooks
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.ports.any.model_protocols import ForwardBatch, TextModel
@@ -84,7 +84,7 @@ def run(model: TextModel, cut: Cut, tail: Tail, batch: ForwardBatch) -> torch.Te
                 patch.engaged(how is RECORDED)
             return found
     except Exception as error:  # the server lives, on the tail that nobody has touched
-        reason = told(error)
+        reason = one_line(error)
         if mine is not None:
             mine.failed[_key(tail)] = reason
         patch.set(states.FAILED, f"{len(tail.hidden_states)} rows: {reason}")

@@ -14,7 +14,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -35,7 +35,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         try:
             reason = _narrow(self)
         except Exception as error:  # the layer is stock's
-            reason = told(error)
+            reason = one_line(error)
             run.set(states.FAILED, reason)
         if reason is not None:
             run.declined(reason)

@@ -28,7 +28,7 @@ STOCK = stock  # imported: the fusions follow it
 def enable(fusions: tuple[Step, ...], run: PatchRun) -> dict[str, Any]:
     """Give fusions to a patch; returns the replacement."""
     classes.load()
-    handover.made_for(forward)
+    handover.use(forward)
     layer_steps.enable(fusions, run)
     return {TARGET: forward}
 

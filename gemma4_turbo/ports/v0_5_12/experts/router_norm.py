@@ -36,7 +36,7 @@ class RouterSite(Site):
         super().__init__(key, router.norm)
         self.router_norm: str | None = unfit or UNPROVEN
         self.cover("router_norm", router.norm)
-        self.made_for((router, "norm"), (router, "scale"))
+        self.depends_on((router, "norm"), (router, "scale"))
 
 
 def forward(self: Router, x: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4_turbo.ports.any import architectures
 from gemma4_turbo.ports.any.memory import swa_ratio
 from gemma4_turbo.ports.any.memory.swa_ratio import FIELD, RATIO
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -51,7 +51,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         try:
             reason = unfit(self)
         except Exception as error:  # stock's default is always there
-            reason = told(error)
+            reason = one_line(error)
         if reason is not None:
             setattr(self, FIELD, float(given))
             run.declined(reason)

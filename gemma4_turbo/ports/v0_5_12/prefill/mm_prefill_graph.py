@@ -35,7 +35,7 @@ from gemma4_turbo.ports.any.prefill.late_targets import LateTargets
 from gemma4_turbo.ports.any.prefill.mm_prefill_graph import LANGUAGE_MODEL, recorded
 from gemma4_turbo.ports.any.sglang_types import is_a
 from gemma4_turbo.runtime import custom_ops, graphs, hooks
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -88,7 +88,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         try:
             reason = unfit(self)
         except Exception as error:  # stock's decision is always there
-            reason = told(error)
+            reason = one_line(error)
         if reason is not None:
             run.declined(reason)
             return decide(self)  # type: ignore[no-any-return]

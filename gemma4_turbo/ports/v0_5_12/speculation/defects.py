@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.runtime.attempts import attempt, told
+from gemma4_turbo.runtime.attempts import attempt, one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.fingerprints import Definitions
@@ -280,8 +280,8 @@ def without_experts(run: PatchRun, config: AssistantConfig) -> Iterator[None]:
     try:
         config.num_experts = 0
     except Exception as error:  # a configuration that does not change
-        run.set(states.FAILED, told(error))
-        run.declined(told(error))
+        run.set(states.FAILED, one_line(error))
+        run.declined(one_line(error))
         yield
         return
     run.engaged(False)
@@ -350,7 +350,7 @@ def _mend_runner(run: PatchRun, stock: dict[str, Any], found: list[str]) -> Repl
             try:
                 blind = is_unquantised_gemma4(self)
             except Exception as error:  # never in the way of a server that stock can start
-                run.declined(told(error))
+                run.declined(one_line(error))
                 return
             if blind:
                 self.moe_runner_backend = asked

@@ -13,7 +13,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -42,8 +42,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
                     batch.spec_info = idle_draft_input(FrozenKVMTPDraftInput, batch, partner)
                     run.engaged(False)
             except Exception as error:  # stock's merge, as without us
-                run.set(states.FAILED, told(error))
-                run.declined(told(error))
+                run.set(states.FAILED, one_line(error))
+                run.declined(one_line(error))
         merge(self, other)
 
     return {TARGET: merge_batch}

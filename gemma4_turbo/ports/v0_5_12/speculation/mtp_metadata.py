@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gemma4_turbo.engine import states
-from gemma4_turbo.runtime.attempts import attempt, told
+from gemma4_turbo.runtime.attempts import attempt, one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -75,7 +75,7 @@ class Memory:
         try:
             self.requests = tuple((request.rid, request.req_pool_idx) for request in requests())
         except Exception as error:  # the buffers are filled then
-            self._run.set(states.FAILED, told(error))
+            self._run.set(states.FAILED, one_line(error))
         self.drafting = drafting
         try:
             yield
@@ -139,7 +139,7 @@ def install(run: PatchRun, worker: DraftWorker) -> None:
                 lengths = tuple(forward_batch.seq_lens_cpu[:bs].tolist())
                 wanted = Filled(bs, memory.requests, lengths)
             except Exception as error:
-                run.set(states.FAILED, told(error))
+                run.set(states.FAILED, one_line(error))
         if memory.drafting and wanted is not None and wanted == memory.seeded:
             forward_batch.attn_backend = worker.draft_attn_backend  # as stock leaves it
             run.engaged(False)

@@ -26,7 +26,7 @@ import torch
 
 from gemma4_turbo.engine import states
 from gemma4_turbo.runtime import graphs, hooks
-from gemma4_turbo.runtime.attempts import attempt, told
+from gemma4_turbo.runtime.attempts import attempt, one_line
 from gemma4_turbo.runtime.fallback import DeclinedError, Fallback
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             except Exception as error:  # stock seeds eagerly
                 graphs.settle()
                 _release(self.frozen_kv_mtp_worker)
-                run.set(states.FAILED, told(error))
+                run.set(states.FAILED, one_line(error))
         return captured
 
     return {CAPTURE: capture_one_batch_size}

@@ -54,7 +54,7 @@ class LayerSite(layer_steps.LayerSite):
             or sums.boundary_unfit(layer)
         )
         self.sums = sums.many()
-        self.made_for(
+        self.depends_on(
             (layer, "_next_stream"),
             (layer, "attn_boundary"),
             (layer, "ffn_boundary"),
@@ -125,7 +125,7 @@ def enable(fusions: tuple[Step, ...], run: PatchRun, stock: dict[str, Any]) -> d
     _result[:] = [Gemma4DecoderLayer._next_stream]
     classes.load()
     sums.load()
-    handover.made_for(forward)
+    handover.use(forward)
     layer_steps.enable(fusions, run)
     steps.extend(fusion for fusion in fusions if fusion not in steps)
     return {TARGET: forward}

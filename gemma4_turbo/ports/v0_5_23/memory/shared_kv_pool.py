@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from gemma4_turbo.engine import states
 from gemma4_turbo.ports.any.memory import shared_kv
 from gemma4_turbo.ports.any.memory.shared_kv import owners
-from gemma4_turbo.runtime.attempts import attempt, told
+from gemma4_turbo.runtime.attempts import attempt, one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -66,8 +66,8 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             gain = before / after
         except Exception as error:  # stock's lists
             self.layer_info = whole
-            run.set(states.FAILED, told(error))
-            run.declined(told(error))
+            run.set(states.FAILED, one_line(error))
+            run.declined(one_line(error))
             return
         listed = whole.full_attention_layer_ids or (), whole.swa_attention_layer_ids or ()
         shared_kv.log_gain((full, sliding), listed, after, before, gain)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemma4_turbo.ports.any.memory import swa_ratio
 from gemma4_turbo.ports.any.memory.swa_ratio import FIELD, RATIO
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -44,7 +44,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         try:
             reason = unfit(architecture, server_args, found)
         except Exception as error:  # stock's default is always there
-            reason = told(error)
+            reason = one_line(error)
         if reason is not None:
             run.declined(reason)
             return found

@@ -51,7 +51,7 @@ from gemma4_turbo.ports.any.prefill.late_targets import LateTargets
 from gemma4_turbo.ports.any.prefill.mm_prefill_graph import LANGUAGE_MODEL, recorded
 from gemma4_turbo.ports.any.sglang_types import is_a
 from gemma4_turbo.runtime import graphs, hooks
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 
 if TYPE_CHECKING:
     from gemma4_turbo.engine.run import PatchRun
@@ -120,7 +120,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
         try:
             reason = unfit(server_args)
         except Exception as error:  # stock's decision is always there
-            reason = told(error)
+            reason = one_line(error)
         if reason is not None:
             run.declined(reason)
             decide(server_args)
@@ -219,7 +219,7 @@ def record(run: PatchRun, stock: Function) -> Function:
         try:
             elsewhere = stocks(model_runner)
         except Exception as error:  # stock's recording is always there
-            elsewhere = told(error)
+            elsewhere = one_line(error)
         if elsewhere is not None:
             run.declined(elsewhere)
             return theirs()  # type: ignore[no-any-return]

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma4_turbo.ports.any.sglang_types import is_a
-from gemma4_turbo.runtime.attempts import told
+from gemma4_turbo.runtime.attempts import one_line
 from gemma4_turbo.runtime.fallback import DeclinedError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def build(run: PatchRun, stock: dict[str, Any]) -> dict[str, Any]:
             if reason is None:
                 processor = StandIn(run, processor, frozenset(self.FEATURE_NAMES))
         except Exception as error:  # stock's call is always there
-            reason = told(error)
+            reason = one_line(error)
         if reason is not None:
             run.declined(reason)
         return call(self, processor, input_text, processor_device, kwargs)
@@ -152,7 +152,7 @@ class StandIn:
         except DeclinedError as declined:
             self._run.declined(str(declined))
         except Exception as error:
-            self._run.declined(f"what it returned was not moved: {told(error)}")
+            self._run.declined(f"what it returned was not moved: {one_line(error)}")
         return result
 
 

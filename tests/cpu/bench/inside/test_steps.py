@@ -16,11 +16,19 @@ from gemma4_turbo.engine import gpu_profile
 from gemma4_turbo.fusions.site import SITE
 from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.kernels import measured, skinny_gemm
+from tests.cpu.synthetic import clean_environment
 
 
 @pytest.fixture
-def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def scheduler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """SGLang's class with the method, and a graph class that counts."""
+    clean_environment(monkeypatch)
+    monkeypatch.setenv("GEMMA4_TURBO_STATE_DIR", str(tmp_path / "state"))
+    # What is reverted stays off; other tests ask what an engine would do that nobody has told anything.
+    for run in ENGINE.runs.values():
+        for name in ("state", "reason"):
+            monkeypatch.setattr(run, name, getattr(run, name))
+    monkeypatch.setattr(ENGINE, "_selection", ENGINE._selection)
 
     class Graph:
         ran = 0
@@ -49,6 +57,7 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     yield made
     ENGINE.revert()
     steps._fetch({})
+    clean_environment(monkeypatch)  # of the selection, which spawned processes would inherit
     monkeypatch.undo()
     for module in (gpu_profile, measured):
         module.forget()
@@ -155,7 +164,7 @@ def test_tiles_are_the_profiles(scheduler: Any, tmp_path: Path, monkeypatch: pyt
         model.__dict__[SITE] = object()
         ask(scheduler, tmp_path, do="capture", patches=[], fetched={}, profile=profile)
         assert SITE not in model.__dict__
-        found = skinny_gemm.found_here((64, 128), skinny_gemm.Epilogue.NONE, 1, device)
+        found = skinny_gemm.measured_row((64, 128), skinny_gemm.Epilogue.NONE, 1, device)
         assert (found is not None) == bool(profile)
     monkeypatch.setattr(gpu_profile, "stale", lambda key: "of another GPU")
     with pytest.raises(RuntimeError, match="is not used: of another GPU"):
