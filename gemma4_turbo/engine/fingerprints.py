@@ -221,12 +221,19 @@ def methods_of(node: ast.AST) -> list[str]:
     return [f"class {node.name}({bases}):", *sorted(defined)]
 
 
-def _members(node: ast.ClassDef) -> _Members:
+def _targets(statement: ast.AST, annotated: bool) -> list[ast.expr]:
+    """What a statement assigns to."""
+    if isinstance(statement, ast.Assign):
+        return statement.targets
+    return [statement.target] if annotated and isinstance(statement, ast.AnnAssign) else []
+
+
+def _members(node: ast.ClassDef, annotated: bool = False) -> _Members:
+    """``annotated``: names with an annotation too, as a dataclass's fields are, with a value or without."""
     assigned = {
         name.id
         for statement in _statements(node)
-        if isinstance(statement, ast.Assign)
-        for target in statement.targets
+        for target in _targets(statement, annotated)
         for name in ast.walk(target)
         if isinstance(name, ast.Name)
     }
@@ -376,10 +383,10 @@ class Definitions:
         return self._read(target, lambda outline: outline.fingerprints, read)
 
     def members(self, target: str) -> tuple[str, frozenset[str]] | None:
-        """Of the class ``module:qualname``: its bases, and what it defines; None if there is none."""
+        """Of the class ``module:qualname``: its bases and what it defines, annotated or not; None if there is none."""
 
         def read(node: ast.AST) -> _Members | None:
-            return _members(node) if isinstance(node, ast.ClassDef) else None
+            return _members(node, annotated=True) if isinstance(node, ast.ClassDef) else None
 
         return self._read(target, lambda outline: outline.members, read)
 

@@ -435,6 +435,10 @@ def test_a_class_may_define_more_but_not_what_its_base_is_relied_on_for(world: W
     assert verdict.reason.endswith(f"{world.target('Model')} has its own load")
     world.edit("    def load(self): ...", "    load = len")  # by another name
     assert judge(ports, RELEASE, Definitions(source)) == verdict
+    for field in ("load: object = len", "load: object"):  # the latter is a field of a dataclass
+        world.edit("    load = len", f"    {field}")
+        assert judge(ports, RELEASE, Definitions(source)) == verdict, field
+        world.edit(f"    {field}", "    load = len")
     world.edit("    load = len", "    other: int = 1")
     assert judge(ports, RELEASE, Definitions(source)).state == states.ACTIVE
     world.edit("class Model", "class Modell")

@@ -14,6 +14,7 @@ from gemma4_turbo.instance import ENGINE
 from gemma4_turbo.ports.v0_5_12.prefill import optional_kv as patch
 from tests.cpu import piecewise
 from tests.cpu.conftest import patched_sglang
+from tests.op_schemas import checked
 
 NAME = "optional_kv"
 TOKENS, PADDED = 3, 5
@@ -118,6 +119,17 @@ def test_the_patch_serves(compiled: bool, in_place: bool):
     assert batch.attn_backend.calls == [(TOKENS, None, 0, TOKENS, False, [20, 21, 22])]
     assert len(batch.out_cache_loc) == len(batch.out_cache_loc_swa) == PADDED
     assert batch.token_to_kv_pool.swa_loc.tolist() == [9]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_the_operator_writes_what_its_schema_says(in_place: bool):
+    """The output alone."""
+    from sglang.srt.compilation.piecewise_context_manager import set_forward_context
+
+    layer, batch = setting(in_place)
+    operator = torch.ops.gemma4_turbo.shared_kv_attention.default
+    with set_forward_context(batch, [layer], None, [], []):
+        checked(operator, query(), torch.zeros(PADDED, 16), False, 0)
 
 
 def test_a_failing_backend_leaves_the_batch_whole():

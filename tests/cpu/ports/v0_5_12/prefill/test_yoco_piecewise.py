@@ -20,6 +20,7 @@ from gemma4_turbo.ports.any.prefill import yoco_cut, yoco_graph
 from gemma4_turbo.ports.v0_5_12.prefill import piecewise as yoco_piecewise
 from tests.cpu import piecewise, shared_kv
 from tests.cpu.conftest import patched_sglang
+from tests.op_schemas import checked
 
 NAME = "yoco_piecewise"
 PATCHES = ("yoco", "optional_kv", NAME)
@@ -200,6 +201,19 @@ def test_the_layers_behind_the_cut_see_the_rows_only(monkeypatch: pytest.MonkeyP
     seen = layer_rows(model, monkeypatch)
     call_operator(runner, batch)
     assert seen == [(3, 2), (4, 2), (5, 2)]
+
+
+@pytest.mark.parametrize("unfinished", [None, [True, True]])
+def test_the_operator_writes_what_its_schema_says(
+    unfinished: list[bool] | None, monkeypatch: pytest.MonkeyPatch
+):
+    """The output alone, also where no layer runs."""
+    runner, batch = usual().runner, usual().batch(*BATCHES[0])
+    if unfinished is not None:
+        setattr(batch.seq_lens_cpu, yoco_cut.UNFINISHED, unfinished)
+    operator = yoco_piecewise._ops["layers"]
+    monkeypatch.setattr(yoco_piecewise, "shared_layers", functools.partial(checked, operator))
+    call_operator(runner, batch)
 
 
 @pytest.mark.parametrize("unfinished", [[True, False], [False, True], [True, True]])
